@@ -1,0 +1,32 @@
+"""Fused kernels and optimizers for DTO-KD: train on K losses, balanced in closed form each step.
+
+    losses --> gradients --> gram --> min_norm_weights, balance --> combine, or an optimizer's fused step
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import weighting
+from .accumulate import backward
+from .backends import backend_info, use_backend
+from .ops import balance, combine, gram, min_norm_weights
+from .optim import DTOSGD, DTOAdamW
+from .types import Balance
+
+try:
+    __version__ = version("dtokd-kernels")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = [
+    "Balance",
+    "DTOAdamW",
+    "DTOSGD",
+    "backend_info",
+    "backward",
+    "balance",
+    "combine",
+    "gram",
+    "min_norm_weights",
+    "use_backend",
+    "weighting",
+]

@@ -1,0 +1,143 @@
+"""Refusals: each says the operation, the argument, what it got, what it expected, and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from .types import Weighting
+from .weighting import DTO
+
+GradientList = Sequence[Tensor | None]
+
+
+def check_options(
+    op: str,
+    weighting: Weighting | None,
+    max_norm: float | None,
+    rescale: str,
+    loss_floor: float,
+    private: str = "own",
+) -> Weighting:
+    """Refuse options that have no meaning; returns the weighting, `DTO()` by default.
+
+    Raises:
+        TypeError, ValueError: names the option, what it is and what it may be.
+    """
+    if weighting is not None and not callable(weighting):
+        raise TypeError(f"{op}: weighting is {weighting!r}; pass a callable such as dtokd_kernels.weighting.DTO()")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"{op}: max_norm is {max_norm}; pass a positive number, or None for no clipping")
+    if rescale not in ("none", "sum"):
+        raise ValueError(f"{op}: rescale is {rescale!r}; choose 'none' (the paper) or 'sum'")
+    if private not in ("own", "balanced"):
+        raise ValueError(f"{op}: private is {private!r}; choose 'own' or 'balanced'")
+    if not loss_floor > 0:
+        raise ValueError(f"{op}: loss_floor is {loss_floor}; pass a positive number, such as 1e-8")
+    return DTO() if weighting is None else weighting
+
+
+def check_params(op: str, params: Iterable[Tensor]) -> list[Tensor]:
+    """The parameters as a list.
+
+    Raises:
+        TypeError, ValueError: no parameters, something that is no leaf tensor, or a complex one.
+    """
+    if isinstance(params, Tensor):
+        raise TypeError(f"{op}: params is a tensor; pass a list of tensors, such as list(model.parameters())")
+    listed = list(params)
+    if not listed:
+        raise ValueError(f"{op}: params is empty; pass the parameters to balance, such as model.parameters()")
+    for i, p in enumerate(listed):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{op}: params[{i}] is a {type(p).__name__}; pass tensors")
+        if not p.is_leaf:
+            raise ValueError(f"{op}: params[{i}] is not a leaf; pass the parameter itself, not something made from it")
+        if p.is_complex():
+            raise ValueError(
+                f"{op}: params[{i}] is complex ({p.dtype}), which is not supported; keep it as torch.view_as_real"
+            )
+    return listed
+
+
+def check_gram(op: str, gram: Tensor) -> int:
+    """K of a [K, K] Gram matrix.
+
+    Raises:
+        TypeError, ValueError: it is no floating-point [K, K] tensor with K from 1 to 8.
+    """
+    if not isinstance(gram, Tensor):
+        raise TypeError(f"{op}: gram is a {type(gram).__name__}; pass a [K, K] tensor")
+    K = len(gram) if gram.dim() else 0
+    if gram.shape != (K, K) or not 1 <= K <= 8:
+        raise ValueError(f"{op}: gram has shape {tuple(gram.shape)}, expected (K, K) with K from 1 to 8")
+    if not gram.is_floating_point():
+        raise ValueError(f"{op}: gram is {gram.dtype}; pass a floating-point tensor")
+    return K
+
+
+def check_lists(op: str, grads: Sequence[GradientList]) -> list[tuple[Tensor | None, ...]]:
+    """K lists of tensors that fit each other, turned into one K-tuple per position.
+
+    Raises:
+        TypeError, ValueError: names the tensor by list and position, what it is and what was expected.
+    """
+    if isinstance(grads, Tensor) or not grads:
+        raise ValueError(f"{op}: grads is empty or a tensor; pass K lists of tensors, one list per objective")
+    rows = [list(row) for row in grads]
+    if len(rows) > 8:
+        raise ValueError(f"{op}: grads has {len(rows)} lists; at most 8 objectives are supported")
+    for i, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"{op}: grads[{i}] has {len(row)} tensors, expected {len(rows[0])} as grads[0]")
+    positions = list(zip(*rows, strict=True))
+    for t, position in enumerate(positions):
+        _check_position(op, t, position)
+    return positions
+
+
+def _check_position(op: str, t: int, position: Sequence[Tensor | None]) -> None:
+    first: tuple[int, Tensor] | None = None
+    for i, g in enumerate(position):
+        if g is None:
+            continue
+        here = f"{op}: grads[{i}][{t}]"
+        if not isinstance(g, Tensor):
+            raise TypeError(f"{here} is a {type(g).__name__}; pass a tensor or None")
+        if g.layout is not torch.strided:
+            raise ValueError(f"{here} is sparse, which is not supported; pass .to_dense()")
+        if not g.is_floating_point():
+            raise ValueError(f"{here} is {g.dtype}; pass a floating-point tensor (view_as_real for a complex one)")
+        if first is None:
+            first = (i, g)
+            continue
+        for what, got, expected in (
+            ("shape", tuple(g.shape), tuple(first[1].shape)),
+            ("dtype", g.dtype, first[1].dtype),
+            ("device", g.device, first[1].device),
+        ):
+            if got != expected:
+                raise ValueError(
+                    f"{here} has {what} {got}, expected {expected} as grads[{first[0]}][{t}]; "
+                    "pass gradients of the same parameters in the same order"
+                )
+
+
+def check_out(grads: Sequence[GradientList], out: Sequence[Tensor]) -> None:
+    """Refuse an `out` that does not fit the gradients.
+
+    Raises:
+        ValueError: says which tensor and what was expected.
+    """
+    if len(out) != len(grads[0]):
+        raise ValueError(f"combine: out has {len(out)} tensors, expected {len(grads[0])} as grads[0]")
+    for t, target in enumerate(out):
+        like = next(row[t] for row in grads if row[t] is not None)
+        assert like is not None
+        if target.shape != like.shape or target.dtype != like.dtype or target.device != like.device:
+            raise ValueError(
+                f"combine: out[{t}] is {tuple(target.shape)} {target.dtype} on {target.device}, expected "
+                f"{tuple(like.shape)} {like.dtype} on {like.device} as the gradients"
+            )

@@ -1,0 +1,167 @@
+"""Collecting K gradient sets: one backward pass per objective, each into a set of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+Losses = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+
+
+class GradientSets:
+    """K gradients of the same parameters, and the values of the K objectives they belong to.
+
+    Gradients stay as autograd made them; several calls of `collect` add up, in gradients and in losses, so
+    that the gradient of log of the summed loss is right under accumulation.
+
+    Attributes:
+        names: the objectives' names, in their order.
+        losses: [K] float64, summed over the calls; None before the first.
+        rows: parameter -> its K gradients, None for an objective that does not reach it.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.names: tuple[str, ...] = ()
+        self.losses: Tensor | None = None
+        self.rows: dict[Tensor, list[Tensor | None]] = {}
+
+    def zero(self) -> None:
+        """Forget the losses, but keep the gradients' memory, filled with zeros."""
+        self.losses = None
+        held = [g for row in self.rows.values() for g in row if g is not None]
+        if held:
+            torch._foreach_zero_(held)
+
+    def collect(
+        self,
+        losses: Losses,
+        params: Sequence[Tensor],
+        *,
+        positive: bool = True,
+        retain_graph: bool = False,
+        inputs: Sequence[Tensor] | None = None,
+        op: str = "backward",
+    ) -> None:
+        """Run one backward pass per objective and add its gradients to its set.
+
+        While objective i runs, each parameter's `.grad` is its gradient in set i, so autograd accumulates in
+        place and its hooks fire; afterwards `.grad` is what it was. Other parameters than `params` get what
+        plain backward calls give them.
+
+        Args:
+            losses: K scalar tensors, by position or by name; a single tensor is one objective.
+            params: leaf tensors whose gradients are collected.
+            positive: refuse losses that are not positive (log-gradients divide by them).
+            retain_graph: keep the graph after the last pass too.
+            inputs: restrict the passes to these leaves, as in `torch.autograd.backward`.
+            op: what error messages call this.
+
+        Raises:
+            TypeError, ValueError: a bad loss or a sparse gradient; says which and what to do. Nothing but the
+                gradient sets has changed: those are as before for a bad loss and empty after any later failure.
+
+        Effects: losses on the CPU are checked here; those on another device are not read, so that nothing stalls.
+        """
+        names, values = named_losses(losses, op)
+        for name, value in zip(names, values, strict=True):
+            _check_loss(name, value, positive, op)
+        if self.losses is not None and names != self.names:
+            raise ValueError(
+                f"{op}: losses are {_listed(names)}, but the gradients gathered so far belong to "
+                f"{_listed(self.names)}; call step() and zero_grad() before the objectives change"
+            )
+        if self.rows and len(names) != len(self.names):
+            self.clear()
+
+        K = len(values)
+        users = [p.grad for p in params]
+        rows = [self.rows.setdefault(p, [None] * K) for p in params]
+        try:
+            for i, value in enumerate(values):
+                for p, row in zip(params, rows, strict=True):
+                    p.grad = row[i]
+                value.backward(retain_graph=retain_graph or i < K - 1, inputs=inputs)
+                for p, row in zip(params, rows, strict=True):
+                    row[i] = p.grad
+            _check_dense(params, rows, names, op)
+        except BaseException:
+            self.clear()  # some sets may hold half a pass
+            raise
+        finally:
+            for p, grad in zip(params, users, strict=True):
+                p.grad = grad
+        total = torch.stack([v.detach().reshape(()).to(values[0].device, torch.float64) for v in values])
+        self.losses = total if self.losses is None else self.losses + total
+        self.names = names
+
+
+def named_losses(losses: Losses, op: str) -> tuple[tuple[str, ...], list[Tensor]]:
+    """The objectives' names ("0", "1", ... for a sequence) and tensors.
+
+    Raises:
+        TypeError: `losses` is neither a mapping nor a sequence of tensors.
+        ValueError: it is empty.
+    """
+    if isinstance(losses, Tensor) and losses.dim() == 0:
+        losses = [losses]
+    if isinstance(losses, Mapping):
+        names, values = tuple(map(str, losses.keys())), list(losses.values())
+    elif isinstance(losses, (Sequence, Tensor)) and not isinstance(losses, str):
+        values = list(losses)
+        names = tuple(map(str, range(len(values))))
+    else:
+        raise TypeError(
+            f"{op}: losses is a {type(losses).__name__}; pass a list of scalar tensors, or a dict from names to them"
+        )
+    if not values:
+        raise ValueError(f"{op}: losses is empty; pass at least one scalar tensor")
+    return names, values
+
+
+def _check_loss(name: str, loss: Tensor, positive: bool, op: str) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"{op}: losses[{name!r}] is a {type(loss).__name__}; pass the loss tensor itself, before .item()")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"{op}: losses[{name!r}] has shape {tuple(loss.shape)}, expected a scalar; reduce it with .mean() or .sum()"
+        )
+    if loss.is_complex():
+        raise ValueError(f"{op}: losses[{name!r}] is complex; take its real part or its absolute value")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{op}: losses[{name!r}] needs no gradient; compute it from the parameters, outside no_grad, "
+            "without detach()"
+        )
+    if loss.device.type != "cpu":
+        return
+    value = loss.item()
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{op}: losses[{name!r}] is {value}, not finite; leave this batch out or lower the learning rate")
+    if positive and value <= 0:
+        raise ValueError(
+            f"{op}: losses[{name!r}] is {value}, but log-gradients need a positive loss; shift the loss by its lower "
+            "bound, leave an empty objective out of losses, or weigh raw gradients with "
+            "weighting=DTO(log_gradients=False)"
+        )
+
+
+def _check_dense(
+    params: Sequence[Tensor], rows: Sequence[Sequence[Tensor | None]], names: Sequence[str], op: str
+) -> None:
+    for index, row in enumerate(rows):
+        for name, gradient in zip(names, row, strict=True):
+            if gradient is not None and gradient.layout is not torch.strided:
+                raise ValueError(
+                    f"{op}: the gradient of objective {name!r} for parameter {index} {tuple(params[index].shape)} is "
+                    "sparse, which is not supported; build the embedding with sparse=False"
+                )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return "[" + ", ".join(names) + "]"

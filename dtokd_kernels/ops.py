@@ -1,0 +1,227 @@
+"""The four operations between gradients and step, each usable alone: gram, min_norm_weights, balance, combine.
+
+Here arguments are checked and tensors that may share a kernel call are grouped; `backends` says who computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .checks import GradientList, check_gram, check_lists, check_options, check_out
+from .types import Balance, Rescale, Weighting
+
+#: Tensors that one kernel call can take: which objectives reach them, and a list for each of these.
+Group = tuple[tuple[int, ...], list[list[Tensor]]]
+
+
+def gram(grads: Sequence[GradientList], *, backend: str | None = None) -> Tensor:
+    """Inner products of K gradients, each a list of tensors.
+
+    Source: DTO-KD (ICLR 2026), Eq. 13-15.
+
+    Args:
+        grads: K lists of tensors, any shapes and float dtypes, the same position by position; None counts as zero.
+        backend: the implementation to use; default: the best for the device.
+
+    Returns:
+        [K, K] float64 on the gradients' device (the first tensor's, if there are several), symmetric; exactly 0
+        in the rows of an objective without gradients.
+
+    Raises:
+        TypeError, ValueError: lists of different lengths; tensors of different shapes, dtypes or devices at one
+            position; sparse, complex or integer tensors; no tensor at all.
+
+    Numerics: products and sums in float64, summed in a fixed order: the same bits for any number of threads.
+    Effects: no host sync; mutates nothing; not differentiable.
+
+    Example:
+        >>> import torch, dtokd_kernels as dk
+        >>> dk.gram([[torch.tensor([-4.0, 1.0, 1.0])], [torch.tensor([6.0, 1.0, 1.0])]])
+        tensor([[ 18., -22.],
+                [-22.,  38.]], dtype=torch.float64)
+    """
+    groups = list(_group_positions("gram", grads).values())
+    if not groups:
+        raise ValueError("gram: grads holds no tensor; pass at least one gradient that is not None")
+    with torch.no_grad():
+        return gram_of_groups([group for group, _ in groups], len(grads), backend)
+
+
+def gram_of_groups(groups: Iterable[Group], K: int, backend: str | None = None) -> Tensor:
+    """Gram matrix over groups of tensors, unchecked: the optimizers' way into `gram`."""
+    total: Tensor | None = None
+    for reach, lists in groups:
+        device = lists[0][0].device
+        part = backends.select(device, backend).gram(lists)
+        if len(reach) != K:
+            index = torch.tensor(reach, device=device)
+            whole = part.new_zeros(K, K)
+            whole[index[:, None], index[None, :]] = part
+            part = whole
+        total = part if total is None else total + part.to(total.device)
+    assert total is not None
+    return total
+
+
+def min_norm_weights(gram: Tensor, clamp: bool = True, *, present: Tensor | None = None) -> Tensor:
+    """Weights of the shortest convex combination of K gradients.
+
+    Source: DTO-KD (ICLR 2026), Eq. 9-12; exact for K up to 8 by trying every face of the simplex.
+
+    Args:
+        gram: [K, K], symmetric, any float dtype, 1 <= K <= 8.
+        clamp: False lets weights leave the simplex: the affine solution, Eq. 11 as printed.
+        present: [K] bool, objectives that may have a weight; default: all. (A zero gradient that is present takes
+            all the weight, as it is the shortest; `balance` leaves it out.)
+
+    Returns:
+        [K] float64 on the Gram's device, sums to 1. Equal gradients share equally.
+
+    Raises:
+        ValueError: `gram` is not [K, K] with 1 <= K <= 8.
+
+    Numerics: float64. Where gradients are nearly parallel the weights are ill-conditioned, the combination is not.
+    Effects: no host sync; mutates nothing; not differentiable.
+
+    Example:
+        >>> import torch, dtokd_kernels as dk
+        >>> dk.min_norm_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]))
+        tensor([0.6000, 0.4000], dtype=torch.float64)
+    """
+    check_gram("min_norm_weights", gram)
+    with torch.no_grad():
+        return backends.select(gram.device).min_norm_weights(gram, clamp, present)
+
+
+def balance(
+    gram: Tensor,
+    losses: Tensor | Sequence[float],
+    weighting: Weighting | None = None,
+    *,
+    max_norm: float | None = None,
+    rescale: Rescale = "none",
+    loss_floor: float = 1e-8,
+) -> Balance:
+    """From the Gram matrix of the raw gradients to what multiplies them.
+
+    Source: DTO-KD (ICLR 2026), Eq. 8-12; clipping and rescaling as in FAMO (NeurIPS 2023).
+
+    Args:
+        gram: [K, K], of raw gradients (`gram`).
+        losses: [K], the objectives' values.
+        weighting: default `DTO()`; any callable (gram [K, K], losses [K]) -> weights [K] or gram -> weights. It gets
+            the Gram of the log-gradients, or the raw one if it has `log_gradients = False`.
+        max_norm: clip the combined direction to this norm.
+        rescale: "none" (the paper) or "sum": coefficients divided by their sum.
+        loss_floor: smallest loss divided by.
+
+    Returns:
+        A `Balance`. An objective whose gradient is exactly zero has weight 0.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown `rescale`, a `max_norm` or `loss_floor` that is not positive.
+
+    Effects: no host sync; mutates nothing. A loss that is not positive, or anything not finite, sets `skipped`.
+
+    Example:
+        >>> import torch, dtokd_kernels as dk
+        >>> b = dk.balance(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]), torch.tensor([1.0, 1.0]))
+        >>> b.weights, b.norm
+        (tensor([0.6000, 0.4000], dtype=torch.float64), tensor(1.4142, dtype=torch.float64))
+    """
+    K = check_gram("balance", gram)
+    losses = torch.as_tensor(losses, device=gram.device)
+    if losses.shape != (K,):
+        raise ValueError(f"balance: losses has shape {tuple(losses.shape)}, expected ({K},) as gram is {K} x {K}")
+    weighting = check_options("balance", weighting, max_norm, rescale, loss_floor)
+    with torch.no_grad():
+        return backends.select(gram.device).balance(
+            gram, losses, weighting, max_norm=max_norm, rescale=rescale, loss_floor=loss_floor
+        )
+
+
+def combine(
+    grads: Sequence[GradientList],
+    coefficients: Tensor | Sequence[float],
+    out: Sequence[Tensor] | None = None,
+    *,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """The combined gradient sum_i c_i g_i, in one read of the gradients.
+
+    Args:
+        grads: K lists of tensors, the same shapes, dtypes and devices position by position; None counts as zero.
+        coefficients: [K].
+        out: tensors to write to, one per position; may be one of the K lists, for a combination in place.
+        backend: the implementation to use; default: the best for the device.
+
+    Returns:
+        One tensor per position, in the gradients' dtype; `out` if given.
+
+    Raises:
+        TypeError, ValueError: as `gram`; also a position without any tensor, or an `out` that does not fit.
+
+    Numerics: summed in float32, or float64 for float64 gradients.
+    Effects: no host sync.
+
+    Example:
+        >>> import torch, dtokd_kernels as dk
+        >>> dk.combine([[torch.tensor([-4.0, 1.0])], [torch.tensor([6.0, 1.0])]], [0.6, 0.4])
+        [tensor([0., 1.])]
+    """
+    groups = _group_positions("combine", grads)
+    positions = len(grads[0])
+    covered = sum(len(where) for _, where in groups.values())
+    if covered != positions:
+        empty = next(i for i in range(positions) if all(row[i] is None for row in grads))
+        raise ValueError(f"combine: position {empty} is None in all grads; leave it out")
+    result: list[Any] = [None] * positions
+    if out is not None:
+        check_out(grads, out)
+        result = list(out)
+    for (reach, lists), where in groups.values():
+        device = lists[0][0].device
+        chosen = torch.as_tensor(coefficients).to(device, torch.float64)
+        if chosen.shape != (len(grads),):
+            raise ValueError(f"combine: coefficients has shape {tuple(chosen.shape)}, expected ({len(grads)},)")
+        targets = None if out is None else [out[i] for i in where]
+        with torch.no_grad():
+            values = backends.select(device, backend).combine(lists, of_reach(chosen, reach), targets)
+        for i, value in zip(where, values, strict=True):
+            result[i] = value
+    return result
+
+
+def of_reach(coefficients: Tensor, reach: tuple[int, ...]) -> Tensor:
+    """Coefficients [len(reach)] of the objectives in `reach`, without a host sync."""
+    if len(reach) == len(coefficients):
+        return coefficients
+    return torch.stack([coefficients[i] for i in reach])
+
+
+def _group_positions(op: str, grads: Sequence[GradientList]) -> dict[Any, tuple[Group, list[int]]]:
+    return group_rows(check_lists(op, grads))
+
+
+def group_rows(rows: Iterable[Sequence[Tensor | None]]) -> dict[Any, tuple[Group, list[int]]]:
+    """Group positions by which objectives reach them, device and dtype: (reach, lists) and their indices."""
+    groups: dict[Any, tuple[Group, list[int]]] = {}
+    for t, row in enumerate(rows):
+        reach = tuple([i for i, g in enumerate(row) if g is not None])
+        if not reach:
+            continue
+        first = row[reach[0]]
+        assert first is not None
+        key = (reach, first.device, first.dtype)
+        if key not in groups:
+            groups[key] = ((reach, [[] for _ in reach]), [])
+        (_, lists), where = groups[key]
+        for values, i in zip(lists, reach, strict=True):
+            values.append(row[i])  # type: ignore[arg-type]
+        where.append(t)
+    return groups

@@ -1,0 +1,345 @@
+"""DTO-KD in plain PyTorch: the definition of truth, and the fallback on any device.
+
+The way of the data, one function an arrow::
+
+    gradients --gram--> G --balance (min_norm_weights)--> coefficients --adamw_step | sgd_step | combine--> update
+
+Equation numbers are those of Hayder et al., "DTO-KD: Dynamic Trade-off Optimization for Effective Knowledge
+Distillation", ICLR 2026. Nothing here stalls the device: every decision is a tensor. Every kernel is compared
+with this file, run in float64.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .types import Balance, Rescale, Weighting
+
+GradientList = Sequence[Tensor | None]
+
+#: ||g_i - g_j||^2 below this share of ||g_i||^2 + ||g_j||^2 is rounding of the float64 Gram: the two are equal.
+EQUAL = 1e-13
+
+
+def gram(grads: Sequence[GradientList]) -> Tensor:
+    """Gram matrix G_ij = <g_i, g_j> of K gradients, each a list of tensors (Eq. 13-15).
+
+    Args:
+        grads: K lists of tensors of one shape position by position; None counts as zero.
+
+    Returns:
+        [K, K] float64 on the gradients' device.
+    """
+    device = next(g.device for row in grads for g in row if g is not None)
+    total = torch.zeros(len(grads), len(grads), dtype=torch.float64, device=device)
+    for position in zip(*grads, strict=True):
+        for i, j in itertools.combinations_with_replacement(range(len(grads)), 2):
+            if position[i] is not None and position[j] is not None:
+                product = (position[i].double() * position[j].double()).sum().to(device)
+                total[i, j] += product
+                if i != j:
+                    total[j, i] += product
+    return total
+
+
+def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
+    """Weights of the shortest convex combination: argmin over the simplex of 1/2 pi^T G pi (Eq. 9, 10).
+
+    The minimum lies inside some face of the simplex, where it is the projection of the origin on the affine
+    hull of the face's gradients: solve every face, keep the best that has no negative weight. For K = 2 the
+    faces are the two ends and the segment of Eq. 11 and 12.
+
+    Args:
+        gram: [K, K] symmetric, K <= 8.
+        clamp: False drops the sign constraint: the affine solution, Eq. 11 as printed.
+        present: [K] bool; the others get weight 0. Default: all.
+
+    Returns:
+        [K] float64, sums to 1 (all zero if nothing is present). Equal gradients share their weight equally.
+    """
+    K = len(gram)
+    gram = gram.double()
+    if present is None:
+        present = torch.ones(K, dtype=torch.bool, device=gram.device)
+    squares = gram.diagonal()
+    distances = squares[:, None] + squares[None, :] - 2 * gram  # ||g_i - g_j||^2
+    floor = EQUAL * (squares[:, None] + squares[None, :])
+
+    best_value = torch.full((), torch.inf, dtype=torch.float64, device=gram.device)
+    best = torch.zeros(K, dtype=torch.float64, device=gram.device)
+    for face in faces(K):
+        weights, solvable = _project_on_affine_hull(gram, floor, face)
+        allowed = solvable & present[list(face)].all()
+        if clamp:
+            allowed = allowed & (weights >= 0).all()
+            value = weights @ gram @ weights
+        else:  # the widest face that has a solution: all objectives, but for equal gradients
+            value = gram.new_full((), -len(face))
+        better = allowed & (value < best_value)
+        best_value = torch.where(better, value, best_value)
+        best = torch.where(better, weights, best)
+
+    equal = (distances <= floor) & present[:, None] & present[None, :]
+    shared = equal.double() @ best / equal.sum(1).clamp(min=1)
+    return torch.where(present, shared, 0.0)
+
+
+def faces(K: int) -> list[tuple[int, ...]]:
+    """Faces of the simplex with K corners, each the tuple of its corners, in the order of their bit masks."""
+    return [tuple(i for i in range(K) if mask >> i & 1) for mask in range(1, 1 << K)]
+
+
+def _project_on_affine_hull(gram: Tensor, floor: Tensor, face: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Weights [K] of the point nearest the origin in the affine hull of a face; False if its corners coincide.
+
+    With corner r as base and d_j = g_j - g_r the condition <d_j, g_r + sum_k t_k d_k> = 0 is the system
+    D t = -<d_j, g_r>, solved by elimination. For K = 2 this is Eq. 11: pi_2 = <g_1, g_1 - g_2> / ||g_1 - g_2||^2.
+    """
+    base, others = face[0], list(face[1:])
+    weights = torch.zeros_like(gram[0])
+    solvable = torch.ones((), dtype=torch.bool, device=gram.device)
+    n = len(others)
+    D = gram[others][:, others] - gram[others, base][:, None] - gram[base, others][None, :] + gram[base, base]
+    t = gram[base, base] - gram[others, base]
+    D, t = D.clone(), t.clone()
+    scale = [floor[base, j] for j in others]
+    for i in range(n):
+        solvable = solvable & (D[i, i] > scale[i])
+        pivot = torch.where(D[i, i] > scale[i], D[i, i], 1.0)
+        for k in range(i + 1, n):
+            factor = D[k, i] / pivot
+            D[k] -= factor * D[i]
+            t[k] -= factor * t[i]
+    for i in reversed(range(n)):
+        pivot = torch.where(D[i, i] > scale[i], D[i, i], 1.0)
+        t[i] = (t[i] - D[i, i + 1 :] @ t[i + 1 :]) / pivot
+    weights[others] = t
+    weights[base] = 1 - t.sum()
+    return weights, solvable
+
+
+def balance(
+    gram: Tensor,
+    losses: Tensor,
+    weighting: Weighting,
+    *,
+    max_norm: float | None = None,
+    rescale: Rescale = "none",
+    loss_floor: float = 1e-8,
+    private_gram: Tensor | None = None,
+    plain_gram: Tensor | None = None,
+) -> Balance:
+    """From the Gram matrix to the numbers that multiply the raw gradients.
+
+    Log-gradients are g_i / L_i (Eq. 8), so their Gram matrix is G_ij / (L_i L_j) and log L is never
+    differentiated: with u_i = 1 / max(L_i, loss_floor),
+
+        pi = weighting(u_i u_j G_ij),   d = sum_i pi_i u_i g_i,   ||d||^2 = c^T G c  with  c_i = pi_i u_i.
+
+    Args:
+        gram: [K, K] float64, raw gradients of the balanced parameters.
+        losses: [K] values of the objectives.
+        weighting: a callable from (Gram [K, K], losses [K]), or from the Gram alone, to weights [K]. Its
+            attribute `log_gradients` (default True) says whether it weighs log-gradients or raw ones (u = 1).
+        max_norm: clip the combined direction to this norm, as `torch.nn.utils.clip_grad_norm_` does.
+        rescale: "sum" divides the coefficients by their sum, so that the direction stays and the step's size
+            is that of a weighted sum of the losses; "none" is the paper.
+        loss_floor: smallest loss divided by.
+        private_gram: [K, K], over parameters that only some objectives reach; they take their own objectives'
+            gradients at weight 1 (u_i with rescale "none").
+        plain_gram: [K, K], over parameters outside the balance: they take the sum of the gradients.
+
+    Returns:
+        The `Balance`.
+    """
+    gram = gram.double()
+    losses = losses.to(gram.device, torch.float64)
+    zeros = torch.zeros_like(gram)
+    private_gram = zeros if private_gram is None else private_gram.to(gram.device)
+    plain_gram = zeros if plain_gram is None else plain_gram.to(gram.device)
+    ones = torch.ones_like(losses)
+    logarithmic = getattr(weighting, "log_gradients", True)
+    scale = 1 / losses.clamp(min=loss_floor) if logarithmic else ones
+
+    present = gram.diagonal() > 0
+    log_gram = scale[:, None] * gram * scale[None, :]
+    weights = call_weighting(weighting, log_gram, losses, present)
+
+    coefficients = weights * scale
+    private_coefficients = scale
+    if rescale == "sum":
+        total = coefficients.sum()
+        coefficients = coefficients / torch.where(total > 0, total, 1.0)
+        private_coefficients = ones
+    table = [coefficients, private_coefficients, ones]
+    squares = [c @ G @ c for c, G in zip(table, (gram, private_gram, plain_gram), strict=True)]
+    norm = (squares[0].clamp(min=0) + squares[1].clamp(min=0) + squares[2].clamp(min=0)).sqrt()
+    if max_norm is not None:
+        clip = (max_norm / (norm + 1e-6)).clamp(max=1)
+        table = [c * clip for c in table]
+
+    everything = gram.diagonal() + private_gram.diagonal() + plain_gram.diagonal()
+    skipped = ~(norm.isfinite() & everything.isfinite().all() & losses.isfinite().all() & weights.isfinite().all())
+    skipped = skipped | (everything == 0).all()
+    if logarithmic:
+        skipped = skipped | (losses <= 0).any()
+    norms = gram.diagonal().sqrt()
+    lengths = norms[:, None] * norms[None, :]
+    return Balance(
+        weights=weights,
+        coefficients=table[0],
+        gram=gram,
+        cosine=torch.where(lengths > 0, gram / torch.where(lengths > 0, lengths, 1.0), 0.0),
+        norms=norms,
+        norm=norm,
+        vertex=(present & (weights == 0)).any(),
+        skipped=skipped,
+        private_coefficients=table[1],
+        plain_coefficients=table[2],
+    )
+
+
+def call_weighting(weighting: Weighting, gram: Tensor, losses: Tensor, present: Tensor) -> Tensor:
+    """Weights [K] float64 from any weighting; an objective without a gradient gets weight 0."""
+    weights = weighting(gram, losses) if takes_losses(weighting) else weighting(gram)
+    return torch.where(present, weights.to(gram.device, torch.float64), 0.0)
+
+
+def takes_losses(weighting: Weighting) -> bool:
+    """Whether a weighting is called with (gram, losses) rather than with the Gram alone, as TorchJD's are."""
+    forward = getattr(weighting, "forward", weighting)
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except ValueError:  # a builtin without a signature
+        return True
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    return len(required) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+def combine(
+    grads: Sequence[GradientList], coefficients: Tensor, out: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """d = sum_i c_i g_i, tensor by tensor (Eq. 10), summed in float32 or better.
+
+    Args:
+        grads: K lists of tensors; None counts as zero, but each position has at least one tensor.
+        coefficients: [K].
+        out: tensors to write to; may be one of the K lists.
+
+    Returns:
+        A list of tensors with the gradients' shapes and dtypes.
+    """
+    combined = [_combine_one(position, coefficients) for position in zip(*grads, strict=True)]
+    if out is None:
+        return combined
+    for target, value in zip(out, combined, strict=True):
+        target.copy_(value)
+    return list(out)
+
+
+def _combine_one(position: Sequence[Tensor | None], coefficients: Tensor) -> Tensor:
+    first = next(g for g in position if g is not None)
+    opmath = torch.promote_types(first.dtype, torch.float32)
+    total = torch.zeros_like(first, dtype=opmath)
+    for gradient, coefficient in zip(position, coefficients.to(first.device, opmath), strict=True):
+        if gradient is not None:
+            total += coefficient * gradient
+    return total.to(first.dtype)
+
+
+@torch.no_grad()
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    coefficients: Tensor,
+    skipped: Tensor,
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    amsgrad: bool,
+    maximize: bool,
+) -> None:
+    """AdamW (Loshchilov and Hutter, 2019) on d = sum_i c_i g_i, in place; changes nothing where `skipped`.
+
+    Args:
+        params: the parameters; `exp_avgs`, `exp_avg_sqs` and, with amsgrad, `max_exp_avg_sqs` have their shapes.
+        grads: K lists of gradients.
+        state_steps: scalar tensors, how many steps each parameter has taken; counted up by one.
+        coefficients: [K], what multiplies the raw gradients.
+        skipped: scalar bool.
+    """
+    coefficients = -coefficients if maximize else coefficients
+    for i, p in enumerate(params):
+        skip = skipped.to(p.device)
+        opmath = torch.promote_types(p.dtype, torch.float32)
+        g = _combine_one([g[i].to(opmath) for g in grads], coefficients)
+        t = state_steps[i] + 1
+        m = exp_avgs[i].to(opmath).lerp(g, 1 - beta1)
+        v = beta2 * exp_avg_sqs[i].to(opmath) + (1 - beta2) * g * g
+        correction1 = 1 - beta1 ** t.double()
+        correction2 = 1 - beta2 ** t.double()
+        largest = v
+        if amsgrad:
+            largest = torch.maximum(max_exp_avg_sqs[i].to(opmath), v)
+            _assign(max_exp_avg_sqs[i], largest, skip)
+        denominator = largest.sqrt() / correction2.sqrt().to(p.device, opmath) + eps
+        step_size = (lr / correction1).to(p.device, opmath)
+        _assign(p, p.to(opmath) * (1 - lr * weight_decay) - step_size * m / denominator, skip)
+        _assign(exp_avgs[i], m, skip)
+        _assign(exp_avg_sqs[i], v, skip)
+        _assign(state_steps[i], t, skip.to(t.device))
+
+
+@torch.no_grad()
+def sgd_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
+    momentum_buffers: Sequence[Tensor],
+    coefficients: Tensor,
+    skipped: Tensor,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first: bool,
+) -> None:
+    """SGD as torch does it on d = sum_i c_i g_i, in place; changes nothing where `skipped`.
+
+    Args:
+        params: the parameters; with momentum, `momentum_buffers` have their shapes.
+        grads: K lists of gradients.
+        coefficients: [K], what multiplies the raw gradients.
+        skipped: scalar bool.
+        first: the buffers hold nothing yet and start as the direction itself, undampened.
+    """
+    coefficients = -coefficients if maximize else coefficients
+    for i, p in enumerate(params):
+        skip = skipped.to(p.device)
+        opmath = torch.promote_types(p.dtype, torch.float32)
+        old = p.to(opmath)
+        g = _combine_one([g[i].to(opmath) for g in grads], coefficients) + weight_decay * old
+        if momentum != 0:
+            buffer = g if first else momentum * momentum_buffers[i].to(opmath) + (1 - dampening) * g
+            g = g + momentum * buffer if nesterov else buffer
+            _assign(momentum_buffers[i], buffer, skip)
+        _assign(p, old - lr * g, skip)
+
+
+def _assign(target: Tensor, value: Tensor, skip: Tensor) -> None:
+    target.copy_(torch.where(skip, target, value.to(target.dtype)))

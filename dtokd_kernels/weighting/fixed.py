@@ -1,0 +1,50 @@
+"""Weights that do not depend on the gradients: the baselines to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A weighted sum of the losses (Eq. 3, 4), or of their logarithms.
+
+    Args:
+        weights: one number per objective; None weighs all by 1 / K.
+        log_gradients: weigh the gradients of log L_i instead of those of L_i.
+    """
+
+    weights: Sequence[float] | None = None
+    log_gradients: bool = False
+
+    def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
+        """The weights.
+
+        Args:
+            gram: [K, K]; only its size and device matter.
+            losses: not used.
+
+        Returns:
+            [K] float64 on the Gram's device.
+
+        Raises:
+            ValueError: there are not K weights.
+        """
+        K = len(gram)
+        if self.weights is None:
+            return gram.new_full((K,), 1 / K, dtype=torch.float64)
+        if len(self.weights) != K:
+            raise ValueError(f"Fixed: weights has {len(self.weights)} numbers for {K} objectives; give one each")
+        return torch.tensor(self.weights, dtype=torch.float64, device=gram.device)
+
+
+def LogSum() -> Fixed:
+    """Equal weights on the log-gradients: what the factor 1 / L_i does without any balancing.
+
+    Source: scale-invariant linear scalarization (Nash-MTL, ICML 2022); pi of DTO-KD frozen at 1 / K.
+    """
+    return Fixed(log_gradients=True)
