@@ -57,30 +57,38 @@ def backward(
         losses, params, positive=getattr(weighting, "log_gradients", True), retain_graph=retain_graph
     )
     K = len(sets.names)
-    reached = [p for p in params if any(g is not None for g in sets.rows[p])]
-    roles = {False: [], True: []}  # type: dict[bool, list[Tensor]]
-    for p in reached:
-        roles[private == "own" and any(g is None for g in sets.rows[p])].append(p)
+    own = private == "own"
+    members: dict[bool, list[int]] = {False: [], True: []}  # shared and private parameters that are reached
+    rows = list(zip(*sets.grads, strict=True))
+    for index, row in enumerate(rows):
+        if any(g is not None for g in row):
+            members[own and any(g is None for g in row)].append(index)
+    groups = {role: group_rows([rows[i] for i in where]) for role, where in members.items()}
+    assert sets.losses is not None
     with torch.no_grad():
-        device = sets.losses.device if sets.losses is not None else None
-        grams = []
-        for members in roles.values():
-            groups = group_rows([sets.rows[p] for p in members])
-            grams.append(gram_of_groups([g for g, _ in groups.values()], K) if members else None)
-        shared_gram = grams[0] if grams[0] is not None else torch.zeros(K, K, dtype=torch.float64, device=device)
-        record = backends.select(shared_gram.device).balance(
-            shared_gram, sets.losses, weighting,
-            max_norm=max_norm, rescale=rescale, loss_floor=loss_floor, private_gram=grams[1],
-        )  # fmt: skip
+        grams = {role: gram_of_groups([g for g, _ in found.values()], K) for role, found in groups.items() if found}
+        shared = grams.get(False)
+        if shared is None:
+            shared = torch.zeros(K, K, dtype=torch.float64, device=sets.losses.device)
+        record = backends.select(shared.device).balance(
+            shared,
+            sets.losses,
+            weighting,
+            max_norm=max_norm,
+            rescale=rescale,
+            loss_floor=loss_floor,
+            private_gram=grams.get(True),
+        )
         if record.skipped.device.type == "cpu" and record.skipped:
             return record
-        for is_private, members in roles.items():
-            coefficients = record.private_coefficients if is_private else record.coefficients
-            for (reach, lists), where in group_rows([sets.rows[p] for p in members]).values():
-                chosen = of_reach(coefficients.to(lists[0][0].device), reach)
-                values = backends.select(lists[0][0].device).combine(lists, chosen, lists[0])
+        for role, found in groups.items():
+            coefficients = record.private_coefficients if role else record.coefficients
+            for (reach, lists), where in found.values():
+                device = lists[0][0].device
+                chosen = of_reach(coefficients.to(device), reach)
+                values = backends.select(device).combine(lists, chosen, lists[0])
                 for i, value in zip(where, values, strict=True):
-                    _add_to_grad(members[i], value, record.skipped)
+                    _add_to_grad(params[members[role][i]], value, record.skipped)
     return record
 
 

@@ -19,7 +19,7 @@ class GradientSets:
     Attributes:
         names: the objectives' names, in their order.
         losses: [K] float64, summed over the calls; None before the first.
-        rows: parameter -> its K gradients, None for an objective that does not reach it.
+        grads: K lists, one gradient per parameter; None where an objective does not reach it.
     """
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class GradientSets:
         """Forget everything."""
         self.names: tuple[str, ...] = ()
         self.losses: Tensor | None = None
-        self.rows: dict[Tensor, list[Tensor | None]] = {}
+        self.grads: list[list[Tensor | None]] = []
 
     def zero(self) -> None:
         """Forget the losses, but keep the gradients' memory, filled with zeros."""
         self.losses = None
-        held = [g for row in self.rows.values() for g in row if g is not None]
+        held = [g for row in self.grads for g in row if g is not None]
         if held:
             torch._foreach_zero_(held)
 
@@ -56,7 +56,7 @@ class GradientSets:
 
         Args:
             losses: K scalar tensors, by position or by name; a single tensor is one objective.
-            params: leaf tensors whose gradients are collected.
+            params: leaf tensors whose gradients are collected; the same in every call, but for more at the end.
             positive: refuse losses that are not positive (log-gradients divide by them).
             retain_graph: keep the graph after the last pass too.
             inputs: restrict the passes to these leaves, as in `torch.autograd.backward`.
@@ -76,20 +76,19 @@ class GradientSets:
                 f"{op}: losses are {_listed(names)}, but the gradients gathered so far belong to "
                 f"{_listed(self.names)}; call step() and zero_grad() before the objectives change"
             )
-        if self.rows and len(names) != len(self.names):
-            self.clear()
-
         K = len(values)
+        if len(self.grads) != K:
+            self.grads = [[] for _ in range(K)]
         users = [p.grad for p in params]
-        rows = [self.rows.setdefault(p, [None] * K) for p in params]
         try:
             for i, value in enumerate(values):
-                for p, row in zip(params, rows, strict=True):
-                    p.grad = row[i]
+                row = self.grads[i]
+                row.extend([None] * (len(params) - len(row)))
+                for p, grad in zip(params, row, strict=True):
+                    p.grad = grad
                 value.backward(retain_graph=retain_graph or i < K - 1, inputs=inputs)
-                for p, row in zip(params, rows, strict=True):
-                    row[i] = p.grad
-            _check_dense(params, rows, names, op)
+                self.grads[i] = [p.grad for p in params]
+                _check_dense(self.grads[i], names[i], op)
         except BaseException:
             self.clear()  # some sets may hold half a pass
             raise
@@ -151,16 +150,13 @@ def _check_loss(name: str, loss: Tensor, positive: bool, op: str) -> None:
         )
 
 
-def _check_dense(
-    params: Sequence[Tensor], rows: Sequence[Sequence[Tensor | None]], names: Sequence[str], op: str
-) -> None:
-    for index, row in enumerate(rows):
-        for name, gradient in zip(names, row, strict=True):
-            if gradient is not None and gradient.layout is not torch.strided:
-                raise ValueError(
-                    f"{op}: the gradient of objective {name!r} for parameter {index} {tuple(params[index].shape)} is "
-                    "sparse, which is not supported; build the embedding with sparse=False"
-                )
+def _check_dense(grads: Sequence[Tensor | None], name: str, op: str) -> None:
+    for index, gradient in enumerate(grads):
+        if gradient is not None and gradient.layout is not torch.strided:
+            raise ValueError(
+                f"{op}: the gradient of objective {name!r} for parameter {index} {tuple(gradient.shape)} is sparse, "
+                "which is not supported; build the embedding with sparse=False"
+            )
 
 
 def _listed(names: Sequence[str]) -> str:

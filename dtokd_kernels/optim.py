@@ -44,11 +44,11 @@ class _Bucket:
     role: int
     reach: tuple[int, ...]
     params: list[Tensor]
-    lists: list[list[Tensor]]
+    positions: list[int]  # of the parameters, counted over all groups
 
-    @property
-    def gradients(self) -> Group:
-        return self.reach, self.lists
+    def gradients(self, grads: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor]]:
+        """The bucket's lists of gradients, one per objective that reaches it."""
+        return [[grads[i][t] for t in self.positions] for i in self.reach]  # type: ignore[misc]
 
 
 class _Balanced(torch.optim.Optimizer):
@@ -76,6 +76,7 @@ class _Balanced(torch.optim.Optimizer):
         self._sets = GradientSets()
         self._balance: Balance | None = None
         self._skipped_steps: Tensor | None = None
+        self._plan: tuple[Any, list[_Bucket]] | None = None
 
     @property
     def balance(self) -> Balance | None:
@@ -111,7 +112,7 @@ class _Balanced(torch.optim.Optimizer):
         """
         self._sets.collect(
             losses,
-            [p for group in self.param_groups for p in group["params"] if p.requires_grad],
+            [p for group in self.param_groups for p in group["params"]],
             positive=getattr(self._options.weighting, "log_gradients", True),
             retain_graph=retain_graph,
             inputs=inputs,
@@ -144,17 +145,18 @@ class _Balanced(torch.optim.Optimizer):
                 "(not loss.backward())"
             )
         buckets = self._buckets()
-        record = self._balance = self._solve(buckets)
+        lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
+        record = self._balance = self._solve(buckets, lists)
         skipped = record.skipped
-        count = skipped.long()
-        self._skipped_steps = count if self._skipped_steps is None else self._skipped_steps + count
+        self._skipped_steps = skipped.long() if self._skipped_steps is None else self._skipped_steps + skipped
         if skipped.device.type == "cpu" and skipped:
             return loss
         tables = (record.coefficients, record.private_coefficients, record.plain_coefficients)
-        # newest gradients first: those that the Gram pass read last are still in cache
-        for bucket in reversed(buckets):
-            coefficients = of_reach(tables[bucket.role], bucket.reach)
-            self._update(bucket, coefficients, skipped)
+        # last first: the Gram pass has read these gradients most recently, so they may still be in cache
+        for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True):
+            device = bucket.params[0].device
+            coefficients = of_reach(tables[bucket.role].to(device), bucket.reach)
+            self._update(bucket, grads, coefficients, skipped.to(device))
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -196,44 +198,52 @@ class _Balanced(torch.optim.Optimizer):
             group.setdefault("balance", True)
 
     def _buckets(self) -> list[_Bucket]:
-        rows = self._sets.rows
-        K = len(self._sets.names)
-        everyone = tuple(range(K))
-        own = self._options.private == "own"
+        """The buckets of this step; made anew only if groups, parameters or who is reached have changed."""
+        grads = self._sets.grads
+        key = (
+            [[g is None for g in row] for row in grads],
+            [
+                (id(group), group["balance"], [(id(p), p.dtype, p.device) for p in group["params"]])
+                for group in self.param_groups
+            ],
+        )
+        if self._plan is None or self._plan[0] != key:
+            self._plan = (key, self._make_buckets())
+        return self._plan[1]
+
+    def _make_buckets(self) -> list[_Bucket]:
         buckets: dict[Any, _Bucket] = {}
+        grads = self._sets.grads
+        everyone = tuple(range(len(grads)))
+        position = -1
         for index, group in enumerate(self.param_groups):
-            role_of_full = SHARED if group["balance"] else PLAIN
-            role_of_part = role_of_full if not (own and group["balance"]) else PRIVATE
             for p in group["params"]:
-                row = rows.get(p)
-                if row is None:
+                position += 1
+                reach = tuple(i for i, row in enumerate(grads) if position < len(row) and row[position] is not None)
+                if not reach:
                     continue
-                if None.__class__ in map(type, row):
-                    reach = tuple([i for i, g in enumerate(row) if g is not None])
-                    if not reach:
-                        continue
-                    role = role_of_part
+                if not group["balance"]:
+                    role = PLAIN
+                elif reach != everyone and self._options.private == "own":
+                    role = PRIVATE
                 else:
-                    reach, role = everyone, role_of_full
+                    role = SHARED
                 key = (index, role, reach, p.dtype, p.device)
-                bucket = buckets.get(key)
-                if bucket is None:
-                    bucket = buckets[key] = _Bucket(group, role, reach, [], [[] for _ in reach])
+                bucket = buckets.setdefault(key, _Bucket(group, role, reach, [], []))
                 bucket.params.append(p)
-                for values, i in zip(bucket.lists, reach, strict=True):
-                    values.append(row[i])  # type: ignore[arg-type]
+                bucket.positions.append(position)
         return list(buckets.values())
 
-    def _solve(self, buckets: list[_Bucket]) -> Balance:
+    def _solve(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> Balance:
         options = self._options
         losses = self._sets.losses
         assert losses is not None
         K = len(losses)
         grams: list[Tensor | None] = [None] * 3
         for role in (SHARED, PRIVATE, PLAIN):
-            members = _merged([b for b in buckets if b.role == role])
-            if members:
-                grams[role] = gram_of_groups(members, K, options.backend)
+            groups = _merged([(b, grads) for b, grads in zip(buckets, lists, strict=True) if b.role == role])
+            if groups:
+                grams[role] = gram_of_groups(groups, K, options.backend)
         shared = grams[SHARED]
         if shared is None:
             device = buckets[0].params[0].device if buckets else losses.device
@@ -249,21 +259,20 @@ class _Balanced(torch.optim.Optimizer):
             plain_gram=grams[PLAIN],
         )
 
-    def _update(self, bucket: _Bucket, coefficients: Tensor, skipped: Tensor) -> None:
+    def _update(
+        self, bucket: _Bucket, grads: list[list[Tensor]], coefficients: Tensor, skipped: Tensor
+    ) -> None:
         raise NotImplementedError
 
 
-def _merged(buckets: Iterable[_Bucket]) -> list[Group]:
+def _merged(members: Iterable[tuple[_Bucket, list[list[Tensor]]]]) -> list[Group]:
     """Groups of gradients over all parameter groups, so that the Gram takes as few calls as it can."""
     groups: dict[Any, Group] = {}
-    for bucket in buckets:
-        first = bucket.params[0]
-        key = (bucket.reach, first.dtype, first.device)
-        if key not in groups:
-            groups[key] = (bucket.reach, [list(values) for values in bucket.lists])
-        else:
-            for values, more in zip(groups[key][1], bucket.lists, strict=True):
-                values.extend(more)
+    for bucket, lists in members:
+        key = (bucket.reach, bucket.params[0].dtype, bucket.params[0].device)
+        if key in groups:
+            lists = [[*values, *more] for values, more in zip(groups[key][1], lists, strict=True)]
+        groups[key] = (bucket.reach, lists)
     return list(groups.values())
 
 
@@ -327,32 +336,28 @@ class DTOAdamW(_Balanced, torch.optim.AdamW):
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable
         )
 
-    def _update(self, bucket: _Bucket, coefficients: Tensor, skipped: Tensor) -> None:
-        group, device = bucket.group, bucket.params[0].device
-        exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps = [], [], [], []
-        for p in bucket.params:
-            state = self.state[p]
+    def _update(
+        self, bucket: _Bucket, grads: list[list[Tensor]], coefficients: Tensor, skipped: Tensor
+    ) -> None:
+        group = bucket.group
+        amsgrad = group["amsgrad"]
+        states = [self.state[p] for p in bucket.params]
+        for p, state in zip(bucket.params, states, strict=True):
             if not state:
-                state["step"] = torch.zeros(
-                    (), dtype=torch.float32, device=p.device if group["capturable"] else "cpu"
-                )
+                step_device = p.device if group["capturable"] else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            if group["amsgrad"] and "max_exp_avg_sq" not in state:
+            if amsgrad and "max_exp_avg_sq" not in state:
                 state["max_exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            exp_avgs.append(state["exp_avg"])
-            exp_avg_sqs.append(state["exp_avg_sq"])
-            state_steps.append(state["step"])
-            if group["amsgrad"]:
-                max_exp_avg_sqs.append(state["max_exp_avg_sq"])
         beta1, beta2 = group["betas"]
-        backends.select(device, self._options.backend).adamw_step(
+        backends.select(bucket.params[0].device, self._options.backend).adamw_step(
             bucket.params,
-            bucket.lists,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            state_steps,
+            grads,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["max_exp_avg_sq"] for state in states] if amsgrad else [],
+            [state["step"] for state in states],
             coefficients,
             skipped,
             lr=group["lr"],
@@ -360,7 +365,7 @@ class DTOAdamW(_Balanced, torch.optim.AdamW):
             beta2=beta2,
             weight_decay=group["weight_decay"],
             eps=group["eps"],
-            amsgrad=group["amsgrad"],
+            amsgrad=amsgrad,
             maximize=group["maximize"],
         )
 
@@ -409,7 +414,9 @@ class DTOSGD(_Balanced, torch.optim.SGD):
             self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize
         )
 
-    def _update(self, bucket: _Bucket, coefficients: Tensor, skipped: Tensor) -> None:
+    def _update(
+        self, bucket: _Bucket, grads: list[list[Tensor]], coefficients: Tensor, skipped: Tensor
+    ) -> None:
         group, device = bucket.group, bucket.params[0].device
         momentum = group["momentum"]
         implementation = backends.select(device, self._options.backend)
@@ -426,7 +433,7 @@ class DTOSGD(_Balanced, torch.optim.SGD):
                     buffers.append(state["momentum_buffer"])
             implementation.sgd_step(
                 params,
-                [[values[i] for i in chosen] for values in bucket.lists],
+                [[values[i] for i in chosen] for values in grads],
                 buffers,
                 coefficients,
                 skipped,

@@ -167,8 +167,7 @@ def balance(
     scale = 1 / losses.clamp(min=loss_floor) if logarithmic else ones
 
     present = gram.diagonal() > 0
-    log_gram = scale[:, None] * gram * scale[None, :]
-    weights = call_weighting(weighting, log_gram, losses, present)
+    weights = weigh(weighting, gram, losses, loss_floor)
 
     coefficients = weights * scale
     private_coefficients = scale
@@ -204,10 +203,13 @@ def balance(
     )
 
 
-def call_weighting(weighting: Weighting, gram: Tensor, losses: Tensor, present: Tensor) -> Tensor:
-    """Weights [K] float64 from any weighting; an objective without a gradient gets weight 0."""
+def weigh(weighting: Weighting, gram: Tensor, losses: Tensor, loss_floor: float = 1e-8) -> Tensor:
+    """Weights [K] float64 of any weighting from the raw Gram matrix; 0 for an objective without a gradient."""
+    if getattr(weighting, "log_gradients", True):
+        scale = 1 / losses.clamp(min=loss_floor)
+        gram = scale[:, None] * gram * scale[None, :]
     weights = weighting(gram, losses) if takes_losses(weighting) else weighting(gram)
-    return torch.where(present, weights.to(gram.device, torch.float64), 0.0)
+    return torch.where(gram.diagonal() > 0, weights.to(gram.device, torch.float64), 0.0)
 
 
 def takes_losses(weighting: Weighting) -> bool:

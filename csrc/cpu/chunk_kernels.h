@@ -1,0 +1,348 @@
+// The kernels of kernels.h over the vectors F32 and F64 of one instruction set. Included inside a
+// namespace, after these.
+
+// The vectors that elements of type T are computed in.
+template <class T>
+struct OpMath {
+  using V = F32;
+};
+template <>
+struct OpMath<double> {
+  using V = F64;
+};
+
+// ---- Gram ------------------------------------------------------------------------------------------
+// NOTE [Gram sums in float64]: products of float32, bf16 and f16 are exact in float64, and on a CPU the
+// sums cost no more than float32's, as memory is the limit. So nearly parallel gradients keep their
+// difference, and the same bits come out of every instruction set.
+
+// A chunk is summed in four parts, each with sums of its own, so that walking them side by side or one
+// after the other gives the same bits.
+constexpr int kParts = 4;
+constexpr int kStride = 16;  // elements per step: two F64
+
+template <class T, int K>
+struct GramSums {
+  F64 sum[2][triangle(K)];
+
+  GramSums() {
+    for (int half = 0; half < 2; ++half) {
+      for (int p = 0; p < triangle(K); ++p) sum[half][p] = F64::set(0);
+    }
+  }
+  DTOKD_HD void add(const T* const* g, int64_t at) {
+    for (int half = 0; half < 2; ++half) {
+      F64 x[K];
+      for (int i = 0; i < K; ++i) x[i] = F64::load(g[i] + at + 8 * half);
+      for (int i = 0, p = 0; i < K; ++i) {
+        for (int j = i; j < K; ++j, ++p) sum[half][p] = fma(x[i], x[j], sum[half][p]);
+      }
+    }
+  }
+  void reduce(double* sums) const {
+    for (int p = 0; p < triangle(K); ++p) {
+      double lane[8];
+      (sum[0][p] + sum[1][p]).store(lane);
+      sums[p] += ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
+                 ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+    }
+  }
+};
+
+// The last elements, fewer than a stride, copied to a stride's room behind zeros.
+template <class T>
+struct Padded {
+  T element[kStride];
+  Padded(const T* from, int64_t n) {
+    std::memset(element, 0, sizeof(element));
+    std::memcpy(element, from, n * sizeof(T));
+  }
+};
+
+template <class T, int K, int SideBySide>
+void gram_few(const T* const* g, int64_t n, double* sums) {
+  const int64_t part = n / kParts / kStride * kStride;
+  for (int first = 0; first < kParts; first += SideBySide) {
+    GramSums<T, K> parts[SideBySide];
+    for (int64_t i = 0; i < part; i += kStride) {
+      for (int s = 0; s < SideBySide; ++s) parts[s].add(g, (first + s) * part + i);
+    }
+    for (int s = 0; s < SideBySide; ++s) parts[s].reduce(sums);
+  }
+  GramSums<T, K> rest;
+  int64_t i = kParts * part;
+  for (; i + kStride <= n; i += kStride) rest.add(g, i);
+  if (i < n) {
+    T last[K][kStride];
+    const T* pointers[K];
+    for (int k = 0; k < K; ++k) {
+      const Padded<T> padded(g[k] + i, n - i);
+      std::memcpy(last[k], padded.element, sizeof(last[k]));
+      pointers[k] = last[k];
+    }
+    rest.add(pointers, 0);
+  }
+  rest.reduce(sums);
+}
+
+// Products of one gradient with `Columns` others over a block that stays in cache.
+template <class T, int Columns>
+void gram_row(const T* x, const T* const* others, int64_t n, double* const* sums) {
+  F64 sum[2][Columns];
+  for (int c = 0; c < Columns; ++c) sum[0][c] = sum[1][c] = F64::set(0);
+  const auto add = [&](const T* a, const T* const* b, int64_t at) {
+    for (int half = 0; half < 2; ++half) {
+      const F64 first = F64::load(a + at + 8 * half);
+      for (int c = 0; c < Columns; ++c) {
+        sum[half][c] = fma(first, F64::load(b[c] + at + 8 * half), sum[half][c]);
+      }
+    }
+  };
+  int64_t i = 0;
+  for (; i + kStride <= n; i += kStride) add(x, others, i);
+  if (i < n) {
+    const Padded<T> a(x + i, n - i);
+    T last[Columns][kStride];
+    const T* pointers[Columns];
+    for (int c = 0; c < Columns; ++c) {
+      const Padded<T> padded(others[c] + i, n - i);
+      std::memcpy(last[c], padded.element, sizeof(last[c]));
+      pointers[c] = last[c];
+    }
+    add(a.element, pointers, 0);
+  }
+  for (int c = 0; c < Columns; ++c) {
+    double lane[8];
+    (sum[0][c] + sum[1][c]).store(lane);
+    *sums[c] += ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
+                ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+  }
+}
+
+// Many gradients: too many sums for the registers. A block of each is read from memory once and then
+// again from cache, row by row of the triangle.
+template <class T>
+void gram_many(const T* const* g, int K, int64_t n, double* sums) {
+  constexpr int64_t kBlock = 2048;
+  for (int64_t start = 0; start < n; start += kBlock) {
+    const int64_t count = n - start < kBlock ? n - start : kBlock;
+    for (int i = 0, p = 0; i < K; ++i) {
+      for (int j = i; j < K;) {
+        const int columns = K - j < 4 ? K - j : 4;
+        const T* others[4];
+        double* targets[4];
+        for (int c = 0; c < columns; ++c) {
+          others[c] = g[j + c] + start;
+          targets[c] = sums + p + c;
+        }
+        const T* x = g[i] + start;
+        if (columns == 4) gram_row<T, 4>(x, others, count, targets);
+        if (columns == 3) gram_row<T, 3>(x, others, count, targets);
+        if (columns == 2) gram_row<T, 2>(x, others, count, targets);
+        if (columns == 1) gram_row<T, 1>(x, others, count, targets);
+        j += columns;
+        p += columns;
+      }
+    }
+  }
+}
+
+template <class T>
+void gram_of(const void* const* grads, int K, int64_t n, double* sums) {
+  const T* g[kMaxObjectives];
+  for (int k = 0; k < K; ++k) g[k] = static_cast<const T*>(grads[k]);
+  for (int p = 0; p < triangle(K); ++p) sums[p] = 0;
+  const bool wide = walk_side_by_side();
+  switch (K) {
+    case 1:
+      return wide ? gram_few<T, 1, 4>(g, n, sums) : gram_few<T, 1, 1>(g, n, sums);
+    case 2:
+      return wide ? gram_few<T, 2, 4>(g, n, sums) : gram_few<T, 2, 1>(g, n, sums);
+    case 3:
+      return wide ? gram_few<T, 3, 2>(g, n, sums) : gram_few<T, 3, 1>(g, n, sums);
+    default:
+      return gram_many<T>(g, K, n, sums);
+  }
+}
+
+// ---- Combination and updates -----------------------------------------------------------------------
+
+// d = sum_i c_i g_i at an offset. K = 0: known at run time only.
+template <class T, int K>
+struct Combined {
+  using V = typename OpMath<T>::V;
+  const T* g[kMaxObjectives];
+  V c[kMaxObjectives];
+  int runtime_K;
+
+  explicit Combined(const Gradients& from) : runtime_K(from.K) {
+    for (int k = 0; k < from.K; ++k) {
+      g[k] = static_cast<const T*>(from.grads[k]);
+      c[k] = V::set(from.coefficients[k]);
+    }
+  }
+  DTOKD_HD V at(int64_t i) const {
+    V d = c[0] * V::load(g[0] + i);
+    for (int k = 1; k < (K ? K : runtime_K); ++k) d = fma(c[k], V::load(g[k] + i), d);
+    return d;
+  }
+  DTOKD_HD V padded(int64_t i, int64_t n) const {
+    V d = V::set(0);
+    for (int k = 0; k < (K ? K : runtime_K); ++k) {
+      const Padded<T> last(g[k] + i, n);
+      d = k ? fma(c[k], V::load(last.element), d) : c[k] * V::load(last.element);
+    }
+    return d;
+  }
+};
+
+// Runs update(d, tensors...) over a chunk, a vector at a time: `tensors` are read before and written
+// after, in one pass.
+template <int N, class T, int K, class Update>
+DTOKD_HD void sweep(const Combined<T, K>& combined, int64_t n, T* const (&tensors)[N],
+                    const Update& update) {
+  using V = typename OpMath<T>::V;
+  constexpr int kLanes = V::kLanes;
+  const auto step = [&](int64_t i) {
+    V x[N];
+    for (int t = 0; t < N; ++t) x[t] = V::load(tensors[t] + i);
+    update(combined.at(i), x);
+    for (int t = 0; t < N; ++t) x[t].store(tensors[t] + i);
+  };
+  int64_t done = 0;
+  if (walk_side_by_side()) {
+    const int64_t half = n / 2 / kLanes * kLanes;
+    for (int64_t i = 0; i < half; i += kLanes) {
+      step(i);
+      step(half + i);
+    }
+    done = 2 * half;
+  }
+  for (; done + kLanes <= n; done += kLanes) step(done);
+  if (done < n) {
+    const int64_t left = n - done;
+    V x[N];
+    for (int t = 0; t < N; ++t) x[t] = V::load(Padded<T>(tensors[t] + done, left).element);
+    update(combined.padded(done, left), x);
+    for (int t = 0; t < N; ++t) {
+      T last[kStride];
+      x[t].store(last);
+      std::memcpy(tensors[t] + done, last, left * sizeof(T));
+    }
+  }
+}
+
+template <class T, int K>
+void combine_of(const Gradients& from, void* out) {
+  using V = typename OpMath<T>::V;
+  T* const tensors[] = {static_cast<T*>(out)};
+  sweep<1>(Combined<T, K>(from), from.n, tensors, [](V d, V* x) DTOKD_INLINE { x[0] = d; });
+}
+
+template <class T, int K>
+void adamw_of(const Gradients& from, const AdamWScalars& s, void* p, void* m, void* v,
+              void* largest) {
+  using V = typename OpMath<T>::V;
+  const AdamW<V> rule{V::set(1 - s.lr * s.weight_decay),
+                      V::set(1 - s.beta1),
+                      V::set(s.beta2),
+                      V::set(1 - s.beta2),
+                      V::set(-s.lr / s.correction1),
+                      V::set(1 / std::sqrt(s.correction2)),
+                      V::set(s.eps)};
+  T* const P = static_cast<T*>(p);
+  T* const M = static_cast<T*>(m);
+  T* const S = static_cast<T*>(v);
+  const Combined<T, K> combined(from);
+  if (largest) {
+    T* const tensors[] = {P, M, S, static_cast<T*>(largest)};
+    sweep<4>(combined, from.n, tensors,
+             [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], x[1], x[2], &x[3]); });
+  } else {
+    T* const tensors[] = {P, M, S};
+    sweep<3>(combined, from.n, tensors,
+             [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], x[1], x[2], nullptr); });
+  }
+}
+
+template <class T, int K>
+void sgd_of(const Gradients& from, const SGDScalars& s, void* p, void* buffer) {
+  using V = typename OpMath<T>::V;
+  const SGD<V> rule{V::set(s.weight_decay), V::set(s.momentum), V::set(1 - s.dampening),
+                    V::set(-s.lr)};
+  const Combined<T, K> combined(from);
+  if (buffer) {
+    T* const tensors[] = {static_cast<T*>(p), static_cast<T*>(buffer)};
+    sweep<2>(combined, from.n, tensors,
+             [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], &x[1], s.nesterov, s.first); });
+  } else {
+    T* const tensors[] = {static_cast<T*>(p)};
+    sweep<1>(combined, from.n, tensors,
+             [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], nullptr, false, false); });
+  }
+}
+
+// ---- Choice of type and K --------------------------------------------------------------------------
+
+template <class T_, int K_ = 0>
+struct Choice {
+  using T = T_;
+  static constexpr int K = K_;
+};
+
+template <class Function>
+void by_type(Type type, const Function& function) {
+  switch (type) {
+    case Type::kFloat32:
+      return function(Choice<float>());
+    case Type::kFloat64:
+      return function(Choice<double>());
+    case Type::kBFloat16:
+      return function(Choice<bf16>());
+    case Type::kFloat16:
+      return function(Choice<f16>());
+  }
+}
+
+template <class Function>
+void by_type_and_K(Type type, int K, const Function& function) {
+  by_type(type, [&](auto choice) {
+    using T = typename decltype(choice)::T;
+    switch (K) {
+      case 1:
+        return function(Choice<T, 1>());
+      case 2:
+        return function(Choice<T, 2>());
+      case 3:
+        return function(Choice<T, 3>());
+      default:
+        return function(Choice<T, 0>());
+    }
+  });
+}
+
+inline void gram(Type type, const void* const* grads, int K, int64_t n, double* sums) {
+  by_type(type, [&](auto choice) { gram_of<typename decltype(choice)::T>(grads, K, n, sums); });
+}
+
+inline void combine(Type type, const Gradients& from, void* out) {
+  by_type_and_K(type, from.K, [&](auto choice) {
+    using C = decltype(choice);
+    combine_of<typename C::T, C::K>(from, out);
+  });
+}
+
+inline void adamw(Type type, const Gradients& from, const AdamWScalars& s, void* p, void* m,
+                  void* v, void* largest) {
+  by_type_and_K(type, from.K, [&](auto choice) {
+    using C = decltype(choice);
+    adamw_of<typename C::T, C::K>(from, s, p, m, v, largest);
+  });
+}
+
+inline void sgd(Type type, const Gradients& from, const SGDScalars& s, void* p, void* buffer) {
+  by_type_and_K(type, from.K, [&](auto choice) {
+    using C = decltype(choice);
+    sgd_of<typename C::T, C::K>(from, s, p, buffer);
+  });
+}

@@ -1,0 +1,62 @@
+// The CPU kernels: one chunk of gradient-sized memory at a time, for each set of vector
+// instructions. Loops over tensors and threads are in lists.h.
+#pragma once
+
+#include <cstdint>
+
+namespace dtokd::cpu {
+
+// Elements of a chunk. Fixed: sums are taken per chunk, so the partition decides the bits.
+constexpr int64_t kChunk = 65536;
+
+enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+constexpr int64_t size_of(Type type) {
+  return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2;
+}
+
+// grads: K pointers to the chunk's first elements; coefficients: [K]; n: elements.
+struct Gradients {
+  const void* const* grads;
+  const double* coefficients;
+  int K;
+  int64_t n;
+};
+
+struct AdamWScalars {
+  double lr, beta1, beta2, weight_decay, eps;
+  double correction1, correction2;  // 1 - beta^t
+};
+
+struct SGDScalars {
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, first;
+};
+
+struct Kernels {
+  const char* name;
+  // sums: [K(K+1)/2], <g_i, g_j> for i <= j, row by row
+  void (*gram)(Type, const void* const* grads, int K, int64_t n, double* sums);
+  // out may be one of the gradients
+  void (*combine)(Type, const Gradients&, void* out);
+  // largest: null without amsgrad
+  void (*adamw)(Type, const Gradients&, const AdamWScalars&, void* p, void* m, void* v,
+                void* largest);
+  // buffer: null without momentum
+  void (*sgd)(Type, const Gradients&, const SGDScalars&, void* p, void* buffer);
+};
+
+// Null where the machine lacks the instructions or the compiler could not make them.
+const Kernels* plain_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// The widest that this machine can run.
+const Kernels& best_kernels();
+
+// How many parts of a chunk are walked side by side. One core is limited by the cache misses it
+// keeps in flight; on Intel cores walking several parts at once keeps more (10-20 % faster), on AMD's
+// the prefetchers do better with one (5-15 % faster). It never changes a result.
+bool walk_side_by_side();
+
+}  // namespace dtokd::cpu

@@ -1,0 +1,137 @@
+#include "cpu/lists.h"
+
+#include <algorithm>
+
+#include "dtokd/host_device.h"
+
+namespace dtokd::cpu {
+namespace {
+
+struct Chunk {
+  size_t tensor;
+  int64_t offset;  // elements
+  int64_t n;
+};
+
+// The partition depends on sizes alone, so that the bits do.
+std::vector<Chunk> cut(const std::vector<int64_t>& sizes) {
+  std::vector<Chunk> chunks;
+  for (size_t t = 0; t < sizes.size(); ++t) {
+    for (int64_t offset = 0; offset < sizes[t]; offset += kChunk) {
+      chunks.push_back({t, offset, std::min(kChunk, sizes[t] - offset)});
+    }
+  }
+  return chunks;
+}
+
+// Each thread takes neighbouring chunks, about equal in elements: the same ones in every pass, so that
+// a core finds again what it has in its cache.
+template <class F>
+void for_each_chunk(const Threads& threads, const std::vector<Chunk>& chunks, bool backwards,
+                    const F& f) {
+  int64_t total = 0;
+  for (const Chunk& c : chunks) total += c.n;
+  constexpr int64_t kWorthAThread = 16384;
+  const int tasks = int(std::clamp<int64_t>(total / kWorthAThread, 1, threads.count));
+  std::vector<size_t> bounds(1, 0);
+  int64_t seen = 0;
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    seen += chunks[i].n;
+    while (int(bounds.size()) < tasks && seen >= total * int64_t(bounds.size()) / tasks) {
+      bounds.push_back(i + 1);
+    }
+  }
+  bounds.resize(tasks, chunks.size());
+  bounds.push_back(chunks.size());
+  const auto task = [&](int k) {
+    const size_t first = bounds[k], last = bounds[k + 1];
+    for (size_t i = first; i < last; ++i) {
+      const size_t index = backwards ? last - 1 - (i - first) : i;
+      f(index, chunks[index]);
+    }
+  };
+  if (tasks == 1) {
+    task(0);
+  } else {
+    threads.run(tasks, task);
+  }
+}
+
+template <class Pointer>
+Pointer at(Pointer base, int64_t elements, Type type) {
+  using Byte = std::conditional_t<std::is_same_v<Pointer, void*>, char, const char>;
+  return static_cast<Byte*>(base) + elements * size_of(type);
+}
+
+void chunk_gradients(const GradientLists& lists, const Chunk& chunk, const void** grads) {
+  const size_t T = lists.sizes.size();
+  for (int k = 0; k < lists.K; ++k) {
+    grads[k] = at(lists.grads[k * T + chunk.tensor], chunk.offset, lists.type);
+  }
+}
+
+// Runs f(gradients of the chunk, chunk) over all chunks, backwards.
+template <class F>
+void update(const Threads& threads, const GradientLists& lists, const double* coefficients,
+            const F& f) {
+  for_each_chunk(threads, cut(lists.sizes), true, [&](size_t, const Chunk& chunk) {
+    const void* grads[kMaxObjectives];
+    chunk_gradients(lists, chunk, grads);
+    f(Gradients{grads, coefficients, lists.K, chunk.n}, chunk);
+  });
+}
+
+}  // namespace
+
+void gram(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
+          double* out) {
+  const int K = lists.K, P = triangle(K);
+  const std::vector<Chunk> chunks = cut(lists.sizes);
+  std::vector<double> sums(chunks.size() * P);
+  for_each_chunk(threads, chunks, false, [&](size_t index, const Chunk& chunk) {
+    const void* grads[kMaxObjectives];
+    chunk_gradients(lists, chunk, grads);
+    kernels.gram(lists.type, grads, K, chunk.n, &sums[index * P]);
+  });
+  for (int i = 0, p = 0; i < K; ++i) {
+    for (int j = i; j < K; ++j, ++p) {
+      double total = 0;
+      for (size_t c = 0; c < chunks.size(); ++c) total += sums[c * P + p];
+      out[i * K + j] = out[j * K + i] = total;
+    }
+  }
+}
+
+void combine(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
+             const double* coefficients, const std::vector<void*>& out) {
+  update(threads, lists, coefficients, [&](const Gradients& gradients, const Chunk& c) {
+    kernels.combine(lists.type, gradients, at(out[c.tensor], c.offset, lists.type));
+  });
+}
+
+void adamw_step(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
+                const double* coefficients, const std::vector<AdamWScalars>& scalars,
+                const std::vector<void*>& params, const std::vector<void*>& exp_avgs,
+                const std::vector<void*>& exp_avg_sqs, const std::vector<void*>& max_exp_avg_sqs) {
+  const Type type = lists.type;
+  update(threads, lists, coefficients, [&](const Gradients& gradients, const Chunk& c) {
+    void* largest =
+        max_exp_avg_sqs.empty() ? nullptr : at(max_exp_avg_sqs[c.tensor], c.offset, type);
+    kernels.adamw(type, gradients, scalars[c.tensor], at(params[c.tensor], c.offset, type),
+                  at(exp_avgs[c.tensor], c.offset, type),
+                  at(exp_avg_sqs[c.tensor], c.offset, type), largest);
+  });
+}
+
+void sgd_step(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
+              const double* coefficients, const SGDScalars& scalars,
+              const std::vector<void*>& params, const std::vector<void*>& momentum_buffers) {
+  const Type type = lists.type;
+  update(threads, lists, coefficients, [&](const Gradients& gradients, const Chunk& c) {
+    void* buffer =
+        momentum_buffers.empty() ? nullptr : at(momentum_buffers[c.tensor], c.offset, type);
+    kernels.sgd(type, gradients, scalars, at(params[c.tensor], c.offset, type), buffer);
+  });
+}
+
+}  // namespace dtokd::cpu

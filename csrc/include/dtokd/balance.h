@@ -1,0 +1,106 @@
+// From the Gram matrix to the numbers that multiply the raw gradients. The same steps as
+// reference.balance; log-gradients are g_i / L_i (DTO-KD, Eq. 8), so log L is never differentiated.
+#pragma once
+
+#include <cmath>
+
+#include "min_norm.h"
+
+namespace dtokd {
+
+struct BalanceOptions {
+  bool log_gradients;
+  bool clamp;
+  bool rescale_sum;
+  double max_norm;  // <= 0: no clipping
+  double loss_floor;
+};
+
+struct Balance {
+  double weights[kMaxObjectives];
+  double coefficients[3][kMaxObjectives];  // shared, private and plain parameters
+  double cosine[kMaxObjectives * kMaxObjectives];
+  double norms[kMaxObjectives];
+  double norm;
+  bool vertex;
+  bool skipped;
+};
+
+// What a gradient is multiplied with before it is weighed: 1 / L for log-gradients.
+DTOKD_HD double objective_scale(double loss, const BalanceOptions& options) {
+  if (!options.log_gradients) return 1;
+  return 1 / (loss > options.loss_floor ? loss : options.loss_floor);
+}
+
+// Bit i set if objective i has a gradient.
+DTOKD_HD unsigned present_objectives(const double* gram, int K) {
+  unsigned present = 0;
+  for (int i = 0; i < K; ++i) present |= unsigned(gram[i * K + i] > 0) << i;
+  return present;
+}
+
+// Everything after the weights. grams: raw [K, K] of shared, private and plain parameters;
+// losses, weights: [K].
+DTOKD_HD void finish_balance(const double* const* grams, const double* losses,
+                             const double* weights, int K, const BalanceOptions& options,
+                             Balance& out) {
+  const unsigned present = present_objectives(grams[0], K);
+  double total = 0;
+  bool finite = true;
+  bool positive = true;
+  for (int i = 0; i < K; ++i) {
+    const double scale = objective_scale(losses[i], options);
+    out.weights[i] = present >> i & 1 ? weights[i] : 0;
+    out.coefficients[0][i] = out.weights[i] * scale;
+    out.coefficients[1][i] = options.rescale_sum ? 1 : scale;
+    out.coefficients[2][i] = 1;
+    total += out.coefficients[0][i];
+    finite = finite && std::isfinite(losses[i]) && std::isfinite(out.weights[i]);
+    positive = positive && losses[i] > 0;
+  }
+  if (options.rescale_sum && total > 0) {
+    for (int i = 0; i < K; ++i) out.coefficients[0][i] /= total;
+  }
+  double square = 0;
+  double anything = 0;
+  for (int role = 0; role < 3; ++role) {
+    const double part = quadratic(grams[role], K, out.coefficients[role]);
+    square += part < 0 ? 0 : part;  // NaN stays
+    for (int i = 0; i < K; ++i) anything += grams[role][i * K + i];
+  }
+  out.norm = std::sqrt(square);
+  if (options.max_norm > 0) {  // as torch.nn.utils.clip_grad_norm_
+    const double clip = options.max_norm / (out.norm + 1e-6);
+    for (int role = 0; role < 3 && clip < 1; ++role) {
+      for (int i = 0; i < K; ++i) out.coefficients[role][i] *= clip;
+    }
+  }
+  out.skipped = !(finite && std::isfinite(out.norm) && std::isfinite(anything)) || anything == 0 ||
+                (options.log_gradients && !positive);
+  out.vertex = false;
+  for (int i = 0; i < K; ++i) {
+    out.vertex = out.vertex || ((present >> i & 1) && out.weights[i] == 0);
+    out.norms[i] = std::sqrt(grams[0][i * K + i]);
+  }
+  for (int i = 0; i < K; ++i) {
+    for (int j = 0; j < K; ++j) {
+      const double length = out.norms[i] * out.norms[j];
+      out.cosine[i * K + j] = length > 0 ? grams[0][i * K + j] / length : 0;
+    }
+  }
+}
+
+// DTO-KD's own weights: min-norm point of the gradients, scaled by 1 / L for log-gradients.
+DTOKD_HD void dto_weights(const double* gram, const double* losses, int K,
+                          const BalanceOptions& options, double* weights) {
+  double scaled[kMaxObjectives * kMaxObjectives];
+  for (int i = 0; i < K; ++i) {
+    for (int j = 0; j < K; ++j) {
+      scaled[i * K + j] = objective_scale(losses[i], options) * gram[i * K + j] *
+                          objective_scale(losses[j], options);
+    }
+  }
+  min_norm_weights(scaled, K, present_objectives(gram, K), options.clamp, weights);
+}
+
+}  // namespace dtokd

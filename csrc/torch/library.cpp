@@ -1,0 +1,333 @@
+// The operations as torch sees them: schemas, checks, and tensors turned into pointers. Written to
+// torch's stable ABI, so that one binary serves every torch from 2.10 on.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cpu/lists.h"
+#include "dtokd/balance.h"
+
+namespace dtokd::ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// Tensors that the kernels cannot take together, though they are no mistake of the caller: Python
+// copies them or goes through the reference when it sees this text.
+#define DTOKD_CHECK_FIT(condition, ...) STD_TORCH_CHECK(condition, "dtokd: unfit: ", __VA_ARGS__)
+
+cpu::Type type_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return cpu::Type::kFloat32;
+    case ScalarType::Double:
+      return cpu::Type::kFloat64;
+    case ScalarType::BFloat16:
+      return cpu::Type::kBFloat16;
+    case ScalarType::Half:
+      return cpu::Type::kFloat16;
+    default:
+      DTOKD_CHECK_FIT(false, "expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// Whether the elements fill one stretch of memory, each once.
+bool is_dense(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+bool same_strides(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d) || (a.stride(d) != b.stride(d) && a.size(d) != 1)) return false;
+  }
+  return true;
+}
+
+// What the lists of one call have in common: the tensors at one position are of one dtype and lie in
+// memory element by element alike.
+struct Kind {
+  const char* op;
+  const Tensors& like;
+  ScalarType dtype;
+  cpu::Type type;
+  std::vector<int64_t> sizes;
+  std::vector<bool> contiguous;
+
+  Kind(const char* op, const Tensors& like, size_t count)
+      : op(op), like(like), dtype(like.at(0).scalar_type()), type(type_of(dtype)) {
+    sizes.reserve(count);
+    contiguous.reserve(count);
+    for (size_t t = 0; t < count; ++t) {
+      sizes.push_back(like[t].numel());
+      contiguous.push_back(like[t].is_contiguous());
+      DTOKD_CHECK_FIT(contiguous[t] || is_dense(like[t]), op, ": tensor ", t, " is not dense");
+    }
+  }
+  void check(const Tensor& tensor, const char* name, size_t t) const {
+    DTOKD_CHECK_FIT(tensor.scalar_type() == dtype, op, ": ", name, "[", t, "] has another dtype");
+    STD_TORCH_CHECK(tensor.numel() == sizes[t], "dtokd::", op, ": ", name, "[", t, "] has ",
+                    tensor.numel(), " elements, expected ", sizes[t]);
+    DTOKD_CHECK_FIT(contiguous[t] ? tensor.is_contiguous() : same_strides(tensor, like[t]), op,
+                    ": ", name, "[", t, "] is laid out otherwise");
+  }
+  std::vector<void*> pointers(const Tensors& tensors, const char* name) const {
+    STD_TORCH_CHECK(tensors.size() == sizes.size(), "dtokd::", op, ": ", name, " has ",
+                    tensors.size(), " tensors, expected ", sizes.size());
+    std::vector<void*> result(tensors.size());
+    for (size_t t = 0; t < tensors.size(); ++t) {
+      check(tensors[t], name, t);
+      result[t] = tensors[t].mutable_data_ptr();
+    }
+    return result;
+  }
+  cpu::GradientLists gradients(const Tensors& grads, int64_t K) const {
+    STD_TORCH_CHECK(K >= 1 && K <= kMaxObjectives, "dtokd::", op, ": ", K,
+                    " objectives, expected 1 to ", kMaxObjectives);
+    STD_TORCH_CHECK(grads.size() == sizes.size() * K, "dtokd::", op, ": grads has ", grads.size(),
+                    " tensors, expected ", sizes.size(), " for each of ", K, " objectives");
+    cpu::GradientLists lists{type, int(K), {}, sizes};
+    lists.grads.reserve(grads.size());
+    for (size_t i = 0; i < grads.size(); ++i) {
+      check(grads[i], "grads", i % sizes.size());
+      lists.grads.push_back(grads[i].const_data_ptr());
+    }
+    return lists;
+  }
+};
+
+cpu::Threads threads() {
+  return {int(torch::stable::get_num_threads()),
+          [](int tasks, const std::function<void(int)>& task) {
+            torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+              for (int64_t k = begin; k < end; ++k) task(int(k));
+            });
+          }};
+}
+
+const double* doubles(const Tensor& tensor, int64_t n, const char* op, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() &&
+                      tensor.numel() == n,
+                  "dtokd::", op, ": ", name, " must hold ", n, " contiguous float64 numbers");
+  return static_cast<const double*>(tensor.const_data_ptr());
+}
+
+int objectives_of(const Tensor& gram, const char* op) {
+  STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) >= 1 &&
+                      gram.size(0) <= kMaxObjectives,
+                  "dtokd::", op, ": gram must be [K, K] with K from 1 to ", kMaxObjectives);
+  return int(gram.size(0));
+}
+
+bool is_set(const Tensor& flag, const char* op) {
+  STD_TORCH_CHECK(flag.scalar_type() == ScalarType::Bool && flag.numel() == 1, "dtokd::", op,
+                  ": skipped must be one bool");
+  return *static_cast<const bool*>(flag.const_data_ptr());
+}
+
+Tensor gram(const Tensors& grads, int64_t K) {
+  STD_TORCH_CHECK(K >= 1 && !grads.empty() && grads.size() % K == 0,
+                  "dtokd::gram: grads must hold as many tensors for each of K objectives");
+  const Kind kind("gram", grads, grads.size() / K);
+  const cpu::GradientLists lists = kind.gradients(grads, K);
+  Tensor out = torch::stable::new_empty(grads[0], {K, K}, ScalarType::Double);
+  cpu::gram(cpu::best_kernels(), threads(), lists, static_cast<double*>(out.mutable_data_ptr()));
+  return out;
+}
+
+Tensor min_norm_weights(const Tensor& gram, bool clamp, const std::optional<Tensor>& present) {
+  const int K = objectives_of(gram, "min_norm_weights");
+  const double* G = doubles(gram, K * K, "min_norm_weights", "gram");
+  unsigned mask = (1u << K) - 1;
+  if (present) {
+    STD_TORCH_CHECK(present->scalar_type() == ScalarType::Bool && present->numel() == K &&
+                        present->is_contiguous(),
+                    "dtokd::min_norm_weights: present must be [K] bool");
+    const bool* flags = static_cast<const bool*>(present->const_data_ptr());
+    for (int i = 0; i < K; ++i) {
+      if (!flags[i]) mask &= ~(1u << i);
+    }
+  }
+  Tensor out = torch::stable::new_empty(gram, {K}, ScalarType::Double);
+  dtokd::min_norm_weights(G, K, mask, clamp, static_cast<double*>(out.mutable_data_ptr()));
+  return out;
+}
+
+// -> values [5 K + K^2 + 1]: weights, coefficients of shared, private and plain parameters, norms,
+// cosine, norm; flags [2]: vertex, skipped.
+std::tuple<Tensor, Tensor> balance(const Tensor& gram, const std::optional<Tensor>& private_gram,
+                                   const std::optional<Tensor>& plain_gram, const Tensor& losses,
+                                   const std::optional<Tensor>& weights, bool log_gradients,
+                                   bool clamp, bool rescale_sum, double max_norm,
+                                   double loss_floor) {
+  const int K = objectives_of(gram, "balance");
+  const double zeros[kMaxObjectives * kMaxObjectives] = {0};
+  const auto matrix = [&](const std::optional<Tensor>& tensor, const char* name) {
+    return tensor ? doubles(*tensor, K * K, "balance", name) : zeros;
+  };
+  const double* grams[3] = {doubles(gram, K * K, "balance", "gram"),
+                            matrix(private_gram, "private_gram"), matrix(plain_gram, "plain_gram")};
+  const double* L = doubles(losses, K, "balance", "losses");
+  const BalanceOptions options{log_gradients, clamp, rescale_sum, max_norm, loss_floor};
+  double chosen[kMaxObjectives];
+  if (weights) {
+    const double* given = doubles(*weights, K, "balance", "weights");
+    for (int i = 0; i < K; ++i) chosen[i] = given[i];
+  } else {
+    dto_weights(grams[0], L, K, options, chosen);
+  }
+  Balance result;
+  finish_balance(grams, L, chosen, K, options, result);
+
+  Tensor values = torch::stable::new_empty(gram, {5 * K + K * K + 1}, ScalarType::Double);
+  Tensor flags = torch::stable::new_empty(gram, {2}, ScalarType::Bool);
+  double* out = static_cast<double*>(values.mutable_data_ptr());
+  const auto put = [&out](const double* from, int n) {
+    for (int i = 0; i < n; ++i) *out++ = from[i];
+  };
+  put(result.weights, K);
+  for (int role = 0; role < 3; ++role) put(result.coefficients[role], K);
+  put(result.norms, K);
+  put(result.cosine, K * K);
+  put(&result.norm, 1);
+  bool* bits = static_cast<bool*>(flags.mutable_data_ptr());
+  bits[0] = result.vertex;
+  bits[1] = result.skipped;
+  return {values, flags};
+}
+
+void combine_(const Tensors& out, const Tensors& grads, const Tensor& coefficients) {
+  if (out.empty()) return;
+  const int64_t K = coefficients.numel();
+  const Kind kind("combine_", out, out.size());
+  cpu::combine(cpu::best_kernels(), threads(), kind.gradients(grads, K),
+               doubles(coefficients, K, "combine_", "coefficients"), kind.pointers(out, "out"));
+}
+
+// The coefficients, turned around for maximize.
+std::vector<double> signed_coefficients(const Tensor& coefficients, bool maximize,
+                                        const char* op) {
+  const int64_t K = coefficients.numel();
+  const double* c = doubles(coefficients, K, op, "coefficients");
+  std::vector<double> result(c, c + K);
+  for (double& x : result) x = maximize ? -x : x;
+  return result;
+}
+
+template <class Number>
+double count_up(const Tensor& step) {
+  Number* value = static_cast<Number*>(step.mutable_data_ptr());
+  return double(*value += 1);
+}
+
+void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                 const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
+                 const Tensors& state_steps, const Tensor& coefficients, const Tensor& skipped,
+                 double lr, double beta1, double beta2, double weight_decay, double eps,
+                 bool maximize) {
+  const char* op = "adamw_step_";
+  if (params.empty() || is_set(skipped, op)) return;
+  const std::vector<double> c = signed_coefficients(coefficients, maximize, op);
+  const Kind kind(op, params, params.size());
+  const cpu::GradientLists lists = kind.gradients(grads, int64_t(c.size()));
+  const std::vector<void*> p = kind.pointers(params, "params");
+  const std::vector<void*> m = kind.pointers(exp_avgs, "exp_avgs");
+  const std::vector<void*> v = kind.pointers(exp_avg_sqs, "exp_avg_sqs");
+  std::vector<void*> largest;
+  if (!max_exp_avg_sqs.empty()) largest = kind.pointers(max_exp_avg_sqs, "max_exp_avg_sqs");
+  STD_TORCH_CHECK(state_steps.size() == params.size(), "dtokd::", op,
+                  ": state_steps must hold one scalar for each of params");
+  for (const Tensor& step : state_steps) {
+    DTOKD_CHECK_FIT(step.numel() == 1 && (step.scalar_type() == ScalarType::Float ||
+                                          step.scalar_type() == ScalarType::Double),
+                    op, ": state_steps must hold float32 or float64 scalars");
+  }
+  std::vector<cpu::AdamWScalars> scalars;
+  scalars.reserve(params.size());
+  for (const Tensor& step : state_steps) {
+    const double t = step.scalar_type() == ScalarType::Double ? count_up<double>(step)
+                                                              : count_up<float>(step);
+    scalars.push_back({lr, beta1, beta2, weight_decay, eps, 1 - std::pow(beta1, t),
+                       1 - std::pow(beta2, t)});
+  }
+  cpu::adamw_step(cpu::best_kernels(), threads(), lists, c.data(), scalars, p, m, v, largest);
+}
+
+void sgd_step_(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
+               const Tensor& coefficients, const Tensor& skipped, double lr, double momentum,
+               double dampening, double weight_decay, bool nesterov, bool maximize, bool first) {
+  const char* op = "sgd_step_";
+  if (params.empty() || is_set(skipped, op)) return;
+  const std::vector<double> c = signed_coefficients(coefficients, maximize, op);
+  const Kind kind(op, params, params.size());
+  const cpu::GradientLists lists = kind.gradients(grads, int64_t(c.size()));
+  const std::vector<void*> p = kind.pointers(params, "params");
+  std::vector<void*> buffers;
+  if (!momentum_buffers.empty()) buffers = kind.pointers(momentum_buffers, "momentum_buffers");
+  cpu::sgd_step(cpu::best_kernels(), threads(), lists, c.data(),
+                {lr, momentum, dampening, weight_decay, nesterov, first}, p, buffers);
+}
+
+// The name of the vector instructions in use, as bytes: torch's stable ABI of 2.10 returns no string.
+Tensor instructions(const Tensor& like) {
+  const std::string name = cpu::best_kernels().name;
+  Tensor out = torch::stable::new_empty(like, {int64_t(name.size())}, ScalarType::Byte);
+  name.copy(static_cast<char*>(out.mutable_data_ptr()), name.size());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(dtokd, m) {
+  m.def("gram(Tensor[] grads, int K) -> Tensor");
+  m.def("min_norm_weights(Tensor gram, bool clamp, Tensor? present) -> Tensor");
+  m.def(
+      "balance(Tensor gram, Tensor? private_gram, Tensor? plain_gram, Tensor losses, "
+      "Tensor? weights, bool log_gradients, bool clamp, bool rescale_sum, float max_norm, "
+      "float loss_floor) -> (Tensor, Tensor)");
+  m.def("combine_(Tensor(a!)[] out, Tensor[] grads, Tensor coefficients) -> ()");
+  m.def(
+      "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, "
+      "Tensor coefficients, Tensor skipped, *, float lr, float beta1, float beta2, "
+      "float weight_decay, float eps, bool maximize) -> ()");
+  m.def(
+      "sgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+      "Tensor coefficients, Tensor skipped, *, float lr, float momentum, float dampening, "
+      "float weight_decay, bool nesterov, bool maximize, bool first) -> ()");
+  m.def("instructions(Tensor like) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dtokd, CPU, m) {
+  m.impl("gram", TORCH_BOX(&gram));
+  m.impl("min_norm_weights", TORCH_BOX(&min_norm_weights));
+  m.impl("balance", TORCH_BOX(&balance));
+  m.impl("combine_", TORCH_BOX(&combine_));
+  m.impl("adamw_step_", TORCH_BOX(&adamw_step_));
+  m.impl("sgd_step_", TORCH_BOX(&sgd_step_));
+  m.impl("instructions", TORCH_BOX(&instructions));
+}
+
+}  // namespace dtokd::ops
