@@ -226,15 +226,26 @@ void combine_(const Tensors& out, const Tensors& grads, const Tensor& coefficien
                doubles(coefficients, K, "combine_", "coefficients"), kind.pointers(out, "out"));
 }
 
-// The coefficients, turned around for maximize.
-std::vector<double> signed_coefficients(const Tensor& coefficients, bool maximize,
-                                        const char* op) {
-  const int64_t K = coefficients.numel();
-  const double* c = doubles(coefficients, K, op, "coefficients");
-  std::vector<double> result(c, c + K);
-  for (double& x : result) x = maximize ? -x : x;
-  return result;
-}
+// What an update descends: K gradient lists and their coefficients, turned around for maximize. At a
+// vertex of the simplex a coefficient is 0; that list is not read at all.
+struct Descent {
+  cpu::GradientLists lists;
+  std::vector<double> coefficients;
+
+  Descent(const Kind& kind, const Tensors& grads, const Tensor& coefficients, bool maximize)
+      : lists(kind.gradients(grads, coefficients.numel())) {
+    const double* c = doubles(coefficients, lists.K, kind.op, "coefficients");
+    const size_t T = lists.sizes.size();
+    std::vector<const void*> read;
+    for (int k = 0; k < lists.K; ++k) {
+      if (c[k] == 0 && !(k == lists.K - 1 && read.empty())) continue;
+      this->coefficients.push_back(maximize ? -c[k] : c[k]);
+      read.insert(read.end(), lists.grads.begin() + k * T, lists.grads.begin() + (k + 1) * T);
+    }
+    lists.K = int(this->coefficients.size());
+    lists.grads = std::move(read);
+  }
+};
 
 template <class Number>
 double count_up(const Tensor& step) {
@@ -249,9 +260,8 @@ void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp
                  bool maximize) {
   const char* op = "adamw_step_";
   if (params.empty() || is_set(skipped, op)) return;
-  const std::vector<double> c = signed_coefficients(coefficients, maximize, op);
   const Kind kind(op, params, params.size());
-  const cpu::GradientLists lists = kind.gradients(grads, int64_t(c.size()));
+  const Descent descent(kind, grads, coefficients, maximize);
   const std::vector<void*> p = kind.pointers(params, "params");
   const std::vector<void*> m = kind.pointers(exp_avgs, "exp_avgs");
   const std::vector<void*> v = kind.pointers(exp_avg_sqs, "exp_avg_sqs");
@@ -272,7 +282,8 @@ void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp
     scalars.push_back({lr, beta1, beta2, weight_decay, eps, 1 - std::pow(beta1, t),
                        1 - std::pow(beta2, t)});
   }
-  cpu::adamw_step(cpu::best_kernels(), threads(), lists, c.data(), scalars, p, m, v, largest);
+  cpu::adamw_step(cpu::best_kernels(), threads(), descent.lists, descent.coefficients.data(),
+                  scalars, p, m, v, largest);
 }
 
 void sgd_step_(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
@@ -280,13 +291,12 @@ void sgd_step_(const Tensors& params, const Tensors& grads, const Tensors& momen
                double dampening, double weight_decay, bool nesterov, bool maximize, bool first) {
   const char* op = "sgd_step_";
   if (params.empty() || is_set(skipped, op)) return;
-  const std::vector<double> c = signed_coefficients(coefficients, maximize, op);
   const Kind kind(op, params, params.size());
-  const cpu::GradientLists lists = kind.gradients(grads, int64_t(c.size()));
+  const Descent descent(kind, grads, coefficients, maximize);
   const std::vector<void*> p = kind.pointers(params, "params");
   std::vector<void*> buffers;
   if (!momentum_buffers.empty()) buffers = kind.pointers(momentum_buffers, "momentum_buffers");
-  cpu::sgd_step(cpu::best_kernels(), threads(), lists, c.data(),
+  cpu::sgd_step(cpu::best_kernels(), threads(), descent.lists, descent.coefficients.data(),
                 {lr, momentum, dampening, weight_decay, nesterov, first}, p, buffers);
 }
 
