@@ -29,7 +29,9 @@ def extension() -> dict:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
         if wanted == "cpu":
-            sys.exit("DTOKD_BUILD=cpu needs torch when building: install it first, then pip install --no-build-isolation .")
+            sys.exit(
+                "DTOKD_BUILD=cpu needs torch when building: install it first, then pip install --no-build-isolation ."
+            )
         print("dtokd: no torch in the build environment, so no extension; see --no-build-isolation in the README")
         return {}
 

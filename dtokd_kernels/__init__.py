@@ -1,6 +1,6 @@
 """Fused kernels and optimizers for DTO-KD: train on K losses, balanced in closed form each step.
 
-    losses --> gradients --> gram --> min_norm_weights, balance --> combine, or an optimizer's fused step
+losses --> gradients --> gram --> min_norm_weights, balance --> combine, or an optimizer's fused step
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -18,9 +18,9 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "DTOSGD",
     "Balance",
     "DTOAdamW",
-    "DTOSGD",
     "backend_info",
     "backward",
     "balance",

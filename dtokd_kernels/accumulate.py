@@ -53,9 +53,7 @@ def backward(
     weighting = check_options("backward", weighting, max_norm, rescale, loss_floor, private)
     params = [p for p in check_params("backward", params) if p.requires_grad]
     sets = GradientSets()
-    sets.collect(
-        losses, params, positive=getattr(weighting, "log_gradients", True), retain_graph=retain_graph
-    )
+    sets.collect(losses, params, positive=getattr(weighting, "log_gradients", True), retain_graph=retain_graph)
     K = len(sets.names)
     own = private == "own"
     members: dict[bool, list[int]] = {False: [], True: []}  # shared and private parameters that are reached

@@ -125,7 +125,9 @@ def named_losses(losses: Losses, op: str) -> tuple[tuple[str, ...], list[Tensor]
 
 def _check_loss(name: str, loss: Tensor, positive: bool, op: str) -> None:
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{op}: losses[{name!r}] is a {type(loss).__name__}; pass the loss tensor itself, before .item()")
+        raise TypeError(
+            f"{op}: losses[{name!r}] is a {type(loss).__name__}; pass the loss tensor itself, before .item()"
+        )
     if loss.numel() != 1:
         raise ValueError(
             f"{op}: losses[{name!r}] has shape {tuple(loss.shape)}, expected a scalar; reduce it with .mean() or .sum()"
@@ -141,7 +143,9 @@ def _check_loss(name: str, loss: Tensor, positive: bool, op: str) -> None:
         return
     value = loss.item()
     if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(f"{op}: losses[{name!r}] is {value}, not finite; leave this batch out or lower the learning rate")
+        raise ValueError(
+            f"{op}: losses[{name!r}] is {value}, not finite; leave this batch out or lower the learning rate"
+        )
     if positive and value <= 0:
         raise ValueError(
             f"{op}: losses[{name!r}] is {value}, but log-gradients need a positive loss; shift the loss by its lower "

@@ -1,8 +1,8 @@
 """DTOAdamW and DTOSGD: torch's AdamW and SGD on a balanced direction.
 
-    optimizer.backward({"task": task_loss, "distill": distill_loss})   # K gradient sets
-    optimizer.step()                                                   # Gram -> weights -> update
-    optimizer.zero_grad()
+optimizer.backward({"task": task_loss, "distill": distill_loss})   # K gradient sets
+optimizer.step()                                                   # Gram -> weights -> update
+optimizer.zero_grad()
 """
 
 from __future__ import annotations
@@ -80,8 +80,7 @@ class _Balanced(torch.optim.Optimizer):
 
     @property
     def balance(self) -> Balance | None:
-        """The last step's `Balance`; None before the first step. Reading a CUDA tensor of it stalls, keeping it
-        does not."""
+        """The last step's `Balance`; None before the first. Reading it on CUDA stalls, keeping it does not."""
         return self._balance
 
     @property
@@ -94,9 +93,7 @@ class _Balanced(torch.optim.Optimizer):
         """Scalar int64 on the gradients' device: steps that changed nothing, since the optimizer was made."""
         return torch.zeros((), dtype=torch.int64) if self._skipped_steps is None else self._skipped_steps
 
-    def backward(
-        self, losses: Losses, *, retain_graph: bool = False, inputs: Sequence[Tensor] | None = None
-    ) -> None:
+    def backward(self, losses: Losses, *, retain_graph: bool = False, inputs: Sequence[Tensor] | None = None) -> None:
         """Run one backward pass per loss and add its gradients to that objective's set.
 
         Call it several times between steps to accumulate. `.grad` of the parameters stays as it was.
@@ -120,7 +117,7 @@ class _Balanced(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Balance the gradients that `backward` gathered and update the parameters.
 
         Args:
@@ -188,7 +185,7 @@ class _Balanced(torch.optim.Optimizer):
         group.setdefault("balance", True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options}  # type: ignore[misc]
+        return {**super().__getstate__(), "_options": self._options}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -259,9 +256,7 @@ class _Balanced(torch.optim.Optimizer):
             plain_gram=grams[PLAIN],
         )
 
-    def _update(
-        self, bucket: _Bucket, grads: list[list[Tensor]], coefficients: Tensor, skipped: Tensor
-    ) -> None:
+    def _update(self, bucket: _Bucket, grads: list[list[Tensor]], coefficients: Tensor, skipped: Tensor) -> None:
         raise NotImplementedError
 
 
@@ -288,7 +283,7 @@ _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weigh
     A parameter group takes `balance=False`: its gradient is the sum of the objectives' gradients."""
 
 
-class DTOAdamW(_Balanced, torch.optim.AdamW):
+class DTOAdamW(_Balanced, torch.optim.AdamW):  # noqa: D101
     __doc__ = f"""AdamW on DTO-KD's balanced direction; a drop-in for `torch.optim.AdamW` with K losses.
 
     Source: DTO-KD (ICLR 2026), Eq. 8-12; AdamW (ICLR 2019).
@@ -336,9 +331,7 @@ class DTOAdamW(_Balanced, torch.optim.AdamW):
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable
         )
 
-    def _update(
-        self, bucket: _Bucket, grads: list[list[Tensor]], coefficients: Tensor, skipped: Tensor
-    ) -> None:
+    def _update(self, bucket: _Bucket, grads: list[list[Tensor]], coefficients: Tensor, skipped: Tensor) -> None:
         group = bucket.group
         amsgrad = group["amsgrad"]
         states = [self.state[p] for p in bucket.params]
@@ -370,7 +363,7 @@ class DTOAdamW(_Balanced, torch.optim.AdamW):
         )
 
 
-class DTOSGD(_Balanced, torch.optim.SGD):
+class DTOSGD(_Balanced, torch.optim.SGD):  # noqa: D101
     __doc__ = f"""SGD on DTO-KD's balanced direction; a drop-in for `torch.optim.SGD` with K losses.
 
     Source: DTO-KD (ICLR 2026), Eq. 8-12.
@@ -410,13 +403,9 @@ class DTOSGD(_Balanced, torch.optim.SGD):
         backend: str | None = None,
     ) -> None:
         self._set_options(weighting, max_norm, rescale, private, loss_floor, backend)
-        torch.optim.SGD.__init__(
-            self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize
-        )
+        torch.optim.SGD.__init__(self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
 
-    def _update(
-        self, bucket: _Bucket, grads: list[list[Tensor]], coefficients: Tensor, skipped: Tensor
-    ) -> None:
+    def _update(self, bucket: _Bucket, grads: list[list[Tensor]], coefficients: Tensor, skipped: Tensor) -> None:
         group, device = bucket.group, bucket.params[0].device
         momentum = group["momentum"]
         implementation = backends.select(device, self._options.backend)

@@ -224,10 +224,8 @@ def takes_losses(weighting: Weighting) -> bool:
     return len(required) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
 
 
-def combine(
-    grads: Sequence[GradientList], coefficients: Tensor, out: Sequence[Tensor] | None = None
-) -> list[Tensor]:
-    """d = sum_i c_i g_i, tensor by tensor (Eq. 10), summed in float32 or better.
+def combine(grads: Sequence[GradientList], coefficients: Tensor, out: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """The combination d = sum_i c_i g_i, tensor by tensor (Eq. 10), summed in float32 or better.
 
     Args:
         grads: K lists of tensors; None counts as zero, but each position has at least one tensor.
@@ -267,8 +265,8 @@ def adamw_step(
     skipped: Tensor,
     *,
     lr: float | Tensor,
-    beta1: float,
-    beta2: float,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
     weight_decay: float,
     eps: float,
     amsgrad: bool,

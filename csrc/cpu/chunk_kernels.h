@@ -11,13 +11,14 @@ struct OpMath<double> {
   using V = F64;
 };
 
-// ---- Gram ------------------------------------------------------------------------------------------
-// NOTE [Gram sums in float64]: products of float32, bf16 and f16 are exact in float64, and on a CPU the
+// ---- Gram
+// ------------------------------------------------------------------------------------------ NOTE
+// [Gram sums in float64]: products of float32, bf16 and f16 are exact in float64, and on a CPU the
 // sums cost no more than float32's, as memory is the limit. So nearly parallel gradients keep their
 // difference, and the same bits come out of every instruction set.
 
-// A chunk is summed in four parts, each with sums of its own, so that walking them side by side or one
-// after the other gives the same bits.
+// A chunk is summed in four parts, each with sums of its own, so that walking them side by side or
+// one after the other gives the same bits.
 constexpr int kParts = 4;
 constexpr int kStride = 16;  // elements per step: two F64
 
@@ -43,8 +44,8 @@ struct GramSums {
     for (int p = 0; p < triangle(K); ++p) {
       double lane[8];
       (sum[0][p] + sum[1][p]).store(lane);
-      sums[p] += ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
-                 ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+      sums[p] +=
+          ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
     }
   }
 };
@@ -114,13 +115,13 @@ void gram_row(const T* x, const T* const* others, int64_t n, double* const* sums
   for (int c = 0; c < Columns; ++c) {
     double lane[8];
     (sum[0][c] + sum[1][c]).store(lane);
-    *sums[c] += ((lane[0] + lane[4]) + (lane[2] + lane[6])) +
-                ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+    *sums[c] +=
+        ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
   }
 }
 
-// Many gradients: too many sums for the registers. A block of each is read from memory once and then
-// again from cache, row by row of the triangle.
+// Many gradients: too many sums for the registers. A block of each is read from memory once and
+// then again from cache, row by row of the triangle.
 template <class T>
 void gram_many(const T* const* g, int K, int64_t n, double* sums) {
   constexpr int64_t kBlock = 2048;
@@ -165,7 +166,8 @@ void gram_of(const void* const* grads, int K, int64_t n, double* sums) {
   }
 }
 
-// ---- Combination and updates -----------------------------------------------------------------------
+// ---- Combination and updates
+// -----------------------------------------------------------------------
 
 // d = sum_i c_i g_i at an offset. K = 0: known at run time only.
 template <class T, int K>
@@ -196,9 +198,10 @@ struct Combined {
   }
 };
 
-// Runs update(d, tensors...) over a chunk, a vector at a time: `tensors` are read before and written
-// after, in one pass. From the last element to the first: the Gram pass came the other way, so that
-// what it read last is met while still in cache (measured: 7 % of the whole step on a Zen 4).
+// Runs update(d, tensors...) over a chunk, a vector at a time: `tensors` are read before and
+// written after, in one pass. From the last element to the first: the Gram pass came the other way,
+// so that what it read last is met while still in cache (measured: 7 % of the whole step on a Zen
+// 4).
 template <int N, class T, int K, class Update>
 DTOKD_HD void sweep(const Combined<T, K>& combined, int64_t n, T* const (&tensors)[N],
                     const Update& update) {
@@ -282,7 +285,8 @@ void sgd_of(const Gradients& from, const SGDScalars& s, void* p, void* buffer) {
   }
 }
 
-// ---- Choice of type and K --------------------------------------------------------------------------
+// ---- Choice of type and K
+// --------------------------------------------------------------------------
 
 template <class T_, int K_ = 0>
 struct Choice {

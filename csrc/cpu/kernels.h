@@ -55,8 +55,8 @@ const Kernels* avx512_kernels();
 const Kernels& best_kernels();
 
 // How many parts of a chunk are walked side by side. One core is limited by the cache misses it
-// keeps in flight; on Intel cores walking several parts at once keeps more (10-20 % faster), on AMD's
-// the prefetchers do better with one (5-15 % faster). It never changes a result.
+// keeps in flight; on Intel cores walking several parts at once keeps more (10-20 % faster), on
+// AMD's the prefetchers do better with one (5-15 % faster). It never changes a result.
 bool walk_side_by_side();
 
 }  // namespace dtokd::cpu

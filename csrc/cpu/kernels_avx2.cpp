@@ -1,5 +1,5 @@
-// The kernels for AVX2, FMA and F16C. Everything from the pragma on is compiled for these instructions; what other
-// files share stands above it, so that no copy of it needs them.
+// The kernels for AVX2, FMA and F16C. Everything from the pragma on is compiled for these
+// instructions; what other files share stands above it, so that no copy of it needs them.
 #include "cpu/kernels.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))

@@ -1,5 +1,5 @@
-// The kernels for AVX-512 (F, BW, DQ, VL). Everything from the pragma on is compiled for these instructions; what other
-// files share stands above it, so that no copy of it needs them.
+// The kernels for AVX-512 (F, BW, DQ, VL). Everything from the pragma on is compiled for these
+// instructions; what other files share stands above it, so that no copy of it needs them.
 #include "cpu/kernels.h"
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -13,7 +13,9 @@
 #include "cpu/numbers.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #endif

@@ -24,8 +24,8 @@ std::vector<Chunk> cut(const std::vector<int64_t>& sizes) {
   return chunks;
 }
 
-// Each thread takes neighbouring chunks, about equal in elements: the same ones in every pass, so that
-// a core finds again what it has in its cache.
+// Each thread takes neighbouring chunks, about equal in elements: the same ones in every pass, so
+// that a core finds again what it has in its cache.
 template <class F>
 void for_each_chunk(const Threads& threads, const std::vector<Chunk>& chunks, bool backwards,
                     const F& f) {
@@ -83,8 +83,7 @@ void update(const Threads& threads, const GradientLists& lists, const double* co
 
 }  // namespace
 
-void gram(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
-          double* out) {
+void gram(const Kernels& kernels, const Threads& threads, const GradientLists& lists, double* out) {
   const int K = lists.K, P = triangle(K);
   const std::vector<Chunk> chunks = cut(lists.sizes);
   std::vector<double> sums(chunks.size() * P);
@@ -118,8 +117,8 @@ void adamw_step(const Kernels& kernels, const Threads& threads, const GradientLi
     void* largest =
         max_exp_avg_sqs.empty() ? nullptr : at(max_exp_avg_sqs[c.tensor], c.offset, type);
     kernels.adamw(type, gradients, scalars[c.tensor], at(params[c.tensor], c.offset, type),
-                  at(exp_avgs[c.tensor], c.offset, type),
-                  at(exp_avg_sqs[c.tensor], c.offset, type), largest);
+                  at(exp_avgs[c.tensor], c.offset, type), at(exp_avg_sqs[c.tensor], c.offset, type),
+                  largest);
   });
 }
 

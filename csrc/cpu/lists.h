@@ -15,7 +15,8 @@ struct Threads {
   std::function<void(int tasks, const std::function<void(int)>& task)> run;
 };
 
-// K gradients of the same T tensors. grads: [K * T], objective by objective; sizes: [T], in elements.
+// K gradients of the same T tensors. grads: [K * T], objective by objective; sizes: [T], in
+// elements.
 struct GradientLists {
   Type type;
   int K;

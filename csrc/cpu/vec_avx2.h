@@ -1,5 +1,5 @@
-// Vectors of AVX2, FMA and F16C: 16 float32 or 8 float64 in two registers. Included inside a namespace
-// compiled for these instructions.
+// Vectors of AVX2, FMA and F16C: 16 float32 or 8 float64 in two registers. Included inside a
+// namespace compiled for these instructions.
 
 struct F32 {
   static constexpr int kLanes = 16;
@@ -61,27 +61,27 @@ struct F64 {
   }
 };
 
-#define DTOKD_AVX2_OPERATORS(V, suffix)                                                        \
-  inline V operator+(V x, V y) {                                                               \
-    return {_mm256_add_##suffix(x.a, y.a), _mm256_add_##suffix(x.b, y.b)};                     \
-  }                                                                                            \
-  inline V operator-(V x, V y) {                                                               \
-    return {_mm256_sub_##suffix(x.a, y.a), _mm256_sub_##suffix(x.b, y.b)};                     \
-  }                                                                                            \
-  inline V operator*(V x, V y) {                                                               \
-    return {_mm256_mul_##suffix(x.a, y.a), _mm256_mul_##suffix(x.b, y.b)};                     \
-  }                                                                                            \
-  inline V operator/(V x, V y) {                                                               \
-    return {_mm256_div_##suffix(x.a, y.a), _mm256_div_##suffix(x.b, y.b)};                     \
-  }                                                                                            \
-  inline V fma(V x, V y, V z) {                                                                \
-    return {_mm256_fmadd_##suffix(x.a, y.a, z.a), _mm256_fmadd_##suffix(x.b, y.b, z.b)};       \
-  }                                                                                            \
-  inline V sqrt(V x) { return {_mm256_sqrt_##suffix(x.a), _mm256_sqrt_##suffix(x.b)}; }        \
-  inline auto maximum_half(decltype(V::a) x, decltype(V::a) y) {                               \
-    const auto nan = _mm256_cmp_##suffix(x, x, _CMP_UNORD_Q);                                  \
-    return _mm256_blendv_##suffix(_mm256_max_##suffix(x, y), x, nan);                          \
-  }                                                                                            \
+#define DTOKD_AVX2_OPERATORS(V, suffix)                                                  \
+  inline V operator+(V x, V y) {                                                         \
+    return {_mm256_add_##suffix(x.a, y.a), _mm256_add_##suffix(x.b, y.b)};               \
+  }                                                                                      \
+  inline V operator-(V x, V y) {                                                         \
+    return {_mm256_sub_##suffix(x.a, y.a), _mm256_sub_##suffix(x.b, y.b)};               \
+  }                                                                                      \
+  inline V operator*(V x, V y) {                                                         \
+    return {_mm256_mul_##suffix(x.a, y.a), _mm256_mul_##suffix(x.b, y.b)};               \
+  }                                                                                      \
+  inline V operator/(V x, V y) {                                                         \
+    return {_mm256_div_##suffix(x.a, y.a), _mm256_div_##suffix(x.b, y.b)};               \
+  }                                                                                      \
+  inline V fma(V x, V y, V z) {                                                          \
+    return {_mm256_fmadd_##suffix(x.a, y.a, z.a), _mm256_fmadd_##suffix(x.b, y.b, z.b)}; \
+  }                                                                                      \
+  inline V sqrt(V x) { return {_mm256_sqrt_##suffix(x.a), _mm256_sqrt_##suffix(x.b)}; }  \
+  inline auto maximum_half(decltype(V::a) x, decltype(V::a) y) {                         \
+    const auto nan = _mm256_cmp_##suffix(x, x, _CMP_UNORD_Q);                            \
+    return _mm256_blendv_##suffix(_mm256_max_##suffix(x, y), x, nan);                    \
+  }                                                                                      \
   inline V maximum(V x, V y) { return {maximum_half(x.a, y.a), maximum_half(x.b, y.b)}; }
 DTOKD_AVX2_OPERATORS(F32, ps)
 DTOKD_AVX2_OPERATORS(F64, pd)

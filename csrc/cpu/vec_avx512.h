@@ -49,16 +49,16 @@ struct F64 {
   void store(double* p) const { _mm512_storeu_pd(p, a); }
 };
 
-#define DTOKD_AVX512_OPERATORS(V, suffix)                                                \
-  inline V operator+(V x, V y) { return {_mm512_add_##suffix(x.a, y.a)}; }               \
-  inline V operator-(V x, V y) { return {_mm512_sub_##suffix(x.a, y.a)}; }               \
-  inline V operator*(V x, V y) { return {_mm512_mul_##suffix(x.a, y.a)}; }               \
-  inline V operator/(V x, V y) { return {_mm512_div_##suffix(x.a, y.a)}; }               \
-  inline V fma(V x, V y, V z) { return {_mm512_fmadd_##suffix(x.a, y.a, z.a)}; }         \
-  inline V sqrt(V x) { return {_mm512_sqrt_##suffix(x.a)}; }                             \
-  inline V maximum(V x, V y) {                                                           \
-    const auto nan = _mm512_cmp_##suffix##_mask(x.a, x.a, _CMP_UNORD_Q);                 \
-    return {_mm512_mask_mov_##suffix(_mm512_max_##suffix(x.a, y.a), nan, x.a)};          \
+#define DTOKD_AVX512_OPERATORS(V, suffix)                                        \
+  inline V operator+(V x, V y) { return {_mm512_add_##suffix(x.a, y.a)}; }       \
+  inline V operator-(V x, V y) { return {_mm512_sub_##suffix(x.a, y.a)}; }       \
+  inline V operator*(V x, V y) { return {_mm512_mul_##suffix(x.a, y.a)}; }       \
+  inline V operator/(V x, V y) { return {_mm512_div_##suffix(x.a, y.a)}; }       \
+  inline V fma(V x, V y, V z) { return {_mm512_fmadd_##suffix(x.a, y.a, z.a)}; } \
+  inline V sqrt(V x) { return {_mm512_sqrt_##suffix(x.a)}; }                     \
+  inline V maximum(V x, V y) {                                                   \
+    const auto nan = _mm512_cmp_##suffix##_mask(x.a, x.a, _CMP_UNORD_Q);         \
+    return {_mm512_mask_mov_##suffix(_mm512_max_##suffix(x.a, y.a), nan, x.a)};  \
   }
 DTOKD_AVX512_OPERATORS(F32, ps)
 DTOKD_AVX512_OPERATORS(F64, pd)

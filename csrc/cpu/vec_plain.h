@@ -74,11 +74,11 @@ struct Vec {
   }
 };
 
-#define DTOKD_PLAIN_OPERATOR(op)                                \
-  template <class S, int N>                                     \
-  inline Vec<S, N> operator op(Vec<S, N> a, Vec<S, N> b) {      \
+#define DTOKD_PLAIN_OPERATOR(op)                                    \
+  template <class S, int N>                                         \
+  inline Vec<S, N> operator op(Vec<S, N> a, Vec<S, N> b) {          \
     for (int i = 0; i < N; ++i) a.lane[i] = a.lane[i] op b.lane[i]; \
-    return a;                                                   \
+    return a;                                                       \
   }
 DTOKD_PLAIN_OPERATOR(+)
 DTOKD_PLAIN_OPERATOR(-)
@@ -101,7 +101,8 @@ inline Vec<S, N> sqrt(Vec<S, N> a) {
 // NaN in either is NaN, as torch.maximum
 template <class S, int N>
 inline Vec<S, N> maximum(Vec<S, N> a, Vec<S, N> b) {
-  for (int i = 0; i < N; ++i) a.lane[i] = a.lane[i] > b.lane[i] || a.lane[i] != a.lane[i] ? a.lane[i] : b.lane[i];
+  for (int i = 0; i < N; ++i)
+    a.lane[i] = a.lane[i] > b.lane[i] || a.lane[i] != a.lane[i] ? a.lane[i] : b.lane[i];
   return a;
 }
 

@@ -14,12 +14,12 @@
 using namespace dtokd;
 using namespace dtokd::cpu;
 
-#define CHECK(condition)                                                      \
-  do {                                                                        \
-    if (!(condition)) {                                                       \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition);     \
-      std::exit(1);                                                           \
-    }                                                                         \
+#define CHECK(condition)                                                  \
+  do {                                                                    \
+    if (!(condition)) {                                                   \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                       \
+    }                                                                     \
   } while (false)
 
 namespace {
@@ -79,7 +79,8 @@ void test_gram(const Kernels& kernels, int threads, int K) {
     for (int j = 0; j < K; ++j) {
       double sum = 0;
       for (size_t t = 0; t < kSizes.size(); ++t) {
-        for (int64_t e = 0; e < kSizes[t]; ++e) sum += double(grads.at(i, t)[e]) * grads.at(j, t)[e];
+        for (int64_t e = 0; e < kSizes[t]; ++e)
+          sum += double(grads.at(i, t)[e]) * grads.at(j, t)[e];
       }
       CHECK(close(out[i * K + j], sum, 1e-11));
     }
@@ -97,8 +98,8 @@ void test_adamw(const Kernels& kernels, int threads, int K, bool amsgrad) {
   for (int k = 0; k < K; ++k) c.push_back(0.5 + k);
   const AdamWScalars s{0.1, 0.9, 0.99, 0.01, 1e-8, 0.3, 0.2};
   adamw_step(kernels, test_threads(threads), gradient_lists(grads, K), c.data(),
-             std::vector<AdamWScalars>(kSizes.size(), s), p.pointers(), m.pointers(),
-             v.pointers(), amsgrad ? largest.pointers() : std::vector<void*>());
+             std::vector<AdamWScalars>(kSizes.size(), s), p.pointers(), m.pointers(), v.pointers(),
+             amsgrad ? largest.pointers() : std::vector<void*>());
   for (size_t t = 0; t < kSizes.size(); ++t) {
     for (int64_t e = 0; e < kSizes[t]; ++e) {
       double g = 0;

@@ -66,8 +66,8 @@ bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// What the lists of one call have in common: the tensors at one position are of one dtype and lie in
-// memory element by element alike.
+// What the lists of one call have in common: the tensors at one position are of one dtype and lie
+// in memory element by element alike.
 struct Kind {
   const char* op;
   const Tensors& like;
@@ -128,9 +128,9 @@ cpu::Threads threads() {
 }
 
 const double* doubles(const Tensor& tensor, int64_t n, const char* op, const char* name) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() &&
-                      tensor.numel() == n,
-                  "dtokd::", op, ": ", name, " must hold ", n, " contiguous float64 numbers");
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.numel() == n,
+      "dtokd::", op, ": ", name, " must hold ", n, " contiguous float64 numbers");
   return static_cast<const double*>(tensor.const_data_ptr());
 }
 
@@ -226,8 +226,8 @@ void combine_(const Tensors& out, const Tensors& grads, const Tensor& coefficien
                doubles(coefficients, K, "combine_", "coefficients"), kind.pointers(out, "out"));
 }
 
-// What an update descends: K gradient lists and their coefficients, turned around for maximize. At a
-// vertex of the simplex a coefficient is 0; that list is not read at all.
+// What an update descends: K gradient lists and their coefficients, turned around for maximize. At
+// a vertex of the simplex a coefficient is 0; that list is not read at all.
 struct Descent {
   cpu::GradientLists lists;
   std::vector<double> coefficients;
@@ -277,10 +277,10 @@ void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp
   std::vector<cpu::AdamWScalars> scalars;
   scalars.reserve(params.size());
   for (const Tensor& step : state_steps) {
-    const double t = step.scalar_type() == ScalarType::Double ? count_up<double>(step)
-                                                              : count_up<float>(step);
-    scalars.push_back({lr, beta1, beta2, weight_decay, eps, 1 - std::pow(beta1, t),
-                       1 - std::pow(beta2, t)});
+    const double t =
+        step.scalar_type() == ScalarType::Double ? count_up<double>(step) : count_up<float>(step);
+    scalars.push_back(
+        {lr, beta1, beta2, weight_decay, eps, 1 - std::pow(beta1, t), 1 - std::pow(beta2, t)});
   }
   cpu::adamw_step(cpu::best_kernels(), threads(), descent.lists, descent.coefficients.data(),
                   scalars, p, m, v, largest);
@@ -300,7 +300,8 @@ void sgd_step_(const Tensors& params, const Tensors& grads, const Tensors& momen
                 {lr, momentum, dampening, weight_decay, nesterov, first}, p, buffers);
 }
 
-// The name of the vector instructions in use, as bytes: torch's stable ABI of 2.10 returns no string.
+// The name of the vector instructions in use, as bytes: torch's stable ABI of 2.10 returns no
+// string.
 Tensor instructions(const Tensor& like) {
   const std::string name = cpu::best_kernels().name;
   Tensor out = torch::stable::new_empty(like, {int64_t(name.size())}, ScalarType::Byte);

@@ -11,7 +11,7 @@ namespace dtokd {
 //   p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
 template <class V>
 struct AdamW {
-  V decay;               // 1 - lr * weight_decay
+  V decay;  // 1 - lr * weight_decay
   V one_minus_beta1;
   V beta2;
   V one_minus_beta2;
