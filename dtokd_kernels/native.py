@@ -261,7 +261,7 @@ def _flat(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 def _is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one stretch of memory, each once, in whatever order."""
-    return torch.ops.aten.is_non_overlapping_and_dense.default(tensor)  # type: ignore[no-any-return]
+    return torch.ops.aten.is_non_overlapping_and_dense.default(tensor)
 
 
 def _laid_out(grads: Sequence[Sequence[Tensor]], like: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -1,0 +1,7 @@
+"""`python -m dtokd` is `dtokd`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
