@@ -46,12 +46,14 @@ def backward(
     Example:
         >>> import torch, dtokd_kernels as dk
         >>> w = torch.nn.Parameter(torch.zeros(2))
-        >>> losses = {"task": (w - 1).square().sum(), "distill": (w - torch.tensor([3.0, 1.0])).square().sum()}
+        >>> losses = {"task": (w - 1).square().sum(), "distill": (w - torch.tensor([-1.0, 1.0])).square().sum()}
         >>> dk.backward(losses, [w]).weights
-        tensor([0.8333, 0.1667], dtype=torch.float64)
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+        >>> w.grad
+        tensor([ 0., -1.])
     """
     weighting = check_options("backward", weighting, max_norm, rescale, loss_floor, private)
-    params = [p for p in check_params("backward", params) if p.requires_grad]
+    params = [p for p in _check_once(check_params("backward", params)) if p.requires_grad]
     sets = GradientSets()
     sets.collect(losses, params, positive=getattr(weighting, "log_gradients", True), retain_graph=retain_graph)
     K = len(sets.names)
@@ -88,6 +90,14 @@ def backward(
                 for i, value in zip(where, values, strict=True):
                     _add_to_grad(params[members[role][i]], value, record.skipped)
     return record
+
+
+def _check_once(params: list[Tensor]) -> list[Tensor]:
+    seen: dict[int, int] = {}
+    for i, p in enumerate(params):
+        if seen.setdefault(id(p), i) != i:
+            raise ValueError(f"backward: params[{i}] is params[{seen[id(p)]}] again; pass each parameter once")
+    return params
 
 
 def _add_to_grad(p: Tensor, value: Tensor, skipped: Tensor) -> None:

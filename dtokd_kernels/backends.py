@@ -65,13 +65,20 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested(preferred: str | None = None) -> str | None:
-    """The backend that was asked for, or None: `use_backend`, then `preferred`, then DTOKD_BACKEND."""
-    name = _forced.get() or preferred
-    if name is None:
-        name = os.environ.get("DTOKD_BACKEND") or None
-        if name is not None:
-            check_name(name, "DTOKD_BACKEND")
-    return name
+    """The backend that was asked for, or None: `use_backend`, then `preferred`, then DTOKD_BACKEND.
+
+    Raises:
+        ValueError, RuntimeError: as `check_name`.
+    """
+    for name, source in (
+        (_forced.get(), "use_backend"),
+        (preferred, "backend"),
+        (os.environ.get("DTOKD_BACKEND"), "DTOKD_BACKEND"),
+    ):
+        if name:
+            check_name(name, source)
+            return name
+    return None
 
 
 def select(device: torch.device, preferred: str | None = None) -> ModuleType:
@@ -82,7 +89,8 @@ def select(device: torch.device, preferred: str | None = None) -> ModuleType:
         preferred: a backend's name, obeyed unless `use_backend` says otherwise.
 
     Raises:
-        RuntimeError: the backend asked for cannot run here or not on this device.
+        ValueError: no backend has the name asked for.
+        RuntimeError: it cannot run here or not on this device.
     """
     name = requested(preferred)
     if name is None:

@@ -77,6 +77,8 @@ class GradientSets:
                 f"{_listed(self.names)}; call step() and zero_grad() before the objectives change"
             )
         K = len(values)
+        if K > 8:
+            raise ValueError(f"{op}: losses has {K} objectives, at most 8 are supported; add some of them up")
         if len(self.grads) != K:
             self.grads = [[] for _ in range(K)]
         users = [p.grad for p in params]

@@ -141,7 +141,7 @@ def balance(
     weighting = check_options("balance", weighting, max_norm, rescale, loss_floor)
     with torch.no_grad():
         return backends.select(gram.device).balance(
-            gram, losses, weighting, max_norm=max_norm, rescale=rescale, loss_floor=loss_floor
+            gram.detach(), losses.detach(), weighting, max_norm=max_norm, rescale=rescale, loss_floor=loss_floor
         )
 
 
@@ -171,8 +171,8 @@ def combine(
 
     Example:
         >>> import torch, dtokd_kernels as dk
-        >>> dk.combine([[torch.tensor([-4.0, 1.0])], [torch.tensor([6.0, 1.0])]], [0.6, 0.4])
-        [tensor([0., 1.])]
+        >>> dk.combine([[torch.tensor([-4.0, 1.0])], [torch.tensor([6.0, 1.0])]], [0.5, 0.25])
+        [tensor([-0.5000,  0.7500])]
     """
     groups = _group_positions("combine", grads)
     positions = len(grads[0])

@@ -184,6 +184,22 @@ class _Balanced(torch.optim.Optimizer):
             raise
         group.setdefault("balance", True)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of the torch optimizer it stands for; that one knows no `balance`.
+
+        Args:
+            state_dict: what `state_dict()` returned.
+
+        Raises:
+            ValueError: its groups are not those of this optimizer.
+        """
+        groups = state_dict["param_groups"]
+        if len(groups) == len(self.param_groups):
+            groups = [
+                {"balance": own["balance"], **group} for own, group in zip(self.param_groups, groups, strict=True)
+            ]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options}
 

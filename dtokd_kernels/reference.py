@@ -40,11 +40,17 @@ def gram(grads: Sequence[GradientList]) -> Tensor:
     for position in zip(*grads, strict=True):
         for i, j in itertools.combinations_with_replacement(range(len(grads)), 2):
             if position[i] is not None and position[j] is not None:
-                product = (position[i].double() * position[j].double()).sum().to(device)
+                product = _inner_product(position[i], position[j]).to(device)
                 total[i, j] += product
                 if i != j:
                     total[j, i] += product
     return total
+
+
+def _inner_product(a: Tensor, b: Tensor, chunk: int = 16384) -> Tensor:
+    """<a, b> in float64, summed by chunks: torch splits longer sums among threads, and the bits would follow."""
+    products = a.double().flatten() * b.double().flatten()
+    return torch.nn.functional.pad(products, (0, -len(products) % chunk)).view(-1, chunk).sum(1).sum()
 
 
 def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
@@ -84,8 +90,12 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
         best_value = torch.where(better, value, best_value)
         best = torch.where(better, weights, best)
 
-    equal = (distances <= floor) & present[:, None] & present[None, :]
-    shared = equal.double() @ best / equal.sum(1).clamp(min=1)
+    # equal gradients share: each is grouped with the first that it equals
+    everyone = torch.arange(K, device=gram.device)
+    equal = (distances <= floor) | torch.eye(K, dtype=torch.bool, device=gram.device)
+    leader = torch.where(equal & present[None, :], everyone[None, :], K).amin(1)
+    group = (leader[:, None] == leader[None, :]) & present[None, :]
+    shared = group.double() @ best / group.sum(1).clamp(min=1)
     return torch.where(present, shared, 0.0)
 
 
@@ -204,11 +214,18 @@ def balance(
 
 
 def weigh(weighting: Weighting, gram: Tensor, losses: Tensor, loss_floor: float = 1e-8) -> Tensor:
-    """Weights [K] float64 of any weighting from the raw Gram matrix; 0 for an objective without a gradient."""
+    """Weights [K] float64 of any weighting from the raw Gram matrix; 0 for an objective without a gradient.
+
+    Raises:
+        ValueError: the weighting returned something else than a tensor [K].
+    """
     if getattr(weighting, "log_gradients", True):
         scale = 1 / losses.clamp(min=loss_floor)
         gram = scale[:, None] * gram * scale[None, :]
     weights = weighting(gram, losses) if takes_losses(weighting) else weighting(gram)
+    if not isinstance(weights, Tensor) or weights.shape != (len(gram),):
+        got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
+        raise ValueError(f"weighting {weighting!r} returned {got}, expected ({len(gram)},): one weight each")
     return torch.where(gram.diagonal() > 0, weights.to(gram.device, torch.float64), 0.0)
 
 
@@ -249,7 +266,7 @@ def _combine_one(position: Sequence[Tensor | None], coefficients: Tensor) -> Ten
     total = torch.zeros_like(first, dtype=opmath)
     for gradient, coefficient in zip(position, coefficients.to(first.device, opmath), strict=True):
         if gradient is not None:
-            total += coefficient * gradient
+            total += coefficient * gradient.to(opmath)
     return total.to(first.dtype)
 
 

@@ -98,20 +98,25 @@ DTOKD_HD void min_norm_weights(const double* gram, int K, unsigned present, bool
     best_value = value;
     for (int i = 0; i < K; ++i) best[i] = candidate[i];
   }
+  // equal gradients share: each is grouped with the first that it equals
+  int leader[kMaxObjectives];
   for (int i = 0; i < K; ++i) {
-    weights[i] = 0;
-    if (!(present >> i & 1)) continue;
+    leader[i] = -1;
+    for (int j = 0; j < K && leader[i] < 0 && (present >> i & 1); ++j) {
+      const double squares = gram[i * K + i] + gram[j * K + j];
+      const bool equal = i == j || squares - 2 * gram[i * K + j] <= kEqual * squares;
+      if (equal && (present >> j & 1)) leader[i] = j;
+    }
+  }
+  for (int i = 0; i < K; ++i) {
     double sum = 0;
     int count = 0;
     for (int j = 0; j < K; ++j) {
-      const double squares = gram[i * K + i] + gram[j * K + j];
-      const bool equal = i == j || squares - 2 * gram[i * K + j] <= kEqual * squares;
-      if (equal && (present >> j & 1)) {
-        sum += best[j];
-        ++count;
-      }
+      if (leader[i] < 0 || leader[j] != leader[i]) continue;
+      sum += best[j];
+      ++count;
     }
-    weights[i] = sum / count;
+    weights[i] = count ? sum / count : 0;
   }
 }
 

@@ -1,0 +1,91 @@
+"""The benchmarks: they refuse wrong results and count bytes as they should; the documents show what they wrote."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cases, gate, memory, report, run, share
+from benchmarks.cases import COMPETITORS, Case, Competitor
+from benchmarks.record import read
+
+ROOT = Path(__file__).parents[1]
+SHAPES = {"tiny": ((40, 7), (7,)), "other": ((3, 3, 2, 2),)}
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    made = run.run(SHAPES, folder, threads=[1, 2], rounds=3, slow_rounds=1, with_memory=False)
+    assert (folder / "step.png").stat().st_size > 10_000
+    assert read(folder / "step.csv") == made
+    return made
+
+
+def of(rows, **columns):
+    return [row for row in rows if all(row[key] == value for key, value in columns.items())]
+
+
+def test_run_measures_everything_everywhere(rows):
+    for metric in ("time", "ratio"):
+        found = {
+            (r["kernel_provider"], r["kernel_operation_mode"], r["x_value"], r["threads"])
+            for r in of(rows, metric_name=metric)
+        }
+        assert len(found) == len(COMPETITORS) * 2 * len(SHAPES) * 2
+    for row in of(rows, metric_name="ratio", kernel_provider="fused"):
+        assert float(row["y_value_50"]) == 1
+    for row in rows:
+        assert row["evidence"] in ("measured-cpu", "counted")
+        assert all(row[column] for column in ("torch", "cpu", "timestamp"))
+        assert float(row["y_value_20"]) <= float(row["y_value_50"]) <= float(row["y_value_80"])
+
+
+@pytest.mark.parametrize(("kind", "ours"), [("interior", (28, 12)), ("vertex", (24, 12))])
+def test_bytes_per_parameter(rows, kind, ours):
+    counted = of(rows, x_value="tiny", threads="1", kernel_operation_mode=kind)
+    for i, metric in enumerate(("reads", "writes")):
+        assert report.byte_counts(counted, [metric]) == (ours[i], (16, 12)[i])
+    assert report.byte_counts(counted, ("reads", "writes")) == (sum(ours), 28)
+
+
+def test_tables_name_models_and_competitors(rows):
+    text = report.step_tables(rows)
+    for title in (*SHAPES, *cases.TITLES.values(), "40 : 28 = 1.43", "36 : 28 = 1.29"):
+        assert title in text
+
+
+@pytest.mark.parametrize("mistake", ["no clipping", "loss ignored", "nothing done"])
+def test_gate_refuses_a_wrong_step(monkeypatch, mistake):
+    def wrong(case: Case) -> Competitor:
+        if mistake == "nothing done":
+            return Competitor(lambda: None, cases.nothing)
+        if mistake == "no clipping":
+            monkeypatch.setattr(cases, "MAX_NORM", math.inf)
+        else:
+            case.losses.fill_(1)
+        return cases.dtokd(case)
+
+    monkeypatch.setitem(COMPETITORS, "wrong", wrong)
+    with pytest.raises(AssertionError, match="gate: wrong"):
+        gate.check(["wrong"])
+
+
+def test_memory_sees_what_a_step_allocates():
+    extra = memory.peak_extra_bytes([(1000, 1000)], ["dtokd", "foreach"])
+    assert extra["dtokd"] < 1e6
+    assert extra["foreach"] > 3.5e6  # AdamW(foreach=True) holds another 4e6 bytes; the kernel counts to 0.2 MB or so
+
+
+def test_share_adds_up():
+    measured = share.measure("test_vit", "test_vit", batch=1, size=160, threads=1, iterations=1)
+    percent = {m.provider: m.values[0] for m in measured if m.metric == "share"}
+    parts = [v for name, v in percent.items() if name not in (*share.COMPARED, share.BALANCED, share.STATIC)]
+    assert sum(parts) == pytest.approx(100)
+
+
+def test_documented_numbers_are_those_of_the_csv_files():
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    results = ROOT / "benchmarks" / "results"
+    assert report.step_tables(read(results / "step.csv")) in text
+    assert report.share_table(read(results / "share.csv")) in text

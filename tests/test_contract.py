@@ -1,0 +1,123 @@
+"""The public contract: names, signatures and defaults that others call by name."""
+
+import dataclasses
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import dtokd_kernels as dk
+
+POSITIONAL, KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+REQUIRED = inspect.Parameter.empty
+
+# name -> (positional parameters with defaults, keyword-only parameters with defaults); more keywords may come
+COMMON = {"weighting": None, "max_norm": None, "private": "own", "loss_floor": 1e-8, "backend": None}
+SIGNATURES = {
+    "gram": ({"grads": REQUIRED}, {}),
+    "min_norm_weights": ({"gram": REQUIRED, "clamp": True}, {}),
+    "balance": (
+        {"gram": REQUIRED, "losses": REQUIRED, "weighting": None},
+        {"max_norm": None, "rescale": "none", "loss_floor": 1e-8},
+    ),
+    "combine": ({"grads": REQUIRED, "coefficients": REQUIRED, "out": None}, {}),
+    "backward": (
+        {"losses": REQUIRED, "params": REQUIRED, "weighting": None},
+        {"max_norm": None, "rescale": "none", "private": "own", "loss_floor": 1e-8},
+    ),
+    "DTOAdamW": (
+        {"params": REQUIRED, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False},
+        {"maximize": False, "capturable": False, "rescale": "none", **COMMON},
+    ),
+    "DTOSGD": (
+        {"params": REQUIRED, "lr": 1e-3, "momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False},
+        {"maximize": False, "rescale": "sum", **COMMON},
+    ),
+    "use_backend": ({"name": REQUIRED}, {}),
+    "backend_info": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name):
+    positional, keywords = SIGNATURES[name]
+    parameters = inspect.signature(getattr(dk, name)).parameters
+    found = {n: p.default for n, p in parameters.items() if p.kind is POSITIONAL}
+    assert list(found.items()) == list(positional.items())  # the order too
+    for keyword, default in keywords.items():
+        assert parameters[keyword].kind is KEYWORD, keyword
+        assert parameters[keyword].default == default, keyword
+
+
+def test_public_names():
+    assert set(SIGNATURES) | {"Balance", "weighting"} <= set(dk.__all__)
+    assert all(hasattr(dk, name) for name in dk.__all__)
+    assert isinstance(dk.__version__, str)
+
+
+def test_fields_of_balance():
+    fields = [f.name for f in dataclasses.fields(dk.Balance)]
+    assert set(fields) >= {"weights", "coefficients", "gram", "cosine", "norms", "norm", "vertex", "skipped"}
+    assert isinstance(dk.Balance.conflict, property)
+    assert isinstance(dk.Balance.dominance, property)
+
+
+def test_weightings():
+    parameters = inspect.signature(dk.weighting.DTO).parameters
+    assert {n: p.default for n, p in parameters.items()} == {"log_gradients": True, "clamp": True}
+    assert callable(dk.weighting.DTO())
+    assert inspect.signature(dk.weighting.Fixed).parameters["weights"].default is None
+    assert hash(dk.weighting.DTO()) == hash(dk.weighting.DTO())  # values, not identities
+    assert dk.weighting.DTO() == dk.weighting.DTO()
+
+
+@pytest.mark.parametrize("name", ["DTOAdamW", "DTOSGD"])
+def test_methods_of_optimizers(name):
+    optimizer = getattr(dk, name)([nn.Parameter(torch.ones(3))])
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.balance is None
+    assert next(iter(inspect.signature(optimizer.backward).parameters)) == "losses"
+    assert inspect.signature(optimizer.step).parameters["closure"].default is None
+    assert inspect.signature(optimizer.zero_grad).parameters["set_to_none"].default is True
+    with pytest.raises(AttributeError):
+        optimizer.balance = None  # a record of what happened, not a setting
+
+
+def test_worked_example():
+    """The way of the data, arrow by arrow, with the numbers that every page of the project uses."""
+    grads = [[torch.tensor([-4.0, 1.0]), torch.tensor([1.0])], [torch.tensor([6.0, 1.0]), torch.tensor([1.0])]]
+    gram = dk.gram(grads)
+    assert gram.tolist() == [[18.0, -22.0], [-22.0, 38.0]]
+    weights = dk.min_norm_weights(gram)
+    assert (weights - torch.tensor([0.6, 0.4], dtype=torch.float64)).abs().max() <= 4 * 2**-53
+    record = dk.balance(gram, torch.ones(2))
+    assert torch.equal(record.weights, weights)
+    direction = torch.cat(dk.combine(grads, record.coefficients))
+    assert (direction - torch.tensor([0.0, 1.0, 1.0])).abs().max() <= 5 * 2.4 * 2**-24
+
+
+def test_backend_info():
+    info = dk.backend_info()
+    assert {"cuda", "triton", "cpu", "reference", "chosen for cpu", "chosen for cuda", "torch"} <= info.keys()
+    assert info["reference"] == "available"
+    assert all(isinstance(value, str) for value in info.values())
+
+
+def test_module_prints_backend_info():
+    result = subprocess.run([sys.executable, "-m", "dtokd_kernels"], capture_output=True, text=True, check=True)
+    for name, value in dk.backend_info().items():
+        assert name in result.stdout
+        assert value in result.stdout
+
+
+def test_imports_torch_alone():
+    """The library imports nothing of the toolkit and no optional package."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import dtokd_kernels; "
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "['dtokd_kernels']"
