@@ -22,6 +22,13 @@ struct OpMath<double> {
 constexpr int kParts = 4;
 constexpr int kStride = 16;  // elements per step: two F64
 
+// The sum of all lanes, in a fixed order.
+inline double sum_of_lanes(F64 x) {
+  double lane[8];
+  x.store(lane);
+  return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
 template <class T, int K>
 struct GramSums {
   F64 sum[2][triangle(K)];
@@ -41,12 +48,7 @@ struct GramSums {
     }
   }
   void reduce(double* sums) const {
-    for (int p = 0; p < triangle(K); ++p) {
-      double lane[8];
-      (sum[0][p] + sum[1][p]).store(lane);
-      sums[p] +=
-          ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
-    }
+    for (int p = 0; p < triangle(K); ++p) sums[p] += sum_of_lanes(sum[0][p] + sum[1][p]);
   }
 };
 
@@ -112,12 +114,7 @@ void gram_row(const T* x, const T* const* others, int64_t n, double* const* sums
     }
     add(a.element, pointers, 0);
   }
-  for (int c = 0; c < Columns; ++c) {
-    double lane[8];
-    (sum[0][c] + sum[1][c]).store(lane);
-    *sums[c] +=
-        ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
-  }
+  for (int c = 0; c < Columns; ++c) *sums[c] += sum_of_lanes(sum[0][c] + sum[1][c]);
 }
 
 // Many gradients: too many sums for the registers. A block of each is read from memory once and
