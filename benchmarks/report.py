@@ -1,0 +1,166 @@
+"""Tables and pictures from result rows alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .cases import TITLES, UNIT
+from .record import Row
+
+OURS = "dtokd"
+#: Colors that people with any color vision tell apart (Okabe and Ito, 2008).
+COLORS = {"interior": "#0072B2", "vertex": "#E69F00"}
+
+
+def step_tables(rows: Sequence[Row]) -> str:
+    """Markdown: the machine, its bandwidth, ratios per case and number of threads, traffic, memory."""
+    rows = list(rows)
+    step = [row for row in rows if row["kernel_name"] == "step"]
+    parts = [_facts(rows)]
+    for threads in _distinct(step, "threads"):
+        for kind in _distinct(step, "kernel_operation_mode"):
+            chosen = _select(step, threads=threads, kernel_operation_mode=kind)
+            if _select(chosen, metric_name="ratio"):
+                parts.append(f"### {kind} case, {_counted(threads)}\n\n{_ratios(chosen)}")
+    if memory := _select(step, metric_name="memory"):
+        parts.append(f"### Extra memory at the peak of a step, MB\n\n{_grid(memory, lambda r: _value(r, '.2f'))}")
+    return "\n\n".join(parts)
+
+
+def share_table(rows: Sequence[Row]) -> str:
+    """Markdown: milliseconds and share of each part of an iteration, a column per number of threads."""
+    threads = _distinct(rows, "threads")
+    lines = ["| | " + " | ".join(map(_counted, threads)) + " |", "|---|" + "---|" * len(threads)]
+    for name in _distinct(rows, "kernel_provider"):
+        cells = []
+        for t in threads:
+            time, share = (
+                _select(rows, kernel_provider=name, threads=t, metric_name=metric)[0] for metric in ("time", "share")
+            )
+            cells.append(f"{_value(time, '.0f')} ms, {_value(share, '.1f')} %")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([_machine(rows[0]), rows[0]["extra_benchmark_config_str"] + ".", "", *lines])
+
+
+def _machine(row: Row) -> str:
+    return f"{row['cpu']}; torch {row['torch']}; {row['timestamp'][:10]}; commit {row['git_sha']}."
+
+
+def _facts(rows: Sequence[Row]) -> str:
+    lines = [_machine(rows[0])]
+    for row in _select(rows, metric_name="bandwidth", kernel_name="probe"):
+        lines.append(
+            f"- {row['kernel_provider']}, {_counted(row['threads'])}: {_value(row, '.1f')} GB/s ({_spread(row, '.1f')})"
+        )
+    loads = [float(row["y_value_50"]) for row in _select(rows, metric_name="load")]
+    if loads:
+        lines.append(f"- other processes meanwhile used {min(loads):.2f} to {max(loads):.2f} cores")
+    return "\n".join(lines)
+
+
+def _ratios(rows: Sequence[Row]) -> str:
+    """Ratio to the unit with its spread, and milliseconds; below, what the counted bytes allow."""
+    times = {(r["kernel_provider"], r["x_value"]): r for r in _select(rows, metric_name="time")}
+    speeds = {(r["kernel_provider"], r["x_value"]): r for r in _select(rows, metric_name="bandwidth")}
+
+    def cell(row: Row) -> str:
+        key = (row["kernel_provider"], row["x_value"])
+        parts = [f"{_value(row, '.2f')} ({_spread(row, '.2f')})", f"{_value(times[key], '.1f')} ms"]
+        if key in speeds:
+            parts.append(f"{_value(speeds[key], '.0f')} GB/s")
+        return ", ".join(parts)
+
+    bounds = [
+        f"\n{title} {' : '.join(map(str, pair))} = {pair[0] / pair[1]:.2f}."
+        for title, pair in (
+            ("Bytes moved per parameter by dtokd and by the unit", byte_counts(rows, ("reads", "writes"))),
+            ("Bytes read", byte_counts(rows, ("reads",))),
+        )
+    ]
+    return _grid(_select(rows, metric_name="ratio"), cell) + "\n" + "".join(bounds)
+
+
+def byte_counts(rows: Iterable[Row], metrics: Sequence[str]) -> tuple[int, int]:
+    """Bytes per parameter of dtokd and of the unit, summed over these metrics."""
+    rows = list(rows)
+    counts = [
+        sum(int(_select(rows, kernel_provider=name, metric_name=metric)[0]["y_value_50"]) for metric in metrics)
+        for name in (OURS, UNIT)
+    ]
+    return counts[0], counts[1]
+
+
+def _grid(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
+    """A line per competitor, a column per model."""
+    models = _distinct(rows, "x_value")
+    lines = ["| | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
+    for name in _distinct(rows, "kernel_provider"):
+        found = {row["x_value"]: row for row in _select(rows, kernel_provider=name)}
+        lines.append(f"| {TITLES.get(name, name)} | " + " | ".join(cell(found[m]) for m in models) + " |")
+    return "\n".join(lines)
+
+
+def plot_ratios(rows: Sequence[Row], path: Path) -> None:
+    """Ratios with their 20 % and 80 % quantiles, a panel per model and number of threads; lines: what bytes allow."""
+    ratios = _select(rows, metric_name="ratio")
+    models, threads = _distinct(ratios, "x_value"), _distinct(ratios, "threads")
+    kinds = _distinct(ratios, "kernel_operation_mode")
+    names = [name for name in _distinct(ratios, "kernel_provider") if name != UNIT]
+    figure = Figure(figsize=(4 + 3.2 * len(models), 1.2 + 3.6 * len(threads)), layout="constrained")
+    axes = figure.subplots(len(threads), len(models), sharex=True, sharey=True, squeeze=False)
+    for line, t in zip(axes, threads, strict=True):
+        for ax, model in zip(line, models, strict=True):
+            for offset, kind in zip((-0.16, 0.16), kinds, strict=False):
+                panel = _select(rows, x_value=model, threads=t, kernel_operation_mode=kind)
+                _draw_panel(ax, panel, names, offset, COLORS[kind], kind)
+            ax.set_title(f"{model}, {_counted(t)}")
+            ax.grid(axis="x", color="0.9")
+    ax = axes[0, 0]
+    ax.set_yticks(range(len(names)), labels=[TITLES[name] for name in names])
+    ax.invert_yaxis()
+    ax.set_xscale("log", base=2)
+    ax.set_xlim(1, 1.7 * max(float(row["y_value_80"]) for row in ratios))
+    ax.xaxis.set_major_formatter("{x:g}")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2 * len(kinds))
+    figure.supxlabel("time of a step / time of torch's fused AdamW with one gradient")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_panel(ax: Axes, rows: Sequence[Row], names: Sequence[str], offset: float, color: str, kind: str) -> None:
+    found = {row["kernel_provider"]: row for row in _select(rows, metric_name="ratio")}
+    middle, low, high = ([float(found[name][f"y_value_{q}"]) for name in names] for q in (50, 20, 80))
+    lines = [y + offset for y in range(len(names))]
+    whiskers = [
+        [m - x for m, x in zip(middle, low, strict=True)],
+        [x - m for m, x in zip(middle, high, strict=True)],
+    ]
+    ax.errorbar(middle, lines, xerr=whiskers, fmt="o", color=color, capsize=3, markersize=4, label=f"{kind} case")
+    for value, x, y in zip(middle, high, lines, strict=True):
+        ax.annotate(f"{value:.2f}", (x, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize="x-small")
+    ours, unit = byte_counts(rows, ("reads", "writes"))
+    ax.axvline(ours / unit, color=color, linestyle="--", label=f"{ours}/{unit} bytes moved")
+
+
+def _select(rows: Iterable[Row], **columns: str) -> list[Row]:
+    return [row for row in rows if all(row[key] == value for key, value in columns.items())]
+
+
+def _distinct(rows: Iterable[Row], column: str) -> list[str]:
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def _value(row: Row, spec: str) -> str:
+    return format(float(row["y_value_50"]), spec)
+
+
+def _spread(row: Row, spec: str) -> str:
+    return f"{float(row['y_value_20']):{spec}} to {float(row['y_value_80']):{spec}}"
+
+
+def _counted(threads: str) -> str:
+    return f"{threads} thread" + ("s" if threads != "1" else "")
