@@ -63,25 +63,22 @@ def _facts(rows: Sequence[Row]) -> str:
 
 
 def _ratios(rows: Sequence[Row]) -> str:
-    """Ratio to the unit with its spread, and milliseconds; below, what the counted bytes allow."""
-    times = {(r["kernel_provider"], r["x_value"]): r for r in _select(rows, metric_name="time")}
-    speeds = {(r["kernel_provider"], r["x_value"]): r for r in _select(rows, metric_name="bandwidth")}
-
-    def cell(row: Row) -> str:
-        key = (row["kernel_provider"], row["x_value"])
-        parts = [f"{_value(row, '.2f')} ({_spread(row, '.2f')})", f"{_value(times[key], '.1f')} ms"]
-        if key in speeds:
-            parts.append(f"{_value(speeds[key], '.0f')} GB/s")
-        return ", ".join(parts)
-
-    bounds = [
-        f"\n{title} {' : '.join(map(str, pair))} = {pair[0] / pair[1]:.2f}."
-        for title, pair in (
-            ("Bytes moved per parameter by dtokd and by the unit", byte_counts(rows, ("reads", "writes"))),
-            ("Bytes read", byte_counts(rows, ("reads",))),
-        )
-    ]
-    return _grid(_select(rows, metric_name="ratio"), cell) + "\n" + "".join(bounds)
+    """Ratios to the unit with their spread; milliseconds beside dtokd's; what the counted bytes allow."""
+    times = _select(rows, metric_name="time")
+    ours = {row["x_value"]: float(row["y_value_50"]) for row in _select(times, kernel_provider=OURS)}
+    moved, read = byte_counts(rows, ("reads", "writes")), byte_counts(rows, ("reads",))
+    return "\n\n".join(
+        [
+            "Ratio to the unit: median, 20 and 80 % quantile.",
+            _grid(_select(rows, metric_name="ratio"), lambda r: f"{_value(r, '.2f')} ({_spread(r, '.2f')})"),
+            f"dtokd moves {moved[0]} bytes per parameter, the unit {moved[1]}: {moved[0] / moved[1]:.2f}. "
+            f"It reads {read[0]}, the unit {read[1]}: {read[0] / read[1]:.2f}.",
+            "Milliseconds, and how often dtokd's fit in there.",
+            _grid(times, lambda r: f"{_value(r, '.1f')}, {float(r['y_value_50']) / ours[r['x_value']]:.2f} x"),
+            "GB/s moved.",
+            _grid(_select(rows, metric_name="bandwidth"), lambda r: _value(r, ".0f")),
+        ]
+    )
 
 
 def byte_counts(rows: Iterable[Row], metrics: Sequence[str]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from .cases import SLOW, UNIT, Competitor
 
 T = TypeVar("T")
 PROBE_BYTES = 256 * 1024 * 1024
+WARM_UP = 0.02  # seconds, and one step at least
 
 
 class Quiet:
@@ -81,7 +82,7 @@ def time_rounds(
     """Time every competitor, interleaved.
 
     A round runs the fast ones, or the unit and a slow one; rounds and their members are in random order. Each timed
-    step comes after a warm-up step of its own, so that the caches hold what its last step left there.
+    step comes after warm-up steps of its own, so that the caches hold what its last step left there.
     """
     schedule = [[name for name in competitors if name not in SLOW] for _ in range(rounds)]
     schedule += [[UNIT, name] for name in competitors if name in SLOW for _ in range(slow_rounds)]
@@ -122,8 +123,12 @@ def seconds_of(action: Callable[[], object]) -> float:
 
 
 def _warm_seconds(competitor: Competitor) -> float:
-    competitor.prepare()
-    competitor.step()
+    start = time.perf_counter()
+    while True:
+        competitor.prepare()
+        competitor.step()
+        if time.perf_counter() - start > WARM_UP:
+            break
     competitor.prepare()
     return seconds_of(competitor.step)
 

@@ -51,7 +51,12 @@ def test_bytes_per_parameter(rows, kind, ours):
 
 def test_tables_name_models_and_competitors(rows):
     text = report.step_tables(rows)
-    for title in (*SHAPES, *cases.TITLES.values(), "40 : 28 = 1.43", "36 : 28 = 1.29"):
+    for title in (
+        *SHAPES,
+        *cases.TITLES.values(),
+        "40 bytes per parameter, the unit 28: 1.43",
+        "36 bytes per parameter, the unit 28: 1.29",
+    ):
         assert title in text
 
 
