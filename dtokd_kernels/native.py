@@ -8,7 +8,8 @@ that do not go through the reference.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _load() -> str | None:
-    spec = find_spec(f"{__package__}._C")
+    # beside this file only: an editable install elsewhere would offer its own
+    spec = PathFinder.find_spec(f"{__package__}._C", [str(Path(__file__).parent)])
     if spec is None or spec.origin is None:
         return "the extension was not built (no compiler or no torch when it was installed, or DTOKD_BUILD=none)"
     try:
