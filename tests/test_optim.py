@@ -232,6 +232,19 @@ def test_zero_grad_to_none_or_zero(backend, make):
     assert_unchanged(one.parameters(), list(two.parameters()))
 
 
+def test_zero_grad_to_zero_keeps_the_memory(backend):
+    """With set_to_none=False the next pass adds to the same tensors, so their addresses stay (for CUDA graphs)."""
+    w = nn.Parameter(torch.ones(2))
+    optimizer = dk.DTOSGD([w], lr=0.1)
+    seen = []
+    w.register_post_accumulate_grad_hook(lambda p: seen.append((p.grad.data_ptr(), p.grad.tolist())))
+    for _ in range(2):
+        optimizer.backward([w.sum(), 2 * w.sum()])
+        optimizer.zero_grad(set_to_none=False)
+    assert seen[0][0] != seen[1][0]
+    assert seen[2:] == seen[:2]
+
+
 def test_zero_grad_clears_the_users_grad_as_torch_does(backend):
     w = nn.Parameter(torch.ones(2))
     optimizer = dk.DTOSGD([w], lr=0.1)
