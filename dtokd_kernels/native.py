@@ -115,18 +115,16 @@ def balance(
         loss_floor,
     )
     K = len(gram)
-    weights, coefficients, private, plain, norms, cosine, norm = values.split([K, K, K, K, K, K * K, 1])
+    weights, table, norms, cosine, norm = values.split([K, 3 * K, K, K * K, 1])
     return Balance(
         weights=weights,
-        coefficients=coefficients,
+        table=table.view(3, K),
         gram=gram,
         cosine=cosine.view(K, K),
         norms=norms,
         norm=norm[0],
         vertex=flags[0],
         skipped=flags[1],
-        private_coefficients=private,
-        plain_coefficients=plain,
     )
 
 

@@ -5,7 +5,7 @@ Here arguments are checked and tensors that may share a kernel call are grouped;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import GradientList, check_gram, check_lists, check_options, check_out
-from .types import Balance, Rescale, Weighting
+from .types import Balance, Rescale, Role, Weighting
 
 #: Tensors that one kernel call can take: which objectives reach them, and a list for each of these.
 Group = tuple[tuple[int, ...], list[list[Tensor]]]
@@ -66,6 +66,42 @@ def gram_of_groups(groups: Iterable[Group], K: int, backend: str | None = None) 
         total = part if total is None else total + part.to(total.device)
     assert total is not None
     return total
+
+
+def solve(
+    groups: Mapping[Role, Sequence[Group]],
+    losses: Tensor,
+    weighting: Weighting,
+    *,
+    max_norm: float | None,
+    rescale: Rescale,
+    loss_floor: float,
+    backend: str | None = None,
+) -> Balance:
+    """Gram matrices and balance of groups of tensors, unchecked: the optimizers' way into `gram` and `balance`.
+
+    A backend with a function `gram_balance` takes both at once, if all tensors are on one device.
+    """
+    devices = {lists[0][0].device for same_role in groups.values() for _, lists in same_role}
+    module = backends.select(next(iter(devices), losses.device), backend)
+    if len(devices) == 1 and hasattr(module, "gram_balance"):
+        return module.gram_balance(groups, losses, weighting, max_norm=max_norm, rescale=rescale, loss_floor=loss_floor)
+    K = len(losses)
+    grams = {role: gram_of_groups(same_role, K, backend) for role, same_role in groups.items()}
+    device = next(iter(grams.values())).device if grams else losses.device
+    shared = grams.get(Role.SHARED)
+    if shared is None:
+        shared = torch.zeros(K, K, dtype=torch.float64, device=device)
+    return backends.select(shared.device, backend).balance(
+        shared,
+        losses,
+        weighting,
+        max_norm=max_norm,
+        rescale=rescale,
+        loss_floor=loss_floor,
+        private_gram=grams.get(Role.PRIVATE),
+        plain_gram=grams.get(Role.PLAIN),
+    )
 
 
 def min_norm_weights(gram: Tensor, clamp: bool = True, *, present: Tensor | None = None) -> Tensor:

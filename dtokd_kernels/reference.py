@@ -185,12 +185,12 @@ def balance(
         total = coefficients.sum()
         coefficients = coefficients / torch.where(total > 0, total, 1.0)
         private_coefficients = ones
-    table = [coefficients, private_coefficients, ones]
+    table = torch.stack([coefficients, private_coefficients, ones])
     squares = [c @ G @ c for c, G in zip(table, (gram, private_gram, plain_gram), strict=True)]
     norm = (squares[0].clamp(min=0) + squares[1].clamp(min=0) + squares[2].clamp(min=0)).sqrt()
     if max_norm is not None:
         clip = (max_norm / (norm + 1e-6)).clamp(max=1)
-        table = [c * clip for c in table]
+        table = table * clip
 
     everything = gram.diagonal() + private_gram.diagonal() + plain_gram.diagonal()
     skipped = ~(norm.isfinite() & everything.isfinite().all() & losses.isfinite().all() & weights.isfinite().all())
@@ -201,15 +201,13 @@ def balance(
     lengths = norms[:, None] * norms[None, :]
     return Balance(
         weights=weights,
-        coefficients=table[0],
+        table=table,
         gram=gram,
         cosine=torch.where(lengths > 0, gram / torch.where(lengths > 0, lengths, 1.0), 0.0),
         norms=norms,
         norm=norm,
         vertex=(present & (weights == 0)).any(),
         skipped=skipped,
-        private_coefficients=table[1],
-        plain_coefficients=table[2],
     )
 
 
