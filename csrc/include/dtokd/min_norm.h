@@ -73,32 +73,39 @@ DTOKD_HD double quadratic(const double* gram, int K, const double* x) {
   return sum;
 }
 
-// gram: [K, K] symmetric; present: bit i set if objective i may have a weight; clamp: stay on the
-// simplex (false: the affine solution, Eq. 11 as printed); weights: [K], all zero if nothing is
-// present. Equal gradients share their weight equally.
-DTOKD_HD void min_norm_weights(const double* gram, int K, unsigned present, bool clamp,
-                               double* weights) {
-  double best[kMaxObjectives] = {0};
-  double best_value = 0;
-  bool found = false;
-  for (unsigned mask = 1; mask < 1u << K; ++mask) {
-    if (mask & ~present) continue;
-    double candidate[kMaxObjectives];
-    if (!project_on_affine_hull(gram, K, mask, candidate)) continue;
-    double value = 0;
-    bool allowed = true;
-    if (clamp) {
-      for (int i = 0; i < K; ++i) allowed = allowed && candidate[i] >= 0;
-      value = quadratic(gram, K, candidate);
-    } else {  // the widest face that has a solution
-      for (int i = 0; i < K; ++i) value -= mask >> i & 1;
-    }
-    if (!allowed || (found && !(value < best_value))) continue;
-    found = true;
-    best_value = value;
-    for (int i = 0; i < K; ++i) best[i] = candidate[i];
+// Weights of the corners in `mask` alone, and the value by which faces compete, smaller is better;
+// false if they have no solution or, with clamp, one that leaves the simplex.
+DTOKD_HD bool solve_face(const double* gram, int K, unsigned mask, bool clamp, double* weights,
+                         double* value) {
+  if (!project_on_affine_hull(gram, K, mask, weights)) return false;
+  bool allowed = true;
+  *value = 0;
+  if (clamp) {
+    for (int i = 0; i < K; ++i) allowed = allowed && weights[i] >= 0;
+    *value = quadratic(gram, K, weights);
+  } else {  // the widest face that has a solution
+    for (int i = 0; i < K; ++i) *value -= mask >> i & 1;
   }
-  // equal gradients share: each is grouped with the first that it equals
+  return allowed;
+}
+
+// The best of the faces offered in ascending order; mask 0 if there was none.
+struct BestFace {
+  unsigned mask = 0;
+  double value = 0;
+
+  DTOKD_HD bool offer(unsigned face, double face_value) {
+    if (mask && !(face_value < value)) return false;
+    mask = face;
+    value = face_value;
+    return true;
+  }
+};
+
+// Equal gradients share their weights equally. best, weights: [K].
+DTOKD_HD void share_equally(const double* gram, int K, unsigned present, const double* best,
+                            double* weights) {
+  // each is grouped with the first that it equals
   int leader[kMaxObjectives];
   for (int i = 0; i < K; ++i) {
     leader[i] = -1;
@@ -118,6 +125,23 @@ DTOKD_HD void min_norm_weights(const double* gram, int K, unsigned present, bool
     }
     weights[i] = count ? sum / count : 0;
   }
+}
+
+// gram: [K, K] symmetric; present: bit i set if objective i may have a weight; clamp: stay on the
+// simplex (false: the affine solution, Eq. 11 as printed); weights: [K], all zero if nothing is
+// present.
+DTOKD_HD void min_norm_weights(const double* gram, int K, unsigned present, bool clamp,
+                               double* weights) {
+  double solution[kMaxObjectives] = {0};
+  BestFace best;
+  for (unsigned mask = 1; mask < 1u << K; ++mask) {
+    double candidate[kMaxObjectives];
+    double value;
+    if (mask & ~present || !solve_face(gram, K, mask, clamp, candidate, &value)) continue;
+    if (!best.offer(mask, value)) continue;
+    for (int i = 0; i < K; ++i) solution[i] = candidate[i];
+  }
+  share_equally(gram, K, present, solution, weights);
 }
 
 }  // namespace dtokd
