@@ -10,8 +10,8 @@ from torch import Tensor
 from . import backends
 from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
-from .ops import group_rows, of_reach, solve
-from .types import Balance, Private, Rescale, Role, Weighting
+from .ops import group_rows, solve
+from .types import Balance, Private, Rescale, Role, Weighting, of_reach
 
 
 def backward(

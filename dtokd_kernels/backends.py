@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from . import native, reference
+from . import cuda, native, reference
 
 NAMES = ("cuda", "triton", "cpu", "reference")
 
@@ -25,8 +25,10 @@ def missing(name: str) -> str | None:
     """Why a backend cannot run here, or None if it can."""
     if name == "cpu":
         return native.missing
-    if name in ("cuda", "triton"):
-        return "this version has no GPU kernels; GPU tensors run through 'reference'"
+    if name == "cuda":
+        return cuda.missing or (None if torch.cuda.is_available() else "torch sees no CUDA device")
+    if name == "triton":
+        return "this version has no Triton kernels"
     return None
 
 
@@ -92,14 +94,27 @@ def select(device: torch.device, preferred: str | None = None) -> ModuleType:
         ValueError: no backend has the name asked for.
         RuntimeError: it cannot run here or not on this device.
     """
-    name = requested(preferred)
-    if name is None:
-        name = "cpu" if device.type == "cpu" and native.missing is None else "reference"
-    if name == "reference":
-        return reference
-    if device.type != "cpu":
-        raise RuntimeError(f"backend 'cpu' cannot run on {device}; use 'reference' or leave the choice open")
-    return native
+    name = requested(preferred) or best(device)
+    module, runs_on = _MODULES[name]
+    if runs_on is not None and device.type != runs_on:
+        raise RuntimeError(f"backend {name!r} cannot run on {device}; use 'reference' or leave the choice open")
+    return module
+
+
+#: The module of each backend, and the type of device it is for.
+_MODULES: dict[str, tuple[ModuleType, str | None]] = {
+    "cuda": (cuda, "cuda"),
+    "cpu": (native, "cpu"),
+    "reference": (reference, None),
+}
+
+
+def best(device: torch.device) -> str:
+    """The name of the fastest backend that can run on `device`."""
+    for name, (_, runs_on) in _MODULES.items():
+        if runs_on in (None, device.type) and missing(name) is None:
+            return name
+    return "reference"
 
 
 def backend_info() -> dict[str, str]:
@@ -112,8 +127,8 @@ def backend_info() -> dict[str, str]:
     info = {name: missing(name) or "available" for name in NAMES}
     name = requested()
     why = "forced by use_backend or DTOKD_BACKEND" if name else "best available"
-    info["chosen for cpu"] = f"{name or ('cpu' if native.missing is None else 'reference')} ({why})"
-    info["chosen for cuda"] = f"{name or 'reference'} ({why})"
+    for device in ("cpu", "cuda"):
+        info[f"chosen for {device}"] = f"{name or best(torch.device(device))} ({why})"
     info["instructions"] = native.instructions()
     info["torch"] = torch.__version__
     return info

@@ -13,10 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import GradientList, check_gram, check_lists, check_options, check_out
-from .types import Balance, Rescale, Role, Weighting
-
-#: Tensors that one kernel call can take: which objectives reach them, and a list for each of these.
-Group = tuple[tuple[int, ...], list[list[Tensor]]]
+from .types import Balance, Group, Rescale, Role, Update, Weighting, of_reach
 
 
 def gram(grads: Sequence[GradientList], *, backend: str | None = None) -> Tensor:
@@ -233,11 +230,30 @@ def combine(
     return result
 
 
-def of_reach(coefficients: Tensor, reach: tuple[int, ...]) -> Tensor:
-    """Coefficients [len(reach)] of the objectives in `reach`, without a host sync."""
-    if len(reach) == len(coefficients):
-        return coefficients
-    return torch.stack([coefficients[i] for i in reach])
+def run_updates(updates: Iterable[Update], balance: Balance, backend: str | None = None) -> None:
+    """Update parameters and state in place, or change nothing where the balance says `skipped`.
+
+    A backend with a function `run_updates(updates, table, skipped)` takes all updates of a device at once, so that
+    they share launches; the others take them one by one.
+
+    Args:
+        updates: in the order in which memory should be walked.
+        balance: of this step.
+        backend: the optimizer's choice.
+
+    Effects: no host sync.
+    """
+    by_device: dict[torch.device, list[Update]] = {}
+    for update in updates:
+        by_device.setdefault(update.params[0].device, []).append(update)
+    for device, same in by_device.items():
+        module = backends.select(device, backend)
+        table, skipped = balance.table.to(device), balance.skipped.to(device)
+        if hasattr(module, "run_updates"):
+            module.run_updates(same, table, skipped)
+            continue
+        for update in same:
+            update.run(module, table, skipped)
 
 
 def _group_positions(op: str, grads: Sequence[GradientList]) -> dict[Any, tuple[Group, list[int]]]:

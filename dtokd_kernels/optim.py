@@ -18,9 +18,8 @@ from torch.optim.optimizer import ParamsT
 from . import backends
 from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
-from .ops import Group, solve
-from .types import Balance, Private, Rescale, Role, Weighting
-from .updates import Update, run_updates
+from .ops import run_updates, solve
+from .types import Balance, Group, Private, Rescale, Role, Update, Weighting
 
 
 @dataclass(frozen=True)
