@@ -109,7 +109,7 @@ DTOKD_HD void dto_weights(const double* gram, const double* losses, int K,
   min_norm_weights(scaled, K, present_objectives(gram, K), options.clamp, weights);
 }
 
-constexpr int values_size(int K) { return 5 * K + K * K + 1; }
+DTOKD_HD constexpr int values_size(int K) { return 5 * K + K * K + 1; }
 
 // values: weights [K], coefficients [kRoles, K], norms [K], cosine [K, K], norm; flags: vertex,
 // skipped.
