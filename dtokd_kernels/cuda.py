@@ -20,36 +20,43 @@ from .weighting import DTO
 TICKETS = 4  # kTickets in csrc/cuda/launch.h
 
 
-def _register_fakes() -> None:
-    """What the operations return, for torch.compile and opcheck: shapes without values."""
+OPS: Any = torch.ops.dtokd_cuda
+
+
+def register_fakes(namespace: str) -> None:
+    """What the operations of a namespace return, for torch.compile and opcheck: shapes without values."""
 
     def record(like: Tensor, K: int) -> tuple[Tensor, Tensor]:
         return like.new_empty(fused.values_size(K), dtype=torch.float64), like.new_empty(2, dtype=torch.bool)
 
-    @torch.library.register_fake("dtokd::gram_by_role")
+    @torch.library.register_fake(f"{namespace}::gram_by_role")
     def gram_fake(
         grads: list[Tensor], counts: list[int], roles: list[int], reaches: list[int], K: int, tickets: Tensor
     ) -> Tensor:
         return grads[0].new_empty(len(Role), K, K, dtype=torch.float64)
 
-    @torch.library.register_fake("dtokd::gram_balance")
+    @torch.library.register_fake(f"{namespace}::gram_balance")
     def gram_balance_fake(
         grads: list[Tensor], counts: list[int], roles: list[int], reaches: list[int], K: int, *args: object
     ) -> tuple[Tensor, Tensor, Tensor]:
         return grads[0].new_empty(len(Role), K, K, dtype=torch.float64), *record(grads[0], K)
 
-    @torch.library.register_fake("dtokd::balance_by_role")
+    @torch.library.register_fake(f"{namespace}::balance_by_role")
     def balance_fake(grams: Tensor, losses: Tensor, *args: object) -> tuple[Tensor, Tensor]:
         return record(grams, len(losses))
 
-    for name in ("adamw_updates_", "sgd_updates_"):
-        torch.library.register_fake(f"dtokd::{name}", lambda *args, **kwargs: None)
+    @torch.library.register_fake(f"{namespace}::min_norm_weights")
+    def min_norm_weights_fake(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
+        return gram.new_empty(len(gram), dtype=torch.float64)
+
+    for name in ("combine_", "adamw_updates_", "sgd_updates_"):
+        torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
 
 
 def _load() -> str | None:
     reason = native.missing or native.load("_cuda", "nvcc")
     if reason is None:
-        _register_fakes()
+        register_fakes("dtokd_cuda")
     return reason
 
 
@@ -82,7 +89,7 @@ def gram(grads: Sequence[Sequence[Tensor]]) -> Tensor:
 
 def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
     """`reference.min_norm_weights`."""
-    return torch.ops.dtokd.min_norm_weights.default(gram.double().contiguous(), clamp, present)
+    return OPS.min_norm_weights.default(gram.double().contiguous(), clamp, present)
 
 
 def balance(
@@ -121,9 +128,7 @@ def gram_balance(
     losses = losses.to(call.device, torch.float64).contiguous()
     options = _balance_options(weighting, max_norm, rescale, loss_floor)
     grams, values, flags = call.run(
-        lambda grads, *shape: torch.ops.dtokd.gram_balance.default(
-            grads, *shape, K, losses, *options, tickets(call.device)
-        )
+        lambda grads, *shape: OPS.gram_balance.default(grads, *shape, K, losses, *options, tickets(call.device))
     )
     return fused.record(grams[Role.SHARED], values, flags)
 
@@ -136,7 +141,7 @@ def combine(
     coefficients = coefficients.to(targets[0].device, torch.float64).contiguous()
 
     def run(flat: list[Tensor]) -> None:
-        torch.ops.dtokd.combine_.default(targets, flat, coefficients)
+        OPS.combine_.default(targets, flat, coefficients)
 
     if not fused.run_fitting(run, grads, [targets]):
         return reference.combine(grads, coefficients, targets)
@@ -229,11 +234,9 @@ def _run(rule: str, updates: Sequence[Update], table: Tensor, skipped: Tensor) -
 
     def run(grads: list[Tensor], *shape: list[int]) -> None:
         if rule == "adamw_step":
-            torch.ops.dtokd.adamw_updates_.default(
-                params, grads, *state, *shape, table, skipped, lrs, options, tickets(device)
-            )
+            OPS.adamw_updates_.default(params, grads, *state, *shape, table, skipped, lrs, options, tickets(device))
         else:
-            torch.ops.dtokd.sgd_updates_.default(params, grads, *state, *shape, table, skipped, lrs, options)
+            OPS.sgd_updates_.default(params, grads, *state, *shape, table, skipped, lrs, options)
 
     try:
         groups.run(run, like=params)
@@ -304,7 +307,7 @@ class _Groups:
 def _grams(groups: Mapping[Role, Sequence[Group]], K: int) -> Tensor:
     """[3, K, K] float64: the Gram matrix of each role."""
     call = _Groups(groups)
-    return call.run(lambda grads, *shape: torch.ops.dtokd.gram_by_role.default(grads, *shape, K, tickets(call.device)))
+    return call.run(lambda grads, *shape: OPS.gram_by_role.default(grads, *shape, K, tickets(call.device)))
 
 
 def _balance_options(
@@ -329,5 +332,5 @@ def _balance(
     if type(weighting) is not DTO:
         weights = reference.weigh(weighting, gram, losses, loss_floor).contiguous()
     options = _balance_options(weighting, max_norm, rescale, loss_floor)
-    values, flags = torch.ops.dtokd.balance_by_role.default(grams, losses, weights, *options)
+    values, flags = OPS.balance_by_role.default(grams, losses, weights, *options)
     return fused.record(gram, values, flags)

@@ -2,6 +2,9 @@
 // library of its own, so that the CPU operations load without CUDA. Nothing here waits for the
 // device, and scratch memory comes from torch's allocator on the current stream, so that calls can
 // be captured in a graph and run on several streams.
+//
+// Tests compile it with DTOKD_EMULATION, for CPU tensors and the emulation of CUDA: then it is
+// called dtokd_emulated.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -19,26 +22,43 @@ namespace {
 
 using Ints = std::vector<int64_t>;
 
+#ifdef DTOKD_EMULATION
+#define DTOKD_LIBRARY(macro, ...) macro(dtokd_emulated, __VA_ARGS__)
+#define DTOKD_KEY CPU
+#else
+#define DTOKD_LIBRARY(macro, ...) macro(dtokd_cuda, __VA_ARGS__)
+#define DTOKD_KEY CUDA
+#endif
+
 // The device that a call runs on: the current one until the end of the scope, and its stream.
 class Device {
  public:
+#ifdef DTOKD_EMULATION
+  explicit Device(const Tensor& like) : index_(like.get_device_index()) {}
+#else
   explicit Device(const Tensor& like) : index_(like.get_device_index()), guard_(index_) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
   }
+#endif
   void check(const Tensor& tensor, const char* op, const char* name) const {
-    STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == index_, "dtokd::", op, ": ",
-                    name, " must be on CUDA device ", index_, ", as the first tensor is");
+    STD_TORCH_CHECK(tensor.get_device_index() == index_ && tensor.is_cpu() == is_cpu_, op, ": ",
+                    name, " must be on the device of the first tensor, number ", index_);
   }
 
   cuda::Stream stream = nullptr;
 
  private:
   int32_t index_;
+#ifdef DTOKD_EMULATION
+  bool is_cpu_ = true;
+#else
+  bool is_cpu_ = false;
   torch::stable::accelerator::DeviceGuard guard_;
+#endif
 };
 
 void check_launch(int error, const char* op) {
-  STD_TORCH_CHECK(error == 0, "dtokd::", op, ": the launch failed: ", cuda::error_name(error));
+  STD_TORCH_CHECK(error == 0, op, ": the launch failed: ", cuda::error_name(error));
 }
 
 // Tensors of one role that the same objectives reach: `count` of them.
@@ -50,12 +70,12 @@ struct GroupShape {
 
 std::vector<GroupShape> group_shapes(const Ints& counts, const Ints& roles, const Ints& reaches,
                                      const char* op) {
-  STD_TORCH_CHECK(counts.size() == roles.size() && counts.size() == reaches.size(), "dtokd::", op,
+  STD_TORCH_CHECK(counts.size() == roles.size() && counts.size() == reaches.size(), op,
                   ": counts, roles and reaches must have one number for each group");
   std::vector<GroupShape> groups;
   for (size_t g = 0; g < counts.size(); ++g) {
-    STD_TORCH_CHECK(roles[g] >= 0 && roles[g] < kRoles, "dtokd::", op, ": roles[", g, "] is ",
-                    roles[g], ", expected 0 to ", kRoles - 1);
+    STD_TORCH_CHECK(roles[g] >= 0 && roles[g] < kRoles, op, ": roles[", g, "] is ", roles[g],
+                    ", expected 0 to ", kRoles - 1);
     groups.push_back({int(roles[g]), unsigned(reaches[g]), counts[g]});
   }
   return groups;
@@ -73,8 +93,8 @@ struct Position {
   }
   void check(const Tensor& tensor, const char* name, const Device& device) const {
     device.check(tensor, op, name);
-    STD_TORCH_CHECK(tensor.numel() == like.numel(), "dtokd::", op, ": ", name, " has ",
-                    tensor.numel(), " elements, expected ", like.numel());
+    STD_TORCH_CHECK(tensor.numel() == like.numel(), op, ": ", name, " has ", tensor.numel(),
+                    " elements, expected ", like.numel());
     DTOKD_CHECK_FIT(contiguous ? tensor.is_contiguous() : same_strides(tensor, like), op, ": ",
                     name, " is laid out otherwise");
   }
@@ -91,7 +111,7 @@ std::vector<cuda::Gradients> gradients(const Tensors& grads, const std::vector<G
     const int lists = __builtin_popcount(group.reach);
     STD_TORCH_CHECK(
         lists >= 1 && group.reach >> K == 0 && start + size_t(lists * group.count) <= grads.size(),
-        "dtokd::", op, ": grads does not hold what counts and reaches say");
+        op, ": grads does not hold what counts and reaches say");
     for (int64_t t = 0; t < group.count; ++t) {
       const Tensor& first = like.empty() ? grads[start + t] : like.at(result.size());
       const Position position(op, first);
@@ -109,14 +129,14 @@ std::vector<cuda::Gradients> gradients(const Tensors& grads, const std::vector<G
     }
     start += lists * group.count;
   }
-  STD_TORCH_CHECK(start == grads.size(), "dtokd::", op, ": grads has ", grads.size(),
-                  " tensors, expected ", start);
+  STD_TORCH_CHECK(start == grads.size(), op, ": grads has ", grads.size(), " tensors, expected ",
+                  start);
   return result;
 }
 
 int checked_K(int64_t K, const char* op) {
-  STD_TORCH_CHECK(K >= 1 && K <= kMaxObjectives, "dtokd::", op, ": ", K,
-                  " objectives, expected 1 to ", kMaxObjectives);
+  STD_TORCH_CHECK(K >= 1 && K <= kMaxObjectives, op, ": ", K, " objectives, expected 1 to ",
+                  kMaxObjectives);
   return int(K);
 }
 
@@ -129,7 +149,7 @@ struct CallScratch {
       : partials(torch::stable::new_empty(like, {partials_size > 0 ? partials_size : 1},
                                           ScalarType::Double)) {
     STD_TORCH_CHECK(tickets.scalar_type() == ScalarType::Int && tickets.numel() == cuda::kTickets,
-                    "dtokd::", op, ": tickets must be ", cuda::kTickets, " int32 zeros");
+                    op, ": tickets must be ", cuda::kTickets, " int32 zeros");
     pointers = {static_cast<double*>(partials.mutable_data_ptr()),
                 static_cast<unsigned*>(tickets.mutable_data_ptr())};
   }
@@ -214,7 +234,7 @@ Tensor min_norm_weights(const Tensor& gram, bool clamp, const std::optional<Tens
     device.check(*present, op, "present");
     STD_TORCH_CHECK(present->scalar_type() == ScalarType::Bool && present->numel() == K &&
                         present->is_contiguous(),
-                    "dtokd::min_norm_weights: present must be [K] bool");
+                    "min_norm_weights: present must be [K] bool");
     flags = static_cast<const bool*>(present->const_data_ptr());
   }
   Tensor out = torch::stable::new_empty(gram, {K}, ScalarType::Double);
@@ -259,12 +279,12 @@ struct Updates {
     device.check(table, op, "table");
     device.check(skipped, op, "skipped");
     const int K = checked_K(table.numel() / kRoles, op);
-    STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Bool && skipped.numel() == 1,
-                    "dtokd::", op, ": skipped must be one bool");
+    STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Bool && skipped.numel() == 1, op,
+                    ": skipped must be one bool");
     direction = {K, doubles(table, kRoles * K, op, "table"),
                  static_cast<const bool*>(skipped.const_data_ptr())};
     const auto lists = gradients(grads, groups, K, params, device, op);
-    STD_TORCH_CHECK(lists.size() == params.size(), "dtokd::", op, ": params has ", params.size(),
+    STD_TORCH_CHECK(lists.size() == params.size(), op, ": params has ", params.size(),
                     " tensors, expected ", lists.size());
     targets.resize(params.size());
     size_t t = 0;
@@ -288,14 +308,14 @@ struct Updates {
     for (size_t g = 0; g < groups.size(); ++g) {
       for (int64_t i = 0; i < groups[g].count; ++i, ++t) {
         if (!has(g)) continue;
-        STD_TORCH_CHECK(next < state.size(), "dtokd::", op, ": ", name, " has ", state.size(),
+        STD_TORCH_CHECK(next < state.size(), op, ": ", name, " has ", state.size(),
                         " tensors, expected more");
         const Tensor& tensor = state[next++];
         Position(op, params[t]).check(tensor, name, device);
         attach(targets[t], tensor);
       }
     }
-    STD_TORCH_CHECK(next == state.size(), "dtokd::", op, ": ", name, " has ", state.size(),
+    STD_TORCH_CHECK(next == state.size(), op, ": ", name, " has ", state.size(),
                     " tensors, expected ", next);
   }
 
@@ -330,7 +350,7 @@ struct Updates {
     const Tensor& tensor = lrs.at(index);
     device.check(tensor, op, "lrs");
     rate.type = type_of(tensor.scalar_type());
-    STD_TORCH_CHECK(tensor.numel() == 1 && size_of(rate.type) >= 4, "dtokd::", op,
+    STD_TORCH_CHECK(tensor.numel() == 1 && size_of(rate.type) >= 4, op,
                     ": lr must be a float32 or float64 scalar");
     rate.device = tensor.const_data_ptr();
     return rate;
@@ -339,7 +359,7 @@ struct Updates {
 
 const double* options_of(const std::vector<double>& options, size_t group, size_t count,
                          size_t groups, const char* op) {
-  STD_TORCH_CHECK(options.size() == count * groups, "dtokd::", op, ": options has ", options.size(),
+  STD_TORCH_CHECK(options.size() == count * groups, op, ": options has ", options.size(),
                   " numbers, expected ", count, " for each of ", groups, " groups");
   return options.data() + group * count;
 }
@@ -360,7 +380,7 @@ void adamw_updates_(const Tensors& params, const Tensors& grads, const Tensors& 
   updates.attach_state(params, max_exp_avg_sqs, 2, "max_exp_avg_sqs",
                        [&](size_t g) { return option(g)[7] != 0; });
   updates.attach_masters(params, masters, [&](size_t g) { return option(g)[8] != 0; });
-  STD_TORCH_CHECK(state_steps.size() == params.size(), "dtokd::", op,
+  STD_TORCH_CHECK(state_steps.size() == params.size(), op,
                   ": state_steps must hold one scalar for each of params");
   for (size_t t = 0; t < params.size(); ++t) {
     updates.device.check(state_steps[t], op, "state_steps");
@@ -402,7 +422,9 @@ void sgd_updates_(const Tensors& params, const Tensors& grads, const Tensors& mo
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(dtokd, m) {
+DTOKD_LIBRARY(STABLE_TORCH_LIBRARY, m) {
+  m.def("min_norm_weights(Tensor gram, bool clamp, Tensor? present) -> Tensor");
+  m.def("combine_(Tensor(a!)[] out, Tensor[] grads, Tensor coefficients) -> ()");
   m.def(
       "gram_by_role(Tensor[] grads, int[] counts, int[] roles, int[] reaches, int K, "
       "Tensor(a!) tickets) -> Tensor");
@@ -424,7 +446,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dtokd, m) {
       "Tensor skipped, Tensor[] lrs, float[] options) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dtokd, CUDA, m) {
+DTOKD_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, DTOKD_KEY, m) {
   m.impl("gram_by_role", TORCH_BOX(&gram_by_role));
   m.impl("gram_balance", TORCH_BOX(&gram_balance));
   m.impl("balance_by_role", TORCH_BOX(&balance_by_role));
