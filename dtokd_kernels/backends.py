@@ -8,28 +8,50 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
 from . import cuda, native, reference
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of the operations.
+
+    Attributes:
+        module: returns it; called when it is first used.
+        device: the type of device that its tensors are on; None: any.
+        missing: why it cannot run here, or None if it can.
+    """
+
+    module: Callable[[], ModuleType]
+    device: str | None
+    missing: Callable[[], str | None]
+
+
+def _cuda_missing() -> str | None:
+    return cuda.missing or (None if torch.cuda.is_available() else "torch sees no CUDA device")
+
+
+#: By name, the fastest first.
+_BACKENDS: dict[str, Backend] = {
+    "cuda": Backend(lambda: cuda, "cuda", _cuda_missing),
+    "triton": Backend(lambda: reference, "cuda", lambda: "this version has no Triton kernels"),
+    "cpu": Backend(lambda: native, "cpu", lambda: native.missing),
+    "reference": Backend(lambda: reference, None, lambda: None),
+}
+NAMES = tuple(_BACKENDS)
 
 _forced: ContextVar[str | None] = ContextVar("dtokd_backend", default=None)
 
 
 def missing(name: str) -> str | None:
     """Why a backend cannot run here, or None if it can."""
-    if name == "cpu":
-        return native.missing
-    if name == "cuda":
-        return cuda.missing or (None if torch.cuda.is_available() else "torch sees no CUDA device")
-    if name == "triton":
-        return "this version has no Triton kernels"
-    return None
+    return _BACKENDS[name].missing()
 
 
 def check_name(name: str, source: str) -> None:
@@ -95,26 +117,19 @@ def select(device: torch.device, preferred: str | None = None) -> ModuleType:
         RuntimeError: it cannot run here or not on this device.
     """
     name = requested(preferred) or best(device)
-    module, runs_on = _MODULES[name]
-    if runs_on is not None and device.type != runs_on:
+    backend = _BACKENDS[name]
+    if backend.device not in (None, device.type):
         raise RuntimeError(f"backend {name!r} cannot run on {device}; use 'reference' or leave the choice open")
-    return module
-
-
-#: The module of each backend, and the type of device it is for.
-_MODULES: dict[str, tuple[ModuleType, str | None]] = {
-    "cuda": (cuda, "cuda"),
-    "cpu": (native, "cpu"),
-    "reference": (reference, None),
-}
+    return backend.module()
 
 
 def best(device: torch.device) -> str:
     """The name of the fastest backend that can run on `device`."""
-    for name, (_, runs_on) in _MODULES.items():
-        if runs_on in (None, device.type) and missing(name) is None:
-            return name
-    return "reference"
+    return next(
+        name
+        for name, backend in _BACKENDS.items()
+        if backend.device in (None, device.type) and backend.missing() is None
+    )
 
 
 def backend_info() -> dict[str, str]:
