@@ -157,10 +157,13 @@ def adamw_step(
     state_steps: Sequence[Tensor],
     coefficients: Tensor,
     skipped: Tensor,
+    *,
+    masters: Sequence[Tensor] = (),
     **options: Any,
 ) -> None:
     """`reference.adamw_step` for tensors of one dtype."""
     state = {
+        "masters": list(masters),
         "exp_avgs": list(exp_avgs),
         "exp_avg_sqs": list(exp_avg_sqs),
         "max_exp_avg_sqs": list(max_exp_avg_sqs),
@@ -175,10 +178,13 @@ def sgd_step(
     momentum_buffers: Sequence[Tensor],
     coefficients: Tensor,
     skipped: Tensor,
+    *,
+    masters: Sequence[Tensor] = (),
     **options: Any,
 ) -> None:
     """`reference.sgd_step` for tensors of one dtype."""
-    _run_one("sgd_step", params, grads, {"momentum_buffers": list(momentum_buffers)}, coefficients, skipped, options)
+    state = {"momentum_buffers": list(momentum_buffers), "masters": list(masters)}
+    _run_one("sgd_step", params, grads, state, coefficients, skipped, options)
 
 
 def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> None:
@@ -215,7 +221,7 @@ def _run_one(
     run_updates([update], coefficients.expand(len(Role), -1), skipped)
 
 
-#: Lists of state by rule: the operation's argument, and the attribute that says whether an update has it.
+#: The lists of state of each rule, as its operation takes them.
 _STATE = {
     "adamw_step": ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps", "masters"),
     "sgd_step": ("momentum_buffers", "masters"),

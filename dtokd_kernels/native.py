@@ -129,8 +129,9 @@ def adamw_step(
     eps: float,
     amsgrad: bool,
     maximize: bool,
+    masters: Sequence[Tensor] = (),
 ) -> None:
-    """`reference.adamw_step` for tensors of one dtype."""
+    """`reference.adamw_step` for tensors of one dtype; through it with master copies, which only GPU kernels know."""
 
     def run(flat: list[Tensor]) -> None:
         torch.ops.dtokd.adamw_step_.default(
@@ -151,10 +152,11 @@ def adamw_step(
         )
 
     state = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs] if amsgrad else [params, exp_avgs, exp_avg_sqs]
-    if not fused.run_fitting(run, grads, state):
+    if masters or not fused.run_fitting(run, grads, state):
         reference.adamw_step(
-            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, coefficients, skipped,
-            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=amsgrad, maximize=maximize,
+            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, coefficients, skipped, lr=lr,
+            beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=amsgrad, maximize=maximize,
+            masters=masters,
         )  # fmt: skip
 
 
@@ -172,8 +174,9 @@ def sgd_step(
     nesterov: bool,
     maximize: bool,
     first: bool,
+    masters: Sequence[Tensor] = (),
 ) -> None:
-    """`reference.sgd_step` for tensors of one dtype."""
+    """`reference.sgd_step` for tensors of one dtype; through it with master copies."""
 
     def run(flat: list[Tensor]) -> None:
         torch.ops.dtokd.sgd_step_.default(
@@ -191,8 +194,8 @@ def sgd_step(
             first=first,
         )
 
-    if not fused.run_fitting(run, grads, [params, momentum_buffers] if momentum != 0 else [params]):
+    if masters or not fused.run_fitting(run, grads, [params, momentum_buffers] if momentum != 0 else [params]):
         reference.sgd_step(
             params, grads, momentum_buffers, coefficients, skipped, lr=lr, momentum=momentum, dampening=dampening,
-            weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, first=first,
+            weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, first=first, masters=masters,
         )  # fmt: skip

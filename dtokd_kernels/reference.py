@@ -286,6 +286,7 @@ def adamw_step(
     eps: float,
     amsgrad: bool,
     maximize: bool,
+    masters: Sequence[Tensor] = (),
 ) -> None:
     """AdamW (Loshchilov and Hutter, 2019) on d = sum_i c_i g_i, in place; changes nothing where `skipped`.
 
@@ -295,11 +296,13 @@ def adamw_step(
         state_steps: scalar tensors, how many steps each parameter has taken; counted up by one.
         coefficients: [K], what multiplies the raw gradients.
         skipped: scalar bool.
+        masters: float32 copies of half-precision parameters, which then are their roundings; or none.
     """
     coefficients = -coefficients if maximize else coefficients
     for i, p in enumerate(params):
         skip = skipped.to(p.device)
         opmath = torch.promote_types(p.dtype, torch.float32)
+        exact = masters[i] if masters else p
         g = _combine_one([g[i].to(opmath) for g in grads], coefficients)
         t = state_steps[i] + 1
         m = exp_avgs[i].to(opmath).lerp(g, 1 - beta1)
@@ -312,7 +315,7 @@ def adamw_step(
             _assign(max_exp_avg_sqs[i], largest, skip)
         denominator = largest.sqrt() / correction2.sqrt().to(p.device, opmath) + eps
         step_size = (lr / correction1).to(p.device, opmath)
-        _assign(p, p.to(opmath) * (1 - lr * weight_decay) - step_size * m / denominator, skip)
+        _assign_parameter(p, exact, exact.to(opmath) * (1 - lr * weight_decay) - step_size * m / denominator, skip)
         _assign(exp_avgs[i], m, skip)
         _assign(exp_avg_sqs[i], v, skip)
         _assign(state_steps[i], t, skip.to(t.device))
@@ -333,6 +336,7 @@ def sgd_step(
     nesterov: bool,
     maximize: bool,
     first: bool,
+    masters: Sequence[Tensor] = (),
 ) -> None:
     """SGD as torch does it on d = sum_i c_i g_i, in place; changes nothing where `skipped`.
 
@@ -342,18 +346,27 @@ def sgd_step(
         coefficients: [K], what multiplies the raw gradients.
         skipped: scalar bool.
         first: the buffers hold nothing yet and start as the direction itself, undampened.
+        masters: float32 copies of half-precision parameters, which then are their roundings; or none.
     """
     coefficients = -coefficients if maximize else coefficients
     for i, p in enumerate(params):
         skip = skipped.to(p.device)
         opmath = torch.promote_types(p.dtype, torch.float32)
-        old = p.to(opmath)
+        exact = masters[i] if masters else p
+        old = exact.to(opmath)
         g = _combine_one([g[i].to(opmath) for g in grads], coefficients) + weight_decay * old
         if momentum != 0:
             buffer = g if first else momentum * momentum_buffers[i].to(opmath) + (1 - dampening) * g
             g = g + momentum * buffer if nesterov else buffer
             _assign(momentum_buffers[i], buffer, skip)
-        _assign(p, old - lr * g, skip)
+        _assign_parameter(p, exact, old - lr * g, skip)
+
+
+def _assign_parameter(p: Tensor, exact: Tensor, value: Tensor, skip: Tensor) -> None:
+    """exact: the parameter itself or its master copy."""
+    _assign(exact, value, skip)
+    if exact is not p:
+        _assign(p, value, skip)
 
 
 def _assign(target: Tensor, value: Tensor, skip: Tensor) -> None:
