@@ -330,6 +330,12 @@ constexpr int kUpdateBlocks = std::max(2, (P == 2   ? 4
                                                     : 2) -
                                               Rule::kWide);
 
+// Counts up the steps of all tensors of a table, empty ones too.
+template <class Table>
+DTOKD_DEVICE void count_steps(const Table& table) {
+  for (int i = threadIdx.x; i < table.count; i += kThreads) *table.entries[i].step += 1;
+}
+
 // One block per chunk. The last block to have read its step counter counts up all of the table's.
 template <class Rule, int P>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
@@ -337,6 +343,10 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
                   DTOKD_PARAMETER(UpdateJob<typename Rule::Group>) job) {
   DTOKD_SHARED(shared, Shared<Rule, P>);
   if (job.direction.skipped && *job.direction.skipped) return;
+  if (table.chunks() == 0) {
+    if constexpr (Rule::kCountsSteps) count_steps(table);
+    return;
+  }
   const unsigned chunk = table.chunks() - 1 - blockIdx.x;
   const int e = table.find(chunk);
   const UpdateEntry<P, Rule::kTensors>& entry = table.entries[e];
@@ -348,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
   __syncthreads();
   if (Rule::kCountsSteps && shared.last) {
     __threadfence();
-    for (int i = threadIdx.x; i < table.count; i += kThreads) *table.entries[i].step += 1;
+    count_steps(table);
   }
 
   const typename Rule::Numbers numbers = shared.numbers;
