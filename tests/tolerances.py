@@ -73,6 +73,15 @@ def combined(grads: Sequence[Tensor], coefficients: Tensor, dtype: torch.dtype) 
     return terms.sum(0), (len(grads) + 2) * (u * terms.abs().sum(0) + eta)
 
 
+def correction_error(beta: float, t: int) -> float:
+    """Relative |error| of 1 - beta^t in float64, whether beta^t comes from `pow` or by repeated squaring.
+
+    Squaring takes at most 2 log2(t) products, each u off; the difference magnifies that by beta^t / (1 - beta^t).
+    """
+    power = beta**t
+    return (2 * max(t, 1).bit_length() * power / (1 - power) + 1) * unit_roundoff(torch.float64)
+
+
 def adamw_bounds(
     old: Mapping[str, Tensor], grads: Sequence[Tensor], coefficients: Tensor, t: int, dtype: torch.dtype, **h: float
 ) -> dict[str, Tensor]:
@@ -99,11 +108,13 @@ def adamw_bounds(
     correction = (1 - h["beta2"] ** t) ** 0.5
     denominator = root / correction + h["eps"]
     e_denominator = e_root / correction + 4 * u * denominator + eta
+    e_denominator = e_denominator + root / correction * correction_error(h["beta2"], t) / 2  # under a square root
     step_size = h["lr"] / (1 - h["beta1"] ** t)
     quotient = m_new.abs() / denominator
     e_quotient = (e_m + quotient * e_denominator) / (denominator - e_denominator) + u * quotient + eta
     e_quotient = e_quotient.where(e_denominator < denominator / 2, torch.inf)
     e_p = 4 * u * (p.abs() + step_size * quotient) + step_size * e_quotient + 2 * eta
+    e_p = e_p + step_size * quotient * correction_error(h["beta1"], t)
     new_p = p.abs() + step_size * quotient
     bounds = {
         "param": stored(new_p, e_p, dtype),
