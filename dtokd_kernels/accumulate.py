@@ -12,6 +12,7 @@ from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
 from .ops import gram_of_groups, group_rows, of_reach
 from .types import Balance, Private, Rescale, Weighting
+from .weighting import Stateful
 
 
 def backward(
@@ -79,6 +80,8 @@ def backward(
             loss_floor=loss_floor,
             private_gram=grams.get(True),
         )
+        if isinstance(weighting, Stateful):
+            weighting.commit(record.skipped)
         if record.skipped.device.type == "cpu" and record.skipped:
             return record
         for role, found in groups.items():

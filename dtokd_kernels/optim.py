@@ -7,6 +7,7 @@ optimizer.zero_grad()
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
 from .ops import Group, gram_of_groups, of_reach
 from .types import Balance, Private, Rescale, Weighting
+from .weighting import Stateful
 
 SHARED, PRIVATE, PLAIN = range(3)
 
@@ -77,6 +79,11 @@ class _Balanced(torch.optim.Optimizer):
         self._balance: Balance | None = None
         self._skipped_steps: Tensor | None = None
         self._plan: tuple[Any, list[_Bucket]] | None = None
+
+    @property
+    def weighting(self) -> Weighting:
+        """How the Gram matrix becomes weights."""
+        return self._options.weighting
 
     @property
     def balance(self) -> Balance | None:
@@ -144,6 +151,8 @@ class _Balanced(torch.optim.Optimizer):
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
         record = self._balance = self._solve(buckets, lists)
+        if isinstance(self.weighting, Stateful):
+            self.weighting.commit(record.skipped)
         skipped = record.skipped
         self._skipped_steps = skipped.long() if self._skipped_steps is None else self._skipped_steps + skipped
         if skipped.device.type == "cpu" and skipped:
@@ -184,21 +193,37 @@ class _Balanced(torch.optim.Optimizer):
             raise
         group.setdefault("balance", True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch has it, and the memory of a `Stateful` weighting under "weighting", which torch ignores."""
+        state = super().state_dict()
+        if isinstance(self.weighting, Stateful):
+            state["weighting"] = self.weighting.state_dict()
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of the torch optimizer it stands for; that one knows no `balance`.
+        """Load a state of this class or of the torch optimizer it stands for.
+
+        That one knows no `balance` of a group and no memory of the weighting; they stay as they are.
 
         Args:
             state_dict: what `state_dict()` returned.
 
         Raises:
-            ValueError: its groups are not those of this optimizer.
+            ValueError: its groups are not those of this optimizer, or its weighting's memory is another rule's. Nothing
+                has changed then.
         """
         groups = state_dict["param_groups"]
         if len(groups) == len(self.param_groups):
             groups = [
                 {"balance": own["balance"], **group} for own, group in zip(self.param_groups, groups, strict=True)
             ]
+        memory = state_dict.get("weighting")
+        weighting = self.weighting if isinstance(self.weighting, Stateful) and memory is not None else None
+        if weighting is not None:
+            copy.copy(weighting).load_state_dict(memory)  # refuses before anything has changed
         super().load_state_dict({**state_dict, "param_groups": groups})
+        if weighting is not None:
+            weighting.load_state_dict(memory)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options}

@@ -3,8 +3,8 @@
 A weighting is any callable ``(gram [K, K], losses [K]) -> weights [K]``, or of the Gram alone, as TorchJD's Gramian
 weightings are. Two attributes say what it works with, both True if absent:
 
-- ``log_gradients``: it sees the Gram matrix of log-gradients, and its weights multiply g_i / L_i. Where it is False it sees
-  the raw one, and its weights multiply the raw gradients.
+- ``log_gradients``: it sees the Gram matrix of log-gradients, and its weights multiply g_i / L_i. Where it is False it
+  sees the raw one, and its weights multiply the raw gradients.
 - ``needs_gram``: its weights depend on that matrix. Where it is False any [K, K] tensor will do.
 
 Weights may be negative (some rules need that). Other shapes than [K] are an error. If one is not finite the step is

@@ -41,7 +41,7 @@ def project_on_dual_cone(gram: Tensor, lower: Tensor) -> Tensor:
 
     sum_i v_i g_i is the projection of sum_i u_i g_i on the directions that conflict with no gradient.
 
-    Source: UPGrad (Quinton and Rey, 2024), Proposition 1; for the mean, GEM (Lopez-Paz and Ranzato, NeurIPS 2017), Eq. 11.
+    Source: UPGrad (Quinton and Rey, 2024), Proposition 1; GEM (Lopez-Paz and Ranzato, NeurIPS 2017), Eq. 11.
 
     Args:
         gram: [K, K] float64, whose gradients have length 1 or 0.

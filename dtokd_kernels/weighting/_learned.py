@@ -19,8 +19,8 @@ def start(values: Tensor) -> Memory:
     }
 
 
-def descend(memory: Memory, gradient: Tensor, *, lr: float, weight_decay: float, skip: Tensor | None = None) -> Memory:
-    """The memory after one step of torch's AdamW, with its other defaults; as it was where `skip` (scalar bool)."""
+def descend(memory: Memory, gradient: Tensor, *, lr: float, weight_decay: float) -> Memory:
+    """The memory after one step of torch's AdamW, with its other defaults."""
     new = {name: memory[name].clone() for name in ("learned", "exp_avg", "exp_avg_sq", "step")}
     adamw(
         [new["learned"]],
@@ -29,8 +29,7 @@ def descend(memory: Memory, gradient: Tensor, *, lr: float, weight_decay: float,
         [new["exp_avg_sq"]],
         [],
         [new["step"]],
-        fused=True,  # one call, and it reads `found_inf` on the device
-        found_inf=None if skip is None else skip.float(),
+        fused=True,
         lr=lr,
         beta1=0.9,
         beta2=0.999,

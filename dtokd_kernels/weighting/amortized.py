@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _learned
-from .stateful import Memory, Stateful, _overwrite
+from .stateful import Memory, Stateful, choose
 
 READINGS = ("famo", "gram", "eq18")
 
@@ -27,12 +27,12 @@ class Amortized(Stateful):
       are noisier. No constant factor of a loss matters. Needs no Gram matrix, so one backward pass is enough.
     - "gram": s = G pi, the slope of 1/2 ||sum_i pi_i grad log L_i||^2: the first-order rates, without noise. For a
       Gram matrix that stays, the weights converge to those of `DTO` (up to weight decay).
-    - "eq18": s_i = (sum_j pi_j log L_j) log L_i, the slope of 1/2 (sum_i pi_i log L_i)^2 as printed. Not invariant to the
-      losses' units: it turns its sign where the sum of log losses does, and its fixed points are no Pareto condition.
-      Needs no Gram matrix.
+    - "eq18": s_i = (sum_j pi_j log L_j) log L_i, the slope of 1/2 (sum_i pi_i log L_i)^2 as printed. Not invariant to
+      the losses' units: its sign turns where that of sum_j pi_j log L_j does, and its fixed points are no Pareto
+      condition. Needs no Gram matrix.
 
-    Source: DTO-KD (ICLR 2026), Algorithm 1, Eq. 6 and 18; FAMO (Liu et al., NeurIPS 2023), Algorithm 1 and Eq. 10, which
-    uses Adam with the decay coupled and divides the coefficients by their sum (`rescale="sum"` of the optimizers).
+    Source: DTO-KD (ICLR 2026), Algorithm 1, Eq. 6 and 18; FAMO (Liu et al., NeurIPS 2023), Algorithm 1, which divides
+    the coefficients by their sum (`rescale="sum"` of the optimizers) and whose code uses Adam with coupled decay.
 
     Memory: "learned" (w), AdamW's state; for "famo" also "log_losses" [K] and "pending", whether those still wait for
     what came of them. With several ranks, average the losses first, or the ranks' weights drift apart.
@@ -74,7 +74,7 @@ class Amortized(Stateful):
         """The weights and the memory after them."""
         if self.reading == "famo":
             now = losses.log()
-            memory = self._descend(memory, memory["log_losses"] - now, skip=~memory["pending"])
+            memory = choose(~memory["pending"], memory, self._descend(memory, memory["log_losses"] - now))
             weights = memory["learned"].softmax(0)
             return weights, {**memory, "log_losses": now, "pending": torch.ones_like(memory["pending"])}
         if self.reading == "gram":
@@ -102,24 +102,26 @@ class Amortized(Stateful):
 
         Effects: no host sync. After a skipped step, or a second time for one step, nothing changes.
         """
-        if self.reading != "famo" or self._memory is None:
-            why = "there was no step yet" if self.reading == "famo" else f"reading {self.reading!r} uses no losses after"
-            raise RuntimeError(f"Amortized.observe: {why}; call it after optimizer.step(), with reading='famo'")
+        if self.reading != "famo":
+            raise RuntimeError(f"Amortized.observe: reading {self.reading!r} uses no later losses; leave the call out")
+        if self._memory is None:
+            raise RuntimeError("Amortized.observe: there was no step yet; call it after optimizer.step()")
         memory = self._memory
         before = memory["log_losses"]
         if not isinstance(losses, Tensor):
             losses = torch.stack([loss.reshape(()) for loss in losses])
         if losses.shape != before.shape:
-            raise ValueError(f"Amortized.observe: losses has shape {tuple(losses.shape)}, expected {tuple(before.shape)}")
+            raise ValueError(
+                f"Amortized.observe: losses has shape {tuple(losses.shape)}, expected {tuple(before.shape)}: "
+                "one per objective, in the order that backward got them"
+            )
         after = losses.to(before).log()
         usable = memory["pending"] & after.isfinite().all()
-        new = self._descend(memory, before - after, skip=~usable)
-        _overwrite(memory, {**new, "pending": memory["pending"] & ~usable}, torch.zeros_like(usable))
+        new = {**self._descend(memory, before - after), "pending": torch.zeros_like(usable)}
+        self._write(choose(~usable, memory, new))
 
-    def _descend(
-        self, memory: Memory, slope: Tensor, weights: Tensor | None = None, skip: Tensor | None = None
-    ) -> Memory:
+    def _descend(self, memory: Memory, slope: Tensor, weights: Tensor | None = None) -> Memory:
         if weights is None:
             weights = memory["learned"].softmax(0)
         gradient = weights * (slope - weights @ slope)
-        return _learned.descend(memory, gradient, lr=self.lr, weight_decay=self.weight_decay, skip=skip)
+        return _learned.descend(memory, gradient, lr=self.lr, weight_decay=self.weight_decay)

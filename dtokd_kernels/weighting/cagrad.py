@@ -15,14 +15,17 @@ from ._units import unit_gram
 class CAGrad:
     """The direction at most c ||g_0|| from the mean gradient g_0 whose smallest <g_i, d> is largest.
 
-    Its dual is w = argmin over the simplex of <g_w, g_0> + c ||g_0|| ||g_w|| with g_w = sum_i w_i g_i, and then
-    d = g_0 + c ||g_0|| / ||g_w|| g_w. Here it is solved exactly. Inside a face F of the simplex t = c ||g_0|| / ||g_w||
-    satisfies G_FF (t w_F) = lambda 1 - b_F with b = G 1/K; with y = G_FF^-1 1 and z = G_FF^-1 b_F the length of t g_w,
-    c ||g_0||, says lambda: the larger root of (1^T y) lambda^2 - 2 (1^T z) lambda + b^T z - c^2 ||g_0||^2 = 0. All faces are
-    solved and the best is taken. (A face around the origin has no solution, as for c < 1 the dual then decreases to its
-    rim.)
+    That is d = g_0 + t sum_i w_i g_i for some w in the simplex and t >= 0, at the distance c ||g_0||. The objectives
+    with w_i > 0 share the smallest <g_i, d> = lambda: for their set F, and with b = G 1/K,
 
-    Source: Liu et al. (NeurIPS 2021), Algorithm 1; d is not divided by 1 + c^2, as their code does.
+        t w_F = lambda y - z,   G_FF y = 1,   G_FF z = b_F,
+        (1^T y) lambda^2 - 2 (1^T z) lambda + b^T z = c^2 ||g_0||^2      (the distance; lambda is the larger root).
+
+    Where gradients cancel no direction is good for all: lambda = 0, and d may be nearer. So all sets F are solved, for
+    both; every d found is within the distance, and the one whose smallest <g_i, d> is largest is the solution.
+
+    Source: Liu et al. (NeurIPS 2021), Algorithm 1, which leaves the search for w to a general minimiser. d is not
+    divided by 1 + c^2, as their code does.
 
     Args:
         c: how far from the mean, in 0 <= c < 1; 0 is the mean itself.
@@ -50,19 +53,20 @@ class CAGrad:
             [K] float64, at least 1 / K each.
         """
         cosines, norms, inverse = unit_gram(gram)
-        mean = norms / len(gram)  # of the unit gradients
+        mean = norms / len(gram)  # g_0, of unit gradients
         products = cosines @ mean
-        radius2 = self.c**2 * (mean @ products).clamp(min=0)
-        # with g_i = n_i u_i the condition on u_i reads C_FF (n t w)_F = lambda (1 / n)_F - products_F
-        x, solvable = solve_on_faces(cosines, torch.stack([inverse, products], dim=1))
-        y, z = x.unbind(2)  # [2^K, K]
+        distance2 = self.c**2 * (mean @ products).clamp(min=0)
+        # for unit gradients lambda 1 becomes lambda / ||g_i||, and what is solved for is t w_i ||g_i||
+        solutions, solvable = solve_on_faces(cosines, torch.stack([inverse, products], dim=1))
+        y, z = solutions.unbind(2)  # [2^K, K]
         a, b = y @ inverse, z @ inverse
-        root = (b * b - a * (z @ products - radius2)).clamp(min=0).sqrt()
-        steps = torch.where(a[:, None] > 0, ((b + root) / a)[:, None] * y - z, 0.0)  # n t w, [2^K, K]
-        totals = steps @ inverse
-        found = steps / totals[:, None]  # n w
-        lengths = ((found @ cosines) * found).sum(1).clamp(min=0).sqrt()
-        value = found @ products + radius2.sqrt() * lengths
-        allowed = solvable & (totals > 0) & (steps >= 0).all(1)
-        best = torch.where(allowed, value, torch.inf).argmin()
-        return 1 / len(gram) + torch.where(allowed.any(), steps[best], 0.0) * inverse
+        length2 = z @ products
+        radicand = b * b - a * (length2 - distance2)
+        largest = torch.where(a > 0, (b + radicand.clamp(min=0).sqrt()) / a, 0.0)
+        steps = torch.stack([largest[:, None] * y - z, -z])  # [2, 2^K, K]
+        within = torch.stack([radicand >= 0, length2 <= distance2])
+        allowed = solvable & within & (steps >= 0).all(2)
+        gains = norms * (products + steps @ cosines)  # <g_i, d>
+        worst = torch.where(norms > 0, gains, torch.inf).amin(2)
+        best = torch.where(allowed, worst, -torch.inf).argmax()
+        return 1 / len(gram) + steps.flatten(0, 1)[best] * inverse

@@ -15,12 +15,13 @@ from ._units import unit_gram
 class ConFIG:
     """The direction at the same angle to every gradient, as long as the gradients' projections on it together.
 
-    With unit gradients u_i and their Gram matrix C: g_u = sum_i a_i u_i / ||.|| with a = C^+ 1, and d = (sum_i <g_i, g_u>) g_u.
+    With unit gradients u_i, their Gram matrix C and a = C^+ 1: g_u = sum_i a_i u_i / ||sum_i a_i u_i|| and
+    d = (sum_i <g_i, g_u>) g_u.
 
     Source: Liu, Chu and Thuerey (ICLR 2025), Eq. 2.
 
     Args:
-        log_gradients: weigh the gradients of log L_i instead of those of L_i (published): the same direction, other length.
+        log_gradients: weigh the gradients of log L_i instead of those of L_i (published): only d's length differs.
     """
 
     log_gradients: bool = False

@@ -17,7 +17,7 @@ class DWA(Stateful):
 
     t counts periods, and L_i(t) is the mean of a period's losses. For two periods all weights are 1; they sum to K.
 
-    Source: Liu, Johns and Davison (CVPR 2019), Eq. 7.
+    Source: Liu, Johns and Davison (CVPR 2019), dynamic weight average.
 
     Memory: "total" and "count" of the running period, "older" and "newer" means, "periods". Needs no Gram matrix.
 

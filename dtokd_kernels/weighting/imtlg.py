@@ -15,14 +15,14 @@ from ._units import unit_gram
 class IMTLG:
     """The combination with weights that sum to 1 whose projection on every gradient's direction is the same.
 
-    With unit gradients u_i, their Gram matrix C and u_i^T d = const: weights proportional to (C^+ 1)_i / ||g_i||. Weights may be
-    negative; for K >= 3 their sum before normalisation may be, too, and then d ascends on all losses.
+    With the Gram matrix C of the unit gradients they are proportional to (C^+ 1)_i / ||g_i||. Some may be negative. For
+    K >= 3 the sum that they are divided by may be, too: then d points uphill for every loss, as published.
 
     Source: Liu et al. (ICLR 2021), its gradient balance in closed form; the pseudoinverse for dependent gradients as in
     Quinton and Rey (2024), but of C, so that the direction is invariant to the losses' units there too.
 
     Args:
-        log_gradients: weigh the gradients of log L_i instead of those of L_i (published): the same direction, other length.
+        log_gradients: weigh the gradients of log L_i instead of those of L_i (published): only d's length differs.
     """
 
     log_gradients: bool = False

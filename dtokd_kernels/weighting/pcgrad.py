@@ -13,12 +13,13 @@ from .stateful import Memory, Stateful
 
 @dataclass(eq=False)
 class PCGrad(Stateful):
-    """The sum of the K gradients, each projected in turn, in random order, onto the normal plane of those it conflicts with.
+    """The sum of the K gradients, each projected onto the normal planes of those it conflicts with, in random order.
 
     For K = 2 the order doesn't matter.
 
     Source: gradient surgery, Yu et al. (NeurIPS 2020), Algorithm 1, on the Gram matrix: the weights [K, K] of the
-    projected gradients start as the identity, and <g_i, g_j> < 0 subtracts <g_i, g_j> / ||g_j||^2 from weight j of row i.
+    projected gradients start as the identity, and where the projected g_i has <g_i, g_j> < 0, weight j of row i loses
+    <g_i, g_j> / ||g_j||^2.
 
     Memory: "step", which with the seed decides the orders: the same on all devices and ranks.
 

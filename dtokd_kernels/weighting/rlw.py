@@ -16,7 +16,7 @@ from .stateful import Memory, Stateful
 class RLW(Stateful):
     """Softmax of K standard normal numbers, drawn anew each step.
 
-    Source: random loss weighting, Lin, Ye, Zhang and Tsang (TMLR 2022), Algorithm 1 with the normal distribution.
+    Source: random loss weighting, Lin, Ye, Zhang and Tsang (TMLR 2022), with the normal distribution.
 
     Memory: "step", which with the seed decides what is drawn: the same on all devices and ranks. Needs no Gram matrix.
 

@@ -66,8 +66,13 @@ class Stateful(ABC):
             skipped: scalar bool: the step changes nothing, so the memory stays.
         """
         if self._memory is not None and self._next is not None:
-            _overwrite(self._memory, self._next, skipped)
+            self._write(choose(skipped, self._memory, self._next))
         self._next = None
+
+    def _write(self, new: Memory) -> None:
+        assert self._memory is not None
+        for name, value in new.items():
+            self._memory[name].copy_(value)
 
     def state_dict(self) -> Memory:
         """A copy of the memory; empty before the first call."""
@@ -85,11 +90,12 @@ class Stateful(ABC):
                 f"{type(self).__name__}: the state has {sorted(state)}, expected {sorted(expected)}; it belongs to "
                 "another weighting: load it into that one, or leave out the state dict's 'weighting'"
             )
-        self._memory = {name: state[name].to(like.dtype, copy=True) for name, like in expected.items()} if state else None
+        loaded = {name: state[name].to(like.dtype, copy=True) for name, like in expected.items() if state}
+        self._memory = loaded or None
         self._next = None
 
 
-def _overwrite(memory: Memory, values: Memory, keep: Tensor) -> None:
-    for name, value in values.items():
-        old = memory[name]
-        old.copy_(torch.where(keep.to(old.device), old, value))
+def choose(keep: Tensor, old: Memory, new: Memory) -> Memory:
+    """The old memory where `keep` (scalar bool), else the new one; decided on the device."""
+    keep = keep.to(next(iter(old.values())).device)
+    return {name: torch.where(keep, value, new[name]) for name, value in old.items()}

@@ -14,12 +14,12 @@ from .stateful import Memory, Stateful
 
 @dataclass(eq=False)
 class UncertaintyWeighting(Stateful):
-    """Minimises sum_i L_i / (2 sigma_i^2) + log sigma_i over s_i = log sigma_i^2 too, which take a step of AdamW each step.
+    """Minimises sum_i L_i / (2 sigma_i^2) + log sigma_i also over s_i = log sigma_i^2, which AdamW learns.
 
-    The weights are exp(-s_i) / 2; where s has settled they are 1 / (2 L_i): the same as `LogSum`, in the long run.
+    The weights are exp(-s_i) / 2. Where s has settled they are 1 / (2 L_i): as `LogSum`, but averaged over time.
 
-    Source: Kendall, Gal and Cipolla (CVPR 2018), Eq. 7, with s learned as their section 3.3 says. (For a cross-entropy
-    their Eq. 10 has L_i / sigma_i^2: twice the loss, which shifts s and changes nothing else.)
+    Source: Kendall, Gal and Cipolla (CVPR 2018), Eq. 7, learning log sigma_i^2 as they do. (For a cross-entropy their
+    Eq. 10 has L_i / sigma_i^2: twice the loss, which s comes to make up for.)
 
     Memory: "learned" (s) and AdamW's state. Needs no Gram matrix.
 
