@@ -194,7 +194,7 @@ class _Balanced(torch.optim.Optimizer):
         group.setdefault("balance", True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as torch has it, and the memory of a `Stateful` weighting under "weighting", which torch ignores."""
+        """The state as torch has it, and a `Stateful` weighting's memory under "weighting", which torch ignores."""
         state = super().state_dict()
         if isinstance(self.weighting, Stateful):
             state["weighting"] = self.weighting.state_dict()
@@ -217,13 +217,12 @@ class _Balanced(torch.optim.Optimizer):
             groups = [
                 {"balance": own["balance"], **group} for own, group in zip(self.param_groups, groups, strict=True)
             ]
-        memory = state_dict.get("weighting")
-        weighting = self.weighting if isinstance(self.weighting, Stateful) and memory is not None else None
-        if weighting is not None:
-            copy.copy(weighting).load_state_dict(memory)  # refuses before anything has changed
+        weighting = self.weighting if "weighting" in state_dict else None
+        if isinstance(weighting, Stateful):
+            copy.copy(weighting).load_state_dict(state_dict["weighting"])  # refuses before anything has changed
         super().load_state_dict({**state_dict, "param_groups": groups})
-        if weighting is not None:
-            weighting.load_state_dict(memory)
+        if isinstance(weighting, Stateful):
+            weighting.load_state_dict(state_dict["weighting"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options}
