@@ -84,8 +84,8 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
         value = ((weights @ gram) * weights).sum(1)
     else:  # the widest face that has a solution: all objectives, but for equal gradients
         value = -corners.sum(1).double()
-    first_best = torch.where(allowed, value, torch.inf).argmin()
-    best = torch.where(allowed.any(), weights[first_best], 0.0)
+    first_best = torch.where(allowed, value, torch.inf).argmin(0, keepdim=True)  # [1]: a scalar index would be read
+    best = torch.where(allowed.any(), weights[first_best][0], 0.0)
 
     # equal gradients share: each is grouped with the first that it equals
     everyone = torch.arange(K, device=gram.device)

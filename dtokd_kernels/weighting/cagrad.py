@@ -68,5 +68,5 @@ class CAGrad:
         allowed = solvable & within & (steps >= 0).all(2)
         gains = norms * (products + steps @ cosines)  # <g_i, d>
         worst = torch.where(norms > 0, gains, torch.inf).amin(2)
-        best = torch.where(allowed, worst, -torch.inf).argmax()
-        return 1 / len(gram) + steps.flatten(0, 1)[best] * inverse
+        best = torch.where(allowed, worst, -torch.inf).flatten().argmax(0, keepdim=True)  # [1]: a scalar would be read
+        return 1 / len(gram) + steps.flatten(0, 1)[best][0] * inverse
