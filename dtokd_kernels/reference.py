@@ -106,8 +106,8 @@ def _project_on_affine_hulls(gram: Tensor, floor: Tensor, corners: Tensor) -> tu
     """Weights [F, K] of the points nearest the origin in the faces' affine hulls; [F] False where corners coincide.
 
     With a face's first corner r as base and d_j = g_j - g_r the condition <d_j, g_r + sum_k t_k d_k> = 0 is the system
-    D t = -<d_j, g_r>, solved by elimination, all faces at once. For K = 2 this is Eq. 11:
-    pi_2 = <g_1, g_1 - g_2> / ||g_1 - g_2||^2. Rows that are not in a face are those of t_j = 0.
+    D t = -<d_j, g_r>. For K = 2 this is Eq. 11: pi_2 = <g_1, g_1 - g_2> / ||g_1 - g_2||^2. Objectives outside the face
+    have t_j = 0 as their equation.
     """
     K = len(gram)
     base = corners.long().argmax(1)  # [F]
@@ -116,21 +116,39 @@ def _project_on_affine_hulls(gram: Tensor, floor: Tensor, corners: Tensor) -> tu
     to_base, square = gram[base], gram.diagonal()[base][:, None]  # <g_j, g_r>, ||g_r||^2
     D = gram - to_base[:, :, None] - to_base[:, None, :] + square[:, :, None]
     D = torch.where(others[:, :, None] & others[:, None, :], D, torch.eye(K, dtype=gram.dtype, device=gram.device))
-    t = torch.where(others, square - to_base, 0.0)
-    smallest = torch.where(others, floor[base], 0.0)
-    solvable = torch.ones_like(corners[:, 0])
-    for i in range(K):
-        solvable = solvable & (D[:, i, i] > smallest[:, i])
-        D[:, i, i] = torch.where(solvable, D[:, i, i], 1.0)
-        factors = D[:, i + 1 :, i] / D[:, i, i, None]
-        D[:, i + 1 :] -= factors[:, :, None] * D[:, None, i]
-        t[:, i + 1 :] -= factors * t[:, i, None]
-    for i in reversed(range(K)):
-        t[:, i] /= D[:, i, i]
-        t[:, :i] -= D[:, :i, i] * t[:, i, None]
+    right = torch.where(others, square - to_base, 0.0)
+    t, solvable = solve_systems(D, right[:, :, None], torch.where(others, floor[base], 0.0))
+    t = t[:, :, 0]
     # one after the other: absent objectives then leave no trace in the rounding
     total = sum(t.unbind(1), torch.zeros_like(t[:, 0]))
     return torch.where(is_base, 1 - total[:, None], t), solvable
+
+
+def solve_systems(systems: Tensor, right: Tensor, smallest: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Solutions of many small positive definite systems, by elimination, all at once.
+
+    LAPACK would start threads for them, and wait for these where the machine is busy. Rows of the identity leave no
+    trace in the other rows' rounding.
+
+    Args:
+        systems: [F, n, n].
+        right: [F, n, R].
+        smallest: [F, n] or a number; pivots that are not larger are rounding.
+
+    Returns:
+        [F, n, R], 0 where a pivot is rounding; and [F] bool, whether none is.
+    """
+    A, x = systems.clone(), right.clone()
+    n = A.shape[1]
+    for i in range(n):
+        factors = A[:, i + 1 :, i] / A[:, i, i, None]
+        A[:, i + 1 :] -= factors[:, :, None] * A[:, i, None, :]
+        x[:, i + 1 :] -= factors[:, :, None] * x[:, i, None, :]
+    for i in reversed(range(n)):
+        x[:, i] /= A[:, i, i, None]
+        x[:, :i] -= A[:, :i, i, None] * x[:, i, None, :]
+    solvable = (A.diagonal(dim1=1, dim2=2) > smallest).all(1)
+    return torch.where(solvable[:, None, None], x, 0.0), solvable
 
 
 def balance(

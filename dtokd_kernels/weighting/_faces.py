@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import EQUAL
+from ..reference import EQUAL, solve_systems
 
 
 def solve_on_faces(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,21 +19,16 @@ def solve_on_faces(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         right: [K, R].
 
     Returns:
-        solutions [2^K, K, R], 0 where there is none; and [2^K] bool, whether there is one: the pivots of the Cholesky
-        factor, sin^2 of the angle between a unit gradient and those before it, are more than rounding. Row m is for
-        the set of the objectives whose bits are set in m; row 0, the empty set, has the solution 0.
+        solutions [2^K, K, R], 0 where there is none; and [2^K] bool, whether there is one: elimination's pivots,
+        sin^2 of the angle between a unit gradient and those before it, are more than rounding. Row m is for the set of
+        the objectives whose bits are set in m; row 0, the empty set, has the solution 0.
     """
     K = len(matrix)
     sets = torch.arange(1 << K, device=matrix.device)[:, None]
     inside = (sets >> torch.arange(K, device=matrix.device)) & 1 > 0  # [2^K, K]
     identity = torch.eye(K, dtype=matrix.dtype, device=matrix.device)
     systems = torch.where(inside[:, :, None] & inside[:, None, :], matrix, identity)
-    factors, failures = torch.linalg.cholesky_ex(systems)
-    pivots = factors.diagonal(dim1=1, dim2=2).square()
-    solvable = (failures == 0) & (pivots > EQUAL).all(1)
-    half = torch.linalg.solve_triangular(factors, torch.where(inside[:, :, None], right, 0.0), upper=False)
-    solutions = torch.linalg.solve_triangular(factors.mT, half, upper=True)
-    return torch.where(solvable[:, None, None], solutions, 0.0), solvable
+    return solve_systems(systems, torch.where(inside[:, :, None], right, 0.0), EQUAL)
 
 
 def project_on_dual_cone(gram: Tensor, lower: Tensor) -> Tensor:
@@ -50,10 +45,10 @@ def project_on_dual_cone(gram: Tensor, lower: Tensor) -> Tensor:
     Returns:
         [R, K]; the entry of a zero gradient stays as it is.
     """
-    # v = u + x: x >= 0, and where x_i > 0 the combination is orthogonal to g_i
-    x, solvable = solve_on_faces(gram, -gram @ lower.T)
-    values = lower + x.mT  # [2^K, R, K]
-    lengths = ((values @ gram) * values).sum(2)
+    # v = u + x: x >= 0, and where x_i > 0 the combination is orthogonal to g_i; then v^T G v = u^T G u - right^T x
+    right = -gram @ lower.T
+    x, solvable = solve_on_faces(gram, right)
     allowed = solvable[:, None] & (x >= 0).all(1)
-    best = lengths.where(allowed, torch.inf).argmin(0)  # [R]
-    return values[best, torch.arange(len(lower), device=gram.device)]
+    gains = (right * x).sum(1)  # [2^K, R]
+    best = gains.where(allowed, -torch.inf).argmax(0)  # [R]
+    return lower + x[best, :, torch.arange(len(lower), device=gram.device)]

@@ -62,11 +62,12 @@ class CAGrad:
         a, b = y @ inverse, z @ inverse
         length2 = z @ products
         radicand = b * b - a * (length2 - distance2)
-        largest = torch.where(a > 0, (b + radicand.clamp(min=0).sqrt()) / a, 0.0)
-        steps = torch.stack([largest[:, None] * y - z, -z])  # [2, 2^K, K]
+        largest = torch.where(a > 0, (b + radicand.clamp(min=0).sqrt()) / a, 0.0)[:, None]
+        steps = torch.stack([largest * y - z, -z])  # [2, 2^K, K]
         within = torch.stack([radicand >= 0, length2 <= distance2])
         allowed = solvable & within & (steps >= 0).all(2)
-        gains = norms * (products + steps @ cosines)  # <g_i, d>
+        along_y, along_z = ((cosines * v[:, None, :]).sum(2) for v in (y, z))
+        gains = norms * (products + torch.stack([largest * along_y - along_z, -along_z]))  # <g_i, d>
         worst = torch.where(norms > 0, gains, torch.inf).amin(2)
         best = torch.where(allowed, worst, -torch.inf).flatten().argmax(0, keepdim=True)  # [1]: a scalar would be read
         return 1 / len(gram) + steps.flatten(0, 1)[best][0] * inverse

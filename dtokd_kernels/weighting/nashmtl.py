@@ -53,9 +53,8 @@ class NashMTL:
         # two gradients need 1 step; 16 (K = 3) to 32 are enough where the gradients cancel up to a share of 1e-3
         for _ in range(min(8 * (K - 1), 32)):
             scaled = b[:, None] * cosines * b
-            factor, _ = torch.linalg.cholesky_ex(scaled + identity)
-            half = torch.linalg.solve_triangular(factor, scaled.sum(1, keepdim=True) - 1, upper=False)
-            step = torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
-            b = b * (1 - step / (1 + half.norm()))  # half^T half is the square of Newton's decrement
+            residual = scaled.sum(1) - 1
+            step, _ = torch.linalg.solve_ex(scaled + identity, residual)
+            b = b * (1 - step / (1 + (residual @ step).sqrt()))  # the root is Newton's decrement
             b = b * (K / (b @ cosines @ b)).sqrt()
         return b * inverse
