@@ -162,12 +162,12 @@ def test_says_whether_it_needs_the_gram(name):
     assert torch.equal(*seen) == (not needs)
 
 
-@pytest.mark.parametrize("name", sorted(set(MAKERS) - {"rlw", "fixed"}))
-@pytest.mark.parametrize("K", [2, 3, 5, 8])
-@pytest.mark.parametrize("family", ["random", "aligned", "conflicting"])
+@pytest.mark.parametrize("name", sorted(set(MAKERS) - {"rlw", "fixed", "logsum", "dto", "mgda"}))
+@pytest.mark.parametrize("K", [2, 3, 8])
+@pytest.mark.parametrize("family", ["random", "conflicting"])
 def test_permutation_of_objectives(name, K, family):
-    if name == "pcgrad" and K > 2:
-        pytest.skip("its random order is one of the objectives' positions")
+    """(PCGrad's random order is one of positions, so only for two. `DTO` is in test_weights.py.)"""
+    K = 2 if name == "pcgrad" else K
     gram, values = gram_of(families(K)[family]), losses(K)
 
     def solve(gram, values=values):
@@ -206,10 +206,8 @@ def test_direction_is_invariant_to_the_units_of_the_losses(name, K):
     close(*directions, 16 * K * U)
 
 
-@pytest.mark.parametrize("name", sorted(set(MAKERS) - NEED_NO_GRAM - {"gram"}))
+@pytest.mark.parametrize("name", sorted(set(MAKERS) - NEED_NO_GRAM - {"gram", "dto", "mgda"}))
 def test_published_form_is_on_raw_gradients_and_log_gradients_are_a_choice(name):
-    if name in ("dto", "mgda"):
-        pytest.skip("test_balance.py has these")
     gram = torch.tensor([[1.0, 0.5, -9.0], [0.5, 4.25, -4.5], [-9.0, -4.5, 90.0]], dtype=torch.float64)
     values = losses(3)
     scale = 1 / values
@@ -284,7 +282,7 @@ def test_upgrad_is_the_mean_of_projections(K):
 @pytest.mark.parametrize("K", SIZES)
 @pytest.mark.parametrize("rule", ["UPGrad", "DualProj"])
 def test_projections_agree_with_torchjd(rule, K):
-    """TorchJD adds rho to the diagonal of G / trace(G), so its v^T G v is at most rho trace(G) |v|^2 above the smallest.
+    """TorchJD adds rho to the diagonal of G / trace(G), so its v^T G v is at most rho trace(G) |v|^2 too large.
 
     Both combinations are projections on one set: the square of their distance is at most that. (For UPGrad of each
     row, whose weights are not negative and sum to K times the result.) quadprog itself rounds: 1e-12 of the length.
@@ -385,15 +383,12 @@ def test_eigenvalue_rules_agree_with_torchjd(rule, K):
         close(ours(gram), getattr(jd, f"{rule}Weighting")()(gram), tolerances.sensitivity(ours, gram))
 
 
-@pytest.mark.parametrize("K", SIZES)
+@pytest.mark.parametrize("K", SIZES[1:])
 @pytest.mark.parametrize("family", [*GENERIC, "equal", "two equal", "opposite", "one zero", "parallel"])
 def test_config_agrees_with_torchjd(family, K):
     """Directions: for dependent gradients there are many weights for the shortest one."""
     J = families(K)[family]
-    scale = J.norm(dim=1).max()
-    if scale == 0:
-        pytest.skip("its only gradient is zero")
-    J = J / scale
+    J = J / J.norm(dim=1).max()
 
     def direction(gram):
         return weighting.ConFIG()(gram) @ J
@@ -456,7 +451,7 @@ def test_opposite_gradients_have_no_common_direction():
 @pytest.mark.parametrize("K", SIZES)
 @pytest.mark.parametrize("family", [*GENERIC, "nearly parallel", "equal", "two equal", "parallel", "one zero"])
 def test_nash_is_the_fixed_point(family, K):
-    """a * (G a) = 1 and ||d||^2 = K. With b_i = ||g_i|| a_i the ridge adds 1e-10 b_i^2, and rounding K u b_i sum b_j."""
+    """a * (G a) = 1 and ||d||^2 = K. With b_i = ||g_i|| a_i the ridge adds 1e-10 b_i^2, rounding K u b_i sum b_j."""
     for seed in range(3):
         J = families(K, seed)[family]
         gram = gram_of(J)

@@ -40,5 +40,5 @@ class AlignedMTL:
         values, vectors = eigh(gram.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
         counted = values > EQUAL * values.amax()
         smallest = values.where(counted, torch.inf).amin()
-        scale = (smallest / values.where(counted, torch.inf)).sqrt()
+        scale = torch.where(counted, (smallest / values).sqrt(), 0.0)
         return vectors @ (scale * vectors.mean(0))
