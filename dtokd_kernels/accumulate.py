@@ -12,6 +12,7 @@ from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
 from .ops import group_rows, solve
 from .types import Balance, Private, Rescale, Role, Weighting, of_reach
+from .weighting import Stateful
 
 
 def backward(
@@ -73,6 +74,8 @@ def backward(
             rescale=rescale,
             loss_floor=loss_floor,
         )
+        if isinstance(weighting, Stateful):
+            weighting.commit(record.skipped)
         if record.skipped.device.type == "cpu" and record.skipped:
             return record
         for role, found in groups.items():

@@ -7,6 +7,7 @@ optimizer.zero_grad()
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
 from .ops import run_updates, solve
 from .types import Balance, Group, Private, Rescale, Role, Update, Weighting
+from .weighting import Stateful
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class _Balanced(torch.optim.Optimizer):
         self._balance: Balance | None = None
         self._skipped_steps: Tensor | None = None
         self._plan: tuple[Any, list[_Bucket]] | None = None
+
+    @property
+    def weighting(self) -> Weighting:
+        """How the Gram matrix becomes weights."""
+        return self._options.weighting
 
     @property
     def balance(self) -> Balance | None:
@@ -142,6 +149,8 @@ class _Balanced(torch.optim.Optimizer):
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
         record = self._balance = self._solve(buckets, lists)
+        if isinstance(self.weighting, Stateful):
+            self.weighting.commit(record.skipped)
         self._count(record.skipped)
         if record.skipped.device.type == "cpu" and record.skipped:
             return loss
@@ -182,21 +191,36 @@ class _Balanced(torch.optim.Optimizer):
             raise
         group.setdefault("balance", True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch has it, and a `Stateful` weighting's memory under "weighting", which torch ignores."""
+        state = super().state_dict()
+        if isinstance(self.weighting, Stateful):
+            state["weighting"] = self.weighting.state_dict()
+        return state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of the torch optimizer it stands for; that one knows no `balance`.
+        """Load a state of this class or of the torch optimizer it stands for.
+
+        That one knows no `balance` of a group and no memory of the weighting; they stay as they are.
 
         Args:
             state_dict: what `state_dict()` returned.
 
         Raises:
-            ValueError: its groups are not those of this optimizer.
+            ValueError: its groups are not those of this optimizer, or its weighting's memory is another rule's. Nothing
+                has changed then.
         """
         groups = state_dict["param_groups"]
         if len(groups) == len(self.param_groups):
             groups = [
                 {"balance": own["balance"], **group} for own, group in zip(self.param_groups, groups, strict=True)
             ]
+        weighting = self.weighting if "weighting" in state_dict else None
+        if isinstance(weighting, Stateful):
+            copy.copy(weighting).load_state_dict(state_dict["weighting"])  # refuses before anything has changed
         super().load_state_dict({**state_dict, "param_groups": groups})
+        if isinstance(weighting, Stateful):
+            weighting.load_state_dict(state_dict["weighting"])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_options": self._options}

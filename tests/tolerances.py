@@ -12,7 +12,7 @@ cancel to zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -199,6 +199,26 @@ def weights_bound(gram: Tensor) -> float:
         D = gram[others][:, others] - gram[others, r][:, None] - gram[r, others][None, :] + gram[r, r]
         worst = max(worst, (largest / torch.linalg.eigvalsh(D)[0]).item())
     return 2 * 4 * K * (K + 1) * unit_roundoff(torch.float64) * worst
+
+
+def sensitivity(solve: Callable[[Tensor], Tensor], gram: Tensor) -> Tensor:
+    """How far rounding may move what is solved from a float64 Gram matrix; of the result's shape.
+
+    A stable solver returns the exact result of a nearby matrix: entries of the unit gradients' matrix err by 4 u, and
+    elimination or an orthogonal decomposition adds at most K times as much, so each entry is off by
+    4 (K + 1) u ||g_i|| ||g_j||. How far results move is measured with 20 such errors, drawn at random: which way
+    they point is chance, so others may do more, 10 times, and the two results that are compared err both.
+    """
+    K = len(gram)
+    norms = gram.diagonal().sqrt()
+    size = 4 * (K + 1) * unit_roundoff(torch.float64) * norms[:, None] * norms
+    generator = torch.Generator().manual_seed(0)
+    nominal = solve(gram)
+    moved = torch.zeros_like(nominal)
+    for _ in range(20):
+        noise = 2 * torch.rand(K, K, generator=generator, dtype=torch.float64) - 1
+        moved = torch.maximum(moved, (solve(gram + size * (noise.triu() + noise.triu(1).T)) - nominal).abs())
+    return 2 * 10 * moved.max() + 8 * unit_roundoff(torch.float64) * nominal.abs()
 
 
 def drift(nominal: Sequence[Tensor], shaken: Sequence[Tensor]) -> float:
