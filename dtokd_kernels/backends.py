@@ -7,6 +7,8 @@ sgd_step. Choosing one is the only thing decided here.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import os
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -25,9 +27,26 @@ def missing(name: str) -> str | None:
     """Why a backend cannot run here, or None if it can."""
     if name == "cpu":
         return native.missing
-    if name in ("cuda", "triton"):
-        return "this version has no GPU kernels; GPU tensors run through 'reference'"
+    if name == "cuda":
+        return "this version has no CUDA kernels"
+    if name == "triton":
+        return _missing_triton()
     return None
+
+
+@functools.cache
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if not interpreted() and not torch.cuda.is_available():
+        return "torch sees no GPU, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors: decided by TRITON_INTERPRET, once a process."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def check_name(name: str, source: str) -> None:
@@ -92,14 +111,31 @@ def select(device: torch.device, preferred: str | None = None) -> ModuleType:
         ValueError: no backend has the name asked for.
         RuntimeError: it cannot run here or not on this device.
     """
-    name = requested(preferred)
-    if name is None:
-        name = "cpu" if device.type == "cpu" and native.missing is None else "reference"
+    name = requested(preferred) or best(device.type)
     if name == "reference":
         return reference
-    if device.type != "cpu":
-        raise RuntimeError(f"backend 'cpu' cannot run on {device}; use 'reference' or leave the choice open")
+    if not takes(name, device.type):
+        raise RuntimeError(f"backend {name!r} cannot run on {device}; use 'reference' or leave the choice open")
+    if name == "triton":
+        from . import triton  # triton itself is imported only when it is used
+
+        return triton
     return native
+
+
+def best(device_type: str) -> str:
+    """The backend for tensors on a type of device, if none is asked for."""
+    for name in ("triton", "cpu"):
+        if takes(name, device_type) and missing(name) is None and not (name == "triton" and interpreted()):
+            return name
+    return "reference"
+
+
+def takes(name: str, device_type: str) -> bool:
+    """Whether a backend runs on tensors of a type of device; interpreted Triton kernels run on the CPU's."""
+    if name == "triton" and interpreted():
+        return device_type == "cpu"
+    return name == "reference" or device_type == ("cpu" if name == "cpu" else "cuda")
 
 
 def backend_info() -> dict[str, str]:
@@ -112,8 +148,8 @@ def backend_info() -> dict[str, str]:
     info = {name: missing(name) or "available" for name in NAMES}
     name = requested()
     why = "forced by use_backend or DTOKD_BACKEND" if name else "best available"
-    info["chosen for cpu"] = f"{name or ('cpu' if native.missing is None else 'reference')} ({why})"
-    info["chosen for cuda"] = f"{name or 'reference'} ({why})"
+    for device in ("cpu", "cuda"):
+        info[f"chosen for {device}"] = f"{name or best(device)} ({why})"
     info["instructions"] = native.instructions()
     info["torch"] = torch.__version__
     return info

@@ -8,8 +8,6 @@ import torch
 import dtokd_kernels as dk
 from dtokd_kernels import backends
 
-CPU_BACKENDS = ("cpu", "reference")
-
 
 def available_backends() -> list[str]:
     """The CPU backends that can run here.
@@ -21,7 +19,7 @@ def available_backends() -> list[str]:
     reason = backends.missing("cpu")
     if reason is not None and os.environ.get("DTOKD_REQUIRE_NATIVE") == "1":
         raise pytest.UsageError(f"DTOKD_REQUIRE_NATIVE=1, but backend 'cpu' is missing: {reason}")
-    return [name for name in CPU_BACKENDS if backends.missing(name) is None]
+    return [name for name in backends.NAMES if backends.missing(name) is None and backends.takes(name, "cpu")]
 
 
 BACKENDS = available_backends()
