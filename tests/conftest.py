@@ -25,6 +25,12 @@ def available_backends() -> list[str]:
 BACKENDS = available_backends()
 
 
+def pytest_configure(config) -> None:
+    # Triton's interpreter computes in numpy, which warns of what kernels do on purpose, such as inf * 0
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy.*")
+
+
 def pytest_report_header() -> list[str]:
     lines = [f"dtokd: CPU backends under test: {', '.join(BACKENDS)} ({dk.backend_info()['instructions']})"]
     lines += [f"dtokd: not tested: {n}: {backends.missing(n)}" for n in backends.NAMES if n not in BACKENDS]

@@ -295,4 +295,4 @@ def _squared_norm(gram, x, K: tl.constexpr, OBJECTIVES: tl.constexpr):
 
 @triton.jit
 def _finite(x):
-    return x - x == 0
+    return tl.abs(x) < float("inf")
