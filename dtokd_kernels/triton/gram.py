@@ -6,6 +6,7 @@ memory's order; lanes are then added in pairs of neighbours, level by level, and
 has one result whichever comes first, so the bits depend on sizes and dtype only: not on the number of warps, the
 alignment, the GPU or triton's version. No atomics.
 """
+# ruff: noqa: RUF005 (triton knows no starred tuples)
 
 from collections.abc import Sequence
 
@@ -152,7 +153,7 @@ def _pairwise_sum(x, LANES: tl.constexpr):
 
 @triton.jit(do_not_specialize=["chunks"])
 def gram_sum_kernel(partials, chunks, out, K: tl.constexpr, LANES: tl.constexpr):
-    """out [K, K]: entry (i, j) adds up one row of partials. Launch: K x K programs."""
+    """Entry (i, j) of out [K, K] adds up one row of partials. Launch: K x K programs."""
     i = tl.minimum(tl.program_id(0), tl.program_id(1))
     j = tl.maximum(tl.program_id(0), tl.program_id(1))
     row = partials + (i * K - i * (i - 1) // 2 + j - i).to(tl.int64) * chunks

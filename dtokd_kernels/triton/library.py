@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import fused
-from . import gram as _gram
 from . import solve, update
+from .gram import gram as launch_gram
 from .tables import INTERPRETED
 
 _LIBRARY = torch.library.Library("dtokd_triton", "DEF")
@@ -56,9 +56,7 @@ def _check_list(op: str, name: str, tensors: Sequence[Tensor], like: Sequence[Te
         raise ValueError(f"dtokd_triton::{op}: {name} has {len(tensors)} tensors, expected {len(like)}")
     for t, (tensor, model) in enumerate(zip(tensors, like, strict=True)):
         if tensor.numel() != model.numel():
-            raise ValueError(
-                f"dtokd_triton::{op}: {name}[{t}] has {tensor.numel()} elements, expected {model.numel()}"
-            )
+            raise ValueError(f"dtokd_triton::{op}: {name}[{t}] has {tensor.numel()} elements, expected {model.numel()}")
         if tensor.dtype != model.dtype or tensor.device != model.device:
             raise RuntimeError(f"{fused.UNFIT}: {op}: {name}[{t}] is {tensor.dtype} on {tensor.device}")
         if not (tensor.is_contiguous() and model.is_contiguous()) and tensor.stride() != model.stride():
@@ -71,7 +69,7 @@ def gram(grads: Sequence[Tensor], K: int) -> Tensor:
     _check_like("gram", grads[:T])
     lists = _gradients("gram", grads[:T], grads, K)
     with torch.cuda.device_of(grads[0]):
-        return _gram.gram(lists)
+        return launch_gram(lists)
 
 
 def min_norm_weights(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:

@@ -3,6 +3,9 @@
 The steps are those of `reference.min_norm_weights` and `reference.balance`. Each face of the simplex has a lane of its
 own, so that all of the at most 255 small systems are solved at once; after that an objective has a lane.
 """
+# ruff: noqa: RUF005 (triton knows no starred tuples)
+
+from typing import Any
 
 import torch
 import triton
@@ -15,13 +18,16 @@ from .tables import double
 _EQUAL = tl.constexpr(reference.EQUAL)
 
 
+def options(K: int) -> dict[str, Any]:
+    """How the kernels are compiled: a thread for each face, so that registers hold its system."""
+    return {"num_warps": max(1, 2**K // 32), "enable_fp_fusion": False}
+
+
 def min_norm_weights(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
     """`reference.min_norm_weights` of a contiguous float64 [K, K]; one launch."""
     K = len(gram)
     out = torch.empty(K, dtype=torch.float64, device=gram.device)
-    min_norm_kernel[(1,)](
-        gram, present, out, K=K, OBJECTIVES=triton.next_power_of_2(K), CLAMP=clamp, num_warps=4, enable_fp_fusion=False
-    )
+    min_norm_kernel[(1,)](gram, present, out, K=K, OBJECTIVES=triton.next_power_of_2(K), CLAMP=clamp, **options(K))
     return out
 
 
@@ -61,15 +67,14 @@ def balance(
         LOG_GRADIENTS=log_gradients,
         CLAMP=clamp,
         RESCALE_SUM=rescale_sum,
-        num_warps=4,
-        enable_fp_fusion=False,
+        **options(K),
     )
     return values, flags
 
 
 @triton.jit
 def min_norm_kernel(gram, present, out, K: tl.constexpr, OBJECTIVES: tl.constexpr, CLAMP: tl.constexpr):
-    """out [K]; present [K] bool or None: all. One program."""
+    """Weights into out [K]; present: [K] bool, or None for all. One program."""
     bits = 0
     for i in tl.static_range(K):
         if present is None:
@@ -98,7 +103,7 @@ def balance_kernel(
     CLAMP: tl.constexpr,
     RESCALE_SUM: tl.constexpr,
 ):
-    """values and flags as `balance` describes them; max_norm <= 0: no clipping. One program."""
+    """Make values and flags as `balance` describes them; max_norm <= 0: no clipping. One program."""
     i = tl.arange(0, OBJECTIVES)
     there = i < K
     loss = tl.load(losses + i, mask=there, other=1.0)

@@ -137,7 +137,7 @@ def pointer_to(table, T, t, row, offset, DTYPE: tl.constexpr, CHUNK: tl.constexp
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """The numbers in a tensor's type, rounded to nearest even."""
-    if _INTERPRETED and DTYPE == tl.bfloat16:
+    if _INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         # the interpreter (triton 3.6 to 3.8) cuts the lower bits off; hardware rounds
         bits = x.to(tl.uint32, bitcast=True)
         bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)

@@ -7,6 +7,7 @@ read by the kernels, so that nothing waits for them; a gradient whose coefficien
 walked last first, as the Gram pass has read the last gradients most recently, and parameters and states are marked to
 leave the cache first.
 """
+# ruff: noqa: RUF005, SIM300 (triton knows no starred tuples; constants are in capitals, as in all of triton)
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,12 +19,23 @@ from torch import Tensor
 
 from .tables import CHUNK, DTYPES, VECTOR_BYTES, Table, double, find, pointer_to, rounded, table_of
 
-#: Elements that one pass of a program's loop takes, times their size: 16 bytes for each of 256 threads.
-BLOCK_BYTES = 256 * VECTOR_BYTES
+#: How the update kernels are compiled. They work element by element, so the number of warps changes no bit.
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+COUNT_BLOCK = 128
+
+
+def constants(dtype: torch.dtype) -> dict[str, Any]:
+    """What the update kernels of a dtype are specialized for; a pass of their loop takes 16 bytes a thread."""
+    return {
+        "DTYPE": DTYPES[dtype],
+        "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
+        "CHUNK": CHUNK,
+        "BLOCK": 32 * OPTIONS["num_warps"] * VECTOR_BYTES // dtype.itemsize,
+    }
 
 
 def combine(out: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], coefficients: Tensor) -> None:
-    """out <- sum_i c_i g_i; `out` may be one of the lists. One launch.
+    """Store sum_i c_i g_i in `out`, which may be one of the lists. One launch.
 
     Args:
         out: T tensors.
@@ -64,19 +76,19 @@ def adamw_step(
     K = len(grads)
     table = table_of([*grads, params, *states], state_steps)
     counts = torch.empty(table.tensors, dtype=torch.float64, device=table.numbers.device)
-    count_kernel[(triton.cdiv(table.tensors, 128),)](
+    count_kernel[(triton.cdiv(table.tensors, COUNT_BLOCK),)](
         table.numbers,
         table.tensors,
         K + 1 + len(states),
         skipped,
         counts,
         STEP=DTYPES[state_steps[0].dtype],
-        BLOCK=128,
+        BLOCK=COUNT_BLOCK,
         num_warps=4,
     )
     _launch(
-        adamw_kernel, table, params[0].dtype, coefficients, skipped, beta1**counts, beta2**counts, *_number_and_tensor(lr),
-        beta1, beta2, weight_decay, eps,
+        adamw_kernel, table, params[0].dtype, coefficients, skipped, beta1**counts, beta2**counts,
+        *_number_and_tensor(lr), beta1, beta2, weight_decay, eps,
         K=K, TENSOR_LR=isinstance(lr, Tensor), MAXIMIZE=maximize, AMSGRAD=len(states) == 3,
     )  # fmt: skip
 
@@ -109,22 +121,11 @@ def _number_and_tensor(lr: float | Tensor) -> tuple[float, Tensor | None]:
     return (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
 
 
-def _launch(kernel: Any, table: Table, dtype: torch.dtype, *args: Any, **constants: Any) -> None:
+def _launch(kernel: Any, table: Table, dtype: torch.dtype, *args: Any, **flags: Any) -> None:
     """One program per chunk of a table whose tensors are of this dtype."""
     if table.chunks == 0:
         return
-    kernel[(table.chunks,)](
-        table.numbers,
-        table.tensors,
-        *args,
-        **constants,
-        DTYPE=DTYPES[dtype],
-        COMPUTE=tl.float64 if dtype == torch.float64 else tl.float32,
-        CHUNK=CHUNK,
-        BLOCK=BLOCK_BYTES // dtype.itemsize,
-        num_warps=8,
-        enable_fp_fusion=False,
-    )
+    kernel[(table.chunks,)](table.numbers, table.tensors, *args, **flags, **constants(dtype), **OPTIONS)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -143,7 +144,8 @@ def combine_kernel(
     if full:
         _combine(table, T, t, offset, left, coefficients, K, DTYPE, COMPUTE, CHUNK, BLOCK, True)
     else:
-        _combine(table, T, t, offset, left, coefficients, K, DTYPE, COMPUTE, CHUNK, BLOCK, False)
+        # fewer elements at a time: these are few, and their path should cost the other no registers
+        _combine(table, T, t, offset, left, coefficients, K, DTYPE, COMPUTE, CHUNK, BLOCK // 4, False)
 
 
 @triton.jit
@@ -223,9 +225,15 @@ def adamw_kernel(
     )
     if tl.load(skipped) == 0:
         if full:
-            _adamw(table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, AMSGRAD, DTYPE, COMPUTE, CHUNK, BLOCK, True)  # fmt: skip
+            _adamw(
+                table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, AMSGRAD,
+                DTYPE, COMPUTE, CHUNK, BLOCK, True,
+            )  # fmt: skip
         else:
-            _adamw(table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, AMSGRAD, DTYPE, COMPUTE, CHUNK, BLOCK, False)  # fmt: skip
+            _adamw(
+                table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, AMSGRAD,
+                DTYPE, COMPUTE, CHUNK, BLOCK // 4, False,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -308,9 +316,15 @@ def sgd_kernel(
     )
     if tl.load(skipped) == 0:
         if full:
-            _sgd(table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, MOMENTUM, NESTEROV, FIRST, DTYPE, COMPUTE, CHUNK, BLOCK, True)  # fmt: skip
+            _sgd(
+                table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, MOMENTUM, NESTEROV, FIRST,
+                DTYPE, COMPUTE, CHUNK, BLOCK, True,
+            )  # fmt: skip
         else:
-            _sgd(table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, MOMENTUM, NESTEROV, FIRST, DTYPE, COMPUTE, CHUNK, BLOCK, False)  # fmt: skip
+            _sgd(
+                table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, MOMENTUM, NESTEROV, FIRST,
+                DTYPE, COMPUTE, CHUNK, BLOCK // 4, False,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -378,7 +392,7 @@ def _gradients(
 
 @triton.jit
 def _combined(grads, factors, read, at, left, K: tl.constexpr, COMPUTE: tl.constexpr, FULL: tl.constexpr):
-    """d = sum_i c_i g_i at these elements."""
+    """The combined gradient sum_i c_i g_i at these elements."""
     d = tl.zeros_like(at).to(COMPUTE)
     for k in tl.static_range(K):
         # a mask that is the same for all lanes leaves 16-byte accesses whole
@@ -415,7 +429,7 @@ def _rate(lr, tensor_lr, TENSOR_LR: tl.constexpr):
 
 @triton.jit
 def _divide(a, b, COMPUTE: tl.constexpr):
-    """a / b, rounded to nearest: plain division of float32 is approximate on a GPU."""
+    """Quotient a / b, rounded to nearest: plain division of float32 is approximate on a GPU."""
     if COMPUTE == tl.float64:
         return a / b
     else:
