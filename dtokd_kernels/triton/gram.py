@@ -6,6 +6,7 @@ memory's order; lanes are then added in pairs of neighbours, level by level, and
 has one result whichever comes first, so the bits depend on sizes and dtype only: not on the number of warps, the
 alignment, the GPU or triton's version. No atomics.
 """
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
 # ruff: noqa: RUF005 (triton knows no starred tuples)
 
 from collections.abc import Sequence

@@ -93,10 +93,19 @@ def balance(
     loss_floor: float,
 ) -> tuple[Tensor, Tensor]:
     """`reference.balance`, as values and flags that `fused.record` unpacks."""
-    tensors = [None if x is None else _doubles("balance", x, gram) for x in (private_gram, plain_gram, losses, weights)]
+    op = "balance"
     with torch.cuda.device_of(gram):
         return solve.balance(
-            _doubles("balance", gram, gram), *tensors, log_gradients, clamp, rescale_sum, max_norm, loss_floor
+            _doubles(op, gram, gram),
+            None if private_gram is None else _doubles(op, private_gram, gram),
+            None if plain_gram is None else _doubles(op, plain_gram, gram),
+            _doubles(op, losses, gram),
+            None if weights is None else _doubles(op, weights, gram),
+            log_gradients,
+            clamp,
+            rescale_sum,
+            max_norm,
+            loss_floor,
         )
 
 

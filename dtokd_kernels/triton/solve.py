@@ -1,8 +1,10 @@
 """From the Gram matrix to weights and coefficients: one program, everything in float64.
 
 The steps are those of `reference.min_norm_weights` and `reference.balance`. Each face of the simplex has a lane of its
-own, so that all of the at most 255 small systems are solved at once; after that an objective has a lane.
+own, so that all of the at most 255 small systems are solved at once; after that an objective has a lane. (At K = 8 ptxas
+spills some 200 bytes of a thread's system, once a step in one program; from 7 on everything stays in registers.)
 """
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
 # ruff: noqa: RUF005 (triton knows no starred tuples)
 
 from typing import Any
@@ -177,59 +179,59 @@ def _min_norm(
         corners += (face >> i) & 1
 
     # With d_j = g_j - g_base: D t = -<d_j, g_base>. Rows of corners outside the face are those of the unit matrix.
+    # D is symmetric and stays so: row j holds columns j, j + 1, ...
+    scale_of_base = _scale(losses, base, loss_floor, LOG_GRADIENTS)
+    at_base = scale_of_base * tl.load(gram + base * K + base) * scale_of_base
+    scales = ()
     to_base = ()
     member = ()
     for j in tl.static_range(K):
-        to_base = to_base + (_entry(gram, losses, j, base, loss_floor, K, LOG_GRADIENTS),)
+        scale = _scale(losses, j, loss_floor, LOG_GRADIENTS)
+        scales = scales + (scale,)
+        to_base = to_base + (scale * tl.load(gram + j * K + base) * scale_of_base,)
         member = member + (((face >> j) & 1 != 0) & (base != j),)
-    at_base = _entry(gram, losses, base, base, loss_floor, K, LOG_GRADIENTS)
-    G = ()
     D = ()
     t = ()
     floor = ()
     for j in tl.static_range(K):
-        entries = ()
         row = ()
-        for k in tl.static_range(K):
-            entry = _entry(gram, losses, j, k, loss_floor, K, LOG_GRADIENTS)
-            entries = entries + (entry,)
+        for k in tl.static_range(j, K):
+            entry = scales[j] * tl.load(gram + j * K + k) * scales[k]
+            if j == k:
+                floor = floor + ((at_base + entry) * _EQUAL,)
             inside = entry - to_base[j] - to_base[k] + at_base
             row = row + (tl.where(member[j] & member[k], inside, 1.0 if j == k else 0.0),)
-        G = G + (entries,)
         D = D + (row,)
-        floor = floor + ((at_base + entries[j]) * _EQUAL,)
         t = t + (tl.where(member[j], at_base - to_base[j], 0.0),)
 
     # elimination, rows below the pivot; the matrix is positive definite or the face has no solution
     solvable = face != 0
-    pivots = ()
     for i in tl.static_range(K):
-        above = D[i][i] > floor[i]
+        above = D[i][0] > floor[i]
         solvable = solvable & (above | (member[i] == 0))
-        pivot = tl.where(above & member[i], D[i][i], 1.0)
-        pivots = pivots + (pivot,)
+        pivot = tl.where(above & member[i], D[i][0], 1.0)
         rows = ()
         rest = ()
         for k in tl.static_range(K):
+            row = D[k]
+            x = t[k]
             if k > i:
-                factor = D[k][i] / pivot
+                factor = D[i][k - i] / pivot
                 row = ()
-                for c in tl.static_range(K):
-                    row = row + ((D[k][c] - factor * D[i][c]) if c > i else D[k][c],)
-                rows = rows + (row,)
-                rest = rest + (t[k] - factor * t[i],)
-            else:
-                rows = rows + (D[k],)
-                rest = rest + (t[k],)
+                for c in tl.static_range(k, K):
+                    row = row + (D[k][c - k] - factor * D[i][c - i],)
+                x = t[k] - factor * t[i]
+            rows = rows + (row,)
+            rest = rest + (x,)
         D = rows
         t = rest
     total = tl.zeros([1 << K], tl.float64)
     solved = ()  # last first
-    for back in tl.static_range(K):
-        x = t[K - 1 - back]
-        for c in tl.static_range(back):
-            x -= D[K - 1 - back][K - 1 - c] * solved[c]
-        x = x / pivots[K - 1 - back]
+    for i in tl.static_range(K - 1, -1, -1):
+        x = t[i]
+        for c in tl.static_range(i + 1, K):
+            x -= D[i][c - i] * solved[K - 1 - c]
+        x = x / tl.where(member[i] & (D[i][0] > floor[i]), D[i][0], 1.0)
         total += x
         solved = solved + (x,)
 
@@ -245,8 +247,8 @@ def _min_norm(
         for j in tl.static_range(K):
             row = tl.zeros([1 << K], tl.float64)
             for k in tl.static_range(K):
-                row += G[j][k] * weights[k]
-            value += weights[j] * row
+                row += tl.load(gram + j * K + k) * (scales[k] * weights[k])
+            value += scales[j] * weights[j] * row
     else:  # the widest face that has a solution
         value = -corners.to(tl.float64)
     value = tl.where(allowed & (value < float("inf")), value, float("inf"))

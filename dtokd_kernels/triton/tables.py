@@ -22,6 +22,7 @@ that were not met before (new gradients; the caching allocator soon repeats itse
   memory, or a table that the cache has dropped, later. The numbers are arguments of torch's foreach kernels instead,
   which fill a table in the graph's own memory: about one more launch per 96 numbers, in the capture and in each replay.
 """
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
 
 from collections.abc import Sequence
 from functools import lru_cache

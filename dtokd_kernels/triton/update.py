@@ -7,6 +7,7 @@ read by the kernels, so that nothing waits for them; a gradient whose coefficien
 walked last first, as the Gram pass has read the last gradients most recently, and parameters and states are marked to
 leave the cache first.
 """
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
 # ruff: noqa: RUF005, SIM300 (triton knows no starred tuples; constants are in capitals, as in all of triton)
 
 from collections.abc import Sequence
