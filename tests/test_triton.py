@@ -347,7 +347,9 @@ def wanted():
         (2, (torch.float64, torch.float16), (90,)),
         (8, (torch.float32,), (90,)),
     ):
-        cases += [(v, c) for v in compiler.variants((K,), dtypes) for c in capabilities if K < 8 or "DTYPE" in v.constants]
+        cases += [
+            (v, c) for v in compiler.variants((K,), dtypes) for c in capabilities if K < 8 or "DTYPE" in v.constants
+        ]
     names = {f"{v.name} sm_{c}": (v, c) for v, c in cases}  # some kernels do not depend on the dtype
     return [pytest.param(*case, id=name) for name, case in names.items()]
 

@@ -93,7 +93,8 @@ def _sums(
     end = CHUNK
     if not FULL:
         end = tl.minimum(left, CHUNK)
-    for start in range(0, end, LANES * VECTOR):
+    start = 0
+    while start < end:
         x = ()
         for k in tl.static_range(K):
             if FULL:
@@ -107,6 +108,7 @@ def _sums(
                 for j in tl.static_range(i, K):
                     new = new + (tl.fma(x[i][e], x[j][e], sums[i * K - i * (i - 1) // 2 + j - i]),)
             sums = new
+        start += LANES * VECTOR
     for pair in tl.static_range(K * (K + 1) // 2):
         tl.store(partials + pair * chunks, _pairwise_sum(sums[pair], LANES))
 
@@ -159,7 +161,9 @@ def gram_sum_kernel(partials, chunks, out, K: tl.constexpr, LANES: tl.constexpr)
     j = tl.maximum(tl.program_id(0), tl.program_id(1))
     row = partials + (i * K - i * (i - 1) // 2 + j - i).to(tl.int64) * chunks
     total = tl.zeros([LANES], tl.float64)
-    for start in range(0, chunks, LANES):
+    start = 0
+    while start < chunks:
         lane = start + tl.arange(0, LANES)
         total += tl.load(row + lane, mask=lane < chunks, other=0.0)
+        start += LANES
     tl.store(out + tl.program_id(0) * K + tl.program_id(1), _pairwise_sum(total, LANES))

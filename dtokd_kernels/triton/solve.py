@@ -1,8 +1,8 @@
 """From the Gram matrix to weights and coefficients: one program, everything in float64.
 
 The steps are those of `reference.min_norm_weights` and `reference.balance`. Each face of the simplex has a lane of its
-own, so that all of the at most 255 small systems are solved at once; after that an objective has a lane. (At K = 8 ptxas
-spills some 200 bytes of a thread's system, once a step in one program; from 7 on everything stays in registers.)
+own, so that all of the at most 255 small systems are solved at once; after that an objective has a lane. (From K = 7
+on ptxas spills up to 200 bytes of a thread's system, once a step in one program.)
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
 # ruff: noqa: RUF005 (triton knows no starred tuples)

@@ -12,6 +12,9 @@ parameters, states):
 Bisecting T = 155 tensors takes 8 loads that hit the cache after an SM's first program; a map from chunks to tensors
 would be one load from memory, and a table as long as the gradients.
 
+Loops over a program's elements are `while` loops: a `range` whose end is a tensor fails in the interpreter of triton
+3.6 with numpy >= 2.4, and compiles to the same code.
+
 NOTE [Tables and streams]: a table is a pure function of sizes and addresses, so a cached one is never stale. Addresses
 that were not met before (new gradients; the caching allocator soon repeats itself) cost one asynchronous copy.
 - The copy's source is pinned memory that is written once, before the copy. Nobody here writes it again: freed, it goes
@@ -58,11 +61,14 @@ class Table(NamedTuple):
 
 
 def table_of(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Tensor] = ()) -> Table:
-    """The table of lists of T tensors of equal sizes, position by position; see NOTE [Tables and streams].
+    """The table of lists of T tensors of equal sizes, position by position; see Loops over a program's elements are `while` loops: a `range` whose end is a tensor fails in the interpreter of triton
+    3.6 with numpy >= 2.4, and compiles to the same code.
 
-    Args:
-        lists: rows of T tensors each, on the current device.
-        scalars: one more row, of tensors whose alignment does not matter.
+    NOTE [Tables and streams].
+
+        Args:
+            lists: rows of T tensors each, on the current device.
+            scalars: one more row, of tensors whose alignment does not matter.
     """
     sizes = tuple([t.numel() for t in lists[0]])
     addresses = tuple([t.data_ptr() for row in lists for t in row])

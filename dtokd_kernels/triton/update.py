@@ -166,10 +166,13 @@ def _combine(
 ):
     grads, factors, read = _gradients(table, T, t, offset, coefficients, K, DTYPE, COMPUTE, CHUNK, FULL, False)
     out = pointer_to(table, T, t, K, offset, DTYPE, CHUNK, FULL)
-    for start in range(0, CHUNK if FULL else tl.minimum(left, CHUNK), BLOCK):
+    start = 0
+    end = CHUNK if FULL else tl.minimum(left, CHUNK)
+    while start < end:
         at = start + tl.arange(0, BLOCK)
         d = _combined(grads, factors, read, at, left, K, COMPUTE, FULL)
         _store(out, at, left, d, DTYPE, FULL)
+        start += BLOCK
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -262,7 +265,9 @@ def _adamw(
     exp_avg_sq = pointer_to(table, T, t, K + 2, offset, DTYPE, CHUNK, FULL)
     if AMSGRAD:
         max_exp_avg_sq = pointer_to(table, T, t, K + 3, offset, DTYPE, CHUNK, FULL)
-    for start in range(0, CHUNK if FULL else tl.minimum(left, CHUNK), BLOCK):
+    start = 0
+    end = CHUNK if FULL else tl.minimum(left, CHUNK)
+    while start < end:
         at = start + tl.arange(0, BLOCK)
         d = _combined(grads, factors, read, at, left, K, COMPUTE, FULL)
         p = _load(param, at, left, COMPUTE, FULL)
@@ -279,6 +284,7 @@ def _adamw(
         _store(param, at, left, p, DTYPE, FULL)
         _store(exp_avg, at, left, m, DTYPE, FULL)
         _store(exp_avg_sq, at, left, v, DTYPE, FULL)
+        start += BLOCK
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -353,7 +359,9 @@ def _sgd(
     param = pointer_to(table, T, t, K, offset, DTYPE, CHUNK, FULL)
     if MOMENTUM:
         momentum_buffer = pointer_to(table, T, t, K + 1, offset, DTYPE, CHUNK, FULL)
-    for start in range(0, CHUNK if FULL else tl.minimum(left, CHUNK), BLOCK):
+    start = 0
+    end = CHUNK if FULL else tl.minimum(left, CHUNK)
+    while start < end:
         at = start + tl.arange(0, BLOCK)
         p = _load(param, at, left, COMPUTE, FULL)
         d = tl.fma(weight_decay, p, _combined(grads, factors, read, at, left, K, COMPUTE, FULL))
@@ -365,6 +373,7 @@ def _sgd(
             _store(momentum_buffer, at, left, buffer, DTYPE, FULL)
             d = tl.fma(momentum, buffer, d) if NESTEROV else buffer
         _store(param, at, left, tl.fma(negative_lr, d, p), DTYPE, FULL)
+        start += BLOCK
 
 
 @triton.jit
