@@ -90,6 +90,17 @@ class Balanced(torch.optim.Optimizer):
         return self._sets.names
 
     @property
+    def max_norm(self) -> float | None:
+        """What the combined direction is clipped to; may be set at any time, to None for no clipping."""
+        return self._options.max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float | None) -> None:
+        options = replace(self._options, max_norm=value)
+        check_options(type(self).__name__, options.weighting, value, options.rescale, options.loss_floor)
+        self._options = options
+
+    @property
     def skipped_steps(self) -> Tensor:
         """Scalar int64 on the gradients' device: steps that changed nothing, since the optimizer was made."""
         return torch.zeros((), dtype=torch.int64) if self._skipped_steps is None else self._skipped_steps.clone()
