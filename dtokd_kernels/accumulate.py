@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -82,6 +83,7 @@ def backward(
             loss_floor=loss_floor,
             loss_scale=loss_scale,
         )
+        record = replace(record, names=sets.names)
         if loss_scale is None and record.skipped.device.type == "cpu" and record.skipped:
             return record
         in_place_of_skipped = torch.zeros_like(record.norm)

@@ -16,9 +16,8 @@ class GradScaler(torch.amp.GradScaler):
     `update` needs to be told afterwards, and an optimizer has no way to tell torch's scaler. (With it `step` raises an
     error that names this class.) For other optimizers nothing changes.
 
-    The scale S costs no pass over the gradients: it leaves the K x K Gram matrix as 1 / S^2 and the losses as 1 / S, and
-    enters the K coefficients. Everything in `optimizer.balance` is in the units of the unscaled losses, as are
-    `max_norm` and `loss_floor`.
+    The scale S costs no pass over the gradients: the K x K Gram matrix is divided by S^2, the K losses and coefficients
+    by S. Everything in `optimizer.balance` is in the units of the unscaled losses, as are `max_norm` and `loss_floor`.
 
     Args: as for `torch.amp.GradScaler`.
 
@@ -45,7 +44,7 @@ class GradScaler(torch.amp.GradScaler):
     ) -> dict[torch.device, Tensor]:
         """Where torch's scalers differ in what gradients are (see `ShardedGradScaler`).
 
-        `unscale_` calls this with 1 / S, `step` before the optimizer's step with 1; what it returns is read by `update`.
+        `unscale_` calls this with 1 / S, `step` before the optimizer's step with 1; `update` reads what it returns.
         """
         if not isinstance(optimizer, Balanced):
             return super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)

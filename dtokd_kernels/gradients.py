@@ -11,9 +11,9 @@ Losses = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 #: Without the reset the flag would silence torch's check, and the passes read what the first one has overwritten.
 _DONATED = (
-    "the compiled model's backward pass overwrites what it reads, as it was first run for a single loss (here, or in an "
-    "earlier run whose compilation was cached), but each objective takes a pass; import torch._functorch.config, set "
-    "torch._functorch.config.donated_buffer = False and call torch.compiler.reset()"
+    "the compiled model's backward pass overwrites what it reads, as it was first run for a single loss (here, or in "
+    "an earlier run whose compilation was cached), but each objective takes a pass; import torch._functorch.config, "
+    "set torch._functorch.config.donated_buffer = False and call torch.compiler.reset()"
 )
 
 

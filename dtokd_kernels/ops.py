@@ -84,7 +84,7 @@ def solve(
         groups: the gradients by role.
         losses: [K].
         weighting, max_norm, rescale, loss_floor: as in `balance`, for the unscaled losses.
-        loss_scale: scalar float64, what `losses` were multiplied with before the backward passes (a GradScaler's scale).
+        loss_scale: scalar float64, what `losses` were multiplied with before the backward passes (by a GradScaler).
             The balance is that of the unscaled losses: its table multiplies gradients divided by this.
         backend: the implementation to use.
     """

@@ -156,7 +156,7 @@ class Balanced(torch.optim.Optimizer):
         loss_scale = self._loss_scale()
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
-        record = self._balance = self._solve(buckets, lists, loss_scale)
+        record = self._balance = replace(self._solve(buckets, lists, loss_scale), names=self._sets.names)
         self._count(record.skipped)
         if self._scaled is not None:
             self._scaled[1].copy_(~record.norm.isfinite())
@@ -290,9 +290,7 @@ class Balanced(torch.optim.Optimizer):
                 bucket.positions.append(position)
         return list(buckets.values())
 
-    def _solve(
-        self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], loss_scale: Tensor | None
-    ) -> Balance:
+    def _solve(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], loss_scale: Tensor | None) -> Balance:
         options = self._options
         losses = self._sets.losses
         assert losses is not None

@@ -179,7 +179,10 @@ def test_small_gradients_need_the_scale(backend):
         x, y, z = data
         with torch.autocast("cpu", torch.float16):
             task, distill = model(x)
-        return {"task": 1e-7 * (task.float() - y).square().mean(), "distill": 1e-7 * (distill.float() - z).square().mean()}
+        return {
+            "task": 1e-7 * (task.float() - y).square().mean(),
+            "distill": 1e-7 * (distill.float() - z).square().mean(),
+        }
 
     def batch32(model, data):
         return losses(model, tuple(t.float() for t in data))
@@ -188,9 +191,7 @@ def test_small_gradients_need_the_scale(backend):
     for scale in (1.0, 2.0**16):
         model, scaler = Student(torch.float32), dk.amp.GradScaler("cpu", init_scale=scale)
         before = parameters(model)
-        optimizer, _ = scaled_loop(
-            lambda p: dk.DTOSGD(p, lr=1e5), scaler, steps=1, model=model, losses=batch32
-        )
+        scaled_loop(lambda p: dk.DTOSGD(p, lr=1e5), scaler, steps=1, model=model, losses=batch32)
         moved[scale] = [p - b for p, b in zip(parameters(model), before, strict=True)]
     exact = Student(torch.float32)
     before = parameters(exact)
@@ -333,7 +334,9 @@ def test_skip_without_overflow_adds_nothing_for_the_scaler(backend):
 def small(seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4), nn.LayerNorm(4))
+        return nn.Sequential(
+            nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 4), nn.LayerNorm(4)
+        )
 
 
 def small_losses(forward, data):

@@ -7,12 +7,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from dtokd.timm_optim import DTOScaler
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, NativeScaler
 
 import dtokd_kernels as dk
-from dtokd.timm_optim import DTOScaler
 
 #: Float32 steps whose gradients were added up in another order: sums of about 1000 products in each of 10 layers,
 #: relative to the largest parameter.
@@ -94,7 +94,9 @@ def test_signature_is_that_of_native_scaler():
     assert DTOScaler.state_dict_key == NativeScaler.state_dict_key
 
 
-def train(scaler, optimizer, model, *, clip_grad=None, single=False, accumulate=1, steps=3, scheduler=None, clip="norm"):
+def train(
+    scaler, optimizer, model, *, clip_grad=None, single=False, accumulate=1, steps=3, scheduler=None, clip="norm"
+):
     """The inner part of timm's train_one_epoch."""
     for update in range(steps):
         for part in range(accumulate):

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from timm.optim import _optim_factory as factory
-from timm.utils import NativeScaler, dispatch_clip_grad
+from timm.utils.clip_grad import dispatch_clip_grad
+from timm.utils.cuda import NativeScaler
 from torch import Tensor
 
 from dtokd_kernels import DTOSGD, DTOAdamW, amp, backward
@@ -40,7 +41,7 @@ for info in OPTIMIZERS:
     factory.default_registry.register(info)
 
 
-class DTOScaler(NativeScaler):  # type: ignore[misc]
+class DTOScaler(NativeScaler):
     """timm's `NativeScaler` for several losses: backward passes, clipping, step and scale in one call.
 
     Args:
@@ -81,7 +82,9 @@ class DTOScaler(NativeScaler):  # type: ignore[misc]
             TypeError, ValueError: bad losses, a `clip_mode` that does not fit the optimizer, `create_graph`.
         """
         if create_graph:
-            raise ValueError("DTOScaler: create_graph is True, but balanced gradients are not differentiable; pass False")
+            raise ValueError(
+                "DTOScaler: create_graph is True, but balanced gradients are not differentiable; pass False"
+            )
         if not isinstance(optimizer, Balanced):
             params = [p for group in optimizer.param_groups for p in group["params"]]
             backward(losses, params, scaler=self._scaler, **self._balance)
