@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .checks import check_options, check_params
-from .gradients import GradientSets, Losses
+from .gradients import GradientSets, Losses, named_losses
 from .ops import group_rows, solve
 from .types import Balance, Private, Rescale, Role, Weighting, of_reach
 from .weighting import Stateful
@@ -24,6 +25,7 @@ def backward(
     rescale: Rescale = "none",
     private: Private = "own",
     loss_floor: float = 1e-8,
+    scaler: torch.amp.GradScaler | None = None,
     retain_graph: bool = False,
 ) -> Balance:
     """Balanced gradients for any optimizer: adds the combined gradient to `.grad`, as `loss.backward()` does.
@@ -34,10 +36,14 @@ def backward(
         weighting, max_norm, rescale, loss_floor: as in `balance`.
         private: "own": parameters that only some objectives reach stay out of the Gram and take those objectives'
             gradients at weight 1; "balanced": everything is in the Gram.
+        scaler: for fp16: scales the losses, which are passed unscaled. `.grad` is then scaled as after
+            `scaler.scale(loss).backward()`, to be followed by `scaler.step(optimizer)` and `scaler.update()`. (Losses
+            scaled by hand would not do: log-gradients do not know a factor of their loss.)
         retain_graph: keep the graph after the last pass.
 
     Returns:
-        The `Balance`. If it says `skipped`, `.grad` is as before.
+        The `Balance`, in units of the unscaled losses. If it says `skipped`, `.grad` is as before; with a scaler and
+        an overflow it is NaN, so that the scaler sees it.
 
     Raises:
         TypeError, ValueError: bad losses, parameters or options; nothing has changed then.
@@ -55,6 +61,9 @@ def backward(
     """
     weighting = check_options("backward", weighting, max_norm, rescale, loss_floor, private)
     params = [p for p in _check_once(check_params("backward", params)) if p.requires_grad]
+    loss_scale = None
+    if scaler is not None and scaler.is_enabled():
+        losses, loss_scale = _scaled(losses, scaler)
     sets = GradientSets()
     sets.collect(losses, params, positive=getattr(weighting, "log_gradients", True), retain_graph=retain_graph)
     own = private == "own"
@@ -73,19 +82,35 @@ def backward(
             max_norm=max_norm,
             rescale=rescale,
             loss_floor=loss_floor,
+            loss_scale=loss_scale,
         )
         if isinstance(weighting, Stateful):
             weighting.commit(record.skipped)
-        if record.skipped.device.type == "cpu" and record.skipped:
+        record = replace(record, names=sets.names)
+        if loss_scale is None and record.skipped.device.type == "cpu" and record.skipped:
             return record
+        in_place_of_skipped = torch.zeros_like(record.norm)
+        if loss_scale is not None:
+            in_place_of_skipped = torch.where(record.norm.isfinite(), 0.0, torch.nan)
         for role, found in groups.items():
             for (reach, lists), where in found.values():
                 device = lists[0][0].device
                 chosen = of_reach(record.table[role].to(device), reach)
                 values = backends.select(device).combine(lists, chosen, lists[0])
                 for i, value in zip(where, values, strict=True):
-                    _add_to_grad(params[members[role][i]], value, record.skipped)
+                    if loss_scale is not None or record.skipped.device.type != "cpu":
+                        value = torch.where(record.skipped.to(device), in_place_of_skipped.to(value), value)
+                    p = params[members[role][i]]
+                    p.grad = value if p.grad is None else p.grad.add_(value)
     return record
+
+
+def _scaled(losses: Losses, scaler: torch.amp.GradScaler) -> tuple[dict[str, Tensor], Tensor]:
+    """The losses times the scale, and the scale itself as float64."""
+    names, values = named_losses(losses, "backward")
+    scaled = {n: scaler.scale(v) if isinstance(v, Tensor) else v for n, v in zip(names, values, strict=True)}
+    one = torch.ones((), device=next((v.device for v in values if isinstance(v, Tensor)), None))
+    return scaled, scaler.scale(one).double()
 
 
 def _check_once(params: list[Tensor]) -> list[Tensor]:
@@ -94,9 +119,3 @@ def _check_once(params: list[Tensor]) -> list[Tensor]:
         if seen.setdefault(id(p), i) != i:
             raise ValueError(f"backward: params[{i}] is params[{seen[id(p)]}] again; pass each parameter once")
     return params
-
-
-def _add_to_grad(p: Tensor, value: Tensor, skipped: Tensor) -> None:
-    if skipped.device.type != "cpu":
-        value = torch.where(skipped.to(p.device), torch.zeros_like(value), value)
-    p.grad = value if p.grad is None else p.grad.add_(value)

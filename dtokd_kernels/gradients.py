@@ -9,6 +9,13 @@ from torch import Tensor
 
 Losses = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
+#: Without the reset the flag would silence torch's check, and the passes read what the first one has overwritten.
+_DONATED = (
+    "the compiled model's backward pass overwrites what it reads, as it was first run for a single loss (here, or in "
+    "an earlier run whose compilation was cached), but each objective takes a pass; import torch._functorch.config, "
+    "set torch._functorch.config.donated_buffer = False and call torch.compiler.reset()"
+)
+
 
 class GradientSets:
     """K gradients of the same parameters, and the values of the K objectives they belong to.
@@ -91,8 +98,10 @@ class GradientSets:
                 value.backward(retain_graph=retain_graph or i < K - 1, inputs=inputs)
                 self.grads[i] = [p.grad for p in params]
                 _check_dense(self.grads[i], names[i], op)
-        except BaseException:
+        except BaseException as error:
             self.clear()  # some sets may hold half a pass
+            if isinstance(error, RuntimeError) and "donated buffer" in str(error):
+                raise RuntimeError(f"{op}: {_DONATED}") from error
             raise
         finally:
             for p, grad in zip(params, users, strict=True):
@@ -107,12 +116,18 @@ def named_losses(losses: Losses, op: str) -> tuple[tuple[str, ...], list[Tensor]
 
     Raises:
         TypeError: `losses` is neither a mapping nor a sequence of tensors.
-        ValueError: it is empty.
+        ValueError: it is empty, or two keys have the same name, as 1 and "1" do.
     """
     if isinstance(losses, Tensor) and losses.dim() == 0:
         losses = [losses]
     if isinstance(losses, Mapping):
         names, values = tuple(map(str, losses.keys())), list(losses.values())
+        twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+        if twice is not None:
+            keys = " and ".join(repr(key) for key in losses if str(key) == twice)
+            raise ValueError(
+                f"{op}: losses has two objectives named {twice!r}, of the keys {keys}; give each a name of its own"
+            )
     elif isinstance(losses, (Sequence, Tensor)) and not isinstance(losses, str):
         values = list(losses)
         names = tuple(map(str, range(len(values))))

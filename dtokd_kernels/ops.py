@@ -73,18 +73,30 @@ def solve(
     max_norm: float | None,
     rescale: Rescale,
     loss_floor: float,
+    loss_scale: Tensor | None = None,
     backend: str | None = None,
 ) -> Balance:
     """Gram matrices and balance of groups of tensors, unchecked: the optimizers' way into `gram` and `balance`.
 
     A backend with a function `gram_balance` takes both at once, if all tensors are on one device.
+
+    Args:
+        groups: the gradients by role.
+        losses: [K].
+        weighting, max_norm, rescale, loss_floor: as in `balance`, for the unscaled losses.
+        loss_scale: scalar float64, what `losses` were multiplied with before the backward passes (by a GradScaler).
+            The balance is that of the unscaled losses: its table multiplies gradients divided by this.
+        backend: the implementation to use.
     """
     devices = {lists[0][0].device for same_role in groups.values() for _, lists in same_role}
     module = backends.select(next(iter(devices), losses.device), backend)
-    if len(devices) == 1 and hasattr(module, "gram_balance"):
+    if len(devices) == 1 and loss_scale is None and hasattr(module, "gram_balance"):
         return module.gram_balance(groups, losses, weighting, max_norm=max_norm, rescale=rescale, loss_floor=loss_floor)
     K = len(losses)
     grams = {role: gram_of_groups(same_role, K, backend) for role, same_role in groups.items()}
+    if loss_scale is not None:
+        grams = {role: gram / loss_scale.to(gram.device).square() for role, gram in grams.items()}
+        losses = losses / loss_scale.to(losses.device)
     device = next(iter(grams.values())).device if grams else losses.device
     shared = grams.get(Role.SHARED)
     if shared is None:

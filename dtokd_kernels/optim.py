@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,10 +51,12 @@ class _Bucket:
         return [[grads[i][t] for t in self.positions] for i in self.reach]  # type: ignore[misc]
 
 
-class _Balanced(torch.optim.Optimizer):
+class Balanced(torch.optim.Optimizer):
     """What the balanced optimizers share: gradient sets in, coefficients out. A subclass adds the update."""
 
     _options: _Options
+    #: torch's protocol: a GradScaler calls `step` with attributes `grad_scale` and `found_inf`, overflow or not
+    _step_supports_amp_scaling = True
 
     def _set_options(
         self,
@@ -77,6 +79,7 @@ class _Balanced(torch.optim.Optimizer):
         self._balance: Balance | None = None
         self._skipped_steps: Tensor | None = None
         self._plan: tuple[Any, list[_Bucket]] | None = None
+        self._scaled: tuple[Tensor, Tensor] | None = None  # see expect_scaled
 
     @property
     def weighting(self) -> Weighting:
@@ -92,6 +95,17 @@ class _Balanced(torch.optim.Optimizer):
     def objectives(self) -> tuple[str, ...]:
         """Names of the objectives that the gradients gathered now belong to, in their order."""
         return self._sets.names
+
+    @property
+    def max_norm(self) -> float | None:
+        """What the combined direction is clipped to; may be set at any time, to None for no clipping."""
+        return self._options.max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float | None) -> None:
+        options = replace(self._options, max_norm=value)
+        check_options(type(self).__name__, options.weighting, value, options.rescale, options.loss_floor)
+        self._options = options
 
     @property
     def skipped_steps(self) -> Tensor:
@@ -146,12 +160,16 @@ class _Balanced(torch.optim.Optimizer):
                 f"{type(self).__name__}.step: there are no gradients; call backward(losses) of this optimizer first "
                 "(not loss.backward())"
             )
+        loss_scale = self._loss_scale()
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
-        record = self._balance = self._solve(buckets, lists)
+        record = self._balance = replace(self._solve(buckets, lists, loss_scale), names=self._sets.names)
         if isinstance(self.weighting, Stateful):
             self.weighting.commit(record.skipped)
         self._count(record.skipped)
+        if self._scaled is not None:
+            self._scaled[1].copy_(~record.norm.isfinite())
+            self._scaled = None
         if record.skipped.device.type == "cpu" and record.skipped:
             return loss
         # last first: the Gram pass has read these gradients most recently, so they may still be in cache
@@ -160,8 +178,35 @@ class _Balanced(torch.optim.Optimizer):
             for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True)
             for update in self._updates(bucket, grads)
         ]
-        run_updates(updates, record, self._options.backend)
+        applied = record if loss_scale is None else replace(record, table=record.table / loss_scale)
+        run_updates(updates, applied, self._options.backend)
         return loss
+
+    def expect_scaled(self, inv_scale: Tensor, found_inf: Tensor) -> None:
+        """Be told by `amp.GradScaler` that the next step's losses were scaled.
+
+        Args:
+            inv_scale: scalar; what the gradients count as multiplied with from now on, besides `grad_scale`.
+            found_inf: scalar float; `step` sets it to 1 if a gradient is not finite, else to 0.
+        """
+        self._scaled = inv_scale, found_inf
+
+    def _loss_scale(self) -> Tensor | None:
+        """What the losses were multiplied with, float64; None without a GradScaler.
+
+        Raises:
+            RuntimeError: the scaler is not one that could be told about an overflow.
+        """
+        if self._scaled is None:
+            if hasattr(self, "found_inf"):  # set by a scaler around step
+                raise RuntimeError(
+                    f"{type(self).__name__}.step: this GradScaler checks p.grad and would not see an overflow in the "
+                    "gradient sets; use dtokd_kernels.amp.GradScaler, which takes the same arguments"
+                )
+            return None
+        scale = self._scaled[0].double().reciprocal()
+        grad_scale = getattr(self, "grad_scale", None)  # None after unscale_
+        return scale if grad_scale is None else scale * grad_scale.double()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradient sets, and clear `.grad` as torch does.
@@ -269,7 +314,7 @@ class _Balanced(torch.optim.Optimizer):
                 bucket.positions.append(position)
         return list(buckets.values())
 
-    def _solve(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> Balance:
+    def _solve(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], loss_scale: Tensor | None) -> Balance:
         options = self._options
         losses = self._sets.losses
         assert losses is not None
@@ -288,6 +333,7 @@ class _Balanced(torch.optim.Optimizer):
             max_norm=options.max_norm,
             rescale=options.rescale,
             loss_floor=options.loss_floor,
+            loss_scale=loss_scale,
             backend=options.backend,
         )
 
@@ -313,7 +359,7 @@ _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weigh
     A parameter group takes `balance=False`: its gradient is the sum of the objectives' gradients."""
 
 
-class DTOAdamW(_Balanced, torch.optim.AdamW):  # noqa: D101
+class DTOAdamW(Balanced, torch.optim.AdamW):  # noqa: D101
     __doc__ = f"""AdamW on DTO-KD's balanced direction; a drop-in for `torch.optim.AdamW` with K losses.
 
     Source: DTO-KD (ICLR 2026), Eq. 8-12; AdamW (ICLR 2019).
@@ -402,7 +448,7 @@ class DTOAdamW(_Balanced, torch.optim.AdamW):  # noqa: D101
         ]
 
 
-class DTOSGD(_Balanced, torch.optim.SGD):  # noqa: D101
+class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
     __doc__ = f"""SGD on DTO-KD's balanced direction; a drop-in for `torch.optim.SGD` with K losses.
 
     Source: DTO-KD (ICLR 2026), Eq. 8-12.

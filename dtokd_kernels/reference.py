@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import debug
 from .types import Balance, Rescale, Weighting
 
 GradientList = Sequence[Tensor | None]
@@ -238,7 +239,8 @@ def weigh(weighting: Weighting, gram: Tensor, losses: Tensor, loss_floor: float 
     if getattr(weighting, "log_gradients", True):
         scale = 1 / losses.clamp(min=loss_floor)
         gram = scale[:, None] * gram * scale[None, :]
-    weights = weighting(gram, losses) if takes_losses(weighting) else weighting(gram)
+    with debug.watch(weighting):
+        weights = weighting(gram, losses) if takes_losses(weighting) else weighting(gram)
     if not isinstance(weights, Tensor) or weights.shape != (len(gram),):
         got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
         raise ValueError(f"weighting {weighting!r} returned {got}, expected ({len(gram)},): one weight each")

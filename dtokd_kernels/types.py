@@ -29,7 +29,7 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Balance:
-    """What one balanced step measured and decided. Every field is a tensor on the gradients' device.
+    """What one balanced step measured and decided. Every field but the names is a tensor on the gradients' device.
 
     Reading a field of a CUDA record stalls the device; keeping it does not.
 
@@ -45,6 +45,7 @@ class Balance:
         vertex: scalar bool, a weight of an objective that has a gradient is exactly 0.
         skipped: scalar bool, the step changes nothing: a gradient or a loss is not finite, a loss under a
             logarithm is not positive, or all gradients are zero.
+        names: of the K objectives, in their order; empty where `balance` was not told any.
     """
 
     weights: Tensor
@@ -55,6 +56,7 @@ class Balance:
     norm: Tensor
     vertex: Tensor
     skipped: Tensor
+    names: tuple[str, ...] = ()
 
     @property
     def coefficients(self) -> Tensor:
