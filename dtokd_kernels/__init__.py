@@ -5,7 +5,7 @@ losses --> gradients --> gram --> min_norm_weights, balance --> combine, or an o
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import weighting
+from . import sources, weighting
 from .accumulate import backward
 from .backends import backend_info, use_backend
 from .ops import balance, combine, gram, min_norm_weights
@@ -27,6 +27,7 @@ __all__ = [
     "combine",
     "gram",
     "min_norm_weights",
+    "sources",
     "use_backend",
     "weighting",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,10 @@ from torch import Tensor
 from . import backends
 from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
-from .ops import group_rows, solve
+from .ops import group_rows
+from .sources import Lag, Source, choose
 from .types import Balance, Private, Rescale, Role, Weighting, of_reach
+from .weighed import solve_sets
 
 
 def backward(
@@ -23,6 +25,8 @@ def backward(
     rescale: Rescale = "none",
     private: Private = "own",
     loss_floor: float = 1e-8,
+    gram: Source | str | None = None,
+    features: Tensor | Sequence[Tensor] | None = None,
     retain_graph: bool = False,
 ) -> Balance:
     """Balanced gradients for any optimizer: adds the combined gradient to `.grad`, as `loss.backward()` does.
@@ -33,6 +37,10 @@ def backward(
         weighting, max_norm, rescale, loss_floor: as in `balance`.
         private: "own": parameters that only some objectives reach stay out of the Gram and take those objectives'
             gradients at weight 1; "balanced": everything is in the Gram.
+        gram: how the Gram matrix is obtained, a name or an object (`dtokd_kernels.sources`); default: "exact", or
+            "none" for a weighting that needs no Gram. An object such as `Every(10)` remembers: pass the same one
+            to each call. "lag" needs an optimizer of this package.
+        features: the representation at which `sources.Feature()` measures.
         retain_graph: keep the graph after the last pass.
 
     Returns:
@@ -41,7 +49,7 @@ def backward(
     Raises:
         TypeError, ValueError: bad losses, parameters or options; nothing has changed then.
 
-    Effects: one backward pass per loss; no host sync on CUDA.
+    Effects: one backward pass per loss, or what the source says; no host sync on CUDA.
 
     Example:
         >>> import torch, dtokd_kernels as dk
@@ -52,36 +60,35 @@ def backward(
         >>> w.grad
         tensor([ 0., -1.])
     """
-    weighting = check_options("backward", weighting, max_norm, rescale, loss_floor, private)
+    options = check_options("backward", weighting, max_norm, rescale, loss_floor, private)
+    source = choose("backward", gram, options)
+    if isinstance(source, Lag):
+        raise ValueError(
+            "backward: gram is 'lag', which measures while an optimizer's step updates; use DTOAdamW or DTOSGD, or "
+            "another source, such as 'overlap'"
+        )
     params = [p for p in _check_once(check_params("backward", params)) if p.requires_grad]
     sets = GradientSets()
-    sets.collect(losses, params, positive=getattr(weighting, "log_gradients", True), retain_graph=retain_graph)
-    own = private == "own"
+    sets.collect(losses, params, source, options, features=features, retain_graph=retain_graph)
     members: dict[Role, list[int]] = {Role.SHARED: [], Role.PRIVATE: []}  # parameters that are reached
     rows = list(zip(*sets.grads, strict=True))
     for index, row in enumerate(rows):
-        if any(g is not None for g in row):
-            members[Role.PRIVATE if own and any(g is None for g in row) else Role.SHARED].append(index)
+        reach = tuple(i for i, g in enumerate(row) if g is not None)
+        if reach:
+            members[options.role(True, reach, len(row))].append(index)
     groups = {role: group_rows([rows[i] for i in where]) for role, where in members.items()}
-    assert sets.losses is not None
     with torch.no_grad():
-        record = solve(
-            {role: [group for group, _ in found.values()] for role, found in groups.items() if found},
-            sets.losses,
-            weighting,
-            max_norm=max_norm,
-            rescale=rescale,
-            loss_floor=loss_floor,
-        )
-        if record.skipped.device.type == "cpu" and record.skipped:
-            return record
-        for role, found in groups.items():
-            for (reach, lists), where in found.values():
-                device = lists[0][0].device
-                chosen = of_reach(record.table[role].to(device), reach)
-                values = backends.select(device).combine(lists, chosen, lists[0])
-                for i, value in zip(where, values, strict=True):
-                    _add_to_grad(params[members[role][i]], value, record.skipped)
+        by_role = {role: [group for group, _ in found.values()] for role, found in groups.items() if found}
+        record, applied = solve_sets(sets, by_role, source, options)
+        if not (record.skipped.device.type == "cpu" and record.skipped):
+            for role, found in groups.items():
+                for (reach, lists), where in found.values():
+                    device = lists[0][0].device
+                    chosen = of_reach(applied.table[role].to(device), reach)
+                    values = backends.select(device).combine(lists, chosen, lists[0])
+                    for i, value in zip(where, values, strict=True):
+                        _add_to_grad(params[members[role][i]], value, record.skipped)
+        source.commit(sets.names, record)
     return record
 
 

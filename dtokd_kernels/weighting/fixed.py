@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Fixed:
 
     weights: Sequence[float] | None = None
     log_gradients: bool = False
+    needs_gram: ClassVar[bool] = False
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
         """The weights.
