@@ -11,7 +11,7 @@ from . import backends
 from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
 from .ops import group_rows
-from .sources import Lag, Source, choose
+from .sources import Source, choose
 from .types import Balance, Private, Rescale, Role, Weighting, of_reach
 from .weighed import solve_sets
 
@@ -62,10 +62,10 @@ def backward(
     """
     options = check_options("backward", weighting, max_norm, rescale, loss_floor, private)
     source = choose("backward", gram, options)
-    if isinstance(source, Lag):
+    if source.measures_in_step:
         raise ValueError(
-            "backward: gram is 'lag', which measures while an optimizer's step updates; use DTOAdamW or DTOSGD, or "
-            "another source, such as 'overlap'"
+            f"backward: gram is {gram!r}, but 'lag' measures while an optimizer's step updates; use DTOAdamW or DTOSGD, "
+            "or another source, such as 'overlap'"
         )
     params = [p for p in _check_once(check_params("backward", params)) if p.requires_grad]
     sets = GradientSets()

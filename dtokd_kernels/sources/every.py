@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..types import Balance, Options, Role, Weighting
+from ..types import Balance, Group, Options, Role, Weighting
 from .names import measuring
-from .source import Call, Given, Source
+from .source import Call, Given, Source, Watch
 from .wrapper import Wrapper
 
 
@@ -39,6 +39,7 @@ class Every(Wrapper):
     _names: tuple[str, ...] = field(default=(), init=False, repr=False)
     _weights: Tensor | None = field(default=None, init=False, repr=False)
     _gram: Tensor | None = field(default=None, init=False, repr=False)
+    _fresh: bool = field(default=False, init=False, repr=False)  # whether this step was measured
 
     def __post_init__(self) -> None:
         if not isinstance(self.n, int) or isinstance(self.n, bool) or self.n < 1:
@@ -58,7 +59,8 @@ class Every(Wrapper):
 
     def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
         """The source's weights, or the last ones."""
-        if self._measures(call.names):
+        if self._measures(call.names) and self.inner.one_pass(call.names):
+            self._fresh = True
             return self.inner.weigh(call, weighting, options)
         assert self._weights is not None
         assert self._gram is not None
@@ -66,16 +68,29 @@ class Every(Wrapper):
         kept = Given(self._weights.to(device), options.log_gradients)
         return ops.balance_grams({Role.SHARED: self._gram.to(device)}, call.losses, kept, options)
 
+    def solve(
+        self,
+        groups: Mapping[Role, Sequence[Group]],
+        names: tuple[str, ...],
+        losses: Tensor,
+        watch: Watch | None,
+        weighting: Weighting,
+        options: Options,
+    ) -> Balance:
+        """As the source."""
+        self._fresh = True
+        return self.inner.solve(groups, names, losses, watch, weighting, options)
+
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """Count the step; remember what was measured."""
-        if self._measures(names):
+        if self._fresh:
             self.inner.commit(names, balance)
             if self._weights is None or self._gram is None or names != self._names:
                 self._weights = torch.full_like(balance.weights, 1 / len(names))
                 self._gram = torch.eye(len(names), dtype=torch.float64, device=balance.gram.device)
             self._weights = torch.where(balance.skipped, self._weights.to(balance.weights.device), balance.weights)
             self._gram = torch.where(balance.skipped, self._gram.to(balance.gram.device), balance.gram)
-            self._names, self._taken = names, 0
+            self._names, self._taken, self._fresh = names, 0, False
         self._taken += 1
 
     def state_dict(self) -> dict[str, Any]:

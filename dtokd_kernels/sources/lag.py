@@ -33,6 +33,11 @@ class Lag(Source):
     _next: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
     _weights: Tensor | None = field(default=None, init=False, repr=False)  # this step's, unless it is exact
 
+    @property
+    def measures_in_step(self) -> bool:
+        """It does."""
+        return True
+
     def begin(self) -> Source:
         """The same choice, before its first step."""
         return Lag()

@@ -62,6 +62,11 @@ class Source:
     what the user chose; what it remembers from step to step is in `state_dict`.
     """
 
+    @property
+    def measures_in_step(self) -> bool:
+        """Whether it needs `run`, which `backward` for other optimizers has not."""
+        return False
+
     def begin(self) -> Source:
         """The same choice without memory, for an optimizer of its own."""
         return self

@@ -22,6 +22,11 @@ class Wrapper(Source):
         assert isinstance(self.source, Source)
         return self.source
 
+    @property
+    def measures_in_step(self) -> bool:
+        """As the source."""
+        return self.inner.measures_in_step
+
     def one_pass(self, names: tuple[str, ...]) -> bool:
         """As the source."""
         return self.inner.one_pass(names)
