@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -387,6 +388,23 @@ def _assign_parameter(p: Tensor, exact: Tensor, value: Tensor, skip: Tensor) -> 
     _assign(exact, value, skip)
     if exact is not p:
         _assign(p, value, skip)
+
+
+def gram_adamw_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> Tensor:
+    """`adamw_step` with coefficients that are known beforehand, and the Gram matrix [K, K] of the same gradients.
+
+    Fused implementations read the gradients once for both. The update may be skipped, the matrix is there in any case.
+    """
+    products = gram(grads)
+    adamw_step(params, grads, *args, **options)
+    return products
+
+
+def gram_sgd_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> Tensor:
+    """`sgd_step`, as `gram_adamw_step`."""
+    products = gram(grads)
+    sgd_step(params, grads, *args, **options)
+    return products
 
 
 def _assign(target: Tensor, value: Tensor, skip: Tensor) -> None:
