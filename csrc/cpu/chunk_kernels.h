@@ -243,13 +243,8 @@ template <class T, int K>
 void adamw_of(const Gradients& from, const AdamWScalars& s, void* p, void* m, void* v,
               void* largest) {
   using V = typename OpMath<T>::V;
-  const AdamW<V> rule{V::set(1 - s.lr * s.weight_decay),
-                      V::set(1 - s.beta1),
-                      V::set(s.beta2),
-                      V::set(1 - s.beta2),
-                      V::set(-s.lr / s.correction1),
-                      V::set(1 / std::sqrt(s.correction2)),
-                      V::set(s.eps)};
+  const auto rule = AdamW<V>::of(s.lr, s.beta1, s.beta2, s.weight_decay, s.eps, s.correction1,
+                                 s.correction2, [](double x) DTOKD_INLINE { return V::set(x); });
   T* const P = static_cast<T*>(p);
   T* const M = static_cast<T*>(m);
   T* const S = static_cast<T*>(v);

@@ -4,16 +4,15 @@
 
 #include <cstdint>
 
+#include "dtokd/numbers.h"
+
 namespace dtokd::cpu {
+
+using dtokd::size_of;
+using dtokd::Type;
 
 // Elements of a chunk. Fixed: sums are taken per chunk, so the partition decides the bits.
 constexpr int64_t kChunk = 65536;
-
-enum class Type { kFloat32, kFloat64, kBFloat16, kFloat16 };
-
-constexpr int64_t size_of(Type type) {
-  return type == Type::kFloat64 ? 8 : type == Type::kFloat32 ? 4 : 2;
-}
 
 // grads: K pointers to the chunk's first elements; coefficients: [K]; n: elements.
 struct Gradients {

@@ -10,7 +10,7 @@
 #include <cstring>
 
 #include "dtokd/host_device.h"
-#include "cpu/numbers.h"
+#include "dtokd/numbers.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

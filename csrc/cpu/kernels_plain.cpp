@@ -5,7 +5,6 @@
 #include "dtokd/host_device.h"
 #include "dtokd/update_rules.h"
 #include "cpu/kernels.h"
-#include "cpu/numbers.h"
 
 namespace dtokd::cpu {
 namespace plain {

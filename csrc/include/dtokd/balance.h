@@ -2,11 +2,14 @@
 // reference.balance; log-gradients are g_i / L_i (DTO-KD, Eq. 8), so log L is never differentiated.
 #pragma once
 
-#include <cmath>
-
 #include "min_norm.h"
+#include "numbers.h"
 
 namespace dtokd {
+
+// What a parameter is to the balance: reached by all objectives, by some only, or kept out of it.
+enum Role { kShared, kPrivate, kPlain };
+constexpr int kRoles = 3;
 
 struct BalanceOptions {
   bool log_gradients;
@@ -18,7 +21,7 @@ struct BalanceOptions {
 
 struct Balance {
   double weights[kMaxObjectives];
-  double coefficients[3][kMaxObjectives];  // shared, private and plain parameters
+  double coefficients[kRoles][kMaxObjectives];
   double cosine[kMaxObjectives * kMaxObjectives];
   double norms[kMaxObjectives];
   double norm;
@@ -39,8 +42,7 @@ DTOKD_HD unsigned present_objectives(const double* gram, int K) {
   return present;
 }
 
-// Everything after the weights. grams: raw [K, K] of shared, private and plain parameters;
-// losses, weights: [K].
+// Everything after the weights. grams: raw [K, K], one for each role; losses, weights: [K].
 DTOKD_HD void finish_balance(const double* const* grams, const double* losses,
                              const double* weights, int K, const BalanceOptions& options,
                              Balance& out) {
@@ -55,7 +57,7 @@ DTOKD_HD void finish_balance(const double* const* grams, const double* losses,
     out.coefficients[1][i] = options.rescale_sum ? 1 : scale;
     out.coefficients[2][i] = 1;
     total += out.coefficients[0][i];
-    finite = finite && std::isfinite(losses[i]) && std::isfinite(out.weights[i]);
+    finite = finite && is_finite(losses[i]) && is_finite(out.weights[i]);
     positive = positive && losses[i] > 0;
   }
   if (options.rescale_sum && total > 0) {
@@ -63,24 +65,24 @@ DTOKD_HD void finish_balance(const double* const* grams, const double* losses,
   }
   double square = 0;
   double anything = 0;
-  for (int role = 0; role < 3; ++role) {
+  for (int role = 0; role < kRoles; ++role) {
     const double part = quadratic(grams[role], K, out.coefficients[role]);
     square += part < 0 ? 0 : part;  // NaN stays
     for (int i = 0; i < K; ++i) anything += grams[role][i * K + i];
   }
-  out.norm = std::sqrt(square);
+  out.norm = dtokd::sqrt(square);
   if (options.max_norm > 0) {  // as torch.nn.utils.clip_grad_norm_
     const double clip = options.max_norm / (out.norm + 1e-6);
-    for (int role = 0; role < 3 && clip < 1; ++role) {
+    for (int role = 0; role < kRoles && clip < 1; ++role) {
       for (int i = 0; i < K; ++i) out.coefficients[role][i] *= clip;
     }
   }
-  out.skipped = !(finite && std::isfinite(out.norm) && std::isfinite(anything)) || anything == 0 ||
+  out.skipped = !(finite && is_finite(out.norm) && is_finite(anything)) || anything == 0 ||
                 (options.log_gradients && !positive);
   out.vertex = false;
   for (int i = 0; i < K; ++i) {
     out.vertex = out.vertex || ((present >> i & 1) && out.weights[i] == 0);
-    out.norms[i] = std::sqrt(grams[0][i * K + i]);
+    out.norms[i] = dtokd::sqrt(grams[0][i * K + i]);
   }
   for (int i = 0; i < K; ++i) {
     for (int j = 0; j < K; ++j) {
@@ -90,17 +92,39 @@ DTOKD_HD void finish_balance(const double* const* grams, const double* losses,
   }
 }
 
+// Entry (i, j) of the Gram matrix that is weighed: of log-gradients, if they are asked for.
+DTOKD_HD double scaled_entry(const double* gram, const double* losses, int K,
+                             const BalanceOptions& options, int i, int j) {
+  return objective_scale(losses[i], options) * gram[i * K + j] *
+         objective_scale(losses[j], options);
+}
+
 // DTO-KD's own weights: min-norm point of the gradients, scaled by 1 / L for log-gradients.
 DTOKD_HD void dto_weights(const double* gram, const double* losses, int K,
                           const BalanceOptions& options, double* weights) {
   double scaled[kMaxObjectives * kMaxObjectives];
   for (int i = 0; i < K; ++i) {
-    for (int j = 0; j < K; ++j) {
-      scaled[i * K + j] = objective_scale(losses[i], options) * gram[i * K + j] *
-                          objective_scale(losses[j], options);
-    }
+    for (int j = 0; j < K; ++j) scaled[i * K + j] = scaled_entry(gram, losses, K, options, i, j);
   }
   min_norm_weights(scaled, K, present_objectives(gram, K), options.clamp, weights);
+}
+
+DTOKD_HD constexpr int values_size(int K) { return 5 * K + K * K + 1; }
+
+// values: weights [K], coefficients [kRoles, K], norms [K], cosine [K, K], norm; flags: vertex,
+// skipped.
+DTOKD_HD void write_record(const Balance& balance, int K, double* values, bool* flags) {
+  for (int i = 0; i < K; ++i) {
+    values[i] = balance.weights[i];
+    for (int role = 0; role < kRoles; ++role) {
+      values[(1 + role) * K + i] = balance.coefficients[role][i];
+    }
+    values[(1 + kRoles) * K + i] = balance.norms[i];
+  }
+  for (int i = 0; i < K * K; ++i) values[(2 + kRoles) * K + i] = balance.cosine[i];
+  values[values_size(K) - 1] = balance.norm;
+  flags[0] = balance.vertex;
+  flags[1] = balance.skipped;
 }
 
 }  // namespace dtokd

@@ -14,6 +14,6 @@ namespace dtokd {
 
 constexpr int kMaxObjectives = 8;
 // Entries of the upper triangle of a symmetric [K, K] matrix.
-constexpr int triangle(int K) { return K * (K + 1) / 2; }
+DTOKD_HD constexpr int triangle(int K) { return K * (K + 1) / 2; }
 
 }  // namespace dtokd

@@ -2,7 +2,7 @@
 // type with + - *, fma, sqrt, maximum and division. Scalars are of the type that V works in.
 #pragma once
 
-#include "host_device.h"
+#include "numbers.h"
 
 namespace dtokd {
 
@@ -18,6 +18,19 @@ struct AdamW {
   V negative_step_size;  // -lr / (1 - beta1^t)
   V root_correction;     // 1 / sqrt(1 - beta2^t)
   V eps;
+
+  // correction1, correction2: 1 - beta^t. number: from double to V.
+  template <class Number>
+  static DTOKD_HD AdamW of(double lr, double beta1, double beta2, double weight_decay, double eps,
+                           double correction1, double correction2, const Number& number) {
+    return {number(1 - lr * weight_decay),
+            number(1 - beta1),
+            number(beta2),
+            number(1 - beta2),
+            number(-lr / correction1),
+            number(1 / dtokd::sqrt(correction2)),
+            number(eps)};
+  }
 
   // largest: the running maximum of v (amsgrad), or null.
   DTOKD_HD void operator()(V g, V& p, V& m, V& v, V* largest) const {

@@ -1,0 +1,249 @@
+// The Gram matrices of K gradients, one for each role, in one read of the gradients.
+//
+// NOTE [Gram sums in float64 on a GPU]: products of float32, bf16 and f16 are exact in float64, so
+// that nearly parallel gradients keep their difference, as on the CPU. An element costs K
+// conversions and K (K + 1) / 2 multiply-adds in float64. A model, not a measurement, of K = 2 in
+// float32, which reads 8 bytes: an H100 has 64 multiply-adds and 16 conversions a clock and
+// multiprocessor, and memory feeds it 1.8 such elements a clock, so it uses a tenth of the one and
+// a quarter of the other; an A100 alike. Consumer GPUs, with 2 a clock, spend about as long
+// computing as reading in float32 and longer in half types: there memory is not the limit.
+//
+// NOTE [Same bits]: element -> thread is fixed, each thread adds its elements in order, a warp its
+// lanes by butterfly, a block its warps in order, into the chunk's slot; the last block to finish
+// adds the slots the same way. No atomic operation touches a number.
+#pragma once
+
+#include "cuda/plan.h"
+#include "cuda/solve.cuh"
+#include "cuda/vector_io.cuh"
+
+namespace dtokd::cuda {
+
+// The pointers beyond K are null.
+template <int P>
+struct GramEntry {
+  const void* grads[P];
+  int64_t size;
+  unsigned first_slot;
+  bool aligned;
+};
+
+struct GramJob {
+  int K;
+  unsigned blocks;  // of all launches together
+  unsigned slots[kRoles + 1];
+  Scratch scratch;
+  Record record;
+  const double* losses;  // null: Gram matrices only
+  BalanceOptions options;
+};
+
+// The sum of s[i] over the lanes of a warp, for all i. At every step the lanes of a pair share the
+// sums that are left between them, so that N sums take about N exchanges and not 5 N. Written to
+// out[i] by one lane each.
+template <int N>
+DTOKD_DEVICE void warp_sums(const double (&s)[N], double* out) {
+  const int lane = threadIdx.x % 32;
+  double mine[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) mine[i] = s[i];
+  int first = 0;  // mine[i] is of sum first + i, for i < count
+  int count = N;
+  bool owner = true;
+  int n = N;  // the largest count of any lane
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const bool upper = lane & step;
+    if (n > 1) {
+      const int half = (n + 1) / 2;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i >= half) continue;
+        const double low = mine[i];
+        const double high = i + half < n ? mine[i + half] : 0;
+        mine[i] = (upper ? high : low) + __shfl_xor_sync(0xffffffff, upper ? low : high, step);
+      }
+      first += upper ? half : 0;
+      count = upper ? count - half : count < half ? count : half;
+      n = half;
+    } else {
+      mine[0] += __shfl_xor_sync(0xffffffff, mine[0], step);
+      owner = owner && !upper;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (i < n && i < count && owner) out[first + i] = mine[i];
+  }
+}
+
+// The sum of s[i] over the threads of a block: thread i < N gets it. For all threads to call.
+template <int N>
+DTOKD_DEVICE double block_sum(const double (&s)[N]) {
+  DTOKD_SHARED(sums, double[kWarps][N]);
+  __syncthreads();  // the last call's sums have been read
+  warp_sums(s, sums[threadIdx.x / 32]);
+  __syncthreads();
+  double total = 0;
+  if (threadIdx.x < N) {
+    for (int warp = 0; warp < kWarps; ++warp) total += sums[warp][threadIdx.x];
+  }
+  return total;
+}
+
+// Adds the products of N elements of each gradient.
+template <class T, int P, int N>
+DTOKD_DEVICE void add_products(const Packed<T, N> (&packed)[P], double (&sums)[triangle(P)]) {
+  double x[P][N];
+#pragma unroll
+  for (int k = 0; k < P; ++k) packed[k].unpack(x[k]);
+#pragma unroll
+  for (int e = 0; e < N; ++e) {
+    int p = 0;
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+#pragma unroll
+      for (int j = i; j < P; ++j, ++p) sums[p] = fma(x[i][e], x[j][e], sums[p]);
+    }
+  }
+}
+
+// Words of each gradient that a thread has of a tile, and how many it loads before it computes.
+template <class T>
+constexpr int kTileWords = kTile / kThreads / kPerWord<T>;
+template <class T, int P>
+constexpr int kStageWords = kTileWords<T> < 8 / P ? kTileWords<T> : 8 / P;
+
+// Adds a tile's products, by words.
+template <class T, int P>
+DTOKD_DEVICE void add_tile(const T* const (&g)[P], int64_t tile, double (&sums)[triangle(P)]) {
+  constexpr int N = kPerWord<T>;
+  constexpr int kStage = kStageWords<T, P>;
+#pragma unroll 1
+  for (int first = 0; first < kTileWords<T>; first += kStage) {
+    Packed<T, N> packed[kStage][P];
+#pragma unroll
+    for (int u = 0; u < kStage; ++u) {
+      load_gradients<T, P, N>(g, tile + ((first + u) * kThreads + threadIdx.x % kThreads) * N,
+                              packed[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kStage; ++u) add_products<T, P, N>(packed[u], sums);
+  }
+}
+
+template <int P>
+struct Sums {
+  double of[triangle(P)];
+};
+
+// A tile by single elements, because it is not whole or not aligned: the same elements in the same
+// order as add_tile, so the same bits. By value, as sums that have an address are kept in memory.
+template <class T, int P>
+DTOKD_OUT_OF_LINE Sums<P> add_ragged_tile(const void* const* grads, int64_t tile, int64_t end,
+                                          Sums<P> sums) {
+  constexpr int N = kPerWord<T>;
+  const T* g[P];
+  for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(grads[k]);
+#pragma unroll 1
+  for (int q = 0; q < kTileWords<T> * N; ++q) {
+    const int64_t at = tile + ((q / N) * kThreads + threadIdx.x % kThreads) * N + q % N;
+    if (at >= end) continue;
+    Packed<T, 1> packed[P];
+    load_gradients<T, P, 1>(g, at, packed);
+    add_products<T, P, 1>(packed, sums.of);
+  }
+  return sums;
+}
+
+// The calling thread's part of a chunk's sums. Exactly 0 for a gradient that is not there, whatever
+// the others hold.
+template <class T, int P>
+DTOKD_DEVICE void chunk_sums(const GramEntry<P>& entry, int64_t begin, int64_t end,
+                             double (&sums)[triangle(P)]) {
+  Sums<P> total{};
+  const T* g[P];
+#pragma unroll
+  for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(entry.grads[k]);
+  int64_t tile = begin;
+  if (entry.aligned) {
+#pragma unroll 1
+    for (; tile + kTile <= end; tile += kTile) add_tile<T, P>(g, tile, total.of);
+  }
+#pragma unroll 1
+  for (; tile < end; tile += kTile) {
+    total = add_ragged_tile<T, P>(entry.grads, tile, end, total);
+  }
+  int p = 0;
+#pragma unroll
+  for (int i = 0; i < P; ++i) {
+#pragma unroll
+    for (int j = i; j < P; ++j, ++p) sums[p] = g[i] && g[j] ? total.of[p] : 0;
+  }
+}
+
+// Adds up the slots of every role. grams: shared, [kRoles][K * K]. For all threads of a block.
+template <int P>
+DTOKD_DEVICE void add_slots(const GramJob& job, double (*grams)[kGramSize]) {
+  constexpr int kPairs = triangle(P);
+  const int K = job.K;
+  int row = 0;  // of pair number threadIdx.x in the triangle
+  int column = threadIdx.x;
+  for (int length = P; row < P && column >= length; --length, ++row) column -= length;
+  column += row;
+  for (int role = 0; role < kRoles; ++role) {
+    double sums[kPairs] = {0};
+#pragma unroll 1
+    for (unsigned slot = job.slots[role] + threadIdx.x; slot < job.slots[role + 1];
+         slot += kThreads) {
+#pragma unroll
+      for (int p = 0; p < kPairs; ++p) {
+        sums[p] += __ldcg(job.scratch.partials + size_t(slot) * kPairs + p);
+      }
+    }
+    const double total = block_sum(sums);
+    if (threadIdx.x < kPairs && column < K) {
+      grams[role][row * K + column] = grams[role][column * K + row] = total;
+    }
+  }
+  __syncthreads();
+}
+
+// One block per chunk; the last of all to finish makes the Gram matrices and, if there are losses,
+// the balance.
+template <class T, int P>
+__global__ void __launch_bounds__(kThreads, P == 2   ? 4
+                                            : P == 4 ? 2
+                                                     : 1)
+    gram_kernel(DTOKD_PARAMETER(Table<GramEntry<P>>) table, DTOKD_PARAMETER(GramJob) job) {
+  DTOKD_SHARED(last, bool);
+  constexpr int kPairs = triangle(P);
+  if (table.count > 0) {
+    const int e = table.find(blockIdx.x);
+    const GramEntry<P>& entry = table.entries[e];
+    const int64_t begin = table.begin(blockIdx.x, e);
+    double sums[kPairs];
+    chunk_sums<T, P>(entry, begin, table.end(begin, e), sums);
+    const double total = block_sum(sums);
+    const size_t slot = entry.first_slot + (blockIdx.x - table.first_chunk[e]);
+    if (threadIdx.x < kPairs) {
+      job.scratch.partials[slot * kPairs + threadIdx.x] = total;
+      __threadfence();
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) last = is_last(job.scratch.tickets, job.blocks);
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  DTOKD_SHARED(grams, double[kRoles][kGramSize]);
+  add_slots<P>(job, grams);
+  for (int i = threadIdx.x; i < kRoles * job.K * job.K; i += kThreads) {
+    job.record.grams[i] = grams[i / (job.K * job.K)][i % (job.K * job.K)];
+  }
+  if (job.losses) {
+    block_balance<P>(grams, job.losses, nullptr, job.K, job.options, job.record);
+  }
+}
+
+}  // namespace dtokd::cuda

@@ -1,0 +1,112 @@
+// The operations on a GPU, as launches over raw pointers. Every pointer named "device" is read or
+// written by the device only: nothing here waits for it, allocates or copies, so that all of it can
+// be captured in a graph. Launches return a cudaError_t, 0 for success.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "dtokd/balance.h"
+#include "dtokd/numbers.h"
+
+namespace dtokd::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+const char* error_name(int error);
+
+// The K gradients of one tensor. role: kShared, kPrivate or kPlain, says to which Gram matrix they
+// add and which row of coefficients multiplies them. of: device, [K] of `type`, dense and laid out
+// alike; null where an objective does not reach the tensor.
+struct Gradients {
+  Type type;
+  int role;
+  int64_t size;  // elements; 0 is allowed
+  const void* of[kMaxObjectives];
+};
+
+// Device memory that launches need. Two launches that share it must not run at the same time: give
+// each stream its own. partials: scratch_size(...) doubles, any content. tickets: kTickets words,
+// zero before the first launch; every launch leaves them zero.
+constexpr int kTickets = 4;
+struct Scratch {
+  double* partials;
+  unsigned* tickets;
+};
+int64_t scratch_size(const std::vector<Gradients>&, int K);
+
+// Where the results of a balance go, all on the device. grams: [kRoles, K, K] of raw gradients;
+// values: [values_size(K)] as write_values lays them out; flags: [2], vertex and skipped.
+struct Record {
+  double* grams;
+  double* values;
+  bool* flags;
+};
+
+// grams: device, [kRoles, K, K]. The bits depend on K, sizes and order of the tensors only.
+int launch_gram(const std::vector<Gradients>&, int K, const Scratch&, double* grams, Stream);
+
+// The same, then DTO-KD's weights and all that follows from them. losses: device, [K].
+int launch_gram_balance(const std::vector<Gradients>&, int K, const double* losses,
+                        const BalanceOptions&, const Scratch&, const Record&, Stream);
+
+// From the Gram matrices in record.grams. weights: device, [K], or null for DTO-KD's.
+int launch_balance(int K, const double* losses, const double* weights, const BalanceOptions&,
+                   const Record&, Stream);
+
+// gram: device, [K, K]; present: device, [K], or null for all; weights: device, [K].
+int launch_min_norm_weights(const double* gram, int K, const bool* present, bool clamp,
+                            double* weights, Stream);
+
+// What an update descends: coefficients: device, [kRoles, K], or [1, K] if every role is kShared;
+// skipped: device, one bool: nothing changes where it is set; null for never.
+struct Direction {
+  int K;
+  const double* coefficients;
+  const bool* skipped;
+};
+
+// lr by value, or read on the device: a scalar of `type`, kFloat32 or kFloat64.
+struct LearningRate {
+  double value;
+  const void* device = nullptr;
+  Type type = Type::kFloat32;
+};
+
+// The hyper-parameters of a parameter group.
+struct AdamWGroup {
+  LearningRate lr;
+  double beta1, beta2, weight_decay, eps;
+  bool maximize;
+};
+
+struct SGDGroup {
+  LearningRate lr;
+  double momentum, dampening, weight_decay;
+  bool nesterov, maximize;
+  bool first;  // the momentum buffers hold nothing yet
+};
+
+// A tensor to update, of the gradients' type, and what belongs to it; all of its size and on the
+// device. State is of `state_type`: the gradients' type, or float32 beside half types, or bfloat16
+// beside float32.
+struct Target {
+  Gradients grads;
+  Type state_type;
+  void* param;
+  float* master;   // float32 master copy of a half parameter, which then is its rounding; or null
+  void* state[3];  // AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq or null; SGD: buffer or null
+  float* step;     // AdamW: how many steps it has taken; counted up unless skipped
+  int group;       // index into the hyper-parameters
+};
+
+// out: device, one per tensor, may be one of its gradients.
+int launch_combine(const std::vector<Gradients>&, const std::vector<void*>& out, const Direction&,
+                   Stream);
+
+// Many groups, one launch; more than one for several types or very many tensors.
+int launch_adamw(const std::vector<Target>&, const std::vector<AdamWGroup>&, const Direction&,
+                 const Scratch&, Stream);
+int launch_sgd(const std::vector<Target>&, const std::vector<SGDGroup>&, const Direction&, Stream);
+
+}  // namespace dtokd::cuda

@@ -1,0 +1,376 @@
+// The combination d = sum_i c_i g_i and what it does to the parameters, in one pass over both. The
+// chunks go from the last to the first: the Gram pass came the other way, so that the gradients it
+// read last are met while still in the L2 cache.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda/plan.h"
+#include "cuda/vector_io.cuh"
+#include "dtokd/update_rules.h"
+
+namespace dtokd::cuda {
+
+// M: tensors of one parameter.
+template <int P, int M>
+struct UpdateEntry {
+  const void* grads[P];
+  void* tensors[M];
+  float* step;
+  int64_t size;
+  uint8_t role;
+  uint8_t group;
+  bool aligned;
+};
+
+// Hyper-parameters of at most this many groups fit into one launch.
+constexpr int kMaxGroups = 16;
+
+template <class Group>
+struct UpdateJob {
+  Direction direction;
+  unsigned* ticket;
+  Group groups[kMaxGroups];
+};
+
+DTOKD_DEVICE double read(const LearningRate& lr) {
+  if (!lr.device) return lr.value;
+  return lr.type == Type::kFloat64 ? *static_cast<const double*>(lr.device)
+                                   : double(*static_cast<const float*>(lr.device));
+}
+
+// ---- Rules. A rule says what the hyper-parameters are (Group), which numbers a block makes of
+// them once (Numbers), how many tensors a parameter has, and what happens to N elements of them
+// (Elements): load, update by the direction d, store. t: the parameter's tensors.
+
+template <class T_>
+struct CombineRule {  // t: out
+  using T = T_;
+  using V = typename OpMath<T>::V;
+  static constexpr int kTensors = 1;
+  static constexpr bool kCountsSteps = false;
+  static constexpr int kElements = kPerWord<T>;  // of a thread at a time
+  static constexpr int kWide = 0;
+  struct Group {
+    bool maximize;
+  };
+  struct Numbers {};
+  static void set_tensors(const Target& target, void** t) { t[0] = target.param; }
+  static DTOKD_DEVICE Numbers numbers(const Group&, double) { return {}; }
+
+  template <int N>
+  struct Elements {
+    Packed<T, N> out;
+
+    DTOKD_DEVICE void load(void* const*, int64_t) {}
+    DTOKD_DEVICE void update(void* const*, const Numbers&, const V (&d)[N]) { out.pack(d); }
+    DTOKD_DEVICE void store(void* const* t, int64_t at) const {
+      out.store(static_cast<T*>(t[0]) + at);
+    }
+  };
+};
+
+// N elements of a parameter's tensor, which are read and written once. kNullable: it may be absent.
+template <class S, int N, bool kNullable>
+struct Streamed {
+  Packed<S, N> packed;
+
+  DTOKD_DEVICE void load(const void* from, int64_t at) {
+    if (kNullable && !from) return;
+    packed.template load<Cache::kEvictFirst>(static_cast<const S*>(from) + at);
+  }
+  template <class V>
+  DTOKD_DEVICE void unpack(const void* from, V (&x)[N]) const {
+    if (!kNullable || from) packed.unpack(x);
+  }
+  template <class V>
+  DTOKD_DEVICE void pack(const void* to, const V (&x)[N]) {
+    if (!kNullable || to) packed.pack(x);
+  }
+  DTOKD_DEVICE void store(void* to, int64_t at) const {
+    if (!kNullable || to) packed.store(static_cast<S*>(to) + at);
+  }
+};
+
+// A parameter. kMaster: it may be the rounding of a float32 master copy, which then is what counts.
+template <class T, int N, bool kMaster>
+struct Parameter {
+  Packed<T, N> rounded;
+  Packed<std::conditional_t<kMaster, float, T>, N> exact;
+
+  DTOKD_DEVICE void load(const void* param, const void* master, int64_t at) {
+    if constexpr (kMaster) {
+      if (master) {
+        exact.template load<Cache::kEvictFirst>(static_cast<const float*>(master) + at);
+        return;
+      }
+    }
+    rounded.template load<Cache::kEvictFirst>(static_cast<const T*>(param) + at);
+  }
+  template <class V>
+  DTOKD_DEVICE void unpack(const void* master, V (&p)[N]) const {
+    if (kMaster && master) {
+      exact.unpack(p);
+    } else {
+      rounded.unpack(p);
+    }
+  }
+  template <class V>
+  DTOKD_DEVICE void pack(const void* master, const V (&p)[N]) {
+    if (kMaster && master) exact.pack(p);
+    rounded.pack(p);
+  }
+  DTOKD_DEVICE void store(void* param, void* master, int64_t at) const {
+    if constexpr (kMaster) {
+      if (master) exact.store(static_cast<float*>(master) + at);
+    }
+    rounded.store(static_cast<T*>(param) + at);
+  }
+};
+
+// A thread takes a word of the narrower type at a time.
+template <class T, class S>
+constexpr int kElementsOf = kPerWord<T> > kPerWord<S> ? kPerWord<T> : kPerWord<S>;
+
+// S: type of the state. t: parameter, exp_avg, exp_avg_sq; with kExtras also max_exp_avg_sq
+// (amsgrad) and the master copy, each or null.
+template <class T_, class S, bool kExtras>
+struct AdamWRule {
+  using T = T_;
+  using V = typename OpMath<T>::V;
+  static constexpr int kTensors = kExtras ? 5 : 3;
+  static constexpr bool kCountsSteps = true;
+  static constexpr int kElements = kElementsOf<T, S>;
+  static constexpr int kWide = (sizeof(T) != sizeof(S) || sizeof(T) == 8) + kExtras;
+  using Group = AdamWGroup;
+  using Numbers = AdamW<V>;
+
+  static void set_tensors(const Target& target, void** t) {
+    t[0] = target.param;
+    t[1] = target.state[0];
+    t[2] = target.state[1];
+    if constexpr (kExtras) {
+      t[3] = target.state[2];
+      t[4] = target.master;
+    }
+  }
+  static DTOKD_DEVICE Numbers numbers(const Group& g, double step) {
+    return Numbers::of(read(g.lr), g.beta1, g.beta2, g.weight_decay, g.eps,
+                       1 - power(g.beta1, int64_t(step)), 1 - power(g.beta2, int64_t(step)),
+                       [](double x) { return V(x); });
+  }
+  static DTOKD_DEVICE void* largest(void* const* t) { return kExtras ? t[kTensors - 2] : nullptr; }
+  static DTOKD_DEVICE void* master(void* const* t) { return kExtras ? t[kTensors - 1] : nullptr; }
+
+  template <int N>
+  struct Elements {
+    Parameter<T, N, kExtras && sizeof(T) == 2> param;
+    Streamed<S, N, false> exp_avg, exp_avg_sq;
+    Streamed<S, N, true> max_exp_avg_sq;
+
+    DTOKD_DEVICE void load(void* const* t, int64_t at) {
+      param.load(t[0], master(t), at);
+      exp_avg.load(t[1], at);
+      exp_avg_sq.load(t[2], at);
+      max_exp_avg_sq.load(largest(t), at);
+    }
+    DTOKD_DEVICE void update(void* const* t, const Numbers& rule, const V (&d)[N]) {
+      V p[N], m[N], v[N], maximum[N];
+      param.unpack(master(t), p);
+      exp_avg.unpack(t[1], m);
+      exp_avg_sq.unpack(t[2], v);
+      max_exp_avg_sq.unpack(largest(t), maximum);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (largest(t)) {
+          rule(d[i], p[i], m[i], v[i], &maximum[i]);
+        } else {
+          rule(d[i], p[i], m[i], v[i], nullptr);
+        }
+      }
+      param.pack(master(t), p);
+      exp_avg.pack(t[1], m);
+      exp_avg_sq.pack(t[2], v);
+      max_exp_avg_sq.pack(largest(t), maximum);
+    }
+    DTOKD_DEVICE void store(void* const* t, int64_t at) const {
+      param.store(t[0], master(t), at);
+      exp_avg.store(t[1], at);
+      exp_avg_sq.store(t[2], at);
+      max_exp_avg_sq.store(largest(t), at);
+    }
+  };
+};
+
+// t: parameter, momentum buffer or null, master copy or null.
+template <class T_, class S>
+struct SGDRule {
+  using T = T_;
+  using V = typename OpMath<T>::V;
+  static constexpr int kTensors = 3;
+  static constexpr bool kCountsSteps = false;
+  static constexpr int kElements = kElementsOf<T, S>;
+  static constexpr int kWide = sizeof(T) != sizeof(S) || sizeof(T) == 8;
+  using Group = SGDGroup;
+  struct Numbers {
+    SGD<V> rule;
+    bool nesterov, first;
+  };
+
+  static void set_tensors(const Target& target, void** t) {
+    t[0] = target.param;
+    t[1] = target.state[0];
+    t[2] = target.master;
+  }
+  static DTOKD_DEVICE Numbers numbers(const Group& g, double) {
+    return {{V(g.weight_decay), V(g.momentum), V(1 - g.dampening), V(-read(g.lr))},
+            g.nesterov,
+            g.first};
+  }
+
+  template <int N>
+  struct Elements {
+    Parameter<T, N, sizeof(T) == 2> param;
+    Streamed<S, N, true> buffer;
+
+    DTOKD_DEVICE void load(void* const* t, int64_t at) {
+      param.load(t[0], t[2], at);
+      buffer.load(t[1], at);
+    }
+    DTOKD_DEVICE void update(void* const* t, const Numbers& n, const V (&d)[N]) {
+      V p[N], b[N];
+      param.unpack(t[2], p);
+      buffer.unpack(t[1], b);
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (t[1]) {
+          n.rule(d[i], p[i], &b[i], n.nesterov, n.first);
+        } else {
+          n.rule(d[i], p[i], nullptr, false, false);
+        }
+      }
+      param.pack(t[2], p);
+      buffer.pack(t[1], b);
+    }
+    DTOKD_DEVICE void store(void* const* t, int64_t at) const {
+      param.store(t[0], t[2], at);
+      buffer.store(t[1], at);
+    }
+  };
+};
+
+// ---- Kernel
+
+// What the threads of a block share: numbers made once, in float64, for all its elements.
+template <class Rule, int P>
+struct Shared {
+  typename Rule::Numbers numbers;
+  typename Rule::V coefficients[P];
+  const typename Rule::T* grads[P];  // null if absent or of coefficient 0: not read
+  bool last;
+};
+
+// For all threads of a block; they meet at the next barrier.
+template <class Rule, int P>
+DTOKD_DEVICE void prepare(const UpdateEntry<P, Rule::kTensors>& entry,
+                          const typename Rule::Group& group, const Direction& direction,
+                          Shared<Rule, P>& shared) {
+  const int k = threadIdx.x;
+  if (k < P) {
+    double c = 0;
+    if (k < direction.K) c = direction.coefficients[entry.role * direction.K + k];
+    shared.coefficients[k] = typename Rule::V(group.maximize ? -c : c);
+    shared.grads[k] = c != 0 ? static_cast<const typename Rule::T*>(entry.grads[k]) : nullptr;
+  }
+  if (threadIdx.x == 0) {
+    shared.numbers = Rule::numbers(group, entry.step ? double(*entry.step) + 1 : 0);
+  }
+}
+
+// N elements from `at` on: gradients to d, tensors updated.
+template <class Rule, int P, int N>
+DTOKD_DEVICE void update_elements(const typename Rule::T* const (&g)[P],
+                                  const typename Rule::V (&coefficients)[P], void* const* tensors,
+                                  const typename Rule::Numbers& numbers, int64_t at) {
+  using T = typename Rule::T;
+  using V = typename Rule::V;
+  typename Rule::template Elements<N> elements;
+  Packed<T, N> packed[P];
+  elements.load(tensors, at);
+  load_gradients<T, P, N>(g, at, packed);
+  V d[N] = {0};
+#pragma unroll
+  for (int k = 0; k < P; ++k) {
+    V x[N];
+    packed[k].unpack(x);
+#pragma unroll
+    for (int i = 0; i < N; ++i) d[i] = g[k] ? fma(coefficients[k], x[i], d[i]) : d[i];
+  }
+  elements.update(tensors, numbers, d);
+  elements.store(tensors, at);
+}
+
+// Elements [begin, end) one by one, because they are not aligned or fewer than a word.
+template <class Rule, int P>
+DTOKD_OUT_OF_LINE void update_ragged(const UpdateEntry<P, Rule::kTensors>& entry,
+                                     const Shared<Rule, P>& shared, int64_t begin, int64_t end) {
+#pragma unroll 1
+  for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
+    update_elements<Rule, P, 1>(shared.grads, shared.coefficients, entry.tensors, shared.numbers,
+                                at);
+  }
+}
+
+// Blocks that must fit on a multiprocessor: what bounds the registers of a thread. A rule that
+// holds more words of 16 bytes at a time has fewer blocks, with as many loads in flight.
+template <class Rule, int P>
+constexpr int kUpdateBlocks = std::max(2, (P == 2   ? 4
+                                           : P == 4 ? 3
+                                                    : 2) -
+                                              Rule::kWide);
+
+// One block per chunk. The last block to have read its step counter counts up all of the table's.
+template <class Rule, int P>
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
+    update_kernel(DTOKD_PARAMETER(Table<UpdateEntry<P, Rule::kTensors>>) table,
+                  DTOKD_PARAMETER(UpdateJob<typename Rule::Group>) job) {
+  DTOKD_SHARED(shared, Shared<Rule, P>);
+  if (job.direction.skipped && *job.direction.skipped) return;
+  const unsigned chunk = table.chunks() - 1 - blockIdx.x;
+  const int e = table.find(chunk);
+  const UpdateEntry<P, Rule::kTensors>& entry = table.entries[e];
+  prepare<Rule, P>(entry, job.groups[entry.group], job.direction, shared);
+  if (Rule::kCountsSteps && threadIdx.x == 0) {
+    __threadfence();
+    shared.last = is_last(job.ticket, table.chunks());
+  }
+  __syncthreads();
+  if (Rule::kCountsSteps && shared.last) {
+    __threadfence();
+    for (int i = threadIdx.x; i < table.count; i += kThreads) *table.entries[i].step += 1;
+  }
+
+  const typename Rule::Numbers numbers = shared.numbers;
+  typename Rule::V coefficients[P];
+  const typename Rule::T* grads[P];
+#pragma unroll
+  for (int k = 0; k < P; ++k) {
+    coefficients[k] = shared.coefficients[k];
+    grads[k] = shared.grads[k];
+  }
+  constexpr int N = Rule::kElements;
+  int64_t at = table.begin(chunk, e);
+  const int64_t end = table.end(at, e);
+  if (entry.aligned) {
+    const int64_t words_end = at + (end - at) / N * N;
+#pragma unroll 1
+    for (int64_t i = at + threadIdx.x * N; i < words_end; i += kThreads * N) {
+      update_elements<Rule, P, N>(grads, coefficients, entry.tensors, numbers, i);
+    }
+    at = words_end;
+  }
+  if (at < end) update_ragged<Rule, P>(entry, shared, at, end);
+}
+
+}  // namespace dtokd::cuda
