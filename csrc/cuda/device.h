@@ -59,7 +59,7 @@ inline const char* runtime_error_name(int error) { return error ? "invalid value
 template <class... Parameters, class... Arguments>
 int launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Stream,
                   const Arguments&... arguments) {
-  emulation::launch(blocks, threads, 0, false, [&] { kernel(arguments...); });
+  emulation::launch_kernel(kernel, blocks, threads, 0, false, arguments...);
   return 0;
 }
 
