@@ -9,10 +9,10 @@ from types import ModuleType
 ROOT = Path(__file__).parents[1]
 
 
-def build(folder: Path, target: str, sanitize: str = "", source: Path = ROOT) -> Path:
-    """Builds one target of `source` in `folder`, with sanitizers such as "address,undefined"; returns `folder`."""
-    configure = ["cmake", "-S", source, "-B", folder, "-G", "Ninja", f"-DDTOKD_SANITIZE={sanitize}"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
+def build(folder: Path, target: str, sanitize: str = "", **options: object) -> Path:
+    """Builds one target in `folder`, with sanitizers such as "address,undefined"; returns `folder`."""
+    options |= {"DTOKD_SANITIZE": sanitize, "Python_EXECUTABLE": sys.executable}
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", *(f"-D{k}={v}" for k, v in options.items())]
     environment = {"PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"}
     for command in (configure, ["cmake", "--build", folder, "--target", target]):
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
