@@ -281,6 +281,31 @@ def _shfl(modifiers: list[str], instruction: Instruction, context: Context) -> s
     return f"{{ bool inside; {context.target(first)} = {call}{context.site(instruction.line)}, &inside);{inside} }}"
 
 
+def _matrix(modifiers: list[str], place: Operand, rows: Operand, context: Context) -> tuple[list[Operand], str]:
+    """The registers of ldmatrix or stmatrix, and how to find each thread's part of row i."""
+    _only(modifiers, ("sync", "aligned", "m8n8", "x1", "x2", "x4", "b16"), SHARED)
+    registers = list(rows) if isinstance(rows, tuple) else [rows]
+    return registers, f"const auto& rows = ptx::matrix_rows({context.place(place, True)}, "
+
+
+def _ldmatrix(modifiers: list[str], instruction: Instruction, context: Context) -> str:
+    targets, place = instruction.operands
+    registers, rows = _matrix(modifiers, place, targets, context)
+    loads = "".join(
+        f" {context.target(r)} = ptx::load<uint32_t>(ptx::in_row(rows, {i}));" for i, r in enumerate(registers)
+    )
+    return f"{{ {rows}{context.site(instruction.line)});{loads} }}"
+
+
+def _stmatrix(modifiers: list[str], instruction: Instruction, context: Context) -> str:
+    place, values = instruction.operands
+    registers, rows = _matrix(modifiers, place, values, context)
+    stores = "".join(
+        f" ptx::store<uint32_t>(ptx::in_row(rows, {i}), {context.value(r)});" for i, r in enumerate(registers)
+    )
+    return f"{{ {rows}{context.site(instruction.line)});{stores} }}"
+
+
 def _vote(modifiers: list[str], instruction: Instruction, context: Context) -> str:
     sync, how, kind = modifiers
     _only([sync, how, kind], ("sync", "ballot", "any", "all", "b32", "pred"))
@@ -325,6 +350,8 @@ SPECIAL: dict[str, Callable[[list[str], Instruction, Context], str]] = {
     "bar": _bar,
     "barrier": _bar,
     "shfl": _shfl,
+    "ldmatrix": _ldmatrix,
+    "stmatrix": _stmatrix,
     "vote": _vote,
     "bra": _bra,
     "ret": _ret,

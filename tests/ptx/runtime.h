@@ -2,6 +2,7 @@
 // their width; functions take and return Bits, and an assignment to a register keeps its low ones.
 #pragma once
 
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -461,6 +462,17 @@ inline Bits shfl(emulation::Shuffle kind, Bits value, Bits b, Bits c, Bits mask,
                  const emulation::Site& site, bool* inside) {
   return emulation::shuffle(kind, uint32_t(mask), uint32_t(value), unsigned(b), unsigned(c), site,
                             inside);
+}
+// Matrices of 8 rows of 16 bytes: lane 8 i + r says where row r of matrix i is, and lane l has the
+// 4 bytes number l % 4 of row l / 4 of each.
+using MatrixRows = std::array<Bits, emulation::kWarpSize>;
+inline const MatrixRows& matrix_rows(Bits at, const emulation::Site& site) {
+  check_aligned(at, 16);
+  return emulation::Machine::get().meet(0xffffffffu, at, site, false);
+}
+inline Bits in_row(const MatrixRows& rows, unsigned matrix) {
+  const unsigned lane = emulation::thread().lane();
+  return rows[8 * matrix + lane / 4] + 4 * (lane % 4);
 }
 inline Bits vote_ballot(Bits predicate, Bits mask, const emulation::Site& site) {
   return emulation::ballot(uint32_t(mask), predicate != 0, site);
