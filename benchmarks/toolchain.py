@@ -23,7 +23,7 @@ class ToolError(RuntimeError):
 
 
 def run(command: Sequence[str | Path]) -> str:
-    """What a command prints.
+    """What a command prints, to either stream.
 
     Raises:
         ToolError: it failed; with what it said.
@@ -31,7 +31,7 @@ def run(command: Sequence[str | Path]) -> str:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise ToolError(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
-    return result.stdout
+    return result.stdout + result.stderr
 
 
 @cache
