@@ -70,7 +70,8 @@ class Compiled:
     arch: int
     registers: int
     shared: int
-    spilled: int  # bytes of spill stores and loads, of the functions it calls as well
+    spilled: int  # bytes of spill stores and loads
+    spilled_by_calls: int  # the same of the functions it calls: rare paths, and what one block does once
     code: tuple[Instruction, ...]
 
     def occupancy(self, threads: int = THREADS) -> float:
@@ -145,10 +146,14 @@ def assemble(ptx: Path, arch: int) -> list[Compiled]:
     result = []
     for entry in said.split("Compiling entry function '")[1:]:
         symbol = entry.split("'")[0]
-        registers, used = re.search(r"Used (\d+) registers(.*)", entry).groups()  # type: ignore[union-attr]
-        shared = re.search(r"(\d+) bytes smem", used)
-        spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", entry))
-        result.append(Compiled(symbol, arch, int(registers), int(shared[1]) if shared else 0, spilled, codes[symbol]))
+        registers, rest = re.search(r"Used (\d+) registers(.*)", entry).groups()  # type: ignore[union-attr]
+        shared = re.search(r"(\d+) bytes smem", rest)
+        # of the kernel itself first, then of each function
+        own, *calls = (
+            sum(map(int, pair)) for pair in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill", entry)
+        )
+        memory = int(shared[1]) if shared else 0
+        result.append(Compiled(symbol, arch, int(registers), memory, own, sum(calls), codes[symbol]))
     return result
 
 
@@ -182,7 +187,7 @@ def row(kernel: Kernel, compiled: Compiled) -> tuple[str, ...]:
         kernel.name,
         str(compiled.arch),
         str(compiled.registers),
-        str(compiled.spilled),
+        f"{compiled.spilled} + {compiled.spilled_by_calls}",
         str(compiled.shared),
         f"{compiled.occupancy():.0%}",
         str(len(loop.code)),

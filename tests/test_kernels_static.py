@@ -1,4 +1,4 @@
-"""The machine code of the GPU kernels: no spills, 16 bytes per access, the model's bytes per element, room for threads."""
+"""The machine code of the GPU kernels: no spills, 16 bytes per access, the model's bytes, room for threads."""
 
 import pytest
 
