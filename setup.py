@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent
 CHOICES = ("auto", "cpu", "none")
 
 
-def sources() -> list[str]:
+def sources(*kinds: str) -> list[str]:
     lines = (ROOT / "csrc/sources.txt").read_text().splitlines()
-    return [f"csrc/{line.split()[1]}" for line in lines if line and not line.startswith("#")]
+    return [f"csrc/{line.split()[1]}" for line in lines if line.startswith(kinds)]
 
 
 def extension() -> dict:
@@ -47,7 +47,7 @@ def extension() -> dict:
 
     module = CppExtension(
         "dtokd_kernels._C",
-        sources(),
+        sources("core", "torch"),
         include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc/include")],
         define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
         extra_compile_args=["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden"],

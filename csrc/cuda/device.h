@@ -59,7 +59,7 @@ inline const char* runtime_error_name(int error) { return error ? "invalid value
 template <class... Parameters, class... Arguments>
 int launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Stream,
                   const Arguments&... arguments) {
-  emulation::launch(blocks, threads, 0, false, [&] { kernel(arguments...); });
+  emulation::launch_kernel(kernel, blocks, threads, 0, false, arguments...);
   return 0;
 }
 
@@ -73,11 +73,16 @@ constexpr int kThreads = 256;  // of a block
 constexpr int kWarps = kThreads / 32;
 constexpr int kWordBytes = 16;  // what one instruction loads or stores at most
 
-// How many blocks have come here, as the launches of one operation count them: true for the last.
-// The counter wraps to 0 by itself. To be called by one thread, after the block's writes are
-// fenced.
+// Counts the block among those of one operation's launches; true for the last, which then sees what
+// all others did before. The counter wraps to 0 by itself. To be called by one thread, between
+// barriers of its block: what the others of the block wrote is passed on only by the fence of the
+// thread that counts, and what other blocks wrote is seen by those that meet this thread after its
+// second fence (PTX, release and acquire patterns).
 DTOKD_DEVICE bool is_last(unsigned* ticket, unsigned total) {
-  return atomicInc(ticket, total - 1) == total - 1;
+  __threadfence();
+  const bool last = atomicInc(ticket, total - 1) == total - 1;
+  __threadfence();
+  return last;
 }
 
 }  // namespace dtokd::cuda

@@ -226,16 +226,12 @@ __global__ void __launch_bounds__(kThreads, P == 2   ? 4
     chunk_sums<T, P>(entry, begin, table.end(begin, e), sums);
     const double total = block_sum(sums);
     const size_t slot = entry.first_slot + (blockIdx.x - table.first_chunk[e]);
-    if (threadIdx.x < kPairs) {
-      job.scratch.partials[slot * kPairs + threadIdx.x] = total;
-      __threadfence();
-    }
+    if (threadIdx.x < kPairs) job.scratch.partials[slot * kPairs + threadIdx.x] = total;
     __syncthreads();
   }
   if (threadIdx.x == 0) last = is_last(job.scratch.tickets, job.blocks);
   __syncthreads();
   if (!last) return;
-  __threadfence();
   DTOKD_SHARED(grams, double[kRoles][kGramSize]);
   add_slots<P>(job, grams);
   for (int i = threadIdx.x; i < kRoles * job.K * job.K; i += kThreads) {

@@ -342,12 +342,10 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
   const UpdateEntry<P, Rule::kTensors>& entry = table.entries[e];
   prepare<Rule, P>(entry, job.groups[entry.group], job.direction, shared);
   if (Rule::kCountsSteps && threadIdx.x == 0) {
-    __threadfence();
     shared.last = is_last(job.ticket, table.chunks());
   }
   __syncthreads();
   if (Rule::kCountsSteps && shared.last) {
-    __threadfence();
     for (int i = threadIdx.x; i < table.count; i += kThreads) *table.entries[i].step += 1;
   }
 

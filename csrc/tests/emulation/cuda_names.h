@@ -122,6 +122,10 @@ T __ldg(const T* p) {
   return emulation::load(p);
 }
 template <class T>
+T __ldca(const T* p) {
+  return emulation::load(p);
+}
+template <class T>
 T __ldcg(const T* p) {
   return emulation::load(p);
 }
