@@ -66,9 +66,8 @@ int launch(const std::vector<Target>& targets, const std::vector<AdamWGroup>& gr
   const Residency device = residency(kernel, kThreads, kResidentBlocks);
   const unsigned tiles = tables[0].chunks();
   const unsigned blocks = std::min(unsigned(device.blocks), tiles);
-  if (blocks == 0 || tiles > blocks * kMaxRounds) return kUnfit;
-  const int shared_tiles = device.dynamic_shared_bytes / kTileBytes<T, P>;
-  job.shared_tiles = std::min(shared_tiles, kMaxRounds);
+  job.shared_tiles = std::min(device.dynamic_shared_bytes / kTileBytes<T, P>, kMaxRounds);
+  if (blocks == 0 || job.shared_tiles == 0 || tiles > blocks * kMaxRounds) return kUnfit;
   std::copy(groups.begin(), groups.end(), job.groups);
   return launch_cooperative(kernel, blocks, kThreads, job.shared_tiles * kTileBytes<T, P>, stream,
                             tables[0], job);
