@@ -1,64 +1,117 @@
-"""Builds dtokd_kernels._C, the C++ operations, beside the pure-Python packages (pyproject.toml has the rest).
+"""Builds the operations beside the pure-Python packages (pyproject.toml has the rest): dtokd_kernels._C for the CPU
+and dtokd_kernels._cuda for GPUs.
 
 DTOKD_BUILD says what to build: "auto" (the default: what can be built; without a compiler or without torch at
-build time a pure-Python package), "cpu" (the extension, or fail), "none" (pure Python).
+build time a pure-Python package), "cpu" (_C, or fail), "cuda" (both, or fail), "none" (pure Python). Building _cuda
+takes nvcc and no GPU; TORCH_CUDA_ARCH_LIST says for which, by default for those that are visible, else for 8.0, 9.0,
+10.0 and, as PTX, later ones.
 """
 
 import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-CHOICES = ("auto", "cpu", "none")
+CHOICES = ("auto", "cpu", "cuda", "none")
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
 
 def sources(*kinds: str) -> list[str]:
-    lines = (ROOT / "csrc/sources.txt").read_text().splitlines()
-    return [f"csrc/{line.split()[1]}" for line in lines if line.startswith(kinds)]
+    """Paths of csrc/sources.txt of these kinds."""
+    lines = (line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line[:1] not in ("", "#"))
+    return [f"csrc/{path}" for kind, path in lines if kind in kinds]
 
 
-def extension() -> dict:
+def cuda_home() -> str | None:
+    """The toolkit that nvcc belongs to, asked of nvcc itself, as the one on the PATH may be a wrapper elsewhere."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    where = re.search(r"_HERE_=(\S+)", said.stderr + said.stdout)
+    return str(Path(where[1]).parent) if where else None
+
+
+def extensions() -> dict:
     wanted = os.environ.get("DTOKD_BUILD", "auto")
     if wanted not in CHOICES:
         sys.exit(f"DTOKD_BUILD is {wanted!r}; choose one of {', '.join(CHOICES)}")
     if wanted == "none":
         return {}
+    home = cuda_home()
+    if home is not None:
+        os.environ.setdefault("CUDA_HOME", home)  # read when cpp_extension is imported
     try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError:
-        if wanted == "cpu":
+        if wanted != "auto":
             sys.exit(
-                "DTOKD_BUILD=cpu needs torch when building: install it first, then pip install --no-build-isolation ."
+                f"DTOKD_BUILD={wanted} needs torch when building: install it first, then "
+                "pip install --no-build-isolation ."
             )
         print("dtokd: no torch in the build environment, so no extension; see --no-build-isolation in the README")
         return {}
+
+    obstacle = None
+    if home is None:
+        obstacle = "no nvcc on the PATH"
+    elif torch.version.cuda is None:
+        obstacle = "this torch is built without CUDA"
+    if wanted == "cuda" and obstacle:
+        sys.exit(f"DTOKD_BUILD=cuda cannot build the CUDA extension: {obstacle}")
+    if wanted == "auto" and obstacle:
+        print(f"dtokd: no CUDA extension: {obstacle}")
 
     class Build(BuildExtension):
         def run(self) -> None:
             try:
                 super().run()
             except Exception as error:
-                if wanted == "cpu":
+                if wanted != "auto":
                     raise
-                print(f"dtokd: the extension could not be built ({error}); the package runs through its reference")
-                self.extensions = []
+                print(f"dtokd: an extension could not be built ({error}); the package runs without it")
+                self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
 
-    module = CppExtension(
-        "dtokd_kernels._C",
-        sources("core", "torch"),
-        include_dirs=[str(ROOT / "csrc"), str(ROOT / "csrc/include")],
-        define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")],
-        extra_compile_args=["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden"],
-        py_limited_api=True,
-        optional=wanted == "auto",
-    )
+    shared = {
+        "include_dirs": [str(ROOT / "csrc"), str(ROOT / "csrc/include")],
+        "py_limited_api": True,
+        "optional": wanted == "auto",
+    }
+    stable = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")]
+    compiled = ["-O3", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden"]
+    modules = [
+        CppExtension(
+            "dtokd_kernels._C",
+            sources("core", "torch"),
+            define_macros=stable,
+            extra_compile_args=compiled,
+            **shared,
+        )
+    ]
+    if wanted != "cpu" and not obstacle:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+        modules.append(
+            CUDAExtension(
+                "dtokd_kernels._cuda",
+                sources("cuda", "torch-cuda"),
+                define_macros=[*stable, ("USE_CUDA", None)],
+                # no contraction: the sums and products written are the ones computed, on every architecture
+                extra_compile_args={"cxx": compiled, "nvcc": ["-O3", "-std=c++20", "-fmad=false", "-lineinfo"]},
+                **shared,
+            )
+        )
     return {
-        "ext_modules": [module],
+        "ext_modules": modules,
         "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
 
-setup(**extension())
+setup(**extensions())

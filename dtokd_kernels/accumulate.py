@@ -10,8 +10,8 @@ from torch import Tensor
 from . import backends
 from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
-from .ops import gram_of_groups, group_rows, of_reach
-from .types import Balance, Private, Rescale, Weighting
+from .ops import group_rows, solve
+from .types import Balance, Private, Rescale, Role, Weighting, of_reach
 
 
 def backward(
@@ -56,36 +56,29 @@ def backward(
     params = [p for p in _check_once(check_params("backward", params)) if p.requires_grad]
     sets = GradientSets()
     sets.collect(losses, params, positive=getattr(weighting, "log_gradients", True), retain_graph=retain_graph)
-    K = len(sets.names)
     own = private == "own"
-    members: dict[bool, list[int]] = {False: [], True: []}  # shared and private parameters that are reached
+    members: dict[Role, list[int]] = {Role.SHARED: [], Role.PRIVATE: []}  # parameters that are reached
     rows = list(zip(*sets.grads, strict=True))
     for index, row in enumerate(rows):
         if any(g is not None for g in row):
-            members[own and any(g is None for g in row)].append(index)
+            members[Role.PRIVATE if own and any(g is None for g in row) else Role.SHARED].append(index)
     groups = {role: group_rows([rows[i] for i in where]) for role, where in members.items()}
     assert sets.losses is not None
     with torch.no_grad():
-        grams = {role: gram_of_groups([g for g, _ in found.values()], K) for role, found in groups.items() if found}
-        shared = grams.get(False)
-        if shared is None:
-            shared = torch.zeros(K, K, dtype=torch.float64, device=sets.losses.device)
-        record = backends.select(shared.device).balance(
-            shared,
+        record = solve(
+            {role: [group for group, _ in found.values()] for role, found in groups.items() if found},
             sets.losses,
             weighting,
             max_norm=max_norm,
             rescale=rescale,
             loss_floor=loss_floor,
-            private_gram=grams.get(True),
         )
         if record.skipped.device.type == "cpu" and record.skipped:
             return record
         for role, found in groups.items():
-            coefficients = record.private_coefficients if role else record.coefficients
             for (reach, lists), where in found.values():
                 device = lists[0][0].device
-                chosen = of_reach(coefficients.to(device), reach)
+                chosen = of_reach(record.table[role].to(device), reach)
                 values = backends.select(device).combine(lists, chosen, lists[0])
                 for i, value in zip(where, values, strict=True):
                     _add_to_grad(params[members[role][i]], value, record.skipped)

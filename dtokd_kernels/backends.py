@@ -8,26 +8,50 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-from . import native, reference
+from . import cuda, native, reference
 
-NAMES = ("cuda", "triton", "cpu", "reference")
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of the operations.
+
+    Attributes:
+        module: returns it; called when it is first used.
+        device: the type of device that its tensors are on; None: any.
+        missing: why it cannot run here, or None if it can.
+    """
+
+    module: Callable[[], ModuleType]
+    device: str | None
+    missing: Callable[[], str | None]
+
+
+def _cuda_missing() -> str | None:
+    return cuda.missing or (None if torch.cuda.is_available() else "torch sees no CUDA device")
+
+
+#: By name, the fastest first.
+_BACKENDS: dict[str, Backend] = {
+    "cuda": Backend(lambda: cuda, "cuda", _cuda_missing),
+    "triton": Backend(lambda: reference, "cuda", lambda: "this version has no Triton kernels"),
+    "cpu": Backend(lambda: native, "cpu", lambda: native.missing),
+    "reference": Backend(lambda: reference, None, lambda: None),
+}
+NAMES = tuple(_BACKENDS)
 
 _forced: ContextVar[str | None] = ContextVar("dtokd_backend", default=None)
 
 
 def missing(name: str) -> str | None:
     """Why a backend cannot run here, or None if it can."""
-    if name == "cpu":
-        return native.missing
-    if name in ("cuda", "triton"):
-        return "this version has no GPU kernels; GPU tensors run through 'reference'"
-    return None
+    return _BACKENDS[name].missing()
 
 
 def check_name(name: str, source: str) -> None:
@@ -92,14 +116,20 @@ def select(device: torch.device, preferred: str | None = None) -> ModuleType:
         ValueError: no backend has the name asked for.
         RuntimeError: it cannot run here or not on this device.
     """
-    name = requested(preferred)
-    if name is None:
-        name = "cpu" if device.type == "cpu" and native.missing is None else "reference"
-    if name == "reference":
-        return reference
-    if device.type != "cpu":
-        raise RuntimeError(f"backend 'cpu' cannot run on {device}; use 'reference' or leave the choice open")
-    return native
+    name = requested(preferred) or best(device)
+    backend = _BACKENDS[name]
+    if backend.device not in (None, device.type):
+        raise RuntimeError(f"backend {name!r} cannot run on {device}; use 'reference' or leave the choice open")
+    return backend.module()
+
+
+def best(device: torch.device) -> str:
+    """The name of the fastest backend that can run on `device`."""
+    return next(
+        name
+        for name, backend in _BACKENDS.items()
+        if backend.device in (None, device.type) and backend.missing() is None
+    )
 
 
 def backend_info() -> dict[str, str]:
@@ -112,8 +142,8 @@ def backend_info() -> dict[str, str]:
     info = {name: missing(name) or "available" for name in NAMES}
     name = requested()
     why = "forced by use_backend or DTOKD_BACKEND" if name else "best available"
-    info["chosen for cpu"] = f"{name or ('cpu' if native.missing is None else 'reference')} ({why})"
-    info["chosen for cuda"] = f"{name or 'reference'} ({why})"
+    for device in ("cpu", "cuda"):
+        info[f"chosen for {device}"] = f"{name or best(torch.device(device))} ({why})"
     info["instructions"] = native.instructions()
     info["torch"] = torch.__version__
     return info

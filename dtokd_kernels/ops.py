@@ -5,7 +5,7 @@ Here arguments are checked and tensors that may share a kernel call are grouped;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import GradientList, check_gram, check_lists, check_options, check_out
-from .types import Balance, Rescale, Weighting
-
-#: Tensors that one kernel call can take: which objectives reach them, and a list for each of these.
-Group = tuple[tuple[int, ...], list[list[Tensor]]]
+from .types import Balance, Group, Rescale, Role, Update, Weighting, of_reach
 
 
 def gram(grads: Sequence[GradientList], *, backend: str | None = None) -> Tensor:
@@ -66,6 +63,42 @@ def gram_of_groups(groups: Iterable[Group], K: int, backend: str | None = None) 
         total = part if total is None else total + part.to(total.device)
     assert total is not None
     return total
+
+
+def solve(
+    groups: Mapping[Role, Sequence[Group]],
+    losses: Tensor,
+    weighting: Weighting,
+    *,
+    max_norm: float | None,
+    rescale: Rescale,
+    loss_floor: float,
+    backend: str | None = None,
+) -> Balance:
+    """Gram matrices and balance of groups of tensors, unchecked: the optimizers' way into `gram` and `balance`.
+
+    A backend with a function `gram_balance` takes both at once, if all tensors are on one device.
+    """
+    devices = {lists[0][0].device for same_role in groups.values() for _, lists in same_role}
+    module = backends.select(next(iter(devices), losses.device), backend)
+    if len(devices) == 1 and hasattr(module, "gram_balance"):
+        return module.gram_balance(groups, losses, weighting, max_norm=max_norm, rescale=rescale, loss_floor=loss_floor)
+    K = len(losses)
+    grams = {role: gram_of_groups(same_role, K, backend) for role, same_role in groups.items()}
+    device = next(iter(grams.values())).device if grams else losses.device
+    shared = grams.get(Role.SHARED)
+    if shared is None:
+        shared = torch.zeros(K, K, dtype=torch.float64, device=device)
+    return backends.select(shared.device, backend).balance(
+        shared,
+        losses,
+        weighting,
+        max_norm=max_norm,
+        rescale=rescale,
+        loss_floor=loss_floor,
+        private_gram=grams.get(Role.PRIVATE),
+        plain_gram=grams.get(Role.PLAIN),
+    )
 
 
 def min_norm_weights(gram: Tensor, clamp: bool = True, *, present: Tensor | None = None) -> Tensor:
@@ -197,11 +230,30 @@ def combine(
     return result
 
 
-def of_reach(coefficients: Tensor, reach: tuple[int, ...]) -> Tensor:
-    """Coefficients [len(reach)] of the objectives in `reach`, without a host sync."""
-    if len(reach) == len(coefficients):
-        return coefficients
-    return torch.stack([coefficients[i] for i in reach])
+def run_updates(updates: Iterable[Update], balance: Balance, backend: str | None = None) -> None:
+    """Update parameters and state in place, or change nothing where the balance says `skipped`.
+
+    A backend with a function `run_updates(updates, table, skipped)` takes all updates of a device at once, so that
+    they share launches; the others take them one by one.
+
+    Args:
+        updates: in the order in which memory should be walked.
+        balance: of this step.
+        backend: the optimizer's choice.
+
+    Effects: no host sync.
+    """
+    by_device: dict[torch.device, list[Update]] = {}
+    for update in updates:
+        by_device.setdefault(update.params[0].device, []).append(update)
+    for device, same in by_device.items():
+        module = backends.select(device, backend)
+        table, skipped = balance.table.to(device), balance.skipped.to(device)
+        if hasattr(module, "run_updates"):
+            module.run_updates(same, table, skipped)
+            continue
+        for update in same:
+            update.run(module, table, skipped)
 
 
 def _group_positions(op: str, grads: Sequence[GradientList]) -> dict[Any, tuple[Group, list[int]]]:

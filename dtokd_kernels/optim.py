@@ -7,7 +7,7 @@ optimizer.zero_grad()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,8 @@ from torch.optim.optimizer import ParamsT
 from . import backends
 from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
-from .ops import Group, gram_of_groups, of_reach
-from .types import Balance, Private, Rescale, Weighting
-
-SHARED, PRIVATE, PLAIN = range(3)
+from .ops import run_updates, solve
+from .types import Balance, Group, Private, Rescale, Role, Update, Weighting
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ class _Bucket:
     """Parameters that one kernel call can update: of one group, role, reach, dtype and device."""
 
     group: dict[str, Any]
-    role: int
+    role: Role
     reach: tuple[int, ...]
     params: list[Tensor]
     positions: list[int]  # of the parameters, counted over all groups
@@ -91,7 +89,7 @@ class _Balanced(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> Tensor:
         """Scalar int64 on the gradients' device: steps that changed nothing, since the optimizer was made."""
-        return torch.zeros((), dtype=torch.int64) if self._skipped_steps is None else self._skipped_steps
+        return torch.zeros((), dtype=torch.int64) if self._skipped_steps is None else self._skipped_steps.clone()
 
     def backward(self, losses: Losses, *, retain_graph: bool = False, inputs: Sequence[Tensor] | None = None) -> None:
         """Run one backward pass per loss and add its gradients to that objective's set.
@@ -144,16 +142,16 @@ class _Balanced(torch.optim.Optimizer):
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
         record = self._balance = self._solve(buckets, lists)
-        skipped = record.skipped
-        self._skipped_steps = skipped.long() if self._skipped_steps is None else self._skipped_steps + skipped
-        if skipped.device.type == "cpu" and skipped:
+        self._count(record.skipped)
+        if record.skipped.device.type == "cpu" and record.skipped:
             return loss
-        tables = (record.coefficients, record.private_coefficients, record.plain_coefficients)
         # last first: the Gram pass has read these gradients most recently, so they may still be in cache
-        for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True):
-            device = bucket.params[0].device
-            coefficients = of_reach(tables[bucket.role].to(device), bucket.reach)
-            self._update(bucket, grads, coefficients, skipped.to(device))
+        updates = [
+            update
+            for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True)
+            for update in self._updates(bucket, grads)
+        ]
+        run_updates(updates, record, self._options.backend)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -236,11 +234,11 @@ class _Balanced(torch.optim.Optimizer):
                 if not reach:
                     continue
                 if not group["balance"]:
-                    role = PLAIN
+                    role = Role.PLAIN
                 elif reach != everyone and self._options.private == "own":
-                    role = PRIVATE
+                    role = Role.PRIVATE
                 else:
-                    role = SHARED
+                    role = Role.SHARED
                 key = (index, role, reach, p.dtype, p.device)
                 bucket = buckets.setdefault(key, _Bucket(group, role, reach, [], []))
                 bucket.params.append(p)
@@ -251,40 +249,32 @@ class _Balanced(torch.optim.Optimizer):
         options = self._options
         losses = self._sets.losses
         assert losses is not None
-        K = len(losses)
-        grams: list[Tensor | None] = [None] * 3
-        for role in (SHARED, PRIVATE, PLAIN):
-            groups = _merged([(b, grads) for b, grads in zip(buckets, lists, strict=True) if b.role == role])
-            if groups:
-                grams[role] = gram_of_groups(groups, K, options.backend)
-        shared = grams[SHARED]
-        if shared is None:
-            device = buckets[0].params[0].device if buckets else losses.device
-            shared = torch.zeros(K, K, dtype=torch.float64, device=device)
-        return backends.select(shared.device, options.backend).balance(
-            shared,
+        groups: dict[Role, dict[Any, Group]] = {}
+        for bucket, grads in zip(buckets, lists, strict=True):
+            # over all parameter groups, so that the Gram takes as few calls as it can
+            same_role = groups.setdefault(bucket.role, {})
+            key = (bucket.reach, bucket.params[0].dtype, bucket.params[0].device)
+            if key in same_role:
+                grads = [[*values, *more] for values, more in zip(same_role[key][1], grads, strict=True)]
+            same_role[key] = (bucket.reach, grads)
+        return solve(
+            {role: list(found.values()) for role, found in groups.items()},
             losses,
             options.weighting,
             max_norm=options.max_norm,
             rescale=options.rescale,
             loss_floor=options.loss_floor,
-            private_gram=grams[PRIVATE],
-            plain_gram=grams[PLAIN],
+            backend=options.backend,
         )
 
-    def _update(self, bucket: _Bucket, grads: list[list[Tensor]], coefficients: Tensor, skipped: Tensor) -> None:
+    def _count(self, skipped: Tensor) -> None:
+        if self._skipped_steps is None:
+            self._skipped_steps = torch.zeros((), dtype=torch.int64, device=skipped.device)
+        self._skipped_steps += skipped  # in place, so that a replayed CUDA graph counts on
+
+    def _updates(self, bucket: _Bucket, grads: list[list[Tensor]]) -> list[Update]:
+        """The subclass's rule for one bucket; makes the state where there is none."""
         raise NotImplementedError
-
-
-def _merged(members: Iterable[tuple[_Bucket, list[list[Tensor]]]]) -> list[Group]:
-    """Groups of gradients over all parameter groups, so that the Gram takes as few calls as it can."""
-    groups: dict[Any, Group] = {}
-    for bucket, lists in members:
-        key = (bucket.reach, bucket.params[0].dtype, bucket.params[0].device)
-        if key in groups:
-            lists = [[*values, *more] for values, more in zip(groups[key][1], lists, strict=True)]
-        groups[key] = (bucket.reach, lists)
-    return list(groups.values())
 
 
 _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weighting.DTO()`.
@@ -347,36 +337,45 @@ class DTOAdamW(_Balanced, torch.optim.AdamW):  # noqa: D101
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable
         )
 
-    def _update(self, bucket: _Bucket, grads: list[list[Tensor]], coefficients: Tensor, skipped: Tensor) -> None:
+    def _updates(self, bucket: _Bucket, grads: list[list[Tensor]]) -> list[Update]:
         group = bucket.group
         amsgrad = group["amsgrad"]
         states = [self.state[p] for p in bucket.params]
         for p, state in zip(bucket.params, states, strict=True):
+            # on the parameter's device whatever `capturable` says: only there it is known whether a step is skipped
             if not state:
-                step_device = p.device if group["capturable"] else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            elif state["step"].device != p.device:
+                state["step"] = state["step"].to(p.device)
             if amsgrad and "max_exp_avg_sq" not in state:
                 state["max_exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         beta1, beta2 = group["betas"]
-        backends.select(bucket.params[0].device, self._options.backend).adamw_step(
-            bucket.params,
-            grads,
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [state["max_exp_avg_sq"] for state in states] if amsgrad else [],
-            [state["step"] for state in states],
-            coefficients,
-            skipped,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=amsgrad,
-            maximize=group["maximize"],
-        )
+        return [
+            Update(
+                "adamw_step",
+                bucket.role,
+                bucket.reach,
+                bucket.params,
+                grads,
+                state={
+                    "exp_avgs": [state["exp_avg"] for state in states],
+                    "exp_avg_sqs": [state["exp_avg_sq"] for state in states],
+                    "max_exp_avg_sqs": [state["max_exp_avg_sq"] for state in states] if amsgrad else [],
+                    "state_steps": [state["step"] for state in states],
+                },
+                options={
+                    "lr": group["lr"],
+                    "beta1": beta1,
+                    "beta2": beta2,
+                    "weight_decay": group["weight_decay"],
+                    "eps": group["eps"],
+                    "amsgrad": amsgrad,
+                    "maximize": group["maximize"],
+                },
+            )
+        ]
 
 
 class DTOSGD(_Balanced, torch.optim.SGD):  # noqa: D101
@@ -421,11 +420,11 @@ class DTOSGD(_Balanced, torch.optim.SGD):  # noqa: D101
         self._set_options(weighting, max_norm, rescale, private, loss_floor, backend)
         torch.optim.SGD.__init__(self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
 
-    def _update(self, bucket: _Bucket, grads: list[list[Tensor]], coefficients: Tensor, skipped: Tensor) -> None:
-        group, device = bucket.group, bucket.params[0].device
+    def _updates(self, bucket: _Bucket, grads: list[list[Tensor]]) -> list[Update]:
+        group = bucket.group
         momentum = group["momentum"]
-        implementation = backends.select(device, self._options.backend)
         fresh = [momentum != 0 and self.state[p].get("momentum_buffer") is None for p in bucket.params]
+        updates = []
         for first in sorted(set(fresh)):
             chosen = [i for i, f in enumerate(fresh) if f is first]
             params = [bucket.params[i] for i in chosen]
@@ -436,17 +435,23 @@ class DTOSGD(_Balanced, torch.optim.SGD):  # noqa: D101
                     if first:
                         state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                     buffers.append(state["momentum_buffer"])
-            implementation.sgd_step(
-                params,
-                [[values[i] for i in chosen] for values in grads],
-                buffers,
-                coefficients,
-                skipped,
-                lr=group["lr"],
-                momentum=momentum,
-                dampening=group["dampening"],
-                weight_decay=group["weight_decay"],
-                nesterov=group["nesterov"],
-                maximize=group["maximize"],
-                first=first,
+            updates.append(
+                Update(
+                    "sgd_step",
+                    bucket.role,
+                    bucket.reach,
+                    params,
+                    [[values[i] for i in chosen] for values in grads],
+                    state={"momentum_buffers": buffers},
+                    options={
+                        "lr": group["lr"],
+                        "momentum": momentum,
+                        "dampening": group["dampening"],
+                        "weight_decay": group["weight_decay"],
+                        "nesterov": group["nesterov"],
+                        "maximize": group["maximize"],
+                        "first": first,
+                    },
+                )
             )
+        return updates

@@ -185,12 +185,12 @@ def balance(
         total = coefficients.sum()
         coefficients = coefficients / torch.where(total > 0, total, 1.0)
         private_coefficients = ones
-    table = [coefficients, private_coefficients, ones]
+    table = torch.stack([coefficients, private_coefficients, ones])
     squares = [c @ G @ c for c, G in zip(table, (gram, private_gram, plain_gram), strict=True)]
     norm = (squares[0].clamp(min=0) + squares[1].clamp(min=0) + squares[2].clamp(min=0)).sqrt()
     if max_norm is not None:
         clip = (max_norm / (norm + 1e-6)).clamp(max=1)
-        table = [c * clip for c in table]
+        table = table * clip
 
     everything = gram.diagonal() + private_gram.diagonal() + plain_gram.diagonal()
     skipped = ~(norm.isfinite() & everything.isfinite().all() & losses.isfinite().all() & weights.isfinite().all())
@@ -201,15 +201,13 @@ def balance(
     lengths = norms[:, None] * norms[None, :]
     return Balance(
         weights=weights,
-        coefficients=table[0],
+        table=table,
         gram=gram,
         cosine=torch.where(lengths > 0, gram / torch.where(lengths > 0, lengths, 1.0), 0.0),
         norms=norms,
         norm=norm,
         vertex=(present & (weights == 0)).any(),
         skipped=skipped,
-        private_coefficients=table[1],
-        plain_coefficients=table[2],
     )
 
 
@@ -288,6 +286,7 @@ def adamw_step(
     eps: float,
     amsgrad: bool,
     maximize: bool,
+    masters: Sequence[Tensor] = (),
 ) -> None:
     """AdamW (Loshchilov and Hutter, 2019) on d = sum_i c_i g_i, in place; changes nothing where `skipped`.
 
@@ -297,11 +296,13 @@ def adamw_step(
         state_steps: scalar tensors, how many steps each parameter has taken; counted up by one.
         coefficients: [K], what multiplies the raw gradients.
         skipped: scalar bool.
+        masters: float32 copies of half-precision parameters, which then are their roundings; or none.
     """
     coefficients = -coefficients if maximize else coefficients
     for i, p in enumerate(params):
         skip = skipped.to(p.device)
         opmath = torch.promote_types(p.dtype, torch.float32)
+        exact = masters[i] if masters else p
         g = _combine_one([g[i].to(opmath) for g in grads], coefficients)
         t = state_steps[i] + 1
         m = exp_avgs[i].to(opmath).lerp(g, 1 - beta1)
@@ -314,7 +315,7 @@ def adamw_step(
             _assign(max_exp_avg_sqs[i], largest, skip)
         denominator = largest.sqrt() / correction2.sqrt().to(p.device, opmath) + eps
         step_size = (lr / correction1).to(p.device, opmath)
-        _assign(p, p.to(opmath) * (1 - lr * weight_decay) - step_size * m / denominator, skip)
+        _assign_parameter(p, exact, exact.to(opmath) * (1 - lr * weight_decay) - step_size * m / denominator, skip)
         _assign(exp_avgs[i], m, skip)
         _assign(exp_avg_sqs[i], v, skip)
         _assign(state_steps[i], t, skip.to(t.device))
@@ -335,6 +336,7 @@ def sgd_step(
     nesterov: bool,
     maximize: bool,
     first: bool,
+    masters: Sequence[Tensor] = (),
 ) -> None:
     """SGD as torch does it on d = sum_i c_i g_i, in place; changes nothing where `skipped`.
 
@@ -344,18 +346,27 @@ def sgd_step(
         coefficients: [K], what multiplies the raw gradients.
         skipped: scalar bool.
         first: the buffers hold nothing yet and start as the direction itself, undampened.
+        masters: float32 copies of half-precision parameters, which then are their roundings; or none.
     """
     coefficients = -coefficients if maximize else coefficients
     for i, p in enumerate(params):
         skip = skipped.to(p.device)
         opmath = torch.promote_types(p.dtype, torch.float32)
-        old = p.to(opmath)
+        exact = masters[i] if masters else p
+        old = exact.to(opmath)
         g = _combine_one([g[i].to(opmath) for g in grads], coefficients) + weight_decay * old
         if momentum != 0:
             buffer = g if first else momentum * momentum_buffers[i].to(opmath) + (1 - dampening) * g
             g = g + momentum * buffer if nesterov else buffer
             _assign(momentum_buffers[i], buffer, skip)
-        _assign(p, old - lr * g, skip)
+        _assign_parameter(p, exact, old - lr * g, skip)
+
+
+def _assign_parameter(p: Tensor, exact: Tensor, value: Tensor, skip: Tensor) -> None:
+    """exact: the parameter itself or its master copy."""
+    _assign(exact, value, skip)
+    if exact is not p:
+        _assign(p, value, skip)
 
 
 def _assign(target: Tensor, value: Tensor, skip: Tensor) -> None:

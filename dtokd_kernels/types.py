@@ -1,17 +1,30 @@
-"""The record of one balanced step, and the words its options take."""
+"""The records that pass between the parts of a balanced step, and the words its options take."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
+from types import ModuleType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Rescale = Literal["none", "sum"]
 Private = Literal["own", "balanced"]
 #: (gram [K, K], losses [K]) -> weights [K], or gram [K, K] -> weights [K].
 Weighting = Callable[..., Any]
+#: Tensors that one kernel call can take: which objectives reach them, and a list for each of these.
+Group = tuple[tuple[int, ...], list[list[Tensor]]]
+
+
+class Role(IntEnum):
+    """How a parameter takes part in the balance: the row of `Balance.table` that its gradients are multiplied with."""
+
+    SHARED = 0  #: in the Gram matrix
+    PRIVATE = 1  #: reached by some objectives only, of which it takes the gradients
+    PLAIN = 2  #: outside the balance (`balance=False`): takes the sum of the gradients
 
 
 @dataclass(frozen=True)
@@ -22,8 +35,8 @@ class Balance:
 
     Attributes:
         weights: [K] float64, the weights pi of Eq. 10; exactly 0 for an objective without a gradient.
-        coefficients: [K] float64, what multiplies the raw gradients of shared parameters: pi_i / L_i,
-            rescaled and clipped.
+        table: [3, K] float64, what multiplies the raw gradients of shared, private and plain parameters (`Role`),
+            clipped. Its rows are `coefficients` (pi_i / L_i, rescaled), `private_coefficients`, `plain_coefficients`.
         gram: [K, K] float64, inner products of the raw gradients over the balanced parameters.
         cosine: [K, K] float64, cosines between the gradients (0 where one of them is zero).
         norms: [K] float64, norms of the raw gradients.
@@ -32,20 +45,31 @@ class Balance:
         vertex: scalar bool, a weight of an objective that has a gradient is exactly 0.
         skipped: scalar bool, the step changes nothing: a gradient or a loss is not finite, a loss under a
             logarithm is not positive, or all gradients are zero.
-        private_coefficients: [K] float64, the same for parameters that only some objectives reach.
-        plain_coefficients: [K] float64, the same for parameters outside the balance (`balance=False`).
     """
 
     weights: Tensor
-    coefficients: Tensor
+    table: Tensor
     gram: Tensor
     cosine: Tensor
     norms: Tensor
     norm: Tensor
     vertex: Tensor
     skipped: Tensor
-    private_coefficients: Tensor
-    plain_coefficients: Tensor
+
+    @property
+    def coefficients(self) -> Tensor:
+        """[K] float64, what multiplies the raw gradients of shared parameters."""
+        return self.table[Role.SHARED]
+
+    @property
+    def private_coefficients(self) -> Tensor:
+        """[K] float64, the same for parameters that only some objectives reach."""
+        return self.table[Role.PRIVATE]
+
+    @property
+    def plain_coefficients(self) -> Tensor:
+        """[K] float64, the same for parameters outside the balance (`balance=False`)."""
+        return self.table[Role.PLAIN]
 
     @property
     def conflict(self) -> Tensor:
@@ -56,3 +80,50 @@ class Balance:
     def dominance(self) -> Tensor:
         """Scalar float64: ||g_1|| / ||g_0||, second objective over first (the paper's GrD); K >= 2."""
         return self.norms[1] / self.norms[0]
+
+
+@dataclass(frozen=True)
+class Update:
+    """One update rule on tensors of one parameter group, role, reach, dtype and device.
+
+    Attributes:
+        rule: which function of `reference` says what happens: `adamw_step` or `sgd_step`.
+        role: the row of the balance's table that multiplies the gradients.
+        reach: the objectives that have a gradient here, in increasing order.
+        params: the parameters.
+        grads: one list for each objective in `reach`.
+        state: lists of state tensors, by the rule's argument names.
+        options: the rule's other keywords, such as lr.
+    """
+
+    rule: Literal["adamw_step", "sgd_step"]
+    role: Role
+    reach: tuple[int, ...]
+    params: list[Tensor]
+    grads: list[list[Tensor]]
+    state: dict[str, list[Tensor]]
+    options: dict[str, Any]
+
+    def run(self, module: ModuleType, table: Tensor, skipped: Tensor) -> None:
+        """Carry it out with a backend's function of the rule's name.
+
+        Args:
+            module: the backend.
+            table: [3, K] float64, a `Balance`'s, on the parameters' device.
+            skipped: scalar bool, on the parameters' device.
+        """
+        getattr(module, self.rule)(
+            params=self.params,
+            grads=self.grads,
+            **self.state,
+            coefficients=of_reach(table[self.role], self.reach),
+            skipped=skipped,
+            **self.options,
+        )
+
+
+def of_reach(coefficients: Tensor, reach: tuple[int, ...]) -> Tensor:
+    """Coefficients [len(reach)] of the objectives in `reach`, without a host sync."""
+    if len(reach) == len(coefficients):
+        return coefficients
+    return torch.stack([coefficients[i] for i in reach])

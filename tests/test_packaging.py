@@ -62,7 +62,7 @@ def test_pure_python_install_works_through_the_reference(tmp_path):
     where, chosen, why = run(target, STEP)
     assert where.startswith(str(target))
     assert chosen == "reference (best available)"
-    assert "the extension was not built" in why
+    assert "it was not built" in why
     assert (target / "dtokd_kernels" / "py.typed").exists()
     assert (target / "dtokd" / "cli.py").exists()
     refused = "import dtokd_kernels as dk\ntry:\n dk.use_backend('cpu').__enter__()\nexcept RuntimeError as e: print(e)"

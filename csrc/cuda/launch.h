@@ -43,7 +43,7 @@ struct Record {
   bool* flags;
 };
 
-// grams: device, [kRoles, K, K]. The bits depend on K, sizes and order of the tensors only.
+// grams: device, [kRoles, K, K]. The bits depend on K, types, sizes and order of the tensors only.
 int launch_gram(const std::vector<Gradients>&, int K, const Scratch&, double* grams, Stream);
 
 // The same, then DTO-KD's weights and all that follows from them. losses: device, [K].

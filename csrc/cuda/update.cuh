@@ -142,7 +142,7 @@ struct AdamWRule {
   static constexpr int kTensors = kExtras ? 5 : 3;
   static constexpr bool kCountsSteps = true;
   static constexpr int kElements = kElementsOf<T, S>;
-  static constexpr int kWide = (sizeof(T) != sizeof(S) || sizeof(T) == 8) + kExtras;
+  static constexpr int kWide = (sizeof(T) != sizeof(S) || sizeof(T) == 8) + 2 * kExtras;
   using Group = AdamWGroup;
   using Numbers = AdamW<V>;
 

@@ -1,70 +1,18 @@
 // The operations as torch sees them: schemas, checks, and tensors turned into pointers. Written to
 // torch's stable ABI, so that one binary serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
-#include <utility>
-#include <vector>
 
 #include "cpu/lists.h"
 #include "dtokd/balance.h"
+#include "torch/checks.h"
 
 namespace dtokd::ops {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-
-// Tensors that the kernels cannot take together, though they are no mistake of the caller: Python
-// copies them or goes through the reference when it sees this text.
-#define DTOKD_CHECK_FIT(condition, ...) STD_TORCH_CHECK(condition, "dtokd: unfit: ", __VA_ARGS__)
-
-cpu::Type type_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return cpu::Type::kFloat32;
-    case ScalarType::Double:
-      return cpu::Type::kFloat64;
-    case ScalarType::BFloat16:
-      return cpu::Type::kBFloat16;
-    case ScalarType::Half:
-      return cpu::Type::kFloat16;
-    default:
-      DTOKD_CHECK_FIT(false, "expected float32, float64, bfloat16 or float16");
-  }
-}
-
-// Whether the elements fill one stretch of memory, each once.
-bool is_dense(const Tensor& tensor) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : dims) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-bool same_strides(const Tensor& a, const Tensor& b) {
-  if (a.dim() != b.dim()) return false;
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) != b.size(d) || (a.stride(d) != b.stride(d) && a.size(d) != 1)) return false;
-  }
-  return true;
-}
 
 // What the lists of one call have in common: the tensors at one position are of one dtype and lie
 // in memory element by element alike.
@@ -72,7 +20,7 @@ struct Kind {
   const char* op;
   const Tensors& like;
   ScalarType dtype;
-  cpu::Type type;
+  Type type;
   std::vector<int64_t> sizes;
   std::vector<bool> contiguous;
 
@@ -127,20 +75,6 @@ cpu::Threads threads() {
           }};
 }
 
-const double* doubles(const Tensor& tensor, int64_t n, const char* op, const char* name) {
-  STD_TORCH_CHECK(
-      tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.numel() == n,
-      "dtokd::", op, ": ", name, " must hold ", n, " contiguous float64 numbers");
-  return static_cast<const double*>(tensor.const_data_ptr());
-}
-
-int objectives_of(const Tensor& gram, const char* op) {
-  STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) >= 1 &&
-                      gram.size(0) <= kMaxObjectives,
-                  "dtokd::", op, ": gram must be [K, K] with K from 1 to ", kMaxObjectives);
-  return int(gram.size(0));
-}
-
 bool is_set(const Tensor& flag, const char* op) {
   STD_TORCH_CHECK(flag.scalar_type() == ScalarType::Bool && flag.numel() == 1, "dtokd::", op,
                   ": skipped must be one bool");
@@ -175,8 +109,7 @@ Tensor min_norm_weights(const Tensor& gram, bool clamp, const std::optional<Tens
   return out;
 }
 
-// -> values [5 K + K^2 + 1]: weights, coefficients of shared, private and plain parameters, norms,
-// cosine, norm; flags [2]: vertex, skipped.
+// -> values and flags as write_record lays them out.
 std::tuple<Tensor, Tensor> balance(const Tensor& gram, const std::optional<Tensor>& private_gram,
                                    const std::optional<Tensor>& plain_gram, const Tensor& losses,
                                    const std::optional<Tensor>& weights, bool log_gradients,
@@ -200,21 +133,10 @@ std::tuple<Tensor, Tensor> balance(const Tensor& gram, const std::optional<Tenso
   }
   Balance result;
   finish_balance(grams, L, chosen, K, options, result);
-
-  Tensor values = torch::stable::new_empty(gram, {5 * K + K * K + 1}, ScalarType::Double);
+  Tensor values = torch::stable::new_empty(gram, {values_size(K)}, ScalarType::Double);
   Tensor flags = torch::stable::new_empty(gram, {2}, ScalarType::Bool);
-  double* out = static_cast<double*>(values.mutable_data_ptr());
-  const auto put = [&out](const double* from, int n) {
-    for (int i = 0; i < n; ++i) *out++ = from[i];
-  };
-  put(result.weights, K);
-  for (int role = 0; role < 3; ++role) put(result.coefficients[role], K);
-  put(result.norms, K);
-  put(result.cosine, K * K);
-  put(&result.norm, 1);
-  bool* bits = static_cast<bool*>(flags.mutable_data_ptr());
-  bits[0] = result.vertex;
-  bits[1] = result.skipped;
+  write_record(result, K, static_cast<double*>(values.mutable_data_ptr()),
+               static_cast<bool*>(flags.mutable_data_ptr()));
   return {values, flags};
 }
 

@@ -1,0 +1,77 @@
+// What the operations of every device check about tensors before they turn them into pointers.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "dtokd/numbers.h"
+
+namespace dtokd::ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// Tensors that the kernels cannot take together, though they are no mistake of the caller: Python
+// copies them or goes through the reference when it sees this text.
+#define DTOKD_CHECK_FIT(condition, ...) STD_TORCH_CHECK(condition, "dtokd: unfit: ", __VA_ARGS__)
+
+inline Type type_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return Type::kFloat32;
+    case ScalarType::Double:
+      return Type::kFloat64;
+    case ScalarType::BFloat16:
+      return Type::kBFloat16;
+    case ScalarType::Half:
+      return Type::kFloat16;
+    default:
+      DTOKD_CHECK_FIT(false, "expected float32, float64, bfloat16 or float16");
+  }
+}
+
+// Whether the elements fill one stretch of memory, each once.
+inline bool is_dense(const Tensor& tensor) {
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t d = 0; d < a.dim(); ++d) {
+    if (a.size(d) != b.size(d) || (a.stride(d) != b.stride(d) && a.size(d) != 1)) return false;
+  }
+  return true;
+}
+
+inline const double* doubles(const Tensor& tensor, int64_t n, const char* op, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.scalar_type() == ScalarType::Double && tensor.is_contiguous() && tensor.numel() == n,
+      "dtokd::", op, ": ", name, " must hold ", n, " contiguous float64 numbers");
+  return static_cast<const double*>(tensor.const_data_ptr());
+}
+
+inline int objectives_of(const Tensor& gram, const char* op) {
+  STD_TORCH_CHECK(gram.dim() == 2 && gram.size(0) == gram.size(1) && gram.size(0) >= 1 &&
+                      gram.size(0) <= kMaxObjectives,
+                  "dtokd::", op, ": gram must be [K, K] with K from 1 to ", kMaxObjectives);
+  return int(gram.size(0));
+}
+
+}  // namespace dtokd::ops

@@ -1,0 +1,342 @@
+"""The CUDA extension: the functions of `reference` for tensors on a GPU, and two that take a whole step's work.
+
+`gram_balance` makes all Gram matrices and the weights in one launch, `run_updates` updates all parameter groups in
+another. Nothing here waits for the device. `fused` says which tensors fit the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from . import fused, native, reference
+from .types import Balance, Group, Rescale, Role, Update, Weighting
+from .weighting import DTO
+
+TICKETS = 4  # kTickets in csrc/cuda/launch.h
+
+
+OPS: Any = torch.ops.dtokd_cuda
+
+
+def register_fakes(namespace: str) -> None:
+    """What the operations of a namespace return, for torch.compile and opcheck: shapes without values."""
+
+    def record(like: Tensor, K: int) -> tuple[Tensor, Tensor]:
+        return like.new_empty(fused.values_size(K), dtype=torch.float64), like.new_empty(2, dtype=torch.bool)
+
+    @torch.library.register_fake(f"{namespace}::gram_by_role")
+    def gram_fake(
+        grads: list[Tensor], counts: list[int], roles: list[int], reaches: list[int], K: int, tickets: Tensor
+    ) -> Tensor:
+        return grads[0].new_empty(len(Role), K, K, dtype=torch.float64)
+
+    @torch.library.register_fake(f"{namespace}::gram_balance")
+    def gram_balance_fake(
+        grads: list[Tensor], counts: list[int], roles: list[int], reaches: list[int], K: int, *args: object
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return grads[0].new_empty(len(Role), K, K, dtype=torch.float64), *record(grads[0], K)
+
+    @torch.library.register_fake(f"{namespace}::balance_by_role")
+    def balance_fake(grams: Tensor, losses: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+        return record(grams, len(losses))
+
+    @torch.library.register_fake(f"{namespace}::min_norm_weights")
+    def min_norm_weights_fake(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
+        return gram.new_empty(len(gram), dtype=torch.float64)
+
+    for name in ("combine_", "adamw_updates_", "sgd_updates_"):
+        torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
+
+
+def _load() -> str | None:
+    reason = native.missing or native.load("_cuda", "nvcc")
+    if reason is None:
+        register_fakes("dtokd_cuda")
+    return reason
+
+
+#: Why the extension cannot be used, or None. It loads without a GPU too.
+missing: str | None = _load()
+
+_tickets: dict[tuple[int, int], Tensor] = {}
+
+
+def tickets(device: torch.device) -> Tensor:
+    """Zeros that the launches of one stream share: each leaves them zero, so nothing sets them again.
+
+    A captured graph gets its own, as it may be replayed on any stream.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(TICKETS, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device)
+    key = (stream.device_index, stream.cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+    return _tickets[key]
+
+
+def gram(grads: Sequence[Sequence[Tensor]]) -> Tensor:
+    """`reference.gram` for lists without None, of one dtype."""
+    if grads[0][0].dtype not in fused.DTYPES:
+        return reference.gram(grads)
+    return _grams({Role.SHARED: [(tuple(range(len(grads))), [list(row) for row in grads])]}, len(grads))[Role.SHARED]
+
+
+def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
+    """`reference.min_norm_weights`."""
+    return OPS.min_norm_weights.default(gram.double().contiguous(), clamp, present)
+
+
+def balance(
+    gram: Tensor,
+    losses: Tensor,
+    weighting: Weighting,
+    *,
+    max_norm: float | None = None,
+    rescale: Rescale = "none",
+    loss_floor: float = 1e-8,
+    private_gram: Tensor | None = None,
+    plain_gram: Tensor | None = None,
+) -> Balance:
+    """`reference.balance`, in one launch after the weighting, if that is another than `DTO`."""
+    zeros = torch.zeros_like(gram, dtype=torch.float64)
+    grams = torch.stack(
+        [zeros if g is None else g.to(gram.device, torch.float64) for g in (gram, private_gram, plain_gram)]
+    )
+    return _balance(grams, losses, weighting, max_norm, rescale, loss_floor)
+
+
+def gram_balance(
+    groups: Mapping[Role, Sequence[Group]],
+    losses: Tensor,
+    weighting: Weighting,
+    *,
+    max_norm: float | None = None,
+    rescale: Rescale = "none",
+    loss_floor: float = 1e-8,
+) -> Balance:
+    """Gram matrices of all roles and the `Balance` that follows: one launch, if the weighting is `DTO`."""
+    K = len(losses)
+    if type(weighting) is not DTO:
+        return _balance(_grams(groups, K), losses, weighting, max_norm, rescale, loss_floor)
+    call = _Groups(groups)
+    losses = losses.to(call.device, torch.float64).contiguous()
+    options = _balance_options(weighting, max_norm, rescale, loss_floor)
+    grams, values, flags = call.run(
+        lambda grads, *shape: OPS.gram_balance.default(grads, *shape, K, losses, *options, tickets(call.device))
+    )
+    return fused.record(grams[Role.SHARED], values, flags)
+
+
+def combine(
+    grads: Sequence[Sequence[Tensor]], coefficients: Tensor, out: Sequence[Tensor] | None = None
+) -> list[Tensor]:
+    """`reference.combine` for lists without None, of one dtype."""
+    targets = [torch.empty_like(g) for g in grads[0]] if out is None else list(out)
+    coefficients = coefficients.to(targets[0].device, torch.float64).contiguous()
+
+    def run(flat: list[Tensor]) -> None:
+        OPS.combine_.default(targets, flat, coefficients)
+
+    if not fused.run_fitting(run, grads, [targets]):
+        return reference.combine(grads, coefficients, targets)
+    return targets
+
+
+def adamw_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    coefficients: Tensor,
+    skipped: Tensor,
+    *,
+    masters: Sequence[Tensor] = (),
+    **options: Any,
+) -> None:
+    """`reference.adamw_step` for tensors of one dtype."""
+    state = {
+        "masters": list(masters),
+        "exp_avgs": list(exp_avgs),
+        "exp_avg_sqs": list(exp_avg_sqs),
+        "max_exp_avg_sqs": list(max_exp_avg_sqs),
+        "state_steps": list(state_steps),
+    }
+    _run_one("adamw_step", params, grads, state, coefficients, skipped, options)
+
+
+def sgd_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
+    momentum_buffers: Sequence[Tensor],
+    coefficients: Tensor,
+    skipped: Tensor,
+    *,
+    masters: Sequence[Tensor] = (),
+    **options: Any,
+) -> None:
+    """`reference.sgd_step` for tensors of one dtype."""
+    state = {"momentum_buffers": list(momentum_buffers), "masters": list(masters)}
+    _run_one("sgd_step", params, grads, state, coefficients, skipped, options)
+
+
+def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> None:
+    """All updates of one step: one launch for each rule and dtype, whatever the number of parameter groups.
+
+    Args:
+        updates: on one device, in the order in which memory should be walked.
+        table: [3, K] float64, a `Balance`'s.
+        skipped: scalar bool.
+    """
+    # the kernels walk what they are given from its end
+    in_order = list(reversed(updates))
+    for rule in ("adamw_step", "sgd_step"):
+        same = [update for update in in_order if update.rule == rule]
+        if same and not _run(rule, same, table, skipped):
+            # some tensor fits no kernel: find out which, and take those through the reference
+            for update in same:
+                if not _run(rule, [update], table, skipped):
+                    update.run(reference, table, skipped)
+
+
+def _run_one(
+    rule: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
+    state: dict[str, list[Tensor]],
+    coefficients: Tensor,
+    skipped: Tensor,
+    options: dict[str, Any],
+) -> None:
+    reach = tuple(range(len(grads)))
+    lists = [list(row) for row in grads]
+    update = Update(rule, Role.SHARED, reach, list(params), lists, state, options)
+    run_updates([update], coefficients.expand(len(Role), -1), skipped)
+
+
+#: The lists of state of each rule, as its operation takes them.
+_STATE = {
+    "adamw_step": ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps", "masters"),
+    "sgd_step": ("momentum_buffers", "masters"),
+}
+
+
+def _run(rule: str, updates: Sequence[Update], table: Tensor, skipped: Tensor) -> bool:
+    """Run updates of one rule together; False, with nothing changed, if some tensor fits no kernel."""
+    device = updates[0].params[0].device
+    table = table.to(torch.float64).contiguous()
+    lrs: list[Tensor] = []
+    options = [number for update in updates for number in _numbers(rule, update, device, lrs)]
+    state = [[t for update in updates for t in update.state.get(name, ())] for name in _STATE[rule]]
+    params = [p for update in updates for p in update.params]
+    groups = _Groups.of_updates(updates)
+
+    def run(grads: list[Tensor], *shape: list[int]) -> None:
+        if rule == "adamw_step":
+            OPS.adamw_updates_.default(params, grads, *state, *shape, table, skipped, lrs, options, tickets(device))
+        else:
+            OPS.sgd_updates_.default(params, grads, *state, *shape, table, skipped, lrs, options)
+
+    try:
+        groups.run(run, like=params)
+    except RuntimeError as error:
+        if not fused.is_unfit(error):
+            raise
+        return False
+    for tensors in (params, *state):
+        increment_version(tensors)
+    return True
+
+
+def _numbers(rule: str, update: Update, device: torch.device, lrs: list[Tensor]) -> list[float]:
+    """An update's options as csrc/torch/cuda_library.cpp reads them; a learning rate on the device goes to `lrs`."""
+    o = update.options
+    lr, index = o["lr"], -1
+    if isinstance(lr, Tensor) and lr.device == device and lr.dtype in (torch.float32, torch.float64):
+        lr, index = 0.0, len(lrs)
+        lrs.append(o["lr"])
+    numbers = [float(lr), index]
+    if rule == "adamw_step":
+        numbers += [float(o["beta1"]), float(o["beta2"]), o["weight_decay"], o["eps"], o["maximize"], o["amsgrad"]]
+    else:
+        numbers += [o["momentum"], o["dampening"], o["weight_decay"], o["nesterov"], o["maximize"], o["first"]]
+    return [float(n) for n in (*numbers, bool(update.state.get("masters")))]
+
+
+class _Groups:
+    """Gradients of several groups as the operations take them: one flat list, and numbers that say how it is cut."""
+
+    def __init__(self, groups: Mapping[Role, Sequence[Group]]) -> None:
+        members = [(role, group) for role, same_role in sorted(groups.items()) for group in same_role]
+        self._set([(role, reach, lists) for role, (reach, lists) in members])
+
+    @classmethod
+    def of_updates(cls, updates: Sequence[Update]) -> _Groups:
+        """The gradients of updates."""
+        made = cls.__new__(cls)
+        made._set([(update.role, update.reach, update.grads) for update in updates])
+        return made
+
+    def _set(self, members: list[tuple[Role, tuple[int, ...], list[list[Tensor]]]]) -> None:
+        self._lists = [lists for _, _, lists in members]
+        self._shape = (
+            [len(lists[0]) for lists in self._lists],
+            [int(role) for role, _, _ in members],
+            [sum(1 << i for i in reach) for _, reach, _ in members],
+        )
+        self.device = self._lists[0][0][0].device
+
+    def run(self, operation: Any, like: Sequence[Tensor] | None = None) -> Any:
+        """operation(grads, counts, roles, reaches); gradients that are not laid out as `like`, or dense, are copied."""
+        try:
+            return operation([g for lists in self._lists for g in fused.flat(lists)], *self._shape)
+        except RuntimeError as error:
+            if not fused.is_unfit(error):
+                raise
+        grads: list[Tensor] = []
+        start = 0
+        for lists in self._lists:
+            count = len(lists[0])
+            layout = fused.dense(lists[0]) if like is None else like[start : start + count]
+            grads += fused.flat(fused.laid_out(lists, layout))
+            start += count
+        return operation(grads, *self._shape)
+
+
+def _grams(groups: Mapping[Role, Sequence[Group]], K: int) -> Tensor:
+    """[3, K, K] float64: the Gram matrix of each role."""
+    call = _Groups(groups)
+    return call.run(lambda grads, *shape: OPS.gram_by_role.default(grads, *shape, K, tickets(call.device)))
+
+
+def _balance_options(
+    weighting: Weighting, max_norm: float | None, rescale: Rescale, loss_floor: float
+) -> tuple[bool, bool, bool, float, float]:
+    logarithmic = getattr(weighting, "log_gradients", True)
+    clamp = getattr(weighting, "clamp", True)
+    return logarithmic, clamp, rescale == "sum", 0.0 if max_norm is None else max_norm, loss_floor
+
+
+def _balance(
+    grams: Tensor,
+    losses: Tensor,
+    weighting: Weighting,
+    max_norm: float | None,
+    rescale: Rescale,
+    loss_floor: float,
+) -> Balance:
+    gram = grams[Role.SHARED]
+    losses = losses.to(grams.device, torch.float64).contiguous()
+    weights = None
+    if type(weighting) is not DTO:
+        weights = reference.weigh(weighting, gram, losses, loss_floor).contiguous()
+    options = _balance_options(weighting, max_norm, rescale, loss_floor)
+    values, flags = OPS.balance_by_role.default(grams, losses, weights, *options)
+    return fused.record(gram, values, flags)

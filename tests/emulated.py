@@ -1,0 +1,56 @@
+"""The CUDA backend on CPU tensors: the package's own bindings and kernels, compiled for the emulation of CUDA."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from dtokd_kernels import backends, cuda
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-DDTOKD_EMULATION"]
+FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc/include")]
+
+
+def build(folder: Path) -> Path:
+    """Compile the sources of the CUDA extension with a C++ compiler."""
+    listed = (ROOT / "csrc/sources.txt").read_text().splitlines()
+    lines = (line.split() for line in listed if line[:1] not in ("", "#"))
+    sources = [ROOT / "csrc" / path for kind, path in lines if kind in ("cuda", "torch-cuda")]
+    headers = [flag for path in include_paths() for flag in ("-isystem", path)]
+
+    def run(*command: str | Path) -> None:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = [folder / f"{source.name}.o" for source in sources]
+        list(pool.map(lambda s, o: run("g++", *FLAGS, *headers, "-c", s, "-o", o), sources, objects))
+    library = folder / "dtokd_emulated.so"
+    places = [flag for path in library_paths() for flag in ("-L", path)]
+    run("g++", "-shared", *objects, "-o", library, *places, "-ltorch", "-ltorch_cpu", "-lc10")
+    return library
+
+
+@contextmanager
+def emulated_cuda(library: Path) -> Iterator[None]:
+    """Inside, backend "cuda" is there and takes CPU tensors."""
+    operations = torch.ops.dtokd_emulated
+    if not hasattr(operations, "gram_by_role"):
+        torch.ops.load_library(str(library))
+        cuda.register_fakes("dtokd_emulated")
+    tickets = torch.zeros(cuda.TICKETS, dtype=torch.int32)
+    before = cuda.OPS, cuda.tickets, backends._BACKENDS["cuda"]
+    cuda.OPS, cuda.tickets = operations, lambda device: tickets
+    backends._BACKENDS["cuda"] = backends.Backend(lambda: cuda, "cpu", lambda: None)
+    try:
+        yield
+    finally:
+        cuda.OPS, cuda.tickets, backends._BACKENDS["cuda"] = before
+        assert not tickets.any()  # every launch leaves them as it found them
