@@ -35,7 +35,7 @@ int launch(const std::vector<Target>& targets, const std::vector<AdamWGroup>& gr
   const std::vector<Piece> pieces = cut(targets);
   ResidentJob<AdamWGroup> job{gram, 0, 0, {}};
   const auto tables = make_tables<Entry>(
-      pieces, kTile, [](size_t) { return true; },
+      pieces, kTile, [&](size_t i) { return pieces[i].size > 0 || pieces[i].counts_step; },
       [&](size_t i) {
         const Piece& piece = pieces[i];
         const Target& target = targets[piece.target];
