@@ -26,7 +26,7 @@ inline int64_t chunk_size(const std::vector<Gradients>& tensors) {
 inline int64_t chunks_of(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk; }
 
 // The Gram's partial sums, a slot for each chunk: tensors in their order, role by role. Slots do
-// not depend on alignment, types or tables, so the bits do not either.
+// not depend on alignment or tables, so the bits do not either.
 struct Slots {
   std::vector<unsigned> first;  // of each tensor
   unsigned begin[kRoles + 1];   // of each role
