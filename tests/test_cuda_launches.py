@@ -190,18 +190,21 @@ def test_same_bits_for_every_schedule_and_alignment(launches, K):
 # ---- Updates
 
 
-def adamw(launches, params, grads, states, steps, groups, coefficients, skipped=NEVER, *, roles=None, of_group=None,
-          masters=None):  # fmt: skip
-    """Runs launch_adamw. states: exp_avgs, exp_avg_sqs and perhaps max_exp_avg_sqs."""
+def targets_of(params, grads, states, steps, *, roles=None, of_group=None, masters=None):
+    """What launch_adamw takes. states: exp_avgs, exp_avg_sqs and perhaps max_exp_avg_sqs."""
     count = len(params)
     roles, of_group, masters = roles or [0] * count, of_group or [0] * count, masters or [None] * count
-    targets = [
+    return [
         (described(position, role), NAMES[m.dtype], address(p), address(master), [address(m), *map(address, more)],
          address(step), group)
         for position, role, p, master, m, step, group, *more in zip(
             zip(*grads, strict=True), roles, params, masters, states[0], steps, of_group, *states[1:], strict=True
         )
     ]  # fmt: skip
+
+
+def adamw(launches, params, grads, states, steps, groups, coefficients, skipped=NEVER, **more):
+    targets = targets_of(params, grads, states, steps, **more)
     launches.adamw(targets, groups, len(grads), address(coefficients), address(skipped))
 
 
@@ -318,3 +321,104 @@ def test_types_that_do_not_go_together_are_refused(launches):
     states = [[s.float() for s in row] for row in states]
     with pytest.raises(ValueError, match="invalid value"):
         adamw(launches, params, grads, states, steps, [ADAMW], torch.ones(3, 2, dtype=torch.float64))
+
+
+# ---- Both in one launch
+
+
+def step_both_ways(launches, sizes, dtype, state_dtype, K, *, blocks, shared_bytes=1 << 16, change=lambda *_: None):
+    """One step in two launches and in one, from the same tensors: (what each has left, whether the one ran)."""
+    roles = [t % 3 for t in range(len(sizes))]
+    of_group = [t % 2 for t in range(len(sizes))]
+    groups = [ADAMW, ADAMW | {"lr": 0.3, "maximize": True}]
+    losses = torch.logspace(0, 1, K, dtype=torch.float64)
+    results = []
+    for resident in (False, True):
+        params, grads, states, steps = fresh(sizes, dtype, K)
+        states = [[s.to(state_dtype) for s in row] for row in states]
+        change(params, grads, states)
+        targets = targets_of(params, grads, states, steps, roles=roles, of_group=of_group)
+        done = True
+        if resident:
+            grams = torch.empty(3, K, K, dtype=torch.float64)
+            values, flags = torch.empty(launches.values_size(K), dtype=torch.float64), torch.empty(2, dtype=torch.bool)
+            addresses = [address(losses), OPTIONS, address(grams), address(values), address(flags)]
+            done = launches.resident_adamw(targets, groups, K, *addresses, blocks, shared_bytes)
+        else:
+            grams, values, flags = gram_balance(launches, grads, roles, losses)
+            launches.adamw(targets, groups, K, address(values[K:]), address(flags[1:]))
+        results.append([grams, values, flags, *params, *states[0], *states[1], *steps])
+    return *results, done
+
+
+def assert_same_bits(two, one, done):
+    assert done
+    for a, b in zip(two, one, strict=True):
+        assert torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+
+
+RESIDENT_TYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float16, torch.float32),
+]
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 64])
+@pytest.mark.parametrize(("dtype", "state_dtype"), RESIDENT_TYPES)
+def test_resident_step_has_the_bits_of_two_launches(launches, dtype, state_dtype, blocks):
+    """Tiles kept in registers and in shared memory, read again, and ragged ones; one block may own all or none."""
+    sizes = [5 * 4096, 77, 0, 4096, 2 * 4096 + 5, 4 * 4096 + 4095, 1]
+    assert_same_bits(*step_both_ways(launches, sizes, dtype, state_dtype, 2, blocks=blocks, shared_bytes=1 << 16))
+
+
+@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("shared_bytes", [0, 1 << 15, 200 << 10])
+def test_resident_step_with_any_shared_memory(launches, shared_bytes, K):
+    sizes = [9 * 4096 + 10]
+    assert_same_bits(
+        *step_both_ways(launches, sizes, torch.float32, torch.float32, K, blocks=1, shared_bytes=shared_bytes)
+    )
+
+
+@pytest.mark.parametrize("schedule", ["reverse", "1", "2"])
+def test_resident_step_under_any_schedule(launches, schedule):
+    launches.set_schedule(schedule)
+    try:
+        two, one, done = step_both_ways(launches, [6 * 4096 + 5, 9], torch.float32, torch.float32, 2, blocks=3)
+    finally:
+        launches.set_schedule("forward")
+    assert_same_bits(two, one, done)
+
+
+def test_resident_step_of_misaligned_and_absent_gradients(launches):
+    def change(params, grads, _):
+        grads[0][0] = torch.cat([grads[0][0][:1], grads[0][0]])[1:]
+        grads[1][1] = None
+        params[2] = torch.cat([params[2][:1], params[2]])[1:]
+
+    sizes = [3 * 4096, 4096 + 1, 4096, 5000]
+    assert_same_bits(*step_both_ways(launches, sizes, torch.float32, torch.float32, 2, blocks=2, change=change))
+
+
+def test_resident_step_that_is_skipped(launches):
+    def spoil(_, grads, __):
+        grads[0][1][3] = float("nan")
+
+    two, one, done = step_both_ways(launches, [4096, 50], torch.float32, torch.float32, 2, blocks=2, change=spoil)
+    assert one[2][1]
+    assert done
+    for a, b in zip(two[2:], one[2:], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_resident_step_refuses_what_does_not_fit(launches):
+    """And leaves everything as it was."""
+    for sizes, dtype, K in (([4096 * 30], torch.float32, 2), ([50], torch.float64, 2), ([50], torch.float32, 3)):
+        _, one, done = step_both_ways(launches, sizes, dtype, dtype, K, blocks=1)
+        assert not done
+        params, _, states, steps = fresh(sizes, dtype, K)
+        untouched = [*params, *states[0], *states[1], *steps]
+        assert all(torch.equal(a, b) for a, b in zip(one[3:], untouched, strict=True))

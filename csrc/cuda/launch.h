@@ -109,4 +109,13 @@ int launch_adamw(const std::vector<Target>&, const std::vector<AdamWGroup>&, con
                  const Scratch&, Stream);
 int launch_sgd(const std::vector<Target>&, const std::vector<SGDGroup>&, const Direction&, Stream);
 
+// launch_gram_balance and launch_adamw in one launch, with the same bits, that keeps the gradients
+// on the chip between the two. For small models: K <= 2, one combination of types, at most
+// kMaxWholeChunks whole tiles (plan.h); K's coefficients come from the record. Returns kUnfit, with
+// nothing launched, if that or the device does not allow it.
+constexpr int kUnfit = -1;
+int launch_resident_adamw(const std::vector<Target>&, const std::vector<AdamWGroup>&, int K,
+                          const double* losses, const BalanceOptions&, const Scratch&,
+                          const Record&, Stream);
+
 }  // namespace dtokd::cuda

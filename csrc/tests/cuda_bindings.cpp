@@ -99,6 +99,16 @@ LearningRate learning_rate(const py::object& lr) {
   return {NAN, pointer<void>(address), type(dtype)};
 }
 
+std::vector<AdamWGroup> adamw_groups(const std::vector<py::dict>& groups) {
+  std::vector<AdamWGroup> result;
+  for (const py::dict& g : groups) {
+    result.push_back({learning_rate(g["lr"]), g["beta1"].cast<double>(), g["beta2"].cast<double>(),
+                      g["weight_decay"].cast<double>(), g["eps"].cast<double>(),
+                      g["maximize"].cast<bool>()});
+  }
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(dtokd_cuda_emulation, m) {
@@ -146,18 +156,32 @@ PYBIND11_MODULE(dtokd_cuda_emulation, m) {
   });
   m.def("adamw", [](const std::vector<TargetTuple>& targets, const std::vector<py::dict>& groups,
                     int K, uintptr_t coefficients, uintptr_t skipped) {
-    std::vector<AdamWGroup> numbers;
-    for (const py::dict& g : groups) {
-      numbers.push_back({learning_rate(g["lr"]), g["beta1"].cast<double>(),
-                         g["beta2"].cast<double>(), g["weight_decay"].cast<double>(),
-                         g["eps"].cast<double>(), g["maximize"].cast<bool>()});
-    }
     with_scratch(0, [&](const Scratch& scratch) {
-      return launch_adamw(all(targets), numbers,
+      return launch_adamw(all(targets), adamw_groups(groups),
                           {K, pointer<double>(coefficients), pointer<bool>(skipped)}, scratch,
                           nullptr);
     });
   });
+  // The same steps as gram_balance and adamw on a device that runs `blocks` at a time; whether it
+  // was done.
+  m.def("resident_adamw",
+        [](const std::vector<TargetTuple>& targets, const std::vector<py::dict>& groups, int K,
+           uintptr_t losses, const OptionsTuple& o, uintptr_t grams, uintptr_t values,
+           uintptr_t flags, int blocks, int shared_bytes) {
+          const auto t = all(targets);
+          std::vector<Gradients> gradients;
+          for (const Target& target : t) gradients.push_back(target.grads);
+          emulated_residency = {blocks, shared_bytes};
+          bool done = true;
+          with_scratch(scratch_size(gradients, K), [&](const Scratch& scratch) {
+            const int error =
+                launch_resident_adamw(t, adamw_groups(groups), K, pointer<double>(losses),
+                                      options(o), scratch, record(grams, values, flags), nullptr);
+            done = error != kUnfit;
+            return done ? error : 0;
+          });
+          return done;
+        });
   m.def("sgd", [](const std::vector<TargetTuple>& targets, const std::vector<py::dict>& groups,
                   int K, uintptr_t coefficients, uintptr_t skipped) {
     std::vector<SGDGroup> numbers;
