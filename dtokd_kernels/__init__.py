@@ -5,7 +5,7 @@ losses --> gradients --> gram --> min_norm_weights, balance --> combine, or an o
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import weighting
+from . import amp, debug, sources, weighting
 from .accumulate import backward
 from .backends import backend_info, use_backend
 from .ops import balance, combine, gram, min_norm_weights
@@ -21,12 +21,15 @@ __all__ = [
     "DTOSGD",
     "Balance",
     "DTOAdamW",
+    "amp",
     "backend_info",
     "backward",
     "balance",
     "combine",
+    "debug",
     "gram",
     "min_norm_weights",
+    "sources",
     "use_backend",
     "weighting",
 ]

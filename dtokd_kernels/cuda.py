@@ -230,6 +230,10 @@ _STATE = {
 
 def _run(rule: str, updates: Sequence[Update], table: Tensor, skipped: Tensor) -> bool:
     """Run updates of one rule together; False, with nothing changed, if some tensor fits no kernel."""
+    if any(
+        isinstance(b, Tensor) and b.is_cuda for u in updates for b in (u.options.get(n) for n in ("beta1", "beta2"))
+    ):
+        return False  # only the device knows their values
     device = updates[0].params[0].device
     table = table.to(torch.float64).contiguous()
     lrs: list[Tensor] = []

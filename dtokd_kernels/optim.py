@@ -7,31 +7,22 @@ optimizer.zero_grad()
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import backends
 from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
-from .ops import run_updates, solve
-from .types import Balance, Group, Private, Rescale, Role, Update, Weighting
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What an optimizer does besides its update rule."""
-
-    weighting: Weighting
-    max_norm: float | None
-    rescale: Rescale
-    private: Private
-    loss_floor: float
-    backend: str | None
+from .ops import run_updates
+from .sources import Source, choose
+from .types import Balance, Group, Options, Private, Rescale, Role, Update, Weighting
+from .weighed import solve_sets
+from .weighting import Stateful
 
 
 @dataclass
@@ -49,10 +40,13 @@ class _Bucket:
         return [[grads[i][t] for t in self.positions] for i in self.reach]  # type: ignore[misc]
 
 
-class _Balanced(torch.optim.Optimizer):
+class Balanced(torch.optim.Optimizer):
     """What the balanced optimizers share: gradient sets in, coefficients out. A subclass adds the update."""
 
-    _options: _Options
+    _options: Options
+    _source: Source
+    #: torch's protocol: a GradScaler calls `step` with attributes `grad_scale` and `found_inf`, overflow or not
+    _step_supports_amp_scaling = True
 
     def _set_options(
         self,
@@ -61,13 +55,12 @@ class _Balanced(torch.optim.Optimizer):
         rescale: Rescale,
         private: Private,
         loss_floor: float,
+        gram: Source | str | None,
         backend: str | None,
     ) -> None:
         op = type(self).__name__
-        weighting = check_options(op, weighting, max_norm, rescale, loss_floor, private)
-        if backend is not None:
-            backends.check_name(backend, f"{op}: backend")
-        self._options = _Options(weighting, max_norm, rescale, private, loss_floor, backend)
+        self._options = check_options(op, weighting, max_norm, rescale, loss_floor, private, backend)
+        self._source = choose(op, gram, self._options).begin()
         self._forget()
 
     def _forget(self) -> None:
@@ -75,6 +68,12 @@ class _Balanced(torch.optim.Optimizer):
         self._balance: Balance | None = None
         self._skipped_steps: Tensor | None = None
         self._plan: tuple[Any, list[_Bucket]] | None = None
+        self._scaled: tuple[Tensor, Tensor] | None = None  # see expect_scaled
+
+    @property
+    def weighting(self) -> Weighting:
+        """How the Gram matrix becomes weights."""
+        return self._options.weighting
 
     @property
     def balance(self) -> Balance | None:
@@ -87,28 +86,51 @@ class _Balanced(torch.optim.Optimizer):
         return self._sets.names
 
     @property
+    def max_norm(self) -> float | None:
+        """What the combined direction is clipped to; may be set at any time, to None for no clipping."""
+        return self._options.max_norm
+
+    @max_norm.setter
+    def max_norm(self, value: float | None) -> None:
+        options = replace(self._options, max_norm=value)
+        check_options(type(self).__name__, options.weighting, value, options.rescale, options.loss_floor)
+        self._options = options
+
+    @property
     def skipped_steps(self) -> Tensor:
         """Scalar int64 on the gradients' device: steps that changed nothing, since the optimizer was made."""
         return torch.zeros((), dtype=torch.int64) if self._skipped_steps is None else self._skipped_steps.clone()
 
-    def backward(self, losses: Losses, *, retain_graph: bool = False, inputs: Sequence[Tensor] | None = None) -> None:
-        """Run one backward pass per loss and add its gradients to that objective's set.
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        features: Tensor | Sequence[Tensor] | None = None,
+        retain_graph: bool = False,
+        inputs: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Run one backward pass per loss and add its gradients to that objective's set, or as `gram` says.
 
         Call it several times between steps to accumulate. `.grad` of the parameters stays as it was.
 
         Args:
             losses: K scalar tensors, as a sequence or as a dict from names; one tensor is one objective.
+            features: the representation at which `sources.Feature()` measures.
             retain_graph: keep the graph after the last pass; it is always freed otherwise.
             inputs: restrict the passes to these leaves.
 
         Raises:
             TypeError, ValueError: a bad loss: not scalar, not finite, needs no gradient, not positive under a
-                logarithm; other objectives than before; a sparse gradient. Parameters and state are as before.
+                logarithm; other objectives than before; a sparse gradient; nothing that the source could measure.
+                Parameters and state are as before.
         """
         self._sets.collect(
             losses,
             [p for group in self.param_groups for p in group["params"]],
-            positive=getattr(self._options.weighting, "log_gradients", True),
+            self._source,
+            self._options,
+            balanced=[group["balance"] for group in self.param_groups for _ in group["params"]],
+            features=features,
             retain_graph=retain_graph,
             inputs=inputs,
             op=f"{type(self).__name__}.backward",
@@ -139,20 +161,57 @@ class _Balanced(torch.optim.Optimizer):
                 f"{type(self).__name__}.step: there are no gradients; call backward(losses) of this optimizer first "
                 "(not loss.backward())"
             )
+        loss_scale = self._loss_scale()
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
-        record = self._balance = self._solve(buckets, lists)
+        options = replace(self._options, loss_scale=loss_scale)
+        record, applied = solve_sets(self._sets, _by_role(buckets, lists), self._source, options)
         self._count(record.skipped)
-        if record.skipped.device.type == "cpu" and record.skipped:
-            return loss
-        # last first: the Gram pass has read these gradients most recently, so they may still be in cache
-        updates = [
-            update
-            for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True)
-            for update in self._updates(bucket, grads)
-        ]
-        run_updates(updates, record, self._options.backend)
+        if self._scaled is not None:
+            self._scaled[1].copy_(~record.norm.isfinite())
+            self._scaled = None
+        if not (record.skipped.device.type == "cpu" and record.skipped):
+            # last first: the Gram pass has read these gradients most recently, so they may still be in cache
+            updates = [
+                update
+                for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True)
+                for update in self._updates(bucket, grads)
+            ]
+            if self._sets.weighed is None:
+                record = replace(self._source.run(updates, applied, options), table=record.table)
+            else:
+                run_updates(updates, applied, options.backend)
+        self._source.commit(self._sets.names, record)
+        if isinstance(self.weighting, Stateful):
+            self.weighting.commit(record.skipped)
+        self._balance = replace(record, names=self._sets.names)
         return loss
+
+    def expect_scaled(self, inv_scale: Tensor, found_inf: Tensor) -> None:
+        """Be told by `amp.GradScaler` that the next step's losses were scaled.
+
+        Args:
+            inv_scale: scalar; what the gradients count as multiplied with from now on, besides `grad_scale`.
+            found_inf: scalar float; `step` sets it to 1 if a gradient is not finite, else to 0.
+        """
+        self._scaled = inv_scale, found_inf
+
+    def _loss_scale(self) -> Tensor | None:
+        """What the losses were multiplied with, float64; None without a GradScaler.
+
+        Raises:
+            RuntimeError: the scaler is not one that could be told about an overflow.
+        """
+        if self._scaled is None:
+            if hasattr(self, "found_inf"):  # set by a scaler around step
+                raise RuntimeError(
+                    f"{type(self).__name__}.step: this GradScaler checks p.grad and would not see an overflow in the "
+                    "gradient sets; use dtokd_kernels.amp.GradScaler, which takes the same arguments"
+                )
+            return None
+        scale = self._scaled[0].double().reciprocal()
+        grad_scale = getattr(self, "grad_scale", None)  # None after unscale_
+        return scale if grad_scale is None else scale * grad_scale.double()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradient sets, and clear `.grad` as torch does.
@@ -182,24 +241,46 @@ class _Balanced(torch.optim.Optimizer):
             raise
         group.setdefault("balance", True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch, and what torch's optimizers ignore: the memory of the weighting and of the Gram's source.
+
+        They stand under "weighting" (if it is `Stateful`) and "dtokd".
+        """
+        state = super().state_dict()
+        if isinstance(self.weighting, Stateful):
+            state["weighting"] = self.weighting.state_dict()
+        memory = self._source.state_dict()
+        return {**state, "dtokd": {"gram": memory}} if memory else state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of the torch optimizer it stands for; that one knows no `balance`.
+        """Load a state of this class or of the torch optimizer it stands for.
+
+        That one knows no `balance` of a group and no memory of the weighting; they stay as they are.
+
+        The memory of another kind of source is not used; this optimizer's measures anew then.
 
         Args:
             state_dict: what `state_dict()` returned.
 
         Raises:
-            ValueError: its groups are not those of this optimizer.
+            ValueError: its groups are not those of this optimizer, or its weighting's memory is another rule's. Nothing
+                has changed then.
         """
         groups = state_dict["param_groups"]
         if len(groups) == len(self.param_groups):
             groups = [
                 {"balance": own["balance"], **group} for own, group in zip(self.param_groups, groups, strict=True)
             ]
+        weighting = self.weighting if "weighting" in state_dict else None
+        if isinstance(weighting, Stateful):
+            copy.copy(weighting).load_state_dict(state_dict["weighting"])  # refuses before anything has changed
         super().load_state_dict({**state_dict, "param_groups": groups})
+        if isinstance(weighting, Stateful):
+            weighting.load_state_dict(state_dict["weighting"])
+        self._source.load_state_dict(state_dict.get("dtokd", {}).get("gram", {}))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options}
+        return {**super().__getstate__(), "_options": self._options, "_source": self._source}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -212,6 +293,7 @@ class _Balanced(torch.optim.Optimizer):
         """The buckets of this step; made anew only if groups, parameters or who is reached have changed."""
         grads = self._sets.grads
         key = (
+            self._sets.weighed is None,
             [[g is None for g in row] for row in grads],
             [
                 (id(group), group["balance"], [(id(p), p.dtype, p.device) for p in group["params"]])
@@ -225,7 +307,7 @@ class _Balanced(torch.optim.Optimizer):
     def _make_buckets(self) -> list[_Bucket]:
         buckets: dict[Any, _Bucket] = {}
         grads = self._sets.grads
-        everyone = tuple(range(len(grads)))
+        K = len(grads)
         position = -1
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -233,39 +315,14 @@ class _Balanced(torch.optim.Optimizer):
                 reach = tuple(i for i, row in enumerate(grads) if position < len(row) and row[position] is not None)
                 if not reach:
                     continue
-                if not group["balance"]:
-                    role = Role.PLAIN
-                elif reach != everyone and self._options.private == "own":
-                    role = Role.PRIVATE
-                else:
-                    role = Role.SHARED
+                # one set for all objectives is their weighted sum already, for unbalanced parameters as well
+                balanced = group["balance"] or self._sets.weighed is not None
+                role = self._options.role(balanced, reach, K)
                 key = (index, role, reach, p.dtype, p.device)
                 bucket = buckets.setdefault(key, _Bucket(group, role, reach, [], []))
                 bucket.params.append(p)
                 bucket.positions.append(position)
         return list(buckets.values())
-
-    def _solve(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> Balance:
-        options = self._options
-        losses = self._sets.losses
-        assert losses is not None
-        groups: dict[Role, dict[Any, Group]] = {}
-        for bucket, grads in zip(buckets, lists, strict=True):
-            # over all parameter groups, so that the Gram takes as few calls as it can
-            same_role = groups.setdefault(bucket.role, {})
-            key = (bucket.reach, bucket.params[0].dtype, bucket.params[0].device)
-            if key in same_role:
-                grads = [[*values, *more] for values, more in zip(same_role[key][1], grads, strict=True)]
-            same_role[key] = (bucket.reach, grads)
-        return solve(
-            {role: list(found.values()) for role, found in groups.items()},
-            losses,
-            options.weighting,
-            max_norm=options.max_norm,
-            rescale=options.rescale,
-            loss_floor=options.loss_floor,
-            backend=options.backend,
-        )
 
     def _count(self, skipped: Tensor) -> None:
         if self._skipped_steps is None:
@@ -277,6 +334,18 @@ class _Balanced(torch.optim.Optimizer):
         raise NotImplementedError
 
 
+def _by_role(buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> dict[Role, list[Group]]:
+    """The buckets' gradients over all parameter groups, so that the Gram matrix takes as few calls as it can."""
+    groups: dict[Role, dict[Any, Group]] = {}
+    for bucket, grads in zip(buckets, lists, strict=True):
+        same_role = groups.setdefault(bucket.role, {})
+        key = (bucket.reach, bucket.params[0].dtype, bucket.params[0].device)
+        if key in same_role:
+            grads = [[*values, *more] for values, more in zip(same_role[key][1], grads, strict=True)]
+        same_role[key] = (bucket.reach, grads)
+    return {role: list(found.values()) for role, found in groups.items()}
+
+
 _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weighting.DTO()`.
         max_norm: clip the combined direction to this norm; costs no pass, as the norm comes from the Gram matrix.
         rescale: "none" multiplies gradients by pi_i / L_i (the paper); "sum" divides these by their sum, so that
@@ -284,12 +353,15 @@ _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weigh
         private: "own": parameters that only some objectives reach (a head, a projector) stay out of the Gram and
             take those objectives' gradients at weight 1 (1 / L_i with rescale "none"); "balanced": all in the Gram.
         loss_floor: smallest loss divided by.
+        gram: how the Gram matrix is obtained: "exact", "overlap", "lag", or an object of `dtokd_kernels.sources`:
+            `Probe`, `Feature`, `Every`, `Ema`. Default: "exact", or "none", one backward pass of the weighted sum of
+            the losses, for a weighting that needs no Gram matrix.
         backend: "cuda", "triton", "cpu" or "reference"; default: the best for the parameters' device.
 
     A parameter group takes `balance=False`: its gradient is the sum of the objectives' gradients."""
 
 
-class DTOAdamW(_Balanced, torch.optim.AdamW):  # noqa: D101
+class DTOAdamW(Balanced, torch.optim.AdamW):  # noqa: D101
     __doc__ = f"""AdamW on DTO-KD's balanced direction; a drop-in for `torch.optim.AdamW` with K losses.
 
     Source: DTO-KD (ICLR 2026), Eq. 8-12; AdamW (ICLR 2019).
@@ -330,9 +402,10 @@ class DTOAdamW(_Balanced, torch.optim.AdamW):  # noqa: D101
         rescale: Rescale = "none",
         private: Private = "own",
         loss_floor: float = 1e-8,
+        gram: Source | str | None = None,
         backend: str | None = None,
     ) -> None:
-        self._set_options(weighting, max_norm, rescale, private, loss_floor, backend)
+        self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
         torch.optim.AdamW.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable
         )
@@ -378,7 +451,7 @@ class DTOAdamW(_Balanced, torch.optim.AdamW):  # noqa: D101
         ]
 
 
-class DTOSGD(_Balanced, torch.optim.SGD):  # noqa: D101
+class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
     __doc__ = f"""SGD on DTO-KD's balanced direction; a drop-in for `torch.optim.SGD` with K losses.
 
     Source: DTO-KD (ICLR 2026), Eq. 8-12.
@@ -415,9 +488,10 @@ class DTOSGD(_Balanced, torch.optim.SGD):  # noqa: D101
         rescale: Rescale = "sum",
         private: Private = "own",
         loss_floor: float = 1e-8,
+        gram: Source | str | None = None,
         backend: str | None = None,
     ) -> None:
-        self._set_options(weighting, max_norm, rescale, private, loss_floor, backend)
+        self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
         torch.optim.SGD.__init__(self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
 
     def _updates(self, bucket: _Bucket, grads: list[list[Tensor]]) -> list[Update]:

@@ -16,6 +16,8 @@ from .device import DEVICE, tensors_on_device
 #: Those that take tensors of a device. On CPU tensors "cuda" runs its kernels through an emulation.
 BACKENDS_OF = {"cpu": ("cpu", "cuda", "reference"), "cuda": ("cuda", "triton", "reference")}
 EMULATED = DEVICE.type == "cpu"
+if backends.interpreted():  # Triton's kernels on CPU tensors: slow, so a process of its own
+    BACKENDS_OF["cpu"] = ("cpu", "triton", "reference")
 
 
 def available_backends() -> list[str]:
@@ -26,7 +28,7 @@ def available_backends() -> list[str]:
             would look the same as one that tested everything.
     """
     reasons = {name: backends.missing(name) for name in BACKENDS_OF[DEVICE.type]}
-    if EMULATED:
+    if EMULATED and "cuda" in reasons:
         off = os.environ.get("DTOKD_EMULATION") == "0"
         reasons["cuda"] = "DTOKD_EMULATION=0" if off else None if shutil.which("g++") else "no g++ to emulate it"
     compiled = DEVICE.type
@@ -36,6 +38,12 @@ def available_backends() -> list[str]:
 
 
 BACKENDS = available_backends()
+
+
+def pytest_configure(config) -> None:
+    # Triton's interpreter computes in numpy, which warns of what kernels do on purpose, such as inf * 0
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy.*")
 
 
 def pytest_report_header() -> list[str]:

@@ -375,7 +375,7 @@ def test_resident_step_has_the_bits_of_two_launches(launches, dtype, state_dtype
 
 
 @pytest.mark.parametrize("K", [1, 2])
-@pytest.mark.parametrize("shared_bytes", [0, 1 << 15, 200 << 10])
+@pytest.mark.parametrize("shared_bytes", [1 << 15, 200 << 10])
 def test_resident_step_with_any_shared_memory(launches, shared_bytes, K):
     sizes = [9 * 4096 + 10]
     assert_same_bits(
@@ -416,8 +416,15 @@ def test_resident_step_that_is_skipped(launches):
 
 def test_resident_step_refuses_what_does_not_fit(launches):
     """And leaves everything as it was."""
-    for sizes, dtype, K in (([4096 * 30], torch.float32, 2), ([50], torch.float64, 2), ([50], torch.float32, 3)):
-        _, one, done = step_both_ways(launches, sizes, dtype, dtype, K, blocks=1)
+    f32 = torch.float32
+    for sizes, dtype, K, blocks, shared_bytes in (
+        ([4096 * 30], f32, 2, 1, 1 << 16),
+        ([50], torch.float64, 2, 1, 1 << 16),
+        ([50], f32, 3, 1, 1 << 16),
+        ([50], f32, 2, 0, 1 << 16),
+        ([50], f32, 2, 1, 0),
+    ):
+        _, one, done = step_both_ways(launches, sizes, dtype, dtype, K, blocks=blocks, shared_bytes=shared_bytes)
         assert not done
         params, _, states, steps = fresh(sizes, dtype, K)
         untouched = [*params, *states[0], *states[1], *steps]

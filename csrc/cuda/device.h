@@ -86,9 +86,12 @@ int launch_cooperative(void (*kernel)(Parameters...), unsigned blocks, unsigned 
                        size_t dynamic_shared_bytes, Stream stream,
                        const std::remove_cv_t<Parameters>&... arguments) {
   void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
-  return int(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), blocks, threads,
-                                         pointers, dynamic_shared_bytes,
-                                         static_cast<cudaStream_t>(stream)));
+  const cudaError_t error =
+      cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), blocks, threads, pointers,
+                                  dynamic_shared_bytes, static_cast<cudaStream_t>(stream));
+  if (error != cudaErrorCooperativeLaunchTooLarge) return int(error);
+  cudaGetLastError();  // another process has a part of the device: forget it
+  return kUnfit;
 }
 
 }  // namespace dtokd::cuda

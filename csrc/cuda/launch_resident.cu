@@ -35,7 +35,7 @@ int launch(const std::vector<Target>& targets, const std::vector<AdamWGroup>& gr
   const std::vector<Piece> pieces = cut(targets);
   ResidentJob<AdamWGroup> job{gram, 0, 0, {}};
   const auto tables = make_tables<Entry>(
-      pieces, kTile, [](size_t) { return true; },
+      pieces, kTile, [&](size_t i) { return pieces[i].size > 0 || pieces[i].counts_step; },
       [&](size_t i) {
         const Piece& piece = pieces[i];
         const Target& target = targets[piece.target];
@@ -66,9 +66,8 @@ int launch(const std::vector<Target>& targets, const std::vector<AdamWGroup>& gr
   const Residency device = residency(kernel, kThreads, kResidentBlocks);
   const unsigned tiles = tables[0].chunks();
   const unsigned blocks = std::min(unsigned(device.blocks), tiles);
-  if (blocks == 0 || tiles > blocks * kMaxRounds) return kUnfit;
-  const int shared_tiles = device.dynamic_shared_bytes / kTileBytes<T, P>;
-  job.shared_tiles = std::min(shared_tiles, kMaxRounds);
+  job.shared_tiles = std::min(device.dynamic_shared_bytes / kTileBytes<T, P>, kMaxRounds);
+  if (blocks == 0 || job.shared_tiles == 0 || tiles > blocks * kMaxRounds) return kUnfit;
   std::copy(groups.begin(), groups.end(), job.groups);
   return launch_cooperative(kernel, blocks, kThreads, job.shared_tiles * kTileBytes<T, P>, stream,
                             tables[0], job);

@@ -85,7 +85,7 @@ struct Table {
 };
 
 // The tables of the tensors that `belongs(t)`, in their order; entry(t) makes one's entry. A table
-// ends when it is full. Empty tensors are in none.
+// ends when it is full. Empty tensors have entries without chunks, which `find` never finds.
 template <class Entry, class Tensor, class Belongs, class Make>
 std::vector<Table<Entry>> make_tables(const std::vector<Tensor>& tensors, int64_t chunk,
                                       const Belongs& belongs, const Make& make) {
@@ -93,7 +93,6 @@ std::vector<Table<Entry>> make_tables(const std::vector<Tensor>& tensors, int64_
   for (size_t t = 0; t < tensors.size(); ++t) {
     if (!belongs(t)) continue;
     const Entry entry = make(t);
-    if (entry.size == 0) continue;
     if (tables.empty() || tables.back().count == Table<Entry>::kCapacity) {
       tables.emplace_back();
       tables.back().chunk = chunk;

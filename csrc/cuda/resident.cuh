@@ -5,7 +5,7 @@
 // so the same bits.
 //
 // A model, not a measurement: of float32 and K = 2, 5 tiles fit on half a multiprocessor of an
-// H100, so 5.4M elements on its 132; of half types 10.8M.
+// H100, so 5.4M elements on its 132; of half types 9, so 9.7M.
 #pragma once
 
 #include "cuda/gram.cuh"
@@ -17,10 +17,10 @@ constexpr int kResidentBlocks = 2;  // on a multiprocessor: 128 registers for a 
 // Tiles that a block may own, kept or not.
 constexpr int kMaxRounds = 24;
 
-// Tiles that fit in a thread's registers beside what it computes with: 64 registers of two
-// gradients.
+// Tiles that a thread's registers hold beside what it computes with, for two gradients: one more
+// spills.
 template <class T>
-constexpr int kRegisterTiles = sizeof(T) == 4 ? 2 : 4;
+constexpr int kRegisterTiles = sizeof(T) == 4 ? 2 : 3;
 template <class T, int P>
 constexpr int kTileBytes = kTile * int(sizeof(T)) * P;
 
@@ -140,37 +140,38 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   const Resident<Rule, P> resident{table, job};
   const unsigned tiles = table.chunks();
 
-  // 1: sums
-  Tile<T, P> kept[kRegisters];
-#pragma unroll
-  for (int r = 0; r < kRegisters; ++r) {
-    if (resident.tile(r) >= job.whole) continue;
-    const auto at = resident.place(resident.tile(r));
-    kept[r].load(table.entries[at.entry].grads, at.begin);
-  }
+  // 1: sums; what stays in registers last, so that it is alive no longer than it must
   if (threadIdx.x < kMaxRounds && resident.tile(threadIdx.x) < tiles) {
     const auto& entry = table.entries[table.find(resident.tile(threadIdx.x))];
     set_numbers<Rule, P>(entry, job.groups[entry.group], shared[threadIdx.x]);
   }
-#pragma unroll
-  for (int r = 0; r < kRegisters; ++r) {
-    if (resident.tile(r) >= job.whole) continue;
-    resident.put_whole(resident.place(resident.tile(r)), kept[r]);
-  }
-  int round = kRegisters;
-#pragma unroll 1
-  for (; resident.tile(round) < job.whole; ++round) {
-    const auto at = resident.place(resident.tile(round));
-    Tile<T, P> tile;
-    tile.load(table.entries[at.entry].grads, at.begin);
-    if (round - kRegisters < job.shared_tiles) tile.save(room + (round - kRegisters) * kRoom);
-    resident.put_whole(at, tile);
-  }
-  const int whole_rounds = round;
-  // the first rounds may have ended before the registers were full
+  int whole_rounds = 0;
 #pragma unroll 1
   for (int r = 0; resident.tile(r) < tiles; ++r) {
-    if (resident.tile(r) >= job.whole) resident.put_ragged(resident.place(resident.tile(r)));
+    if (resident.tile(r) < job.whole) {
+      ++whole_rounds;
+    } else {
+      resident.put_ragged(resident.place(resident.tile(r)));
+    }
+  }
+#pragma unroll 1
+  for (int r = kRegisters; r < whole_rounds; ++r) {
+    const auto at = resident.place(resident.tile(r));
+    Tile<T, P> tile;
+    tile.load(table.entries[at.entry].grads, at.begin);
+    if (r - kRegisters < job.shared_tiles) tile.save(room + (r - kRegisters) * kRoom);
+    resident.put_whole(at, tile);
+  }
+  Tile<T, P> kept[kRegisters];
+#pragma unroll
+  for (int r = 0; r < kRegisters; ++r) {
+    if (r >= whole_rounds) continue;
+    const auto at = resident.place(resident.tile(r));
+    kept[r].load(table.entries[at.entry].grads, at.begin);
+  }
+#pragma unroll
+  for (int r = 0; r < kRegisters; ++r) {
+    if (r < whole_rounds) resident.put_whole(resident.place(resident.tile(r)), kept[r]);
   }
 
   // 2: weights, by every block for itself
@@ -201,26 +202,25 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks)
   }
   __syncthreads();
 
-  // 3: update, and what was not kept as soon as possible, while it is in the L2 cache
-#pragma unroll 1
-  for (round = whole_rounds - 1; round >= kRegisters; --round) {
-    const auto at = resident.place(resident.tile(round));
-    Tile<T, P> tile;
-    if (round - kRegisters < job.shared_tiles) {
-      tile.restore(room + (round - kRegisters) * kRoom);
-    } else {
-      tile.load(table.entries[at.entry].grads, at.begin);
-    }
-    resident.update_whole(at, tile, shared[round]);
-  }
+  // 3: update; then what was not kept, the last read first, while it is in the L2 cache
 #pragma unroll
   for (int r = 0; r < kRegisters; ++r) {
-    if (resident.tile(r) >= job.whole) continue;
+    if (r >= whole_rounds) continue;
     resident.update_whole(resident.place(resident.tile(r)), kept[r], shared[r]);
   }
 #pragma unroll 1
-  for (int r = 0; resident.tile(r) < tiles; ++r) {
-    if (resident.tile(r) < job.whole) continue;
+  for (int r = whole_rounds - 1; r >= kRegisters; --r) {
+    const auto at = resident.place(resident.tile(r));
+    Tile<T, P> tile;
+    if (r - kRegisters < job.shared_tiles) {
+      tile.restore(room + (r - kRegisters) * kRoom);
+    } else {
+      tile.load(table.entries[at.entry].grads, at.begin);
+    }
+    resident.update_whole(at, tile, shared[r]);
+  }
+#pragma unroll 1
+  for (int r = whole_rounds; resident.tile(r) < tiles; ++r) {
     const auto at = resident.place(resident.tile(r));
     update_ragged<Rule, P>(table.entries[at.entry], shared[r], at.begin, at.end);
   }

@@ -338,6 +338,12 @@ constexpr int kUpdateBlocks = std::max(2, (P == 2   ? 4
                                                     : 2) -
                                               Rule::kWide);
 
+// Counts up the steps of all tensors of a table, empty ones too.
+template <class Table>
+DTOKD_DEVICE void count_steps(const Table& table) {
+  for (int i = threadIdx.x; i < table.count; i += kThreads) *table.entries[i].step += 1;
+}
+
 // One block per chunk. The last block to have read its step counter counts up all of the table's.
 template <class Rule, int P>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
@@ -346,6 +352,10 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
   DTOKD_SHARED(shared, Shared<Rule, P>);
   DTOKD_SHARED(last, bool);
   if (job.direction.skipped && *job.direction.skipped) return;
+  if (table.chunks() == 0) {
+    if constexpr (Rule::kCountsSteps) count_steps(table);
+    return;
+  }
   const unsigned chunk = table.chunks() - 1 - blockIdx.x;
   const int e = table.find(chunk);
   const UpdateEntry<P, Rule::kTensors>& entry = table.entries[e];
@@ -356,8 +366,8 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
     if (Rule::kCountsSteps) last = is_last(job.ticket, table.chunks());
   }
   __syncthreads();
-  if (Rule::kCountsSteps && last) {
-    for (int i = threadIdx.x; i < table.count; i += kThreads) *table.entries[i].step += 1;
+  if constexpr (Rule::kCountsSteps) {
+    if (last) count_steps(table);
   }
 
   const typename Rule::Numbers numbers = shared.numbers;

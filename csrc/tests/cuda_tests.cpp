@@ -10,6 +10,7 @@
 
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "cuda/plan.h"
 #include "tests/check.h"
 
 using namespace dtokd;
@@ -215,6 +216,48 @@ uint64_t test_adamw(int K, int shift, bool skipped) {
   return master.hash(v.hash(m.hash(param.hash(hash_of(steps.data(), steps.size() * 4)))));
 }
 
+// One launch leaves what two leave, to the bit.
+template <class T>
+uint64_t test_resident(int K, int blocks) {
+  const std::vector<double> losses(K, 2.0);
+  const BalanceOptions options{true, true, false, 0, 1e-8};
+  const AdamWGroup group{{0.1}, 0.9, 0.99, 0.01, 1e-8, false};
+  uint64_t hashes[2];
+  for (bool resident : {false, true}) {
+    const Tensors<T> grads(K, 3, 0), param(1, 4, 0);
+    const Tensors<float> m(1, 5, 0), v(1, 6, 0, 0.1);
+    std::vector<float> steps(kSizes.size(), 4);
+    std::vector<Target> targets;
+    for (size_t t = 0; t < kSizes.size(); ++t) {
+      targets.push_back({gradients(grads, K, t),
+                         Type::kFloat32,
+                         param.at(0, t),
+                         nullptr,
+                         {m.at(0, t), v.at(0, t), nullptr},
+                         &steps[t],
+                         0});
+    }
+    DeviceMemory memory(all_gradients(grads, K), K);
+    if (resident) {
+      emulated_residency = {blocks, kTile * int(sizeof(T)) * 2};
+      CHECK(launch_resident_adamw(targets, {group}, K, losses.data(), options, memory.scratch(),
+                                  memory.record(), nullptr) == 0);
+    } else {
+      CHECK(launch_gram_balance(all_gradients(grads, K), K, losses.data(), options,
+                                memory.scratch(), memory.record(), nullptr) == 0);
+      CHECK(launch_adamw(targets, {group}, {K, memory.values.data() + K, memory.flags + 1},
+                         memory.scratch(), nullptr) == 0);
+    }
+    memory.check_tickets();
+    uint64_t hash = hash_of(memory.values.data(), memory.values.size() * sizeof(double));
+    hash = hash_of(memory.grams.data(), memory.grams.size() * sizeof(double), hash);
+    hash = hash_of(steps.data(), steps.size() * sizeof(float), hash);
+    hashes[resident] = v.hash(m.hash(param.hash(hash)));
+  }
+  CHECK(hashes[0] == hashes[1]);
+  return hashes[0];
+}
+
 template <class T>
 uint64_t test_sgd_and_combine(int K, int shift) {
   const Tensors<T> grads(K, 3, shift), param(1, 4, shift), param0(1, 4, shift);
@@ -255,6 +298,7 @@ uint64_t test_all() {
 #ifdef __SANITIZE_THREAD__
   add(test_gram_balance(2, 0));
   add(test_adamw<float>(2, 0, false));
+  add(test_resident<float>(2, 2));
 #else
   for (int K : {1, 2, 3, 5}) add(test_gram_balance(K, 0));
   add(test_gram_balance(2, 1));
@@ -265,6 +309,10 @@ uint64_t test_all() {
     add(test_sgd_and_combine<bf16>(2, shift));
   }
   add(test_adamw<float>(2, 0, true));
+  for (int blocks : {1, 2, 100}) {
+    add(test_resident<float>(2, blocks));
+    add(test_resident<bf16>(1, blocks));
+  }
 #endif
   return hash;
 }
