@@ -27,13 +27,11 @@ class Kernel:
         name: as C++ names it.
         work: the instruction of which its main loop has a fixed number per element, and that number.
         bytes: per element, what it must read and write; None if that depends on which tensors are there, or where.
-        spills: whether it may keep registers in memory outside its main loop.
     """
 
     name: str
     work: tuple[str, int]
     bytes: int | None
-    spills: bool = False
 
 
 #: DFMA: a pair's product. MUFU.RSQ: one square root. FFMA: a gradient's share.
@@ -52,8 +50,8 @@ KERNELS = (
     Kernel("update_kernel<AdamWRule<float, float, false>, 4>", ("MUFU.RSQ", 1), 16 + 12 + 12),
     Kernel("update_kernel<CombineRule<float>, 2>", ("FFMA", 2), 8 + 4),
     Kernel("update_kernel<CombineRule<bf16>, 2>", ("FFMA", 2), 4 + 2),
-    Kernel("resident_kernel<AdamWRule<float, float, false>, 2>", ("MUFU.RSQ", 1), None, spills=True),
-    Kernel("resident_kernel<AdamWRule<bf16, float, false>, 2>", ("MUFU.RSQ", 1), None, spills=True),
+    Kernel("resident_kernel<AdamWRule<float, float, false>, 2>", ("MUFU.RSQ", 1), None),
+    Kernel("resident_kernel<AdamWRule<bf16, float, false>, 2>", ("MUFU.RSQ", 1), None),
 )
 
 
