@@ -96,13 +96,14 @@ def backward(
             options.weighting.commit(record.skipped)
         if loss_scale is None and record.skipped.device.type == "cpu" and record.skipped:
             return record
-        in_place_of_skipped = torch.zeros_like(record.norm)
+        table, in_place_of_skipped = applied.table, torch.zeros_like(record.norm)
         if loss_scale is not None:
+            table = table * loss_scale.to(table.device)  # `.grad` stays scaled, as the optimizer's scaler expects it
             in_place_of_skipped = torch.where(record.norm.isfinite(), 0.0, torch.nan)
         for role, found in groups.items():
             for (reach, lists), where in found.values():
                 device = lists[0][0].device
-                chosen = of_reach(applied.table[role].to(device), reach)
+                chosen = of_reach(table[role].to(device), reach)
                 values = backends.select(device).combine(lists, chosen, lists[0])
                 for i, value in zip(where, values, strict=True):
                     if loss_scale is not None or record.skipped.device.type != "cpu":

@@ -255,6 +255,29 @@ def combine(
     return result
 
 
+def runs_steps(device: torch.device, options: Options) -> bool:
+    """Whether the backend has a function `run_step`, which may do `solve` and `run_updates` at once."""
+    return options.loss_scale is None and hasattr(backends.select(device, options.backend), "run_step")
+
+
+def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Balance | None:
+    """`solve` and `run_updates` at once, where `runs_steps`.
+
+    Args:
+        updates: all of the step, in the order in which memory should be walked.
+        losses: [K].
+        options: of the balance.
+
+    Returns:
+        The balance; None, with nothing changed, if the two have to be called one by one.
+    """
+    devices = {update.params[0].device for update in updates}
+    if len(devices) != 1:
+        return None
+    balance: Balance | None = backends.select(devices.pop(), options.backend).run_step(updates, losses, options)
+    return balance
+
+
 def run_updates(updates: Iterable[Update], balance: Balance, backend: str | None = None) -> None:
     """Update parameters and state in place, or change nothing where the balance says `skipped`.
 

@@ -18,8 +18,8 @@ from torch.optim.optimizer import ParamsT
 
 from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
-from .ops import run_updates
-from .sources import Source, choose
+from .ops import run_step, run_updates, runs_steps
+from .sources import Exact, Source, choose
 from .types import Balance, Group, Options, Private, Rescale, Role, Update, Weighting
 from .weighed import solve_sets
 from .weighting import Stateful
@@ -47,6 +47,8 @@ class Balanced(torch.optim.Optimizer):
     _source: Source
     #: torch's protocol: a GradScaler calls `step` with attributes `grad_scale` and `found_inf`, overflow or not
     _step_supports_amp_scaling = True
+    #: whether some backend has a `run_step` for this rule
+    _may_run_at_once = False
 
     def _set_options(
         self,
@@ -165,22 +167,13 @@ class Balanced(torch.optim.Optimizer):
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
         options = replace(self._options, loss_scale=loss_scale)
-        record, applied = solve_sets(self._sets, _by_role(buckets, lists), self._source, options)
+        record = self._run_at_once(buckets, lists, options)
+        if record is None:
+            record = self._solve_and_run(buckets, lists, options)
         self._count(record.skipped)
         if self._scaled is not None:
             self._scaled[1].copy_(~record.norm.isfinite())
             self._scaled = None
-        if not (record.skipped.device.type == "cpu" and record.skipped):
-            # last first: the Gram pass has read these gradients most recently, so they may still be in cache
-            updates = [
-                update
-                for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True)
-                for update in self._updates(bucket, grads)
-            ]
-            if self._sets.weighed is None:
-                record = replace(self._source.run(updates, applied, options), table=record.table)
-            else:
-                run_updates(updates, applied, options.backend)
         self._source.commit(self._sets.names, record)
         if isinstance(self.weighting, Stateful):
             self.weighting.commit(record.skipped)
@@ -324,6 +317,33 @@ class Balanced(torch.optim.Optimizer):
                 bucket.positions.append(position)
         return list(buckets.values())
 
+    def _run_at_once(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], options: Options) -> Balance | None:
+        """The step in one call of the backend, which some backends have for some; None, with nothing changed, else."""
+        if not (self._may_run_at_once and type(self._source) is Exact and buckets):
+            return None
+        if not runs_steps(buckets[0].params[0].device, options):
+            return None
+        assert self._sets.losses is not None
+        return run_step(self._all_updates(buckets, lists), self._sets.losses, options)
+
+    def _solve_and_run(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], options: Options) -> Balance:
+        record, applied = solve_sets(self._sets, _by_role(buckets, lists), self._source, options)
+        if record.skipped.device.type == "cpu" and record.skipped:
+            return record
+        updates = self._all_updates(buckets, lists)
+        if self._sets.weighed is None:
+            return replace(self._source.run(updates, applied, options), table=record.table)
+        run_updates(updates, applied, options.backend)
+        return record
+
+    def _all_updates(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> list[Update]:
+        # last first: the Gram pass has read these gradients most recently, so they may still be in cache
+        return [
+            update
+            for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True)
+            for update in self._updates(bucket, grads)
+        ]
+
     def _count(self, skipped: Tensor) -> None:
         if self._skipped_steps is None:
             self._skipped_steps = torch.zeros((), dtype=torch.int64, device=skipped.device)
@@ -409,6 +429,8 @@ class DTOAdamW(Balanced, torch.optim.AdamW):  # noqa: D101
         torch.optim.AdamW.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable
         )
+
+    _may_run_at_once = True
 
     def _updates(self, bucket: _Bucket, grads: list[list[Tensor]]) -> list[Update]:
         group = bucket.group

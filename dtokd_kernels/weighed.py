@@ -28,25 +28,31 @@ def solve_sets(
         options: of the balance.
 
     Raises:
-        RuntimeError: a loss scale with sets that are weighed already, before it was known.
+        RuntimeError: a loss scale with log-gradients that were weighed before it was known.
     """
     assert sets.losses is not None
+    scale = options.loss_scale
     if sets.weighed is None:
         record = source.solve(groups, sets.names, sets.losses, sets.watch, options.weighting, options)
-        if options.loss_scale is None:
+        if scale is None:
             return record, record
-        return record, replace(record, table=record.table / options.loss_scale.to(record.table.device))
-    if options.loss_scale is not None:
-        raise RuntimeError(
-            "a GradScaler cannot be used with gram sources of one backward pass, whose weights are decided before the "
-            "scale is known; use bfloat16 autocast without a scaler, or gram='exact'"
-        )
+        return record, replace(record, table=record.table / scale.to(record.table.device))
+    record = sets.weighed
+    if scale is not None:
+        if options.log_gradients and options.rescale == "none":
+            raise RuntimeError(
+                "a GradScaler cannot be used with one backward pass over log-gradients: dividing by the scaled losses "
+                "takes the scale out before the pass; use rescale='sum', gram='exact', or bfloat16 autocast"
+            )
+        scale = scale.to(record.table.device)
+        record = replace(record, gram=record.gram / scale.square(), norms=record.norms / scale)
     # log-gradients do not shrink when a loss is divided by the number of its parts, so their sum is a mean
     parts = sets.calls if options.log_gradients and options.rescale == "none" else 1
     factor = torch.full((1,), 1 / parts, dtype=torch.float64, device=sets.losses.device)
     plain = replace(options, rescale="none")
     of_sum = ops.solve(groups, torch.ones_like(factor), Given(factor, log_gradients=False), plain)
-    skipped = of_sum.skipped | sets.weighed.skipped.to(of_sum.skipped.device)
-    coefficients = sets.weighed.coefficients * of_sum.coefficients.to(sets.weighed.table.device)
-    record = replace(sets.weighed, table=coefficients.expand(len(Role), -1), norm=of_sum.norm, skipped=skipped)
-    return record, replace(of_sum, skipped=skipped)
+    skipped = of_sum.skipped | record.skipped.to(of_sum.skipped.device)
+    coefficients = record.coefficients * of_sum.coefficients.to(record.table.device)
+    record = replace(record, table=coefficients.expand(len(Role), -1), norm=of_sum.norm, skipped=skipped)
+    table = of_sum.table if scale is None else of_sum.table / scale.to(of_sum.table.device)
+    return record, replace(of_sum, table=table, skipped=skipped)
