@@ -1,1 +1,4 @@
-"""Measurements of the balanced step: `python -m benchmarks.run`, `python -m benchmarks.share`, `pytest benchmarks`."""
+"""Measurements of the balanced step, and what compilers make of the GPU kernels.
+
+`python -m benchmarks.run`, `python -m benchmarks.share`, `pytest benchmarks`; `python -m benchmarks.kernels`.
+"""

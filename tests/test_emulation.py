@@ -50,6 +50,12 @@ def test_emulation_runs_correct_kernels_and_finds_wrong_ones(run, sanitize):
     assert not result.stderr
 
 
+def test_emulation_runs_where_stacks_are_switched_by_the_system(tmp_path):
+    folder = cmake.build(tmp_path, "dtokd_emulation_tests", CMAKE_CXX_FLAGS="-DDTOKD_EMULATION_UCONTEXT")
+    result = subprocess.run([folder / "dtokd_emulation_tests"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_sanitizers_find(run, mistake):
     found = MISTAKES[mistake]
