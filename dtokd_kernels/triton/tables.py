@@ -61,12 +61,9 @@ class Table(NamedTuple):
 
 
 def table_of(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Tensor] = ()) -> Table:
-    """The table of lists of T tensors of equal sizes, position by position; see Loops over a program's elements are `while` loops: a `range` whose end is a tensor fails in the interpreter of triton
-    3.6 with numpy >= 2.4, and compiles to the same code.
+    """The table of lists of T tensors of equal sizes, position by position; see NOTE [Tables and streams].
 
-    NOTE [Tables and streams].
-
-        Args:
+    Args:
             lists: rows of T tensors each, on the current device.
             scalars: one more row, of tensors whose alignment does not matter.
     """
