@@ -64,8 +64,8 @@ def table_of(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Tensor] = ()) 
     """The table of lists of T tensors of equal sizes, position by position; see NOTE [Tables and streams].
 
     Args:
-            lists: rows of T tensors each, on the current device.
-            scalars: one more row, of tensors whose alignment does not matter.
+        lists: rows of T tensors each, on the current device.
+        scalars: one more row, of tensors whose alignment does not matter.
     """
     sizes = tuple([t.numel() for t in lists[0]])
     addresses = tuple([t.data_ptr() for row in lists for t in row])
