@@ -37,7 +37,8 @@ SIZES = (0, 1, 9, 0, 1023, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 0)
 #: What the interpreter runs of the other files: every dtype, layout, update rule and option, but only small tensors.
 SELECTED = (
     "tests/test_triton.py",
-    "tests/test_gram.py -k list_with_empty or none_counts or layouts or not_finite or golden or expanded or scale",
+    "tests/test_gram.py -k list_with_empty and not 5 or layouts and not may_differ or not_finite and float32"
+    " or none_counts or golden or expanded or scale",
     "tests/test_combine.py -k list_with_empty or out or layouts or kinds or version or empty_list or golden",
     "tests/test_step.py -k every_variant or vertex or layout_of_everything or another_dtype or skipped or lr or tiny",
     "tests/test_balance.py -k not torchjd",
