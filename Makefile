@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check --quiet
-CSRC = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.txt')
+CSRC = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.txt')
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench kernels gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -18,6 +18,23 @@ test: $(VENV)/test
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
+# What the compilers make of the GPU kernels: a table; needs nvcc and no GPU.
+kernels: $(VENV)/test
+	$(BIN)/python -m benchmarks.kernels $(KERNELS)
+
+# On a machine with a GPU, with the torch that is installed there and without a network: builds the CUDA extension in
+# place, runs the tests on the device, checks memory and races where compute-sanitizer is, then the benchmark.
+GPU_TESTS = $(addprefix tests/test_,gpu.py step.py gram.py combine.py weights.py balance.py optim.py backward.py \
+	state.py drop_in.py errors.py long_run.py properties.py torchjd.py)
+SANITIZE = compute-sanitizer --error-exitcode 1 --tool
+gpu:
+	DTOKD_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace
+	DTOKD_TEST_DEVICE=cuda DTOKD_REQUIRE_NATIVE=1 $(PYTHON) -m pytest -q $(GPU_TESTS)
+	if command -v compute-sanitizer; then for tool in memcheck racecheck synccheck; do \
+		DTOKD_TEST_DEVICE=cuda $(SANITIZE) $$tool $(PYTHON) -m pytest -q tests/test_gpu.py -k same_bits || exit 1; \
+	done; fi
+	$(PYTHON) -m benchmarks.gpu $(GPU)
+
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -25,7 +42,7 @@ lint: $(VENV)/lint
 	$(BIN)/clang-format --dry-run --Werror $(filter-out %.txt,$(CSRC))
 
 clean:
-	rm -rf $(VENV) build *.egg-info dtokd_kernels/_C*
+	rm -rf $(VENV) build *.egg-info dtokd_kernels/_C* dtokd_kernels/_cuda*
 
 $(VENV)/base:
 	@echo "setting up $(VENV): torch (large, once)"

@@ -6,17 +6,17 @@ state, so that none is lucky with its memory.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchjd.aggregation import MGDA, GramianWeightedAggregator, UPGrad
-from torchjd.autojac import jac_to_grad
 
 import dtokd_kernels as dk
 
@@ -37,8 +37,16 @@ GRADIENT_NORM = 10.0  # so that clipping to MAX_NORM is active
 
 
 def shapes_of(model: str) -> list[tuple[int, ...]]:
+    """Shapes of a model's parameters: of MODELS from a file beside this one, of timm's other models from timm."""
+    if model in MODELS:
+        listed = json.loads(Path(__file__).with_name("shapes.json").read_text())
+        return [tuple(shape) for shape in listed[model]]
+    return timm_shapes(model)
+
+
+def timm_shapes(model: str) -> list[tuple[int, ...]]:
     """Shapes of a timm model's parameters; no weights are made."""
-    import timm  # takes seconds to import, and shapes given by hand do without it
+    import timm  # the other way works without it
 
     with torch.device("meta"):
         return [tuple(p.shape) for p in timm.create_model(MODELS.get(model, model)).parameters()]
@@ -64,14 +72,14 @@ class Case:
     kind: Kind
 
     @classmethod
-    def build(cls, shapes: Shapes, kind: Kind, seed: int = 0) -> Case:
-        """Seeded inputs on the CPU, float32."""
-        generator = torch.Generator().manual_seed(seed)
+    def build(cls, shapes: Shapes, kind: Kind, seed: int = 0, device: str = "cpu") -> Case:
+        """Seeded inputs, float32."""
+        generator = torch.Generator(device).manual_seed(seed)
         numbers = sum(math.prod(shape) for shape in shapes)
         scale = GRADIENT_NORM / math.sqrt(numbers)
 
         def normal(std: float) -> list[Tensor]:
-            return [torch.empty(shape).normal_(0, std, generator=generator) for shape in shapes]
+            return [torch.empty(shape, device=device).normal_(0, std, generator=generator) for shape in shapes]
 
         params = [torch.nn.Parameter(p) for p in normal(0.02)]
         first = normal(scale)
@@ -81,8 +89,14 @@ class Case:
             second = [noise.add_(g, alpha=2) for noise, g in zip(normal(0.1 * scale), first, strict=True)]
         state: defaultdict[Tensor, Any] = defaultdict(dict)
         for p in params:
-            state[p] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        return cls(params, [first, second], torch.tensor([2.3, 1.1], dtype=torch.float64), state, kind)
+            step = torch.tensor(0.0, device=device)
+            state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        return cls(params, [first, second], torch.tensor([2.3, 1.1], dtype=torch.float64, device=device), state, kind)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the tensors are on a GPU, where AdamW keeps its step counters on the device (`capturable`)."""
+        return self.params[0].is_cuda
 
     @property
     def parameters(self) -> int:
@@ -150,11 +164,11 @@ def nothing() -> None:
 
 def dtokd(case: Case, backend: str = "cpu") -> Competitor:
     """The balanced step of this project."""
-    optimizer = dk.DTOAdamW(case.params, lr=LR, max_norm=MAX_NORM, backend=backend)
+    optimizer = dk.DTOAdamW(case.params, lr=LR, max_norm=MAX_NORM, capturable=case.on_gpu, backend=backend)
     optimizer.state = case.state
     fill(optimizer, case.losses, case.grads)
     # Gram: both gradients. Update: parameters, two moments, and the gradients whose weight is not 0
-    traffic = Traffic(28 if case.kind == "interior" else 24, 12) if backend == "cpu" else None
+    traffic = Traffic(28 if case.kind == "interior" else 24, 12) if backend != "reference" else None
     return Competitor(optimizer.step, nothing, traffic)
 
 
@@ -165,7 +179,7 @@ def reference(case: Case) -> Competitor:
 
 def adamw(case: Case, **options: bool) -> torch.optim.AdamW:
     """AdamW of torch on the case's parameters and state."""
-    optimizer = torch.optim.AdamW(case.params, lr=LR, **options)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(case.params, lr=LR, capturable=case.on_gpu, **options)  # type: ignore[arg-type]
     optimizer.state = case.state
     return optimizer
 
@@ -223,7 +237,7 @@ def foreach_fused(case: Case) -> Competitor:
         case.set_grads(first if c > 0 else second)
         if c > 0 and d > 0:
             torch._foreach_lerp_(first, second, d / (c + d))
-        optimizer.grad_scale = torch.tensor(1 / (c + d))
+        optimizer.grad_scale = torch.tensor(1 / (c + d), device=first[0].device)
         optimizer.step()
 
     # norms and dots: reads 16; lerp: reads 8, writes 4; fused AdamW also writes the scaled gradient
@@ -253,8 +267,12 @@ def foreach(case: Case) -> Competitor:
     return Competitor(step, lambda: case.restore(first), traffic)
 
 
-def torchjd(case: Case, aggregator: GramianWeightedAggregator, optimize: bool) -> Competitor:
-    """TorchJD's jac_to_grad, then clipping and fused AdamW."""
+def torchjd(case: Case, name: str, optimize: bool) -> Competitor:
+    """TorchJD's jac_to_grad with the aggregator of this name, then clipping and fused AdamW."""
+    import torchjd.aggregation  # the other competitors run without it
+    from torchjd.autojac import jac_to_grad
+
+    aggregator = getattr(torchjd.aggregation, name)()
     optimizer = adamw(case, fused=True)
     tensors: list[Any] = list(case.params)
 
@@ -278,10 +296,10 @@ COMPETITORS: dict[str, Callable[[Case], Competitor]] = {
     "foreach_fused": foreach_fused,
     "foreach": foreach,
     "reference": reference,
-    "mgda": lambda case: torchjd(case, MGDA(), False),
-    "mgda_gramian": lambda case: torchjd(case, MGDA(), True),
-    "upgrad": lambda case: torchjd(case, UPGrad(), False),
-    "upgrad_gramian": lambda case: torchjd(case, UPGrad(), True),
+    "mgda": lambda case: torchjd(case, "MGDA", False),
+    "mgda_gramian": lambda case: torchjd(case, "MGDA", True),
+    "upgrad": lambda case: torchjd(case, "UPGrad", False),
+    "upgrad_gramian": lambda case: torchjd(case, "UPGrad", True),
 }
 UNIT = "fused"
 SLOW = ("reference", "mgda", "mgda_gramian", "upgrad", "upgrad_gramian")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 import dtokd_kernels as dk
 
-from .cases import COMPETITORS, KINDS, LR, MAX_NORM, Case, Shapes, foreach_gram
+from .cases import COMPETITORS, KINDS, LR, MAX_NORM, Case, Competitor, Kind, Shapes, foreach_gram
 
 SHAPES: Shapes = ((33, 7), (130,), (5, 3, 3, 3), (1,), (64, 64))
 STEPS = 3
@@ -26,7 +26,7 @@ def expected_coefficients(name: str, case: Case) -> Tensor:
     with dk.use_backend("reference"):
         gram = dk.gram([[g.double() for g in row] for row in case.grads])
         if name == "fused":
-            return torch.tensor([1.0, 0.0], dtype=torch.float64)
+            return torch.tensor([1.0, 0.0], dtype=torch.float64, device=gram.device)
         if name == "clip_fused":
             alone = dk.balance(gram[:1, :1], [1.0], max_norm=MAX_NORM).coefficients
             return torch.cat([alone, torch.zeros_like(alone)])
@@ -46,27 +46,27 @@ def expected_update(name: str, case: Case) -> list[dict[str, Tensor]]:
     return [{"param": p.detach(), **optimizer.state[p]} for p in params]
 
 
-def check(names: Iterable[str] = COMPETITORS) -> None:
+def check(competitors: Mapping[str, Callable[[Case], Competitor]] = COMPETITORS, device: str = "cpu") -> None:
     """Run every competitor on small inputs of both kinds.
 
     Raises:
         AssertionError: one differs from the float64 reference; says which, and by how much.
     """
     for kind in KINDS:
-        case = Case.build(SHAPES, kind)
+        case = Case.build(SHAPES, kind, device=device)
         gram = dk.gram(case.grads, backend="reference")
         vertex = bool(dk.balance(gram, case.losses).vertex)
         assert vertex == (kind == "vertex"), f"gate: the {kind} case is none: vertex is {vertex}"
         entries = torch.stack([gram[0, 0], gram[0, 1], gram[1, 1]])
-        torch.testing.assert_close(torch.tensor(foreach_gram(case.grads)).double(), entries, rtol=1e-5, atol=1e-4)
-        for name in names:
-            _check_one(name, kind)
+        torch.testing.assert_close(torch.tensor(foreach_gram(case.grads)).double(), entries.cpu(), rtol=1e-5, atol=1e-4)
+        for name, make in competitors.items():
+            _check_one(name, make, kind, device)
 
 
-def _check_one(name: str, kind: str) -> None:
-    case = Case.build(SHAPES, kind)  # type: ignore[arg-type]
+def _check_one(name: str, make: Callable[[Case], Competitor], kind: Kind, device: str) -> None:
+    case = Case.build(SHAPES, kind, device=device)
     expected = expected_update(name, case)
-    competitor = COMPETITORS[name](case)
+    competitor = make(case)
     for _ in range(STEPS):
         competitor.prepare()
         competitor.step()

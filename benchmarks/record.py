@@ -32,7 +32,7 @@ class Measurement:
         model: whose parameter shapes.
         values: the samples; the row holds their median and their 20 % and 80 % quantiles.
         config: anything else that matters.
-        evidence: "measured-cpu", or "counted" for what was not measured but read off the code.
+        evidence: "measured-cpu", "measured-gpu", or "counted" for what was not measured but read off the code.
     """
 
     kernel: str
@@ -78,13 +78,13 @@ def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
 def machine() -> Row:
     """Where and with what the numbers were made."""
     return {
-        "gpu_name": "",
+        "gpu_name": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "version": dtokd_kernels.__version__,
         "git_sha": _git_sha(),
         "torch": torch.__version__,
         "triton": _version("triton"),
-        "cuda": "",
+        "cuda": (torch.version.cuda or "") if torch.cuda.is_available() else "",
         "cpu": _cpu(),
     }
 

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from .cases import TITLES, UNIT
 from .record import Row
 
-OURS = "dtokd"
+#: Providers that tell this project's step; the first found is what others are compared with.
+OURS = ("dtokd", "dtokd cuda", "dtokd triton", "dtokd cpu")
 #: Colors that people with any color vision tell apart (Okabe and Ito, 2008).
-COLORS = {"interior": "#0072B2", "vertex": "#E69F00"}
+COLORS = {"interior": "#0072B2", "vertex": "#E69F00", "eager": "#0072B2", "graph": "#E69F00"}
 
 
 def step_tables(rows: Sequence[Row]) -> str:
@@ -47,7 +48,8 @@ def share_table(rows: Sequence[Row]) -> str:
 
 
 def _machine(row: Row) -> str:
-    return f"{row['cpu']}; torch {row['torch']}; {row['timestamp'][:10]}; commit {row['git_sha']}."
+    where = f"{row['gpu_name']}, CUDA {row['cuda']}" if row["gpu_name"] else row["cpu"]
+    return f"{where}; torch {row['torch']}; {row['timestamp'][:10]}; commit {row['git_sha']}."
 
 
 def _facts(rows: Sequence[Row]) -> str:
@@ -65,7 +67,7 @@ def _facts(rows: Sequence[Row]) -> str:
 def _ratios(rows: Sequence[Row]) -> str:
     """Ratios to the unit with their spread; milliseconds beside dtokd's; what the counted bytes allow."""
     times = _select(rows, metric_name="time")
-    ours = {row["x_value"]: float(row["y_value_50"]) for row in _select(times, kernel_provider=OURS)}
+    ours = {row["x_value"]: float(row["y_value_50"]) for row in _select(times, kernel_provider=_ours(rows))}
     moved, read = byte_counts(rows, ("reads", "writes")), byte_counts(rows, ("reads",))
     return "\n\n".join(
         [
@@ -81,12 +83,17 @@ def _ratios(rows: Sequence[Row]) -> str:
     )
 
 
+def _ours(rows: Sequence[Row]) -> str:
+    there = _distinct(rows, "kernel_provider")
+    return next(name for name in OURS if name in there)
+
+
 def byte_counts(rows: Iterable[Row], metrics: Sequence[str]) -> tuple[int, int]:
     """Bytes per parameter of dtokd and of the unit, summed over these metrics."""
     rows = list(rows)
     counts = [
         sum(int(_select(rows, kernel_provider=name, metric_name=metric)[0]["y_value_50"]) for metric in metrics)
-        for name in (OURS, UNIT)
+        for name in (_ours(rows), UNIT)
     ]
     return counts[0], counts[1]
 
@@ -117,7 +124,7 @@ def plot_ratios(rows: Sequence[Row], path: Path) -> None:
             ax.set_title(f"{model}, {_counted(t)}")
             ax.grid(axis="x", color="0.9")
     ax = axes[0, 0]
-    ax.set_yticks(range(len(names)), labels=[TITLES[name] for name in names])
+    ax.set_yticks(range(len(names)), labels=[TITLES.get(name, name) for name in names])
     ax.invert_yaxis()
     ax.set_xscale("log", base=2)
     ax.set_xlim(1, 1.7 * max(float(row["y_value_80"]) for row in ratios))
@@ -130,8 +137,9 @@ def plot_ratios(rows: Sequence[Row], path: Path) -> None:
 
 def _draw_panel(ax: Axes, rows: Sequence[Row], names: Sequence[str], offset: float, color: str, kind: str) -> None:
     found = {row["kernel_provider"]: row for row in _select(rows, metric_name="ratio")}
+    lines = [y + offset for y, name in enumerate(names) if name in found]
+    names = [name for name in names if name in found]
     middle, low, high = ([float(found[name][f"y_value_{q}"]) for name in names] for q in (50, 20, 80))
-    lines = [y + offset for y in range(len(names))]
     whiskers = [
         [m - x for m, x in zip(middle, low, strict=True)],
         [x - m for m, x in zip(middle, high, strict=True)],

@@ -5,7 +5,7 @@ losses --> gradients --> gram --> min_norm_weights, balance --> combine, or an o
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import amp, debug, weighting
+from . import amp, debug, sources, weighting
 from .accumulate import backward
 from .backends import backend_info, use_backend
 from .ops import balance, combine, gram, min_norm_weights
@@ -29,6 +29,7 @@ __all__ = [
     "debug",
     "gram",
     "min_norm_weights",
+    "sources",
     "use_backend",
     "weighting",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor
 from . import backends
 from .checks import check_options, check_params
 from .gradients import GradientSets, Losses, named_losses
-from .ops import group_rows, solve
+from .ops import group_rows
+from .sources import Source, choose
 from .types import Balance, Private, Rescale, Role, Weighting, of_reach
+from .weighed import solve_sets
+from .weighting import Stateful
 
 
 def backward(
@@ -25,6 +28,8 @@ def backward(
     private: Private = "own",
     loss_floor: float = 1e-8,
     scaler: torch.amp.GradScaler | None = None,
+    gram: Source | str | None = None,
+    features: Tensor | Sequence[Tensor] | None = None,
     retain_graph: bool = False,
 ) -> Balance:
     """Balanced gradients for any optimizer: adds the combined gradient to `.grad`, as `loss.backward()` does.
@@ -38,6 +43,10 @@ def backward(
         scaler: for fp16: scales the losses, which are passed unscaled. `.grad` is then scaled as after
             `scaler.scale(loss).backward()`, to be followed by `scaler.step(optimizer)` and `scaler.update()`. (Losses
             scaled by hand would not do: log-gradients do not know a factor of their loss.)
+        gram: how the Gram matrix is obtained, a name or an object (`dtokd_kernels.sources`); default: "exact", or
+            "none" for a weighting that needs no Gram. An object such as `Every(10)` remembers: pass the same one
+            to each call. "lag" needs an optimizer of this package.
+        features: the representation at which `sources.Feature()` measures.
         retain_graph: keep the graph after the last pass.
 
     Returns:
@@ -47,7 +56,7 @@ def backward(
     Raises:
         TypeError, ValueError: bad losses, parameters or options; nothing has changed then.
 
-    Effects: one backward pass per loss; no host sync on CUDA.
+    Effects: one backward pass per loss, or what the source says; no host sync on CUDA.
 
     Example:
         >>> import torch, dtokd_kernels as dk
@@ -58,41 +67,43 @@ def backward(
         >>> w.grad
         tensor([ 0., -1.])
     """
-    weighting = check_options("backward", weighting, max_norm, rescale, loss_floor, private)
+    options = check_options("backward", weighting, max_norm, rescale, loss_floor, private)
+    source = choose("backward", gram, options)
+    if source.measures_in_step:
+        raise ValueError(
+            f"backward: gram is {gram!r}, but 'lag' measures while an optimizer's step updates; use DTOAdamW or "
+            "DTOSGD, or another source, such as 'overlap'"
+        )
     params = [p for p in _check_once(check_params("backward", params)) if p.requires_grad]
     loss_scale = None
     if scaler is not None and scaler.is_enabled():
         losses, loss_scale = _scaled(losses, scaler)
     sets = GradientSets()
-    sets.collect(losses, params, positive=getattr(weighting, "log_gradients", True), retain_graph=retain_graph)
-    own = private == "own"
+    sets.collect(losses, params, source, options, features=features, retain_graph=retain_graph)
     members: dict[Role, list[int]] = {Role.SHARED: [], Role.PRIVATE: []}  # parameters that are reached
     rows = list(zip(*sets.grads, strict=True))
     for index, row in enumerate(rows):
-        if any(g is not None for g in row):
-            members[Role.PRIVATE if own and any(g is None for g in row) else Role.SHARED].append(index)
+        reach = tuple(i for i, g in enumerate(row) if g is not None)
+        if reach:
+            members[options.role(True, reach, len(row))].append(index)
     groups = {role: group_rows([rows[i] for i in where]) for role, where in members.items()}
-    assert sets.losses is not None
     with torch.no_grad():
-        record = solve(
-            {role: [group for group, _ in found.values()] for role, found in groups.items() if found},
-            sets.losses,
-            weighting,
-            max_norm=max_norm,
-            rescale=rescale,
-            loss_floor=loss_floor,
-            loss_scale=loss_scale,
-        )
+        by_role = {role: [group for group, _ in found.values()] for role, found in groups.items() if found}
+        record, applied = solve_sets(sets, by_role, source, replace(options, loss_scale=loss_scale))
         record = replace(record, names=sets.names)
+        source.commit(sets.names, record)
+        if isinstance(options.weighting, Stateful):
+            options.weighting.commit(record.skipped)
         if loss_scale is None and record.skipped.device.type == "cpu" and record.skipped:
             return record
-        in_place_of_skipped = torch.zeros_like(record.norm)
+        table, in_place_of_skipped = applied.table, torch.zeros_like(record.norm)
         if loss_scale is not None:
+            table = table * loss_scale.to(table.device)  # `.grad` stays scaled, as the optimizer's scaler expects it
             in_place_of_skipped = torch.where(record.norm.isfinite(), 0.0, torch.nan)
         for role, found in groups.items():
             for (reach, lists), where in found.values():
                 device = lists[0][0].device
-                chosen = of_reach(record.table[role].to(device), reach)
+                chosen = of_reach(table[role].to(device), reach)
                 values = backends.select(device).combine(lists, chosen, lists[0])
                 for i, value in zip(where, values, strict=True):
                     if loss_scale is not None or record.skipped.device.type != "cpu":

@@ -7,6 +7,8 @@ sgd_step. Choosing one is the only thing decided here.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -26,21 +28,44 @@ class Backend:
         module: returns it; called when it is first used.
         device: the type of device that its tensors are on; None: any.
         missing: why it cannot run here, or None if it can.
+        automatic: used without being asked for. (Interpreted kernels are not.)
     """
 
     module: Callable[[], ModuleType]
     device: str | None
     missing: Callable[[], str | None]
+    automatic: bool = True
 
 
 def _cuda_missing() -> str | None:
     return cuda.missing or (None if torch.cuda.is_available() else "torch sees no CUDA device")
 
 
+@functools.cache
+def _missing_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if not interpreted() and not torch.cuda.is_available():
+        return "torch sees no GPU, and TRITON_INTERPRET=1 is not set"
+    return None
+
+
+def _triton() -> ModuleType:
+    from . import triton  # triton itself is imported only when it is used
+
+    return triton
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors: decided by TRITON_INTERPRET, once a process."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
 #: By name, the fastest first.
 _BACKENDS: dict[str, Backend] = {
     "cuda": Backend(lambda: cuda, "cuda", _cuda_missing),
-    "triton": Backend(lambda: reference, "cuda", lambda: "this version has no Triton kernels"),
+    "triton": Backend(_triton, "cpu" if interpreted() else "cuda", _missing_triton, automatic=not interpreted()),
     "cpu": Backend(lambda: native, "cpu", lambda: native.missing),
     "reference": Backend(lambda: reference, None, lambda: None),
 }
@@ -128,7 +153,7 @@ def best(device: torch.device) -> str:
     return next(
         name
         for name, backend in _BACKENDS.items()
-        if backend.device in (None, device.type) and backend.missing() is None
+        if backend.device in (None, device.type) and backend.automatic and backend.missing() is None
     )
 
 

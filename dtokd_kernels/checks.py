@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .types import Weighting
+from . import backends
+from .types import Options, Private, Rescale, Weighting
 from .weighting import DTO
 
 GradientList = Sequence[Tensor | None]
@@ -17,14 +18,16 @@ def check_options(
     op: str,
     weighting: Weighting | None,
     max_norm: float | None,
-    rescale: str,
+    rescale: Rescale,
     loss_floor: float,
-    private: str = "own",
-) -> Weighting:
-    """Refuse options that have no meaning; returns the weighting, `DTO()` by default.
+    private: Private = "own",
+    backend: str | None = None,
+) -> Options:
+    """Refuse options that have no meaning; returns them, with the weighting `DTO()` by default.
 
     Raises:
         TypeError, ValueError: names the option, what it is and what it may be.
+        RuntimeError: the backend cannot run here.
     """
     if weighting is not None and not callable(weighting):
         raise TypeError(f"{op}: weighting is {weighting!r}; pass a callable such as dtokd_kernels.weighting.DTO()")
@@ -36,7 +39,9 @@ def check_options(
         raise ValueError(f"{op}: private is {private!r}; choose 'own' or 'balanced'")
     if not loss_floor > 0:
         raise ValueError(f"{op}: loss_floor is {loss_floor}; pass a positive number, such as 1e-8")
-    return DTO() if weighting is None else weighting
+    if backend is not None:
+        backends.check_name(backend, f"{op}: backend")
+    return Options(DTO() if weighting is None else weighting, max_norm, rescale, private, loss_floor, backend)
 
 
 def check_params(op: str, params: Iterable[Tensor]) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """The CUDA extension: the functions of `reference` for tensors on a GPU, and two that take a whole step's work.
 
 `gram_balance` makes all Gram matrices and the weights in one launch, `run_updates` updates all parameter groups in
-another. Nothing here waits for the device. `fused` says which tensors fit the kernels.
+another, `run_step` does both in one for small models. Nothing here waits for the device. `fused` says which tensors
+fit the kernels.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from . import fused, native, reference
-from .types import Balance, Group, Rescale, Role, Update, Weighting
+from .types import Balance, Group, Options, Rescale, Role, Update, Weighting
 from .weighting import DTO
 
 TICKETS = 4  # kTickets in csrc/cuda/launch.h
+RESIDENT_PARAMETERS = 4096 * 4096  # kMaxWholeChunks tiles in csrc/cuda/plan.h: above, `run_step` need not ask
 
 
 OPS: Any = torch.ops.dtokd_cuda
@@ -48,6 +50,11 @@ def register_fakes(namespace: str) -> None:
     @torch.library.register_fake(f"{namespace}::min_norm_weights")
     def min_norm_weights_fake(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
         return gram.new_empty(len(gram), dtype=torch.float64)
+
+    @torch.library.register_fake(f"{namespace}::resident_adamw_")
+    def resident_fake(params: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        K = len(args[7])
+        return params[0].new_empty(len(Role), K, K, dtype=torch.float64), *record(params[0], K)
 
     for name in ("combine_", "adamw_updates_", "sgd_updates_"):
         torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
@@ -124,7 +131,7 @@ def gram_balance(
     K = len(losses)
     if type(weighting) is not DTO:
         return _balance(_grams(groups, K), losses, weighting, max_norm, rescale, loss_floor)
-    call = _Groups(groups)
+    call = _Groups.by_role(groups)
     losses = losses.to(call.device, torch.float64).contiguous()
     options = _balance_options(weighting, max_norm, rescale, loss_floor)
     grams, values, flags = call.run(
@@ -157,10 +164,13 @@ def adamw_step(
     state_steps: Sequence[Tensor],
     coefficients: Tensor,
     skipped: Tensor,
+    *,
+    masters: Sequence[Tensor] = (),
     **options: Any,
 ) -> None:
     """`reference.adamw_step` for tensors of one dtype."""
     state = {
+        "masters": list(masters),
         "exp_avgs": list(exp_avgs),
         "exp_avg_sqs": list(exp_avg_sqs),
         "max_exp_avg_sqs": list(max_exp_avg_sqs),
@@ -175,10 +185,13 @@ def sgd_step(
     momentum_buffers: Sequence[Tensor],
     coefficients: Tensor,
     skipped: Tensor,
+    *,
+    masters: Sequence[Tensor] = (),
     **options: Any,
 ) -> None:
     """`reference.sgd_step` for tensors of one dtype."""
-    _run_one("sgd_step", params, grads, {"momentum_buffers": list(momentum_buffers)}, coefficients, skipped, options)
+    state = {"momentum_buffers": list(momentum_buffers), "masters": list(masters)}
+    _run_one("sgd_step", params, grads, state, coefficients, skipped, options)
 
 
 def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> None:
@@ -215,38 +228,106 @@ def _run_one(
     run_updates([update], coefficients.expand(len(Role), -1), skipped)
 
 
-#: Lists of state by rule: the operation's argument, and the attribute that says whether an update has it.
+def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Balance | None:
+    """`gram_balance` and `run_updates` in one launch that reads the gradients once, for small models.
+
+    Args:
+        updates: all of the step, in the order in which memory should be walked.
+        losses: [K].
+        options: of the balance.
+
+    Returns:
+        The `Balance`; None, with nothing changed, where such a launch does not fit: other rules than AdamW without
+        amsgrad, K > 2, another weighting than `DTO`, or more parameters than the chip holds gradients of.
+    """
+    plain = all(u.rule == "adamw_step" and not u.options["amsgrad"] and not u.state.get("masters") for u in updates)
+    small = sum(p.numel() for u in updates for p in u.params) <= RESIDENT_PARAMETERS
+    if not (plain and small and len(losses) <= 2 and type(options.weighting) is DTO) or _has_betas_on_device(updates):
+        return None
+    in_order = list(reversed(updates))
+    call = _Call("adamw_step", in_order)
+    losses = losses.to(call.device, torch.float64).contiguous()
+    numbers = _balance_options(options.weighting, options.max_norm, options.rescale, options.loss_floor)
+    exp_avgs, exp_avg_sqs, _, steps, _ = call.state
+    try:
+        grams, values, flags = call.groups.run(
+            lambda grads, *shape: OPS.resident_adamw_.default(
+                call.params,
+                grads,
+                exp_avgs,
+                exp_avg_sqs,
+                steps,
+                *shape,
+                losses,
+                *numbers,
+                call.lrs,
+                call.numbers,
+                tickets(call.device),
+            ),
+            like=call.params,
+        )
+    except RuntimeError as error:
+        if not fused.is_unfit(error):
+            raise
+        return None
+    if grams.numel() == 0:
+        return None
+    call.count_writes()
+    return fused.record(grams[Role.SHARED], values, flags)
+
+
+#: The lists of state of each rule, as its operation takes them.
 _STATE = {
     "adamw_step": ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps", "masters"),
     "sgd_step": ("momentum_buffers", "masters"),
 }
 
 
+class _Call:
+    """Updates of one rule as its operation takes them."""
+
+    def __init__(self, rule: str, updates: Sequence[Update]) -> None:
+        self.params = [p for update in updates for p in update.params]
+        self.device = self.params[0].device
+        self.lrs: list[Tensor] = []
+        self.numbers = [number for update in updates for number in _numbers(rule, update, self.device, self.lrs)]
+        self.state = [[t for update in updates for t in update.state.get(name, ())] for name in _STATE[rule]]
+        self.groups = _Groups([(update.role, update.reach, update.grads) for update in updates])
+
+    def count_writes(self) -> None:
+        """Let autograd know that parameters and state have changed."""
+        for tensors in (self.params, *self.state):
+            increment_version(tensors)
+
+
 def _run(rule: str, updates: Sequence[Update], table: Tensor, skipped: Tensor) -> bool:
     """Run updates of one rule together; False, with nothing changed, if some tensor fits no kernel."""
-    device = updates[0].params[0].device
+    if _has_betas_on_device(updates):
+        return False
+    call = _Call(rule, updates)
     table = table.to(torch.float64).contiguous()
-    lrs: list[Tensor] = []
-    options = [number for update in updates for number in _numbers(rule, update, device, lrs)]
-    state = [[t for update in updates for t in update.state.get(name, ())] for name in _STATE[rule]]
-    params = [p for update in updates for p in update.params]
-    groups = _Groups.of_updates(updates)
 
     def run(grads: list[Tensor], *shape: list[int]) -> None:
+        common = (call.params, grads, *call.state, *shape, table, skipped, call.lrs, call.numbers)
         if rule == "adamw_step":
-            OPS.adamw_updates_.default(params, grads, *state, *shape, table, skipped, lrs, options, tickets(device))
+            OPS.adamw_updates_.default(*common, tickets(call.device))
         else:
-            OPS.sgd_updates_.default(params, grads, *state, *shape, table, skipped, lrs, options)
+            OPS.sgd_updates_.default(*common)
 
     try:
-        groups.run(run, like=params)
+        call.groups.run(run, like=call.params)
     except RuntimeError as error:
         if not fused.is_unfit(error):
             raise
         return False
-    for tensors in (params, *state):
-        increment_version(tensors)
+    call.count_writes()
     return True
+
+
+def _has_betas_on_device(updates: Sequence[Update]) -> bool:
+    """Whether a beta is a tensor on a GPU: only the device knows its value, so it takes the reference."""
+    betas = [update.options.get(name) for update in updates for name in ("beta1", "beta2")]
+    return any(isinstance(beta, Tensor) and beta.is_cuda for beta in betas)
 
 
 def _numbers(rule: str, update: Update, device: torch.device, lrs: list[Tensor]) -> list[float]:
@@ -267,18 +348,7 @@ def _numbers(rule: str, update: Update, device: torch.device, lrs: list[Tensor])
 class _Groups:
     """Gradients of several groups as the operations take them: one flat list, and numbers that say how it is cut."""
 
-    def __init__(self, groups: Mapping[Role, Sequence[Group]]) -> None:
-        members = [(role, group) for role, same_role in sorted(groups.items()) for group in same_role]
-        self._set([(role, reach, lists) for role, (reach, lists) in members])
-
-    @classmethod
-    def of_updates(cls, updates: Sequence[Update]) -> _Groups:
-        """The gradients of updates."""
-        made = cls.__new__(cls)
-        made._set([(update.role, update.reach, update.grads) for update in updates])
-        return made
-
-    def _set(self, members: list[tuple[Role, tuple[int, ...], list[list[Tensor]]]]) -> None:
+    def __init__(self, members: Sequence[tuple[Role, tuple[int, ...], list[list[Tensor]]]]) -> None:
         self._lists = [lists for _, _, lists in members]
         self._shape = (
             [len(lists[0]) for lists in self._lists],
@@ -286,6 +356,11 @@ class _Groups:
             [sum(1 << i for i in reach) for _, reach, _ in members],
         )
         self.device = self._lists[0][0][0].device
+
+    @classmethod
+    def by_role(cls, groups: Mapping[Role, Sequence[Group]]) -> _Groups:
+        """Groups of gradients, role by role."""
+        return cls([(role, *group) for role, same_role in sorted(groups.items()) for group in same_role])
 
     def run(self, operation: Any, like: Sequence[Tensor] | None = None) -> Any:
         """operation(grads, counts, roles, reaches); gradients that are not laid out as `like`, or dense, are copied."""
@@ -306,7 +381,7 @@ class _Groups:
 
 def _grams(groups: Mapping[Role, Sequence[Group]], K: int) -> Tensor:
     """[3, K, K] float64: the Gram matrix of each role."""
-    call = _Groups(groups)
+    call = _Groups.by_role(groups)
     return call.run(lambda grads, *shape: OPS.gram_by_role.default(grads, *shape, K, tickets(call.device)))
 
 

@@ -40,6 +40,13 @@ def register_fakes(namespace: str) -> None:
     for name in ("combine_", "adamw_step_", "sgd_step_"):
         torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
 
+    def products(coefficients: Tensor) -> Tensor:
+        return coefficients.new_empty(len(coefficients), len(coefficients))
+
+    # coefficients come after the lists of tensors: five beside the parameters for AdamW, two for SGD
+    torch.library.register_fake(f"{namespace}::gram_adamw_step_", lambda *args, **kwargs: products(args[6]))
+    torch.library.register_fake(f"{namespace}::gram_sgd_step_", lambda *args, **kwargs: products(args[3]))
+
 
 def values_size(K: int) -> int:
     """How many numbers an operation `balance` returns for K objectives."""

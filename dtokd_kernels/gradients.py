@@ -1,11 +1,16 @@
-"""Collecting K gradient sets: one backward pass per objective, each into a set of its own."""
+"""Collecting gradient sets: a backward pass per objective into a set of its own, or one pass of a weighted sum."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+
+from .sources.source import Call, Source, Watch
+from .types import Balance, Options
 
 Losses = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -18,15 +23,19 @@ _DONATED = (
 
 
 class GradientSets:
-    """K gradients of the same parameters, and the values of the K objectives they belong to.
+    """Gradients of the same parameters, and the values of the K objectives they belong to.
 
+    There is one set per objective or, where the source of the Gram matrix takes one pass, one for their weighted sum.
     Gradients stay as autograd made them; several calls of `collect` add up, in gradients and in losses, so
     that the gradient of log of the summed loss is right under accumulation.
 
     Attributes:
         names: the objectives' names, in their order.
         losses: [K] float64, summed over the calls; None before the first.
-        grads: K lists, one gradient per parameter; None where an objective does not reach it.
+        grads: one list per set, one gradient per parameter; None where the set's objectives do not reach it.
+        weighed: the balance that weighed the sum, of the last call; None if each objective has a set.
+        calls: how many calls of `collect` there were.
+        watch: what looked at the gradients while they were made.
     """
 
     def __init__(self) -> None:
@@ -34,37 +43,49 @@ class GradientSets:
 
     def clear(self) -> None:
         """Forget everything."""
-        self.names: tuple[str, ...] = ()
-        self.losses: Tensor | None = None
+        self._forget_losses()
         self.grads: list[list[Tensor | None]] = []
 
     def zero(self) -> None:
         """Forget the losses, but keep the gradients' memory, filled with zeros."""
-        self.losses = None
+        self._forget_losses()
         held = [g for row in self.grads for g in row if g is not None]
         if held:
             torch._foreach_zero_(held)
+
+    def _forget_losses(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.losses: Tensor | None = None
+        self.weighed: Balance | None = None
+        self.calls = 0
+        self.watch: Watch | None = None
 
     def collect(
         self,
         losses: Losses,
         params: Sequence[Tensor],
+        source: Source,
+        options: Options,
         *,
-        positive: bool = True,
+        balanced: Sequence[bool] | None = None,
+        features: Tensor | Sequence[Tensor] | None = None,
         retain_graph: bool = False,
         inputs: Sequence[Tensor] | None = None,
         op: str = "backward",
     ) -> None:
-        """Run one backward pass per objective and add its gradients to its set.
+        """Run the backward passes and add the gradients to their sets.
 
-        While objective i runs, each parameter's `.grad` is its gradient in set i, so autograd accumulates in
-        place and its hooks fire; afterwards `.grad` is what it was. Other parameters than `params` get what
+        While the pass of a set runs, each parameter's `.grad` is its gradient in that set, so autograd accumulates
+        in place and its hooks fire; afterwards `.grad` is what it was. Other parameters than `params` get what
         plain backward calls give them.
 
         Args:
             losses: K scalar tensors, by position or by name; a single tensor is one objective.
             params: leaf tensors whose gradients are collected; the same in every call, but for more at the end.
-            positive: refuse losses that are not positive (log-gradients divide by them).
+            source: of the Gram matrix; says which passes there are. Their kind stays until the sets are cleared.
+            options: of the balance. Losses that are not positive are refused where log-gradients divide by them.
+            balanced: for each parameter, whether it takes part in the balance; default: all do.
+            features: the representation that `sources.Feature` measures at.
             retain_graph: keep the graph after the last pass too.
             inputs: restrict the passes to these leaves, as in `torch.autograd.backward`.
             op: what error messages call this.
@@ -77,7 +98,7 @@ class GradientSets:
         """
         names, values = named_losses(losses, op)
         for name, value in zip(names, values, strict=True):
-            _check_loss(name, value, positive, op)
+            _check_loss(name, value, options.log_gradients, op)
         if self.losses is not None and names != self.names:
             raise ValueError(
                 f"{op}: losses are {_listed(names)}, but the gradients gathered so far belong to "
@@ -86,18 +107,41 @@ class GradientSets:
         K = len(values)
         if K > 8:
             raise ValueError(f"{op}: losses has {K} objectives, at most 8 are supported; add some of them up")
-        if len(self.grads) != K:
-            self.grads = [[] for _ in range(K)]
+        current = torch.stack([v.detach().reshape(()).to(values[0].device, torch.float64) for v in values])
+        started = self.losses is not None
+        if self.weighed is not None or (not started and source.one_pass(names)):
+            chosen = None if features is None else [features] if isinstance(features, Tensor) else list(features)
+            unclipped = replace(options, max_norm=None)  # the sum's norm is known when its gradient is
+            with torch.no_grad():
+                record = source.weigh(Call(op, names, values, current, params, chosen), options.weighting, unclipped)
+            coefficients = [
+                c.to(v.device, v.dtype).reshape(v.shape) for c, v in zip(record.coefficients, values, strict=True)
+            ]
+            passes: list[tuple[list[Tensor], list[Tensor] | None]] = [(values, coefficients)]
+            skipped = record.skipped if self.weighed is None else record.skipped | self.weighed.skipped
+            weighed, watch = replace(record, skipped=skipped), None
+        else:
+            passes = [([value], None) for value in values]
+            weighed, watch = None, self.watch if started else source.watch(options)
+        if len(self.grads) != len(passes):
+            self.grads = [[] for _ in passes]
+        for row in self.grads:
+            row.extend([None] * (len(params) - len(row)))
         users = [p.grad for p in params]
         try:
-            for i, value in enumerate(values):
-                row = self.grads[i]
-                row.extend([None] * (len(params) - len(row)))
-                for p, grad in zip(params, row, strict=True):
+            if watch is not None:
+                watch.start(self.grads, [True] * len(params) if balanced is None else balanced)
+            for i, (roots, weights) in enumerate(passes):
+                for p, grad in zip(params, self.grads[i], strict=True):
                     p.grad = grad
-                value.backward(retain_graph=retain_graph or i < K - 1, inputs=inputs)
-                self.grads[i] = [p.grad for p in params]
-                _check_dense(self.grads[i], names[i], op)
+                last = i == len(passes) - 1
+                with _watched(watch, params, i, len(passes)):
+                    torch.autograd.backward(roots, weights, retain_graph=retain_graph or not last, inputs=inputs)
+                self.grads[i][:] = [p.grad for p in params]
+                _check_dense(self.grads[i], names[i] if weighed is None else "the weighted sum", op)
+            if watch is not None:
+                with torch.no_grad():
+                    watch.finish()
         except BaseException as error:
             self.clear()  # some sets may hold half a pass
             if isinstance(error, RuntimeError) and "donated buffer" in str(error):
@@ -106,9 +150,35 @@ class GradientSets:
         finally:
             for p, grad in zip(params, users, strict=True):
                 p.grad = grad
-        total = torch.stack([v.detach().reshape(()).to(values[0].device, torch.float64) for v in values])
-        self.losses = total if self.losses is None else self.losses + total
-        self.names = names
+        self.losses = current if self.losses is None else self.losses + current
+        self.names, self.weighed, self.watch = names, weighed, watch
+        self.calls += 1
+
+
+@contextmanager
+def _watched(watch: Watch | None, params: Sequence[Tensor], i: int, K: int) -> Iterator[None]:
+    """Have pass i of K watched: hooks for this pass alone, so that none stays behind."""
+    if watch is None or not watch.watches(i, K):
+        yield
+        return
+
+    def hook(t: int, ready: Callable[[int, int, Tensor], None]) -> Callable[[Tensor], None]:
+        def written(p: Tensor) -> None:
+            assert p.grad is not None
+            if p.grad.layout is torch.strided:  # a sparse one is refused after the pass
+                with torch.no_grad():
+                    ready(i, t, p.grad)
+
+        return written
+
+    handles = [
+        p.register_post_accumulate_grad_hook(hook(t, watch.ready)) for t, p in enumerate(params) if p.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def named_losses(losses: Losses, op: str) -> tuple[tuple[str, ...], list[Tensor]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +113,18 @@ def combine(
     return targets
 
 
-def adamw_step(
+def adamw_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> None:
+    """`reference.adamw_step` for tensors of one dtype."""
+    _adamw("adamw_step", params, grads, *args, **options)
+
+
+def gram_adamw_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> Tensor:
+    """`reference.gram_adamw_step` for tensors of one dtype: one pass over the gradients."""
+    return _adamw("gram_adamw_step", params, grads, *args, **options)  # type: ignore[return-value]
+
+
+def _adamw(
+    name: str,
     params: Sequence[Tensor],
     grads: Sequence[Sequence[Tensor]],
     exp_avgs: Sequence[Tensor],
@@ -129,11 +141,13 @@ def adamw_step(
     eps: float,
     amsgrad: bool,
     maximize: bool,
-) -> None:
-    """`reference.adamw_step` for tensors of one dtype."""
+    masters: Sequence[Tensor] = (),
+) -> Tensor | None:
+    products: Tensor | None = None
 
     def run(flat: list[Tensor]) -> None:
-        torch.ops.dtokd.adamw_step_.default(
+        nonlocal products
+        products = getattr(torch.ops.dtokd, f"{name}_").default(
             params,
             flat,
             exp_avgs,
@@ -151,14 +165,27 @@ def adamw_step(
         )
 
     state = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs] if amsgrad else [params, exp_avgs, exp_avg_sqs]
-    if not fused.run_fitting(run, grads, state):
-        reference.adamw_step(
-            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, coefficients, skipped,
-            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=amsgrad, maximize=maximize,
+    if masters or not fused.run_fitting(run, grads, state):
+        return getattr(reference, name)(
+            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, coefficients, skipped, lr=lr,
+            beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=amsgrad, maximize=maximize,
+            masters=masters,
         )  # fmt: skip
+    return products
 
 
-def sgd_step(
+def sgd_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> None:
+    """`reference.sgd_step` for tensors of one dtype."""
+    _sgd("sgd_step", params, grads, *args, **options)
+
+
+def gram_sgd_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> Tensor:
+    """`reference.gram_sgd_step` for tensors of one dtype: one pass over the gradients."""
+    return _sgd("gram_sgd_step", params, grads, *args, **options)  # type: ignore[return-value]
+
+
+def _sgd(
+    name: str,
     params: Sequence[Tensor],
     grads: Sequence[Sequence[Tensor]],
     momentum_buffers: Sequence[Tensor],
@@ -172,11 +199,13 @@ def sgd_step(
     nesterov: bool,
     maximize: bool,
     first: bool,
-) -> None:
-    """`reference.sgd_step` for tensors of one dtype."""
+    masters: Sequence[Tensor] = (),
+) -> Tensor | None:
+    products: Tensor | None = None
 
     def run(flat: list[Tensor]) -> None:
-        torch.ops.dtokd.sgd_step_.default(
+        nonlocal products
+        products = getattr(torch.ops.dtokd, f"{name}_").default(
             params,
             flat,
             momentum_buffers,
@@ -191,8 +220,9 @@ def sgd_step(
             first=first,
         )
 
-    if not fused.run_fitting(run, grads, [params, momentum_buffers] if momentum != 0 else [params]):
-        reference.sgd_step(
+    if masters or not fused.run_fitting(run, grads, [params, momentum_buffers] if momentum != 0 else [params]):
+        return getattr(reference, name)(
             params, grads, momentum_buffers, coefficients, skipped, lr=lr, momentum=momentum, dampening=dampening,
-            weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, first=first,
+            weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, first=first, masters=masters,
         )  # fmt: skip
+    return products

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import GradientList, check_gram, check_lists, check_options, check_out
-from .types import Balance, Group, Rescale, Role, Update, Weighting, of_reach
+from .types import Balance, Group, Options, Rescale, Role, Update, Weighting, of_reach
 
 
 def gram(grads: Sequence[GradientList], *, backend: str | None = None) -> Tensor:
@@ -53,29 +53,23 @@ def gram_of_groups(groups: Iterable[Group], K: int, backend: str | None = None) 
     """Gram matrix over groups of tensors, unchecked: the optimizers' way into `gram`."""
     total: Tensor | None = None
     for reach, lists in groups:
-        device = lists[0][0].device
-        part = backends.select(device, backend).gram(lists)
-        if len(reach) != K:
-            index = torch.tensor(reach, device=device)
-            whole = part.new_zeros(K, K)
-            whole[index[:, None], index[None, :]] = part
-            part = whole
+        part = spread(backends.select(lists[0][0].device, backend).gram(lists), reach, K)
         total = part if total is None else total + part.to(total.device)
     assert total is not None
     return total
 
 
-def solve(
-    groups: Mapping[Role, Sequence[Group]],
-    losses: Tensor,
-    weighting: Weighting,
-    *,
-    max_norm: float | None,
-    rescale: Rescale,
-    loss_floor: float,
-    loss_scale: Tensor | None = None,
-    backend: str | None = None,
-) -> Balance:
+def spread(part: Tensor, reach: tuple[int, ...], K: int) -> Tensor:
+    """A Gram matrix of the objectives in `reach` as one of all K, zero elsewhere."""
+    if len(reach) == K:
+        return part
+    index = torch.tensor(reach, device=part.device)
+    whole = part.new_zeros(K, K)
+    whole[index[:, None], index[None, :]] = part
+    return whole
+
+
+def solve(groups: Mapping[Role, Sequence[Group]], losses: Tensor, weighting: Weighting, options: Options) -> Balance:
     """Gram matrices and balance of groups of tensors, unchecked: the optimizers' way into `gram` and `balance`.
 
     A backend with a function `gram_balance` takes both at once, if all tensors are on one device.
@@ -83,31 +77,50 @@ def solve(
     Args:
         groups: the gradients by role.
         losses: [K].
-        weighting, max_norm, rescale, loss_floor: as in `balance`, for the unscaled losses.
-        loss_scale: scalar float64, what `losses` were multiplied with before the backward passes (by a GradScaler).
-            The balance is that of the unscaled losses: its table multiplies gradients divided by this.
-        backend: the implementation to use.
+        weighting: in place of `options.weighting`.
+        options: the others.
     """
     devices = {lists[0][0].device for same_role in groups.values() for _, lists in same_role}
-    module = backends.select(next(iter(devices), losses.device), backend)
-    if len(devices) == 1 and loss_scale is None and hasattr(module, "gram_balance"):
-        return module.gram_balance(groups, losses, weighting, max_norm=max_norm, rescale=rescale, loss_floor=loss_floor)
+    module = backends.select(next(iter(devices), losses.device), options.backend)
+    if len(devices) == 1 and options.loss_scale is None and hasattr(module, "gram_balance"):
+        return module.gram_balance(
+            groups,
+            losses,
+            weighting,
+            max_norm=options.max_norm,
+            rescale=options.rescale,
+            loss_floor=options.loss_floor,
+        )
+    return balance_grams(grams_by_role(groups, len(losses), options.backend), losses, weighting, options)
+
+
+def grams_by_role(groups: Mapping[Role, Sequence[Group]], K: int, backend: str | None) -> dict[Role, Tensor]:
+    """The Gram matrix [K, K] of each role that has gradients."""
+    return {role: gram_of_groups(same_role, K, backend) for role, same_role in groups.items()}
+
+
+def unscaled(grams: Mapping[Role, Tensor], losses: Tensor, loss_scale: Tensor) -> tuple[dict[Role, Tensor], Tensor]:
+    """Gram matrices and losses as they would be if the losses had not been multiplied with `loss_scale`."""
+    without = {role: gram / loss_scale.to(gram.device).square() for role, gram in grams.items()}
+    return without, losses / loss_scale.to(losses.device)
+
+
+def balance_grams(grams: Mapping[Role, Tensor], losses: Tensor, weighting: Weighting, options: Options) -> Balance:
+    """The balance of Gram matrices by role, unchecked; arguments as `solve`."""
     K = len(losses)
-    grams = {role: gram_of_groups(same_role, K, backend) for role, same_role in groups.items()}
-    if loss_scale is not None:
-        grams = {role: gram / loss_scale.to(gram.device).square() for role, gram in grams.items()}
-        losses = losses / loss_scale.to(losses.device)
+    if options.loss_scale is not None:
+        grams, losses = unscaled(grams, losses, options.loss_scale)
     device = next(iter(grams.values())).device if grams else losses.device
     shared = grams.get(Role.SHARED)
     if shared is None:
         shared = torch.zeros(K, K, dtype=torch.float64, device=device)
-    return backends.select(shared.device, backend).balance(
+    return backends.select(shared.device, options.backend).balance(
         shared,
         losses,
         weighting,
-        max_norm=max_norm,
-        rescale=rescale,
-        loss_floor=loss_floor,
+        max_norm=options.max_norm,
+        rescale=options.rescale,
+        loss_floor=options.loss_floor,
         private_gram=grams.get(Role.PRIVATE),
         plain_gram=grams.get(Role.PLAIN),
     )
@@ -183,10 +196,10 @@ def balance(
     losses = torch.as_tensor(losses, device=gram.device)
     if losses.shape != (K,):
         raise ValueError(f"balance: losses has shape {tuple(losses.shape)}, expected ({K},) as gram is {K} x {K}")
-    weighting = check_options("balance", weighting, max_norm, rescale, loss_floor)
+    options = check_options("balance", weighting, max_norm, rescale, loss_floor)
     with torch.no_grad():
         return backends.select(gram.device).balance(
-            gram.detach(), losses.detach(), weighting, max_norm=max_norm, rescale=rescale, loss_floor=loss_floor
+            gram.detach(), losses.detach(), options.weighting, max_norm=max_norm, rescale=rescale, loss_floor=loss_floor
         )
 
 
@@ -242,6 +255,29 @@ def combine(
     return result
 
 
+def runs_steps(device: torch.device, options: Options) -> bool:
+    """Whether the backend has a function `run_step`, which may do `solve` and `run_updates` at once."""
+    return options.loss_scale is None and hasattr(backends.select(device, options.backend), "run_step")
+
+
+def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Balance | None:
+    """`solve` and `run_updates` at once, where `runs_steps`.
+
+    Args:
+        updates: all of the step, in the order in which memory should be walked.
+        losses: [K].
+        options: of the balance.
+
+    Returns:
+        The balance; None, with nothing changed, if the two have to be called one by one.
+    """
+    devices = {update.params[0].device for update in updates}
+    if len(devices) != 1:
+        return None
+    balance: Balance | None = backends.select(devices.pop(), options.backend).run_step(updates, losses, options)
+    return balance
+
+
 def run_updates(updates: Iterable[Update], balance: Balance, backend: str | None = None) -> None:
     """Update parameters and state in place, or change nothing where the balance says `skipped`.
 
@@ -266,6 +302,29 @@ def run_updates(updates: Iterable[Update], balance: Balance, backend: str | None
             continue
         for update in same:
             update.run(module, table, skipped)
+
+
+def measure_and_update(updates: Iterable[Update], balance: Balance, backend: str | None = None) -> Tensor:
+    """`run_updates`, and the Gram matrices of the gradients that it reads, from the same pass over them.
+
+    A backend with functions `gram_adamw_step` and `gram_sgd_step` does both in one; the others take two passes.
+
+    Returns:
+        [3, K, K] float64 on the balance's device, one matrix for each `Role`; also where nothing was updated.
+    """
+    K = balance.table.shape[1]
+    grams = torch.zeros(len(Role), K, K, dtype=torch.float64, device=balance.table.device)
+    for update in updates:
+        device = update.params[0].device
+        module = backends.select(device, backend)
+        table, skipped = balance.table.to(device), balance.skipped.to(device)
+        if hasattr(module, f"gram_{update.rule}"):
+            part = update.run(module, table, skipped, f"gram_{update.rule}")
+        else:
+            part = module.gram(update.grads)
+            update.run(module, table, skipped)
+        grams[update.role] += spread(part, update.reach, K).to(grams.device)
+    return grams
 
 
 def _group_positions(op: str, grads: Sequence[GradientList]) -> dict[Any, tuple[Group, list[int]]]:

@@ -7,6 +7,7 @@ optimizer.zero_grad()
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,23 +16,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from . import backends
 from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
-from .ops import run_updates, solve
-from .types import Balance, Group, Private, Rescale, Role, Update, Weighting
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What an optimizer does besides its update rule."""
-
-    weighting: Weighting
-    max_norm: float | None
-    rescale: Rescale
-    private: Private
-    loss_floor: float
-    backend: str | None
+from .ops import run_step, run_updates, runs_steps
+from .sources import Exact, Source, choose
+from .types import Balance, Group, Options, Private, Rescale, Role, Update, Weighting
+from .weighed import solve_sets
+from .weighting import Stateful
 
 
 @dataclass
@@ -52,9 +43,12 @@ class _Bucket:
 class Balanced(torch.optim.Optimizer):
     """What the balanced optimizers share: gradient sets in, coefficients out. A subclass adds the update."""
 
-    _options: _Options
+    _options: Options
+    _source: Source
     #: torch's protocol: a GradScaler calls `step` with attributes `grad_scale` and `found_inf`, overflow or not
     _step_supports_amp_scaling = True
+    #: whether some backend has a `run_step` for this rule
+    _may_run_at_once = False
 
     def _set_options(
         self,
@@ -63,13 +57,12 @@ class Balanced(torch.optim.Optimizer):
         rescale: Rescale,
         private: Private,
         loss_floor: float,
+        gram: Source | str | None,
         backend: str | None,
     ) -> None:
         op = type(self).__name__
-        weighting = check_options(op, weighting, max_norm, rescale, loss_floor, private)
-        if backend is not None:
-            backends.check_name(backend, f"{op}: backend")
-        self._options = _Options(weighting, max_norm, rescale, private, loss_floor, backend)
+        self._options = check_options(op, weighting, max_norm, rescale, loss_floor, private, backend)
+        self._source = choose(op, gram, self._options).begin()
         self._forget()
 
     def _forget(self) -> None:
@@ -78,6 +71,11 @@ class Balanced(torch.optim.Optimizer):
         self._skipped_steps: Tensor | None = None
         self._plan: tuple[Any, list[_Bucket]] | None = None
         self._scaled: tuple[Tensor, Tensor] | None = None  # see expect_scaled
+
+    @property
+    def weighting(self) -> Weighting:
+        """How the Gram matrix becomes weights."""
+        return self._options.weighting
 
     @property
     def balance(self) -> Balance | None:
@@ -105,24 +103,36 @@ class Balanced(torch.optim.Optimizer):
         """Scalar int64 on the gradients' device: steps that changed nothing, since the optimizer was made."""
         return torch.zeros((), dtype=torch.int64) if self._skipped_steps is None else self._skipped_steps.clone()
 
-    def backward(self, losses: Losses, *, retain_graph: bool = False, inputs: Sequence[Tensor] | None = None) -> None:
-        """Run one backward pass per loss and add its gradients to that objective's set.
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        features: Tensor | Sequence[Tensor] | None = None,
+        retain_graph: bool = False,
+        inputs: Sequence[Tensor] | None = None,
+    ) -> None:
+        """Run one backward pass per loss and add its gradients to that objective's set, or as `gram` says.
 
         Call it several times between steps to accumulate. `.grad` of the parameters stays as it was.
 
         Args:
             losses: K scalar tensors, as a sequence or as a dict from names; one tensor is one objective.
+            features: the representation at which `sources.Feature()` measures.
             retain_graph: keep the graph after the last pass; it is always freed otherwise.
             inputs: restrict the passes to these leaves.
 
         Raises:
             TypeError, ValueError: a bad loss: not scalar, not finite, needs no gradient, not positive under a
-                logarithm; other objectives than before; a sparse gradient. Parameters and state are as before.
+                logarithm; other objectives than before; a sparse gradient; nothing that the source could measure.
+                Parameters and state are as before.
         """
         self._sets.collect(
             losses,
             [p for group in self.param_groups for p in group["params"]],
-            positive=getattr(self._options.weighting, "log_gradients", True),
+            self._source,
+            self._options,
+            balanced=[group["balance"] for group in self.param_groups for _ in group["params"]],
+            features=features,
             retain_graph=retain_graph,
             inputs=inputs,
             op=f"{type(self).__name__}.backward",
@@ -156,21 +166,18 @@ class Balanced(torch.optim.Optimizer):
         loss_scale = self._loss_scale()
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
-        record = self._balance = replace(self._solve(buckets, lists, loss_scale), names=self._sets.names)
+        options = replace(self._options, loss_scale=loss_scale)
+        record = self._run_at_once(buckets, lists, options)
+        if record is None:
+            record = self._solve_and_run(buckets, lists, options)
         self._count(record.skipped)
         if self._scaled is not None:
             self._scaled[1].copy_(~record.norm.isfinite())
             self._scaled = None
-        if record.skipped.device.type == "cpu" and record.skipped:
-            return loss
-        # last first: the Gram pass has read these gradients most recently, so they may still be in cache
-        updates = [
-            update
-            for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True)
-            for update in self._updates(bucket, grads)
-        ]
-        applied = record if loss_scale is None else replace(record, table=record.table / loss_scale)
-        run_updates(updates, applied, self._options.backend)
+        self._source.commit(self._sets.names, record)
+        if isinstance(self.weighting, Stateful):
+            self.weighting.commit(record.skipped)
+        self._balance = replace(record, names=self._sets.names)
         return loss
 
     def expect_scaled(self, inv_scale: Tensor, found_inf: Tensor) -> None:
@@ -227,24 +234,46 @@ class Balanced(torch.optim.Optimizer):
             raise
         group.setdefault("balance", True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch, and what torch's optimizers ignore: the memory of the weighting and of the Gram's source.
+
+        They stand under "weighting" (if it is `Stateful`) and "dtokd".
+        """
+        state = super().state_dict()
+        if isinstance(self.weighting, Stateful):
+            state["weighting"] = self.weighting.state_dict()
+        memory = self._source.state_dict()
+        return {**state, "dtokd": {"gram": memory}} if memory else state
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state of this class or of the torch optimizer it stands for; that one knows no `balance`.
+        """Load a state of this class or of the torch optimizer it stands for.
+
+        That one knows no `balance` of a group and no memory of the weighting; they stay as they are.
+
+        The memory of another kind of source is not used; this optimizer's measures anew then.
 
         Args:
             state_dict: what `state_dict()` returned.
 
         Raises:
-            ValueError: its groups are not those of this optimizer.
+            ValueError: its groups are not those of this optimizer, or its weighting's memory is another rule's. Nothing
+                has changed then.
         """
         groups = state_dict["param_groups"]
         if len(groups) == len(self.param_groups):
             groups = [
                 {"balance": own["balance"], **group} for own, group in zip(self.param_groups, groups, strict=True)
             ]
+        weighting = self.weighting if "weighting" in state_dict else None
+        if isinstance(weighting, Stateful):
+            copy.copy(weighting).load_state_dict(state_dict["weighting"])  # refuses before anything has changed
         super().load_state_dict({**state_dict, "param_groups": groups})
+        if isinstance(weighting, Stateful):
+            weighting.load_state_dict(state_dict["weighting"])
+        self._source.load_state_dict(state_dict.get("dtokd", {}).get("gram", {}))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options}
+        return {**super().__getstate__(), "_options": self._options, "_source": self._source}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -257,6 +286,7 @@ class Balanced(torch.optim.Optimizer):
         """The buckets of this step; made anew only if groups, parameters or who is reached have changed."""
         grads = self._sets.grads
         key = (
+            self._sets.weighed is None,
             [[g is None for g in row] for row in grads],
             [
                 (id(group), group["balance"], [(id(p), p.dtype, p.device) for p in group["params"]])
@@ -270,7 +300,7 @@ class Balanced(torch.optim.Optimizer):
     def _make_buckets(self) -> list[_Bucket]:
         buckets: dict[Any, _Bucket] = {}
         grads = self._sets.grads
-        everyone = tuple(range(len(grads)))
+        K = len(grads)
         position = -1
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
@@ -278,40 +308,41 @@ class Balanced(torch.optim.Optimizer):
                 reach = tuple(i for i, row in enumerate(grads) if position < len(row) and row[position] is not None)
                 if not reach:
                     continue
-                if not group["balance"]:
-                    role = Role.PLAIN
-                elif reach != everyone and self._options.private == "own":
-                    role = Role.PRIVATE
-                else:
-                    role = Role.SHARED
+                # one set for all objectives is their weighted sum already, for unbalanced parameters as well
+                balanced = group["balance"] or self._sets.weighed is not None
+                role = self._options.role(balanced, reach, K)
                 key = (index, role, reach, p.dtype, p.device)
                 bucket = buckets.setdefault(key, _Bucket(group, role, reach, [], []))
                 bucket.params.append(p)
                 bucket.positions.append(position)
         return list(buckets.values())
 
-    def _solve(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], loss_scale: Tensor | None) -> Balance:
-        options = self._options
-        losses = self._sets.losses
-        assert losses is not None
-        groups: dict[Role, dict[Any, Group]] = {}
-        for bucket, grads in zip(buckets, lists, strict=True):
-            # over all parameter groups, so that the Gram takes as few calls as it can
-            same_role = groups.setdefault(bucket.role, {})
-            key = (bucket.reach, bucket.params[0].dtype, bucket.params[0].device)
-            if key in same_role:
-                grads = [[*values, *more] for values, more in zip(same_role[key][1], grads, strict=True)]
-            same_role[key] = (bucket.reach, grads)
-        return solve(
-            {role: list(found.values()) for role, found in groups.items()},
-            losses,
-            options.weighting,
-            max_norm=options.max_norm,
-            rescale=options.rescale,
-            loss_floor=options.loss_floor,
-            loss_scale=loss_scale,
-            backend=options.backend,
-        )
+    def _run_at_once(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], options: Options) -> Balance | None:
+        """The step in one call of the backend, which some backends have for some; None, with nothing changed, else."""
+        if not (self._may_run_at_once and type(self._source) is Exact and buckets):
+            return None
+        if not runs_steps(buckets[0].params[0].device, options):
+            return None
+        assert self._sets.losses is not None
+        return run_step(self._all_updates(buckets, lists), self._sets.losses, options)
+
+    def _solve_and_run(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], options: Options) -> Balance:
+        record, applied = solve_sets(self._sets, _by_role(buckets, lists), self._source, options)
+        if record.skipped.device.type == "cpu" and record.skipped:
+            return record
+        updates = self._all_updates(buckets, lists)
+        if self._sets.weighed is None:
+            return replace(self._source.run(updates, applied, options), table=record.table)
+        run_updates(updates, applied, options.backend)
+        return record
+
+    def _all_updates(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> list[Update]:
+        # last first: the Gram pass has read these gradients most recently, so they may still be in cache
+        return [
+            update
+            for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True)
+            for update in self._updates(bucket, grads)
+        ]
 
     def _count(self, skipped: Tensor) -> None:
         if self._skipped_steps is None:
@@ -323,6 +354,18 @@ class Balanced(torch.optim.Optimizer):
         raise NotImplementedError
 
 
+def _by_role(buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> dict[Role, list[Group]]:
+    """The buckets' gradients over all parameter groups, so that the Gram matrix takes as few calls as it can."""
+    groups: dict[Role, dict[Any, Group]] = {}
+    for bucket, grads in zip(buckets, lists, strict=True):
+        same_role = groups.setdefault(bucket.role, {})
+        key = (bucket.reach, bucket.params[0].dtype, bucket.params[0].device)
+        if key in same_role:
+            grads = [[*values, *more] for values, more in zip(same_role[key][1], grads, strict=True)]
+        same_role[key] = (bucket.reach, grads)
+    return {role: list(found.values()) for role, found in groups.items()}
+
+
 _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weighting.DTO()`.
         max_norm: clip the combined direction to this norm; costs no pass, as the norm comes from the Gram matrix.
         rescale: "none" multiplies gradients by pi_i / L_i (the paper); "sum" divides these by their sum, so that
@@ -330,6 +373,9 @@ _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weigh
         private: "own": parameters that only some objectives reach (a head, a projector) stay out of the Gram and
             take those objectives' gradients at weight 1 (1 / L_i with rescale "none"); "balanced": all in the Gram.
         loss_floor: smallest loss divided by.
+        gram: how the Gram matrix is obtained: "exact", "overlap", "lag", or an object of `dtokd_kernels.sources`:
+            `Probe`, `Feature`, `Every`, `Ema`. Default: "exact", or "none", one backward pass of the weighted sum of
+            the losses, for a weighting that needs no Gram matrix.
         backend: "cuda", "triton", "cpu" or "reference"; default: the best for the parameters' device.
 
     A parameter group takes `balance=False`: its gradient is the sum of the objectives' gradients."""
@@ -376,12 +422,15 @@ class DTOAdamW(Balanced, torch.optim.AdamW):  # noqa: D101
         rescale: Rescale = "none",
         private: Private = "own",
         loss_floor: float = 1e-8,
+        gram: Source | str | None = None,
         backend: str | None = None,
     ) -> None:
-        self._set_options(weighting, max_norm, rescale, private, loss_floor, backend)
+        self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
         torch.optim.AdamW.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable
         )
+
+    _may_run_at_once = True
 
     def _updates(self, bucket: _Bucket, grads: list[list[Tensor]]) -> list[Update]:
         group = bucket.group
@@ -461,9 +510,10 @@ class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
         rescale: Rescale = "sum",
         private: Private = "own",
         loss_floor: float = 1e-8,
+        gram: Source | str | None = None,
         backend: str | None = None,
     ) -> None:
-        self._set_options(weighting, max_norm, rescale, private, loss_floor, backend)
+        self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
         torch.optim.SGD.__init__(self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
 
     def _updates(self, bucket: _Bucket, grads: list[list[Tensor]]) -> list[Update]:

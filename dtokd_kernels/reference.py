@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,19 +78,16 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
     distances = squares[:, None] + squares[None, :] - 2 * gram  # ||g_i - g_j||^2
     floor = EQUAL * (squares[:, None] + squares[None, :])
 
-    best_value = torch.full((), torch.inf, dtype=torch.float64, device=gram.device)
-    best = torch.zeros(K, dtype=torch.float64, device=gram.device)
-    for face in faces(K):
-        weights, solvable = _project_on_affine_hull(gram, floor, face)
-        allowed = solvable & present[list(face)].all()
-        if clamp:
-            allowed = allowed & (weights >= 0).all()
-            value = weights @ gram @ weights
-        else:  # the widest face that has a solution: all objectives, but for equal gradients
-            value = gram.new_full((), -len(face))
-        better = allowed & (value < best_value)
-        best_value = torch.where(better, value, best_value)
-        best = torch.where(better, weights, best)
+    corners = faces(K, gram.device)
+    weights, solvable = _project_on_affine_hulls(gram, floor, corners)
+    allowed = solvable & (present | ~corners).all(1)
+    if clamp:
+        allowed = allowed & (weights >= 0).all(1)
+        value = ((weights @ gram) * weights).sum(1)
+    else:  # the widest face that has a solution: all objectives, but for equal gradients
+        value = -corners.sum(1).double()
+    first_best = torch.where(allowed, value, torch.inf).argmin(0, keepdim=True)  # [1]: a scalar index would be read
+    best = torch.where(allowed.any(), weights[first_best][0], 0.0)
 
     # equal gradients share: each is grouped with the first that it equals
     everyone = torch.arange(K, device=gram.device)
@@ -100,38 +98,59 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
     return torch.where(present, shared, 0.0)
 
 
-def faces(K: int) -> list[tuple[int, ...]]:
-    """Faces of the simplex with K corners, each the tuple of its corners, in the order of their bit masks."""
-    return [tuple(i for i in range(K) if mask >> i & 1) for mask in range(1, 1 << K)]
+def faces(K: int, device: torch.device | None = None) -> Tensor:
+    """Faces of the simplex with K corners: [2^K - 1, K] bool, whether corner i is in the face with bit mask m + 1."""
+    masks = torch.arange(1, 1 << K, device=device)
+    return (masks[:, None] >> torch.arange(K, device=device)) & 1 > 0
 
 
-def _project_on_affine_hull(gram: Tensor, floor: Tensor, face: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Weights [K] of the point nearest the origin in the affine hull of a face; False if its corners coincide.
+def _project_on_affine_hulls(gram: Tensor, floor: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [F, K] of the points nearest the origin in the faces' affine hulls; [F] False where corners coincide.
 
-    With corner r as base and d_j = g_j - g_r the condition <d_j, g_r + sum_k t_k d_k> = 0 is the system
-    D t = -<d_j, g_r>, solved by elimination. For K = 2 this is Eq. 11: pi_2 = <g_1, g_1 - g_2> / ||g_1 - g_2||^2.
+    With a face's first corner r as base and d_j = g_j - g_r the condition <d_j, g_r + sum_k t_k d_k> = 0 is the system
+    D t = -<d_j, g_r>. For K = 2 this is Eq. 11: pi_2 = <g_1, g_1 - g_2> / ||g_1 - g_2||^2. Objectives outside the face
+    have t_j = 0 as their equation.
     """
-    base, others = face[0], list(face[1:])
-    weights = torch.zeros_like(gram[0])
-    solvable = torch.ones((), dtype=torch.bool, device=gram.device)
-    n = len(others)
-    D = gram[others][:, others] - gram[others, base][:, None] - gram[base, others][None, :] + gram[base, base]
-    t = gram[base, base] - gram[others, base]
-    D, t = D.clone(), t.clone()
-    scale = [floor[base, j] for j in others]
+    K = len(gram)
+    base = corners.long().argmax(1)  # [F]
+    is_base = base[:, None] == torch.arange(K, device=gram.device)
+    others = corners & ~is_base
+    to_base, square = gram[base], gram.diagonal()[base][:, None]  # <g_j, g_r>, ||g_r||^2
+    D = gram - to_base[:, :, None] - to_base[:, None, :] + square[:, :, None]
+    D = torch.where(others[:, :, None] & others[:, None, :], D, torch.eye(K, dtype=gram.dtype, device=gram.device))
+    right = torch.where(others, square - to_base, 0.0)
+    t, solvable = solve_systems(D, right[:, :, None], torch.where(others, floor[base], 0.0))
+    t = t[:, :, 0]
+    # one after the other: absent objectives then leave no trace in the rounding
+    total = sum(t.unbind(1), torch.zeros_like(t[:, 0]))
+    return torch.where(is_base, 1 - total[:, None], t), solvable
+
+
+def solve_systems(systems: Tensor, right: Tensor, smallest: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Solutions of many small positive definite systems, by elimination, all at once.
+
+    LAPACK would start threads for them, and wait for these where the machine is busy. Rows of the identity leave no
+    trace in the other rows' rounding.
+
+    Args:
+        systems: [F, n, n].
+        right: [F, n, R].
+        smallest: [F, n] or a number; pivots that are not larger are rounding.
+
+    Returns:
+        [F, n, R], 0 where a pivot is rounding; and [F] bool, whether none is.
+    """
+    A, x = systems.clone(), right.clone()
+    n = A.shape[1]
     for i in range(n):
-        solvable = solvable & (D[i, i] > scale[i])
-        pivot = torch.where(D[i, i] > scale[i], D[i, i], 1.0)
-        for k in range(i + 1, n):
-            factor = D[k, i] / pivot
-            D[k] -= factor * D[i]
-            t[k] -= factor * t[i]
+        factors = A[:, i + 1 :, i] / A[:, i, i, None]
+        A[:, i + 1 :] -= factors[:, :, None] * A[:, i, None, :]
+        x[:, i + 1 :] -= factors[:, :, None] * x[:, i, None, :]
     for i in reversed(range(n)):
-        pivot = torch.where(D[i, i] > scale[i], D[i, i], 1.0)
-        t[i] = (t[i] - D[i, i + 1 :] @ t[i + 1 :]) / pivot
-    weights[others] = t
-    weights[base] = 1 - t.sum()
-    return weights, solvable
+        x[:, i] /= A[:, i, i, None]
+        x[:, :i] -= A[:, :i, i, None] * x[:, i, None, :]
+    solvable = (A.diagonal(dim1=1, dim2=2) > smallest).all(1)
+    return torch.where(solvable[:, None, None], x, 0.0), solvable
 
 
 def balance(
@@ -288,6 +307,7 @@ def adamw_step(
     eps: float,
     amsgrad: bool,
     maximize: bool,
+    masters: Sequence[Tensor] = (),
 ) -> None:
     """AdamW (Loshchilov and Hutter, 2019) on d = sum_i c_i g_i, in place; changes nothing where `skipped`.
 
@@ -297,11 +317,13 @@ def adamw_step(
         state_steps: scalar tensors, how many steps each parameter has taken; counted up by one.
         coefficients: [K], what multiplies the raw gradients.
         skipped: scalar bool.
+        masters: float32 copies of half-precision parameters, which then are their roundings; or none.
     """
     coefficients = -coefficients if maximize else coefficients
     for i, p in enumerate(params):
         skip = skipped.to(p.device)
         opmath = torch.promote_types(p.dtype, torch.float32)
+        exact = masters[i] if masters else p
         g = _combine_one([g[i].to(opmath) for g in grads], coefficients)
         t = state_steps[i] + 1
         m = exp_avgs[i].to(opmath).lerp(g, 1 - beta1)
@@ -314,7 +336,7 @@ def adamw_step(
             _assign(max_exp_avg_sqs[i], largest, skip)
         denominator = largest.sqrt() / correction2.sqrt().to(p.device, opmath) + eps
         step_size = (lr / correction1).to(p.device, opmath)
-        _assign(p, p.to(opmath) * (1 - lr * weight_decay) - step_size * m / denominator, skip)
+        _assign_parameter(p, exact, exact.to(opmath) * (1 - lr * weight_decay) - step_size * m / denominator, skip)
         _assign(exp_avgs[i], m, skip)
         _assign(exp_avg_sqs[i], v, skip)
         _assign(state_steps[i], t, skip.to(t.device))
@@ -335,6 +357,7 @@ def sgd_step(
     nesterov: bool,
     maximize: bool,
     first: bool,
+    masters: Sequence[Tensor] = (),
 ) -> None:
     """SGD as torch does it on d = sum_i c_i g_i, in place; changes nothing where `skipped`.
 
@@ -344,18 +367,44 @@ def sgd_step(
         coefficients: [K], what multiplies the raw gradients.
         skipped: scalar bool.
         first: the buffers hold nothing yet and start as the direction itself, undampened.
+        masters: float32 copies of half-precision parameters, which then are their roundings; or none.
     """
     coefficients = -coefficients if maximize else coefficients
     for i, p in enumerate(params):
         skip = skipped.to(p.device)
         opmath = torch.promote_types(p.dtype, torch.float32)
-        old = p.to(opmath)
+        exact = masters[i] if masters else p
+        old = exact.to(opmath)
         g = _combine_one([g[i].to(opmath) for g in grads], coefficients) + weight_decay * old
         if momentum != 0:
             buffer = g if first else momentum * momentum_buffers[i].to(opmath) + (1 - dampening) * g
             g = g + momentum * buffer if nesterov else buffer
             _assign(momentum_buffers[i], buffer, skip)
-        _assign(p, old - lr * g, skip)
+        _assign_parameter(p, exact, old - lr * g, skip)
+
+
+def _assign_parameter(p: Tensor, exact: Tensor, value: Tensor, skip: Tensor) -> None:
+    """exact: the parameter itself or its master copy."""
+    _assign(exact, value, skip)
+    if exact is not p:
+        _assign(p, value, skip)
+
+
+def gram_adamw_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> Tensor:
+    """`adamw_step` with coefficients that are known beforehand, and the Gram matrix [K, K] of the same gradients.
+
+    Fused implementations read the gradients once for both. The update may be skipped, the matrix is there in any case.
+    """
+    products = gram(grads)
+    adamw_step(params, grads, *args, **options)
+    return products
+
+
+def gram_sgd_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> Tensor:
+    """`sgd_step`, as `gram_adamw_step`."""
+    products = gram(grads)
+    sgd_step(params, grads, *args, **options)
+    return products
 
 
 def _assign(target: Tensor, value: Tensor, skip: Tensor) -> None:

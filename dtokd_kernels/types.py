@@ -19,6 +19,42 @@ Weighting = Callable[..., Any]
 Group = tuple[tuple[int, ...], list[list[Tensor]]]
 
 
+@dataclass(frozen=True)
+class Options:
+    """How gradients are balanced: what the optimizers and `backward` are told once.
+
+    Attributes:
+        loss_scale: scalar float64, what the losses of this step were multiplied with before the backward passes (by a
+            GradScaler): the balance is that of the unscaled losses. None: they were not.
+        The others are as the arguments of `DTOAdamW`.
+    """
+
+    weighting: Weighting
+    max_norm: float | None
+    rescale: Rescale
+    private: Private
+    loss_floor: float
+    backend: str | None = None
+    loss_scale: Tensor | None = None
+
+    @property
+    def log_gradients(self) -> bool:
+        """Whether the weighting weighs log-gradients."""
+        return getattr(self.weighting, "log_gradients", True)
+
+    def role(self, balanced: bool, reach: tuple[int, ...], K: int) -> Role:
+        """The role of a parameter.
+
+        Args:
+            balanced: what its group says.
+            reach: the objectives that have a gradient there.
+            K: how many objectives there are.
+        """
+        if not balanced:
+            return Role.PLAIN
+        return Role.PRIVATE if len(reach) < K and self.private == "own" else Role.SHARED
+
+
 class Role(IntEnum):
     """How a parameter takes part in the balance: the row of `Balance.table` that its gradients are multiplied with."""
 
@@ -106,15 +142,19 @@ class Update:
     state: dict[str, list[Tensor]]
     options: dict[str, Any]
 
-    def run(self, module: ModuleType, table: Tensor, skipped: Tensor) -> None:
-        """Carry it out with a backend's function of the rule's name.
+    def run(self, module: ModuleType, table: Tensor, skipped: Tensor, function: str | None = None) -> Any:
+        """Carry it out with a backend's function.
 
         Args:
             module: the backend.
             table: [3, K] float64, a `Balance`'s, on the parameters' device.
             skipped: scalar bool, on the parameters' device.
+            function: its name, if it is another than the rule's.
+
+        Returns:
+            What the function does.
         """
-        getattr(module, self.rule)(
+        return getattr(module, function or self.rule)(
             params=self.params,
             grads=self.grads,
             **self.state,

@@ -8,34 +8,47 @@ import pytest
 import torch
 
 import dtokd_kernels as dk
-from dtokd_kernels import backends
+from dtokd_kernels import backends, native
 
 from . import emulated
+from .device import DEVICE, tensors_on_device
 
-#: On CPU tensors. "cuda" runs its kernels through an emulation there.
-CPU_BACKENDS = ("cpu", "cuda", "reference")
+#: Those that take tensors of a device. On CPU tensors "cuda" runs its kernels through an emulation.
+BACKENDS_OF = {"cpu": ("cpu", "cuda", "reference"), "cuda": ("cuda", "triton", "reference")}
+EMULATED = DEVICE.type == "cpu"
+if backends.interpreted():  # Triton's kernels on CPU tensors: slow, so a process of its own
+    BACKENDS_OF["cpu"] = ("cpu", "triton", "reference")
 
 
 def available_backends() -> list[str]:
-    """The backends that can take CPU tensors here.
+    """The backends under test: those of the device that can run here.
 
     Raises:
-        pytest.UsageError: DTOKD_REQUIRE_NATIVE=1, and the compiled one cannot: a run that tested the reference
-            alone would look the same as one that tested everything.
+        pytest.UsageError: DTOKD_REQUIRE_NATIVE=1, and a compiled one cannot: a run that tested the reference alone
+            would look the same as one that tested everything.
     """
-    reason = backends.missing("cpu")
-    if reason is not None and os.environ.get("DTOKD_REQUIRE_NATIVE") == "1":
-        raise pytest.UsageError(f"DTOKD_REQUIRE_NATIVE=1, but backend 'cpu' is missing: {reason}")
-    compiler = shutil.which("g++") is not None
-    there = {"cpu": reason is None, "cuda": compiler and os.environ.get("DTOKD_EMULATION") != "0", "reference": True}
-    return [name for name in CPU_BACKENDS if there[name]]
+    reasons = {name: backends.missing(name) for name in BACKENDS_OF[DEVICE.type]}
+    if EMULATED and "cuda" in reasons:
+        off = os.environ.get("DTOKD_EMULATION") == "0"
+        reasons["cuda"] = "DTOKD_EMULATION=0" if off else None if shutil.which("g++") else "no g++ to emulate it"
+    compiled = DEVICE.type
+    if reasons[compiled] is not None and os.environ.get("DTOKD_REQUIRE_NATIVE") == "1":
+        raise pytest.UsageError(f"DTOKD_REQUIRE_NATIVE=1, but backend {compiled!r} is missing: {reasons[compiled]}")
+    return [name for name, reason in reasons.items() if reason is None]
 
 
 BACKENDS = available_backends()
 
 
+def pytest_configure(config) -> None:
+    # Triton's interpreter computes in numpy, which warns of what kernels do on purpose, such as inf * 0
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy.*")
+
+
 def pytest_report_header() -> list[str]:
-    lines = [f"dtokd: backends under test on the CPU: {', '.join(BACKENDS)} ({dk.backend_info()['instructions']})"]
+    where = f"{DEVICE} ({torch.cuda.get_device_name(DEVICE) if DEVICE.type == 'cuda' else native.instructions()})"
+    lines = [f"dtokd: on {where}; backends under test: {', '.join(BACKENDS)}"]
     lines += [f"dtokd: not tested: {n}: {backends.missing(n)}" for n in backends.NAMES if n not in BACKENDS]
     return lines
 
@@ -50,7 +63,7 @@ def emulated_library(tmp_path_factory):
 def backend(request):
     """Runs the test once per backend, inside `use_backend`; the value is the backend's name."""
     with contextlib.ExitStack() as stack:
-        if request.param == "cuda":
+        if request.param == "cuda" and EMULATED:
             stack.enter_context(emulated.emulated_cuda(request.getfixturevalue("emulated_library")))
         stack.enter_context(dk.use_backend(request.param))
         yield request.param
@@ -63,6 +76,7 @@ def reproducible(monkeypatch):
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN
-    yield
+    with tensors_on_device():
+        yield
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)

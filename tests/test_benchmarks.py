@@ -1,11 +1,12 @@
 """The benchmarks: they refuse wrong results and count bytes as they should; the documents show what they wrote."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, gate, memory, report, run, share
+from benchmarks import cases, gate, gpu, memory, report, run, share
 from benchmarks.cases import COMPETITORS, Case, Competitor
 from benchmarks.record import read
 
@@ -73,7 +74,7 @@ def test_gate_refuses_a_wrong_step(monkeypatch, mistake):
 
     monkeypatch.setitem(COMPETITORS, "wrong", wrong)
     with pytest.raises(AssertionError, match="gate: wrong"):
-        gate.check(["wrong"])
+        gate.check({"wrong": cases.COMPETITORS["wrong"]})
 
 
 def test_memory_sees_what_a_step_allocates():
@@ -94,3 +95,18 @@ def test_documented_numbers_are_those_of_the_csv_files():
     results = ROOT / "benchmarks" / "results"
     assert report.step_tables(read(results / "step.csv")) in text
     assert report.share_table(read(results / "share.csv")) in text
+
+
+@pytest.mark.parametrize("model", cases.MODELS)
+def test_shapes_are_those_of_timm(model):
+    assert cases.shapes_of(model) == cases.timm_shapes(model)
+
+
+def test_gpu_benchmark_writes_what_it_measures(tmp_path):
+    """On the CPU, where it takes the wall clock: everything but events and graphs."""
+    rows = gpu.run(["1e4"], "interior", "cpu", tmp_path, rounds=2, calls=1)
+    assert read(tmp_path / "gpu.csv") == rows == json.loads((tmp_path / "gpu.json").read_text())
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    assert {r["kernel_provider"] for r in of(rows, metric_name="ratio")} >= {"fused", "dtokd cpu", "foreach", "mgda"}
+    assert report.byte_counts(rows, ("reads", "writes")) == (40, 28)
+    assert "dtokd cpu" in report.step_tables(rows)

@@ -65,11 +65,35 @@ def test_fields_of_balance():
     assert isinstance(dk.Balance.dominance, property)
 
 
+WEIGHTINGS = {
+    "AlignedMTL": {"log_gradients": False},
+    "Amortized": {"reading": "famo", "lr": 0.025, "weight_decay": 0.01},
+    "CAGrad": {"c": 0.5, "log_gradients": False},
+    "ConFIG": {"log_gradients": False},
+    "DTO": {"log_gradients": True, "clamp": True},
+    "DWA": {"period": 1000, "temperature": 2.0},
+    "DualProj": {"log_gradients": False},
+    "Fixed": {"weights": None, "log_gradients": False},
+    "IMTLG": {"log_gradients": False},
+    "LogSum": {},
+    "NashMTL": {"log_gradients": False},
+    "PCGrad": {"seed": 0, "log_gradients": False},
+    "RLW": {"seed": 0, "log_gradients": False},
+    "UPGrad": {"log_gradients": False},
+    "UncertaintyWeighting": {"lr": 1e-3, "weight_decay": 0.0},
+}
+
+
+def test_signatures_of_weightings():
+    classes = set(dk.weighting.__all__) - {"NAMES", "Stateful", "from_name"}
+    assert {
+        name: {n: p.default for n, p in inspect.signature(getattr(dk.weighting, name)).parameters.items()}
+        for name in classes
+    } == WEIGHTINGS
+
+
 def test_weightings():
-    parameters = inspect.signature(dk.weighting.DTO).parameters
-    assert {n: p.default for n, p in parameters.items()} == {"log_gradients": True, "clamp": True}
     assert callable(dk.weighting.DTO())
-    assert inspect.signature(dk.weighting.Fixed).parameters["weights"].default is None
     assert hash(dk.weighting.DTO()) == hash(dk.weighting.DTO())  # values, not identities
     assert dk.weighting.DTO() == dk.weighting.DTO()
 

@@ -1,42 +1,25 @@
 """The torch-free C++ core: CMake builds it, its own tests pass under sanitizers, and all instruction sets agree."""
 
-import importlib.util
 import math
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from . import cmake
+
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 SIZES = (1, 0, 7, 16, 63, 1000, 65536, 65537, 0)
 
 
-def build(folder: Path, sanitize: str = "") -> Path:
-    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DDTOKD_SANITIZE={sanitize}"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}"]
-    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"}
-    for command in (configure, ["cmake", "--build", folder]):
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stdout + result.stderr
-    return folder
-
-
 @pytest.fixture(scope="module")
 def core(tmp_path_factory):
-    folder = build(tmp_path_factory.mktemp("core"))
-    library = next(folder.glob("dtokd_core_python*.so"))
-    spec = importlib.util.spec_from_file_location("dtokd_core_python", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return cmake.load(cmake.build(tmp_path_factory.mktemp("core"), "dtokd_core_python"), "dtokd_core_python")
 
 
 @pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
 def test_core_tests_pass_under_sanitizers(tmp_path, sanitize):
-    folder = build(tmp_path, sanitize)
+    folder = cmake.build(tmp_path, "dtokd_core_tests", sanitize)
     result = subprocess.run([folder / "dtokd_core_tests"], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "plain: passed" in result.stdout

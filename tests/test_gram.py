@@ -6,8 +6,6 @@ from functools import cache
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import dtokd_kernels as dk
 
@@ -187,35 +185,3 @@ def test_is_not_differentiable(backend):
 def test_golden(backend):
     grads = [[torch.tensor([-4.0, 1.0]), torch.tensor([1.0])], [torch.tensor([6.0, 1.0]), torch.tensor([1.0])]]
     assert torch.equal(dk.gram(grads), torch.tensor([[18.0, -22.0], [-22.0, 38.0]], dtype=torch.float64))
-
-
-@st.composite
-def gradient_lists(draw):
-    """K lists over 1 to 5 positions of any small shape, dtype, layout and presence."""
-    K = draw(st.integers(1, 8))
-    grads = [[] for _ in range(K)]
-    for position in range(draw(st.integers(1, 5))):
-        shape = draw(st.lists(st.integers(0, 9), max_size=4))
-        dtype = draw(st.sampled_from(DTYPES))
-        present = draw(st.lists(st.booleans(), min_size=K, max_size=K))
-        for row, there, [value] in zip(grads, present, gradients(K, [shape], dtype, seed=position), strict=True):
-            if len(shape) == 4 and value.numel() > 0:
-                value = LAYOUTS[draw(st.sampled_from(sorted(LAYOUTS)))](value)
-            elif len(shape) >= 2 and draw(st.booleans()):
-                value = value.transpose(0, -1).contiguous().transpose(0, -1)
-            elif len(shape) >= 1 and draw(st.booleans()):
-                value = value.repeat_interleave(2, 0)[::2]
-            row.append(value if there else None)
-    return grads
-
-
-@settings(
-    deadline=None, max_examples=100, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(grads=gradient_lists())
-def test_property_any_lists(backend, grads):
-    if all(g is None for row in grads for g in row):
-        with pytest.raises(ValueError, match=r"gram: grads holds no tensor"):
-            dk.gram(grads)
-        return
-    assert_gram(dk.gram(grads), grads)

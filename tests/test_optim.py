@@ -386,7 +386,10 @@ def state_of(optimizer):
 @pytest.mark.parametrize("where", ["scale", "head.bias", "trunk.weight"], ids=["shared", "private", "outside"])
 @pytest.mark.parametrize("started", [False, True])
 def test_gradient_that_is_not_finite_changes_nothing(backend, make, started, where, bad):
-    """No parameter and no state (none is made either), and the step is counted; the next one is as if nothing was."""
+    """No parameter and no state, and the step is counted; the next one is as if nothing was.
+
+    None is made either, but on a GPU, where the host does not know of it: what is made there is all zeros.
+    """
     models = [Student(), Student()]
     optimizers = []
     for model in models:
@@ -410,8 +413,8 @@ def test_gradient_that_is_not_finite_changes_nothing(backend, make, started, whe
         assert optimizer.skipped_steps == count
     assert_unchanged(model.parameters(), before)
     after = state_of(optimizer)
-    assert after.keys() == state.keys()
-    assert all(torch.equal(after[key], state[key]) for key in state)
+    assert after.keys() == state.keys() or backend in ("cuda", "triton")
+    assert all(torch.equal(value, state.get(key, torch.zeros_like(value))) for key, value in after.items())
     for m, o in ((model, optimizer), (undisturbed, other)):
         o.backward(losses_of(m, batch(3)))
         o.step()
@@ -431,7 +434,7 @@ def test_all_gradients_zero_does_nothing_but_count(backend, make):
     assert optimizer.balance.skipped
     assert optimizer.skipped_steps == 1
     assert_unchanged(model.parameters(), before)
-    assert not state_of(optimizer)
+    assert not any(value.any() for value in state_of(optimizer).values())  # none, or zeros: see above
 
 
 @each_optimizer

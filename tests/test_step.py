@@ -10,6 +10,7 @@ import torch
 from dtokd_kernels import backends, reference
 
 from . import tolerances
+from .device import DEVICE
 from .inputs import CHUNK, IMAGE, LAYOUTS, SIZES, each_dtype, gradients
 
 COEFFICIENTS = torch.tensor([0.6, 0.4, 1.7, 3e-3, -0.5, 12.0, 1 / 3, 0.1], dtype=torch.float64)
@@ -104,7 +105,7 @@ class Step:
 
 def implementation():
     """The module that the `backend` fixture chose."""
-    return backends.select(torch.device("cpu"))
+    return backends.select(DEVICE)
 
 
 def assert_step(before, after):

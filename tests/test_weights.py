@@ -5,10 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from scipy.optimize import minimize
-from torchjd.aggregation import MGDAWeighting
 
 import dtokd_kernels as dk
 
@@ -144,27 +141,6 @@ def test_is_never_longer_than_slsqp(backend, K):
         excess = (theirs @ gram @ theirs - ours @ gram @ ours).item()
         rounding = tolerances.kkt_gap_bound(gram)
         assert -rounding <= excess <= 1e-6 + rounding, family
-
-
-@pytest.mark.parametrize("K", range(2, 9))
-def test_agrees_with_torchjd_mgda(backend, K):
-    """MGDA runs Frank-Wolfe: T iterations end at most 4 diameter^2 / (T + 2) above the smallest ||d||^2.
-
-    The min-norm point x* of a convex set has ||x - x*||^2 <= ||x||^2 - ||x*||^2 for every x in it, which turns the
-    excess that is left into a distance between the directions.
-    """
-    iterations = 200
-    for family, J in families(K).items():
-        J = J / J.norm(dim=1).max().clamp(min=1e-300)
-        gram = gram_of(J)
-        theirs = MGDAWeighting(epsilon=1e-15, max_iters=iterations)(gram)
-        ours = dk.min_norm_weights(gram)
-        excess = (theirs @ gram @ theirs - ours @ gram @ ours).item()
-        rounding = tolerances.kkt_gap_bound(gram)
-        diameter2 = torch.cdist(J, J).max().item() ** 2
-        assert -rounding <= excess <= 4 * diameter2 / (iterations + 2) + rounding, family
-        distance2 = (direction(J, theirs) - direction(J, ours)).square().sum().item()
-        assert distance2 <= max(excess, 0) + 2 * rounding, family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -351,18 +327,3 @@ def test_changes_nothing(backend):
     before = gram.detach().clone()
     assert not dk.min_norm_weights(gram).requires_grad
     assert torch.equal(gram.detach(), before)
-
-
-@settings(
-    deadline=None, max_examples=200, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data(), K=st.integers(2, 6), n=st.integers(1, 6))
-def test_property_any_gradients(backend, data, K, n):
-    """Any geometry at all, degenerate ones included: on the simplex, and optimal within what rounding leaves."""
-    number = st.floats(-1e3, 1e3, allow_subnormal=False) | st.sampled_from([0.0, 1.0, -1.0, 1e-9])
-    rows = data.draw(st.lists(st.lists(number, min_size=n, max_size=n), min_size=K, max_size=K))
-    gram = gram_of(torch.tensor(rows, dtype=torch.float64))
-    weights = dk.min_norm_weights(gram)
-    assert (weights >= 0).all()
-    assert abs(weights.sum().item() - 1) <= 2 * K * U
-    assert kkt_gap(gram, weights) <= tolerances.kkt_gap_bound(gram, degenerate=True)

@@ -70,67 +70,93 @@ void chunk_gradients(const GradientLists& lists, const Chunk& chunk, const void*
   }
 }
 
-// Runs f(gradients of the chunk, chunk) over all chunks, backwards.
+// Products of the gradients, chunk by chunk, and their sums in the chunks' order.
+class ChunkSums {
+ public:
+  ChunkSums(int K, size_t chunks) : K_(K), sums_(chunks * triangle(K)) {}
+  void take(const Kernels& kernels, Type type, const void* const* grads, size_t index, int64_t n) {
+    kernels.gram(type, grads, K_, n, &sums_[index * triangle(K_)]);
+  }
+  void add_up(double* out) const {
+    const size_t P = triangle(K_);
+    for (int i = 0, p = 0; i < K_; ++i) {
+      for (int j = i; j < K_; ++j, ++p) {
+        double total = 0;
+        for (size_t at = p; at < sums_.size(); at += P) total += sums_[at];
+        out[i * K_ + j] = out[j * K_ + i] = total;
+      }
+    }
+  }
+
+ private:
+  int K_;
+  std::vector<double> sums_;
+};
+
+// Runs f(gradients of the chunk, chunk) over all chunks, backwards; takes their products before, if
+// those are asked for.
 template <class F>
-void update(const Threads& threads, const GradientLists& lists, const double* coefficients,
-            const F& f) {
-  for_each_chunk(threads, cut(lists.sizes), true, [&](size_t, const Chunk& chunk) {
+void update(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
+            const double* coefficients, double* products, const F& f) {
+  const std::vector<Chunk> chunks = cut(lists.sizes);
+  ChunkSums sums(lists.K, products ? chunks.size() : 0);
+  for_each_chunk(threads, chunks, true, [&](size_t index, const Chunk& chunk) {
     const void* grads[kMaxObjectives];
     chunk_gradients(lists, chunk, grads);
+    if (products) sums.take(kernels, lists.type, grads, index, chunk.n);
     f(Gradients{grads, coefficients, lists.K, chunk.n}, chunk);
   });
+  if (products) sums.add_up(products);
 }
 
 }  // namespace
 
 void gram(const Kernels& kernels, const Threads& threads, const GradientLists& lists, double* out) {
-  const int K = lists.K, P = triangle(K);
   const std::vector<Chunk> chunks = cut(lists.sizes);
-  std::vector<double> sums(chunks.size() * P);
+  ChunkSums sums(lists.K, chunks.size());
   for_each_chunk(threads, chunks, false, [&](size_t index, const Chunk& chunk) {
     const void* grads[kMaxObjectives];
     chunk_gradients(lists, chunk, grads);
-    kernels.gram(lists.type, grads, K, chunk.n, &sums[index * P]);
+    sums.take(kernels, lists.type, grads, index, chunk.n);
   });
-  for (int i = 0, p = 0; i < K; ++i) {
-    for (int j = i; j < K; ++j, ++p) {
-      double total = 0;
-      for (size_t c = 0; c < chunks.size(); ++c) total += sums[c * P + p];
-      out[i * K + j] = out[j * K + i] = total;
-    }
-  }
+  sums.add_up(out);
 }
 
 void combine(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
              const double* coefficients, const std::vector<void*>& out) {
-  update(threads, lists, coefficients, [&](const Gradients& gradients, const Chunk& c) {
-    kernels.combine(lists.type, gradients, at(out[c.tensor], c.offset, lists.type));
-  });
+  update(kernels, threads, lists, coefficients, nullptr,
+         [&](const Gradients& gradients, const Chunk& c) {
+           kernels.combine(lists.type, gradients, at(out[c.tensor], c.offset, lists.type));
+         });
 }
 
 void adamw_step(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
                 const double* coefficients, const std::vector<AdamWScalars>& scalars,
                 const std::vector<void*>& params, const std::vector<void*>& exp_avgs,
-                const std::vector<void*>& exp_avg_sqs, const std::vector<void*>& max_exp_avg_sqs) {
+                const std::vector<void*>& exp_avg_sqs, const std::vector<void*>& max_exp_avg_sqs,
+                double* products) {
   const Type type = lists.type;
-  update(threads, lists, coefficients, [&](const Gradients& gradients, const Chunk& c) {
-    void* largest =
-        max_exp_avg_sqs.empty() ? nullptr : at(max_exp_avg_sqs[c.tensor], c.offset, type);
-    kernels.adamw(type, gradients, scalars[c.tensor], at(params[c.tensor], c.offset, type),
-                  at(exp_avgs[c.tensor], c.offset, type), at(exp_avg_sqs[c.tensor], c.offset, type),
-                  largest);
-  });
+  update(kernels, threads, lists, coefficients, products,
+         [&](const Gradients& gradients, const Chunk& c) {
+           void* largest =
+               max_exp_avg_sqs.empty() ? nullptr : at(max_exp_avg_sqs[c.tensor], c.offset, type);
+           kernels.adamw(type, gradients, scalars[c.tensor], at(params[c.tensor], c.offset, type),
+                         at(exp_avgs[c.tensor], c.offset, type),
+                         at(exp_avg_sqs[c.tensor], c.offset, type), largest);
+         });
 }
 
 void sgd_step(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
               const double* coefficients, const SGDScalars& scalars,
-              const std::vector<void*>& params, const std::vector<void*>& momentum_buffers) {
+              const std::vector<void*>& params, const std::vector<void*>& momentum_buffers,
+              double* products) {
   const Type type = lists.type;
-  update(threads, lists, coefficients, [&](const Gradients& gradients, const Chunk& c) {
-    void* buffer =
-        momentum_buffers.empty() ? nullptr : at(momentum_buffers[c.tensor], c.offset, type);
-    kernels.sgd(type, gradients, scalars, at(params[c.tensor], c.offset, type), buffer);
-  });
+  update(kernels, threads, lists, coefficients, products,
+         [&](const Gradients& gradients, const Chunk& c) {
+           void* buffer =
+               momentum_buffers.empty() ? nullptr : at(momentum_buffers[c.tensor], c.offset, type);
+           kernels.sgd(type, gradients, scalars, at(params[c.tensor], c.offset, type), buffer);
+         });
 }
 
 }  // namespace dtokd::cpu

@@ -32,15 +32,16 @@ void combine(const Kernels&, const Threads&, const GradientLists&, const double*
              const std::vector<void*>& out);
 
 // scalars: [T]; largests: [T] or empty. Walks backwards, as the Gram pass has read the last
-// gradients most recently.
+// gradients most recently. products: [K, K] or null; where to put the Gram matrix of the gradients,
+// taken chunk by chunk as these come into cache for the update: the same bits as gram's.
 void adamw_step(const Kernels&, const Threads&, const GradientLists&, const double* coefficients,
                 const std::vector<AdamWScalars>& scalars, const std::vector<void*>& params,
                 const std::vector<void*>& exp_avgs, const std::vector<void*>& exp_avg_sqs,
-                const std::vector<void*>& max_exp_avg_sqs);
+                const std::vector<void*>& max_exp_avg_sqs, double* products = nullptr);
 
 // momentum_buffers: [T] or empty.
 void sgd_step(const Kernels&, const Threads&, const GradientLists&, const double* coefficients,
               const SGDScalars& scalars, const std::vector<void*>& params,
-              const std::vector<void*>& momentum_buffers);
+              const std::vector<void*>& momentum_buffers, double* products = nullptr);
 
 }  // namespace dtokd::cpu

@@ -1,6 +1,8 @@
 // What kernels need of the machine: CUDA itself, or its emulation on a CPU for tests.
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
 #include <utility>
 
 #include "cuda/launch.h"
@@ -42,6 +44,56 @@ int launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threa
   return int(cudaGetLastError());
 }
 
+// What a device can run of a kernel at one time.
+struct Residency {
+  int blocks = 0;                // 0: none, or not together
+  int dynamic_shared_bytes = 0;  // of each
+};
+
+// With so many blocks on a multiprocessor, and all the shared memory that leaves to each.
+template <class Kernel>
+Residency residency(Kernel* kernel, int threads, int blocks_per_multiprocessor) {
+  int device, cooperative, multiprocessors, shared, reserved, most;
+  cudaFuncAttributes attributes;
+  const auto get = [&](cudaDeviceAttr attribute, int* value) {
+    return cudaDeviceGetAttribute(value, attribute, device) == cudaSuccess;
+  };
+  if (cudaGetDevice(&device) || cudaFuncGetAttributes(&attributes, kernel) ||
+      !get(cudaDevAttrCooperativeLaunch, &cooperative) || !cooperative ||
+      !get(cudaDevAttrMultiProcessorCount, &multiprocessors) ||
+      !get(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared) ||
+      !get(cudaDevAttrReservedSharedMemoryPerBlock, &reserved) ||
+      !get(cudaDevAttrMaxSharedMemoryPerBlockOptin, &most)) {
+    return {};
+  }
+  Residency result;
+  result.dynamic_shared_bytes = std::min(shared / blocks_per_multiprocessor - reserved, most) -
+                                int(attributes.sharedSizeBytes);
+  int together = 0;
+  if (result.dynamic_shared_bytes < 0 ||
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           result.dynamic_shared_bytes) ||
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&together, kernel, threads,
+                                                    result.dynamic_shared_bytes)) {
+    return {};
+  }
+  result.blocks = together * multiprocessors;
+  return result;
+}
+
+template <class... Parameters>
+int launch_cooperative(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                       size_t dynamic_shared_bytes, Stream stream,
+                       const std::remove_cv_t<Parameters>&... arguments) {
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))...};
+  const cudaError_t error =
+      cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), blocks, threads, pointers,
+                                  dynamic_shared_bytes, static_cast<cudaStream_t>(stream));
+  if (error != cudaErrorCooperativeLaunchTooLarge) return int(error);
+  cudaGetLastError();  // another process has a part of the device: forget it
+  return kUnfit;
+}
+
 }  // namespace dtokd::cuda
 
 #else
@@ -59,9 +111,31 @@ inline const char* runtime_error_name(int error) { return error ? "invalid value
 template <class... Parameters, class... Arguments>
 int launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Stream,
                   const Arguments&... arguments) {
-  emulation::launch(blocks, threads, 0, false, [&] { kernel(arguments...); });
+  emulation::launch_kernel(kernel, blocks, threads, 0, false, arguments...);
   return 0;
 }
+
+struct Residency {
+  int blocks;
+  int dynamic_shared_bytes;
+};
+
+// What the emulated device can run at one time; tests change it.
+inline Residency emulated_residency{4, 64 << 10};
+
+template <class Kernel>
+Residency residency(Kernel*, int, int) {
+  return emulated_residency;
+}
+
+template <class... Parameters, class... Arguments>
+int launch_cooperative(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                       size_t dynamic_shared_bytes, Stream, const Arguments&... arguments) {
+  emulation::launch_kernel(kernel, blocks, threads, dynamic_shared_bytes, true, arguments...);
+  return 0;
+}
+
+inline unsigned ld_acquire(const unsigned* p) { return emulation::load_acquire(p); }
 
 }  // namespace dtokd::cuda
 
@@ -73,11 +147,34 @@ constexpr int kThreads = 256;  // of a block
 constexpr int kWarps = kThreads / 32;
 constexpr int kWordBytes = 16;  // what one instruction loads or stores at most
 
-// How many blocks have come here, as the launches of one operation count them: true for the last.
-// The counter wraps to 0 by itself. To be called by one thread, after the block's writes are
-// fenced.
+// Counts the block among those of one operation's launches; true for the last, which then sees what
+// all others did before. The counter wraps to 0 by itself. To be called by one thread, between
+// barriers of its block: what the others of the block wrote is passed on only by the fence of the
+// thread that counts, and what other blocks wrote is seen by those that meet this thread after its
+// second fence (PTX, release and acquire patterns).
 DTOKD_DEVICE bool is_last(unsigned* ticket, unsigned total) {
-  return atomicInc(ticket, total - 1) == total - 1;
+  __threadfence();
+  const bool last = atomicInc(ticket, total - 1) == total - 1;
+  __threadfence();
+  return last;
+}
+
+// All blocks of a cooperative launch wait for one another here; once in a launch. words: [3], zero,
+// and zero again afterwards.
+DTOKD_DEVICE void grid_barrier(unsigned* words) {
+  unsigned* const arrived = words;
+  unsigned* const open = words + 1;
+  unsigned* const left = words + 2;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (is_last(arrived, gridDim.x)) {
+      atomicExch(open, 1u);
+    } else {
+      while (ld_acquire(open) == 0) DTOKD_SPIN();
+    }
+    if (is_last(left, gridDim.x)) atomicExch(open, 0u);
+  }
+  __syncthreads();
 }
 
 }  // namespace dtokd::cuda

@@ -156,8 +156,18 @@ DTOKD_OUT_OF_LINE Sums<P> add_ragged_tile(const void* const* grads, int64_t tile
   return sums;
 }
 
-// The calling thread's part of a chunk's sums. Exactly 0 for a gradient that is not there, whatever
-// the others hold.
+// Exactly 0 for a gradient that is not there, whatever the others hold.
+template <int P>
+DTOKD_DEVICE void drop_absent(const void* const (&g)[P], double (&sums)[triangle(P)]) {
+  int p = 0;
+#pragma unroll
+  for (int i = 0; i < P; ++i) {
+#pragma unroll
+    for (int j = i; j < P; ++j, ++p) sums[p] = g[i] && g[j] ? sums[p] : 0;
+  }
+}
+
+// The calling thread's part of a chunk's sums.
 template <class T, int P>
 DTOKD_DEVICE void chunk_sums(const GramEntry<P>& entry, int64_t begin, int64_t end,
                              double (&sums)[triangle(P)]) {
@@ -174,12 +184,16 @@ DTOKD_DEVICE void chunk_sums(const GramEntry<P>& entry, int64_t begin, int64_t e
   for (; tile < end; tile += kTile) {
     total = add_ragged_tile<T, P>(entry.grads, tile, end, total);
   }
-  int p = 0;
 #pragma unroll
-  for (int i = 0; i < P; ++i) {
-#pragma unroll
-    for (int j = i; j < P; ++j, ++p) sums[p] = g[i] && g[j] ? total.of[p] : 0;
-  }
+  for (int p = 0; p < triangle(P); ++p) sums[p] = total.of[p];
+  drop_absent<P>(entry.grads, sums);
+}
+
+// A chunk's sums of all threads into its slot. For all threads of a block to call.
+template <int N>
+DTOKD_DEVICE void put_sums(const double (&sums)[N], const GramJob& job, unsigned slot) {
+  const double total = block_sum(sums);
+  if (threadIdx.x < N) job.scratch.partials[size_t(slot) * N + threadIdx.x] = total;
 }
 
 // Adds up the slots of every role. grams: shared, [kRoles][K * K]. For all threads of a block.
@@ -217,25 +231,18 @@ __global__ void __launch_bounds__(kThreads, P == 2   ? 4
                                                      : 1)
     gram_kernel(DTOKD_PARAMETER(Table<GramEntry<P>>) table, DTOKD_PARAMETER(GramJob) job) {
   DTOKD_SHARED(last, bool);
-  constexpr int kPairs = triangle(P);
   if (table.count > 0) {
     const int e = table.find(blockIdx.x);
     const GramEntry<P>& entry = table.entries[e];
     const int64_t begin = table.begin(blockIdx.x, e);
-    double sums[kPairs];
+    double sums[triangle(P)];
     chunk_sums<T, P>(entry, begin, table.end(begin, e), sums);
-    const double total = block_sum(sums);
-    const size_t slot = entry.first_slot + (blockIdx.x - table.first_chunk[e]);
-    if (threadIdx.x < kPairs) {
-      job.scratch.partials[slot * kPairs + threadIdx.x] = total;
-      __threadfence();
-    }
+    put_sums(sums, job, entry.first_slot + (blockIdx.x - table.first_chunk[e]));
     __syncthreads();
   }
   if (threadIdx.x == 0) last = is_last(job.scratch.tickets, job.blocks);
   __syncthreads();
   if (!last) return;
-  __threadfence();
   DTOKD_SHARED(grams, double[kRoles][kGramSize]);
   add_slots<P>(job, grams);
   for (int i = threadIdx.x; i < kRoles * job.K * job.K; i += kThreads) {

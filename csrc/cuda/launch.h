@@ -43,7 +43,7 @@ struct Record {
   bool* flags;
 };
 
-// grams: device, [kRoles, K, K]. The bits depend on K, sizes and order of the tensors only.
+// grams: device, [kRoles, K, K]. The bits depend on K, types, sizes and order of the tensors only.
 int launch_gram(const std::vector<Gradients>&, int K, const Scratch&, double* grams, Stream);
 
 // The same, then DTO-KD's weights and all that follows from them. losses: device, [K].
@@ -108,5 +108,14 @@ int launch_combine(const std::vector<Gradients>&, const std::vector<void*>& out,
 int launch_adamw(const std::vector<Target>&, const std::vector<AdamWGroup>&, const Direction&,
                  const Scratch&, Stream);
 int launch_sgd(const std::vector<Target>&, const std::vector<SGDGroup>&, const Direction&, Stream);
+
+// launch_gram_balance and launch_adamw in one launch, with the same bits, that keeps the gradients
+// on the chip between the two. For small models: K <= 2, one combination of types, at most
+// kMaxWholeChunks whole tiles (plan.h); K's coefficients come from the record. Returns kUnfit, with
+// nothing launched, if that or the device does not allow it.
+constexpr int kUnfit = -1;
+int launch_resident_adamw(const std::vector<Target>&, const std::vector<AdamWGroup>&, int K,
+                          const double* losses, const BalanceOptions&, const Scratch&,
+                          const Record&, Stream);
 
 }  // namespace dtokd::cuda

@@ -22,7 +22,7 @@ int launch(const std::vector<Gradients>& tensors, GramJob job, Stream stream) {
   job.blocks = 0;
   for (Type type : kTypes) {
     auto tables = make_tables<GramEntry<P>>(
-        tensors, chunk, [&](size_t t) { return tensors[t].type == type; },
+        tensors, chunk, [&](size_t t) { return tensors[t].type == type && tensors[t].size > 0; },
         [&](size_t t) {
           GramEntry<P> entry{};
           std::copy(tensors[t].of, tensors[t].of + job.K, entry.grads);

@@ -41,8 +41,9 @@ int launch_kind(const std::vector<Target>& targets, const std::vector<Kind>& kin
   const size_t last = std::min(groups.size(), size_t(kind.groups + kMaxGroups));
   std::copy(groups.begin() + kind.groups, groups.begin() + last, job.groups);
   for (auto table = tables.rbegin(); table != tables.rend(); ++table) {
-    const int error =
-        launch_kernel(update_kernel<Rule, P>, table->chunks(), kThreads, stream, *table, job);
+    if (table->chunks() == 0 && !Rule::kCountsSteps) continue;
+    const unsigned blocks = std::max(1u, table->chunks());
+    const int error = launch_kernel(update_kernel<Rule, P>, blocks, kThreads, stream, *table, job);
     if (error) return error;
   }
   return 0;

@@ -26,7 +26,7 @@ inline int64_t chunk_size(const std::vector<Gradients>& tensors) {
 inline int64_t chunks_of(int64_t size, int64_t chunk) { return (size + chunk - 1) / chunk; }
 
 // The Gram's partial sums, a slot for each chunk: tensors in their order, role by role. Slots do
-// not depend on alignment, types or tables, so the bits do not either.
+// not depend on alignment or tables, so the bits do not either.
 struct Slots {
   std::vector<unsigned> first;  // of each tensor
   unsigned begin[kRoles + 1];   // of each role
@@ -85,7 +85,7 @@ struct Table {
 };
 
 // The tables of the tensors that `belongs(t)`, in their order; entry(t) makes one's entry. A table
-// ends when it is full. Empty tensors are in none.
+// ends when it is full. Empty tensors have entries without chunks, which `find` never finds.
 template <class Entry, class Tensor, class Belongs, class Make>
 std::vector<Table<Entry>> make_tables(const std::vector<Tensor>& tensors, int64_t chunk,
                                       const Belongs& belongs, const Make& make) {
@@ -93,7 +93,6 @@ std::vector<Table<Entry>> make_tables(const std::vector<Tensor>& tensors, int64_
   for (size_t t = 0; t < tensors.size(); ++t) {
     if (!belongs(t)) continue;
     const Entry entry = make(t);
-    if (entry.size == 0) continue;
     if (tables.empty() || tables.back().count == Table<Entry>::kCapacity) {
       tables.emplace_back();
       tables.back().chunk = chunk;

@@ -142,7 +142,7 @@ struct AdamWRule {
   static constexpr int kTensors = kExtras ? 5 : 3;
   static constexpr bool kCountsSteps = true;
   static constexpr int kElements = kElementsOf<T, S>;
-  static constexpr int kWide = (sizeof(T) != sizeof(S) || sizeof(T) == 8) + kExtras;
+  static constexpr int kWide = (sizeof(T) != sizeof(S) || sizeof(T) == 8) + 2 * kExtras;
   using Group = AdamWGroup;
   using Numbers = AdamW<V>;
 
@@ -262,53 +262,61 @@ struct SGDRule {
 
 // ---- Kernel
 
-// What the threads of a block share: numbers made once, in float64, for all its elements.
+// What the threads of a block share: made once, in float64, for all elements of a chunk.
 template <class Rule, int P>
 struct Shared {
   typename Rule::Numbers numbers;
   typename Rule::V coefficients[P];
   const typename Rule::T* grads[P];  // null if absent or of coefficient 0: not read
-  bool last;
 };
 
-// For all threads of a block; they meet at the next barrier.
+// By one thread.
 template <class Rule, int P>
-DTOKD_DEVICE void prepare(const UpdateEntry<P, Rule::kTensors>& entry,
-                          const typename Rule::Group& group, const Direction& direction,
-                          Shared<Rule, P>& shared) {
-  const int k = threadIdx.x;
-  if (k < P) {
-    double c = 0;
-    if (k < direction.K) c = direction.coefficients[entry.role * direction.K + k];
-    shared.coefficients[k] = typename Rule::V(group.maximize ? -c : c);
-    shared.grads[k] = c != 0 ? static_cast<const typename Rule::T*>(entry.grads[k]) : nullptr;
-  }
-  if (threadIdx.x == 0) {
-    shared.numbers = Rule::numbers(group, entry.step ? double(*entry.step) + 1 : 0);
-  }
+DTOKD_DEVICE void set_numbers(const UpdateEntry<P, Rule::kTensors>& entry,
+                              const typename Rule::Group& group, Shared<Rule, P>& shared) {
+  shared.numbers = Rule::numbers(group, entry.step ? double(*entry.step) + 1 : 0);
 }
 
-// N elements from `at` on: gradients to d, tensors updated.
+// By one thread for each of the P objectives.
+template <class Rule, int P>
+DTOKD_DEVICE void set_coefficient(const UpdateEntry<P, Rule::kTensors>& entry,
+                                  const typename Rule::Group& group, const Direction& direction,
+                                  int k, Shared<Rule, P>& shared) {
+  double c = 0;
+  if (k < direction.K) c = direction.coefficients[entry.role * direction.K + k];
+  shared.coefficients[k] = typename Rule::V(group.maximize ? -c : c);
+  shared.grads[k] = c != 0 ? static_cast<const typename Rule::T*>(entry.grads[k]) : nullptr;
+}
+
+// N elements from `at` on: their gradients `packed` to d, the tensors updated by it.
 template <class Rule, int P, int N>
-DTOKD_DEVICE void update_elements(const typename Rule::T* const (&g)[P],
+DTOKD_DEVICE void update_elements(const Packed<typename Rule::T, N> (&packed)[P],
+                                  typename Rule::template Elements<N>& elements,
                                   const typename Rule::V (&coefficients)[P], void* const* tensors,
                                   const typename Rule::Numbers& numbers, int64_t at) {
-  using T = typename Rule::T;
   using V = typename Rule::V;
-  typename Rule::template Elements<N> elements;
-  Packed<T, N> packed[P];
-  elements.load(tensors, at);
-  load_gradients<T, P, N>(g, at, packed);
   V d[N] = {0};
 #pragma unroll
   for (int k = 0; k < P; ++k) {
     V x[N];
     packed[k].unpack(x);
 #pragma unroll
-    for (int i = 0; i < N; ++i) d[i] = g[k] ? fma(coefficients[k], x[i], d[i]) : d[i];
+    for (int i = 0; i < N; ++i) d[i] = fma(coefficients[k], x[i], d[i]);
   }
   elements.update(tensors, numbers, d);
   elements.store(tensors, at);
+}
+
+// The same, with the gradients from memory: all loads before the first use.
+template <class Rule, int P, int N>
+DTOKD_DEVICE void load_and_update(const typename Rule::T* const (&g)[P],
+                                  const typename Rule::V (&coefficients)[P], void* const* tensors,
+                                  const typename Rule::Numbers& numbers, int64_t at) {
+  typename Rule::template Elements<N> elements;
+  Packed<typename Rule::T, N> packed[P];
+  elements.load(tensors, at);
+  load_gradients<typename Rule::T, P, N>(g, at, packed);
+  update_elements<Rule, P, N>(packed, elements, coefficients, tensors, numbers, at);
 }
 
 // Elements [begin, end) one by one, because they are not aligned or fewer than a word.
@@ -317,7 +325,7 @@ DTOKD_OUT_OF_LINE void update_ragged(const UpdateEntry<P, Rule::kTensors>& entry
                                      const Shared<Rule, P>& shared, int64_t begin, int64_t end) {
 #pragma unroll 1
   for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
-    update_elements<Rule, P, 1>(shared.grads, shared.coefficients, entry.tensors, shared.numbers,
+    load_and_update<Rule, P, 1>(shared.grads, shared.coefficients, entry.tensors, shared.numbers,
                                 at);
   }
 }
@@ -330,25 +338,36 @@ constexpr int kUpdateBlocks = std::max(2, (P == 2   ? 4
                                                     : 2) -
                                               Rule::kWide);
 
+// Counts up the steps of all tensors of a table, empty ones too.
+template <class Table>
+DTOKD_DEVICE void count_steps(const Table& table) {
+  for (int i = threadIdx.x; i < table.count; i += kThreads) *table.entries[i].step += 1;
+}
+
 // One block per chunk. The last block to have read its step counter counts up all of the table's.
 template <class Rule, int P>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
     update_kernel(DTOKD_PARAMETER(Table<UpdateEntry<P, Rule::kTensors>>) table,
                   DTOKD_PARAMETER(UpdateJob<typename Rule::Group>) job) {
   DTOKD_SHARED(shared, Shared<Rule, P>);
+  DTOKD_SHARED(last, bool);
   if (job.direction.skipped && *job.direction.skipped) return;
+  if (table.chunks() == 0) {
+    if constexpr (Rule::kCountsSteps) count_steps(table);
+    return;
+  }
   const unsigned chunk = table.chunks() - 1 - blockIdx.x;
   const int e = table.find(chunk);
   const UpdateEntry<P, Rule::kTensors>& entry = table.entries[e];
-  prepare<Rule, P>(entry, job.groups[entry.group], job.direction, shared);
-  if (Rule::kCountsSteps && threadIdx.x == 0) {
-    __threadfence();
-    shared.last = is_last(job.ticket, table.chunks());
+  const typename Rule::Group& group = job.groups[entry.group];
+  if (threadIdx.x < P) set_coefficient<Rule, P>(entry, group, job.direction, threadIdx.x, shared);
+  if (threadIdx.x == 0) {
+    set_numbers<Rule, P>(entry, group, shared);
+    if (Rule::kCountsSteps) last = is_last(job.ticket, table.chunks());
   }
   __syncthreads();
-  if (Rule::kCountsSteps && shared.last) {
-    __threadfence();
-    for (int i = threadIdx.x; i < table.count; i += kThreads) *table.entries[i].step += 1;
+  if constexpr (Rule::kCountsSteps) {
+    if (last) count_steps(table);
   }
 
   const typename Rule::Numbers numbers = shared.numbers;
@@ -366,7 +385,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
     const int64_t words_end = at + (end - at) / N * N;
 #pragma unroll 1
     for (int64_t i = at + threadIdx.x * N; i < words_end; i += kThreads * N) {
-      update_elements<Rule, P, N>(grads, coefficients, entry.tensors, numbers, i);
+      load_and_update<Rule, P, N>(grads, coefficients, entry.tensors, numbers, i);
     }
     at = words_end;
   }

@@ -30,7 +30,7 @@ struct Packed {
     const uint4* words = reinterpret_cast<const uint4*>(from);
 #pragma unroll
     for (int w = 0; w < kWords; ++w) {
-      word[w] = cache == Cache::kKeep ? words[w] : __ldcs(words + w);
+      word[w] = cache == Cache::kKeep ? __ldca(words + w) : __ldcs(words + w);
     }
   }
   DTOKD_DEVICE void store(T* to) const {

@@ -1,7 +1,6 @@
 // The core by itself, for sanitizers: every kernel on odd sizes, against plain loops in float64.
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -9,18 +8,11 @@
 
 #include "cpu/lists.h"
 #include "dtokd/balance.h"
+#include "tests/check.h"
 #include "tests/threads.h"
 
 using namespace dtokd;
 using namespace dtokd::cpu;
-
-#define CHECK(condition)                                                  \
-  do {                                                                    \
-    if (!(condition)) {                                                   \
-      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
-      std::exit(1);                                                       \
-    }                                                                     \
-  } while (false)
 
 namespace {
 

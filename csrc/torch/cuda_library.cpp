@@ -264,6 +264,13 @@ void combine_(const Tensors& out, const Tensors& grads, const Tensor& coefficien
                op);
 }
 
+const double* options_of(const std::vector<double>& options, size_t group, size_t count,
+                         size_t groups, const char* op) {
+  STD_TORCH_CHECK(options.size() == count * groups, op, ": options has ", options.size(),
+                  " numbers, expected ", count, " for each of ", groups, " groups");
+  return options.data() + group * count;
+}
+
 // What the updates of several groups have in common. Options come as numbers, so many for each
 // group; option 0 is lr, option 1 the index of a tensor in `lrs` to read it from, or -1.
 struct Updates {
@@ -275,14 +282,22 @@ struct Updates {
 
   Updates(const char* op, const Tensors& params, const Tensors& grads, const Ints& counts,
           const Ints& roles, const Ints& reaches, const Tensor& table, const Tensor& skipped)
-      : op(op), device(params.at(0)), groups(group_shapes(counts, roles, reaches, op)) {
+      : Updates(op, params, grads, counts, roles, reaches, checked_K(table.numel() / kRoles, op)) {
     device.check(table, op, "table");
     device.check(skipped, op, "skipped");
-    const int K = checked_K(table.numel() / kRoles, op);
     STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Bool && skipped.numel() == 1, op,
                     ": skipped must be one bool");
-    direction = {K, doubles(table, kRoles * K, op, "table"),
-                 static_cast<const bool*>(skipped.const_data_ptr())};
+    direction.coefficients = doubles(table, kRoles * direction.K, op, "table");
+    direction.skipped = static_cast<const bool*>(skipped.const_data_ptr());
+  }
+
+  // For a launch that decides the direction itself.
+  Updates(const char* op, const Tensors& params, const Tensors& grads, const Ints& counts,
+          const Ints& roles, const Ints& reaches, int K)
+      : op(op),
+        device(params.at(0)),
+        groups(group_shapes(counts, roles, reaches, op)),
+        direction{K, nullptr, nullptr} {
     const auto lists = gradients(grads, groups, K, params, device, op);
     STD_TORCH_CHECK(lists.size() == params.size(), op, ": params has ", params.size(),
                     " tensors, expected ", lists.size());
@@ -355,14 +370,37 @@ struct Updates {
     rate.device = tensor.const_data_ptr();
     return rate;
   }
-};
 
-const double* options_of(const std::vector<double>& options, size_t group, size_t count,
-                         size_t groups, const char* op) {
-  STD_TORCH_CHECK(options.size() == count * groups, op, ": options has ", options.size(),
-                  " numbers, expected ", count, " for each of ", groups, " groups");
-  return options.data() + group * count;
-}
+  // Attaches AdamW's state; returns what the groups' options say.
+  std::vector<cuda::AdamWGroup> adamw(const Tensors& params, const Tensors& exp_avgs,
+                                      const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
+                                      const Tensors& state_steps, const Tensors& masters,
+                                      const Tensors& lrs, const std::vector<double>& options) {
+    const size_t G = groups.size();
+    const auto option = [&](size_t g) { return options_of(options, g, 9, G, op); };
+    const auto every = [](size_t) { return true; };
+    attach_state(params, exp_avgs, 0, "exp_avgs", every);
+    attach_state(params, exp_avg_sqs, 1, "exp_avg_sqs", every);
+    attach_state(params, max_exp_avg_sqs, 2, "max_exp_avg_sqs",
+                 [&](size_t g) { return option(g)[7] != 0; });
+    attach_masters(params, masters, [&](size_t g) { return option(g)[8] != 0; });
+    STD_TORCH_CHECK(state_steps.size() == params.size(), op,
+                    ": state_steps must hold one scalar for each of params");
+    for (size_t t = 0; t < params.size(); ++t) {
+      device.check(state_steps[t], op, "state_steps");
+      DTOKD_CHECK_FIT(
+          state_steps[t].numel() == 1 && state_steps[t].scalar_type() == ScalarType::Float, op,
+          ": state_steps must hold float32 scalars");
+      targets[t].step = static_cast<float*>(state_steps[t].mutable_data_ptr());
+    }
+    std::vector<cuda::AdamWGroup> result;
+    for (size_t g = 0; g < G; ++g) {
+      const double* o = option(g);
+      result.push_back({lr(o, lrs), o[2], o[3], o[4], o[5], o[6] != 0});
+    }
+    return result;
+  }
+};
 
 void adamw_updates_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
                     const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
@@ -372,32 +410,43 @@ void adamw_updates_(const Tensors& params, const Tensors& grads, const Tensors& 
                     const Tensor& tickets) {
   const char* op = "adamw_updates_";
   Updates updates(op, params, grads, counts, roles, reaches, table, skipped);
-  const size_t G = updates.groups.size();
-  const auto option = [&](size_t g) { return options_of(options, g, 9, G, op); };
-  const auto every = [](size_t) { return true; };
-  updates.attach_state(params, exp_avgs, 0, "exp_avgs", every);
-  updates.attach_state(params, exp_avg_sqs, 1, "exp_avg_sqs", every);
-  updates.attach_state(params, max_exp_avg_sqs, 2, "max_exp_avg_sqs",
-                       [&](size_t g) { return option(g)[7] != 0; });
-  updates.attach_masters(params, masters, [&](size_t g) { return option(g)[8] != 0; });
-  STD_TORCH_CHECK(state_steps.size() == params.size(), op,
-                  ": state_steps must hold one scalar for each of params");
-  for (size_t t = 0; t < params.size(); ++t) {
-    updates.device.check(state_steps[t], op, "state_steps");
-    DTOKD_CHECK_FIT(
-        state_steps[t].numel() == 1 && state_steps[t].scalar_type() == ScalarType::Float, op,
-        ": state_steps must hold float32 scalars");
-    updates.targets[t].step = static_cast<float*>(state_steps[t].mutable_data_ptr());
-  }
-  std::vector<cuda::AdamWGroup> groups;
-  for (size_t g = 0; g < G; ++g) {
-    const double* o = option(g);
-    groups.push_back({updates.lr(o, lrs), o[2], o[3], o[4], o[5], o[6] != 0});
-  }
+  const std::vector<cuda::AdamWGroup> groups = updates.adamw(
+      params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, masters, lrs, options);
   const CallScratch scratch(params[0], 0, tickets, op);
   check_launch(cuda::launch_adamw(updates.targets, groups, updates.direction, scratch.pointers,
                                   updates.device.stream),
                op);
+}
+
+// gram_balance and adamw_updates_ in one launch. -> grams, values, flags; empty tensors, with
+// nothing changed, where no such launch fits.
+std::tuple<Tensor, Tensor, Tensor> resident_adamw_(
+    const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+    const Tensors& exp_avg_sqs, const Tensors& state_steps, const Ints& counts, const Ints& roles,
+    const Ints& reaches, const Tensor& losses, bool log_gradients, bool clamp, bool rescale_sum,
+    double max_norm, double loss_floor, const Tensors& lrs, const std::vector<double>& options,
+    const Tensor& tickets) {
+  const char* op = "resident_adamw_";
+  const int K = checked_K(losses.numel(), op);
+  const RecordTensors record(
+      torch::stable::new_empty(params.at(0), {kRoles, K, K}, ScalarType::Double), K);
+  Updates updates(op, params, grads, counts, roles, reaches, K);
+  updates.device.check(losses, op, "losses");
+  const std::vector<cuda::AdamWGroup> groups =
+      updates.adamw(params, exp_avgs, exp_avg_sqs, {}, state_steps, {}, lrs, options);
+  std::vector<cuda::Gradients> lists;
+  for (const cuda::Target& target : updates.targets) lists.push_back(target.grads);
+  const CallScratch scratch(params[0], cuda::scratch_size(lists, K), tickets, op);
+  const BalanceOptions balance{log_gradients, clamp, rescale_sum, max_norm, loss_floor};
+  const int error = cuda::launch_resident_adamw(
+      updates.targets, groups, K, doubles(losses, K, op, "losses"), balance, scratch.pointers,
+      record.pointers(), updates.device.stream);
+  if (error == cuda::kUnfit) {
+    const auto none = [&] { return torch::stable::new_empty(losses, {0}, ScalarType::Double); };
+    return {none(), none(), none()};
+  }
+  check_launch(error, op);
+  return {record.grams, record.values, record.flags};
 }
 
 void sgd_updates_(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
@@ -441,6 +490,12 @@ DTOKD_LIBRARY(STABLE_TORCH_LIBRARY, m) {
       "Tensor(f!)[] masters, int[] counts, int[] roles, int[] reaches, Tensor table, "
       "Tensor skipped, Tensor[] lrs, float[] options, Tensor(g!) tickets) -> ()");
   m.def(
+      "resident_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] state_steps, int[] counts, int[] roles, "
+      "int[] reaches, Tensor losses, bool log_gradients, bool clamp, bool rescale_sum, "
+      "float max_norm, float loss_floor, Tensor[] lrs, float[] options, Tensor(e!) tickets) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
       "sgd_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor(c!)[] masters, int[] counts, int[] roles, int[] reaches, Tensor table, "
       "Tensor skipped, Tensor[] lrs, float[] options) -> ()");
@@ -453,6 +508,7 @@ DTOKD_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, DTOKD_KEY, m) {
   m.impl("min_norm_weights", TORCH_BOX(&min_norm_weights));
   m.impl("combine_", TORCH_BOX(&combine_));
   m.impl("adamw_updates_", TORCH_BOX(&adamw_updates_));
+  m.impl("resident_adamw_", TORCH_BOX(&resident_adamw_));
   m.impl("sgd_updates_", TORCH_BOX(&sgd_updates_));
 }
 

@@ -149,18 +149,19 @@ void combine_(const Tensors& out, const Tensors& grads, const Tensor& coefficien
 }
 
 // What an update descends: K gradient lists and their coefficients, turned around for maximize. At
-// a vertex of the simplex a coefficient is 0; that list is not read at all.
+// a vertex of the simplex a coefficient is 0; that list is not read at all, unless `all` are.
 struct Descent {
   cpu::GradientLists lists;
   std::vector<double> coefficients;
 
-  Descent(const Kind& kind, const Tensors& grads, const Tensor& coefficients, bool maximize)
+  Descent(const Kind& kind, const Tensors& grads, const Tensor& coefficients, bool maximize,
+          bool all)
       : lists(kind.gradients(grads, coefficients.numel())) {
     const double* c = doubles(coefficients, lists.K, kind.op, "coefficients");
     const size_t T = lists.sizes.size();
     std::vector<const void*> read;
     for (int k = 0; k < lists.K; ++k) {
-      if (c[k] == 0 && !(k == lists.K - 1 && read.empty())) continue;
+      if (!all && c[k] == 0 && !(k == lists.K - 1 && read.empty())) continue;
       this->coefficients.push_back(maximize ? -c[k] : c[k]);
       read.insert(read.end(), lists.grads.begin() + k * T, lists.grads.begin() + (k + 1) * T);
     }
@@ -169,21 +170,24 @@ struct Descent {
   }
 };
 
+Tensor new_gram(const Tensor& coefficients) {
+  const int64_t K = coefficients.numel();
+  return torch::stable::new_empty(coefficients, {K, K}, ScalarType::Double);
+}
+
 template <class Number>
 double count_up(const Tensor& step) {
   Number* value = static_cast<Number*>(step.mutable_data_ptr());
   return double(*value += 1);
 }
 
-void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-                 const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
-                 const Tensors& state_steps, const Tensor& coefficients, const Tensor& skipped,
-                 double lr, double beta1, double beta2, double weight_decay, double eps,
-                 bool maximize) {
-  const char* op = "adamw_step_";
-  if (params.empty() || is_set(skipped, op)) return;
+// products: [K, K] or null; where to put the Gram matrix of the gradients.
+void adamw(const char* op, const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+           const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs, const Tensors& state_steps,
+           const Tensor& coefficients, double lr, double beta1, double beta2, double weight_decay,
+           double eps, bool maximize, double* products) {
   const Kind kind(op, params, params.size());
-  const Descent descent(kind, grads, coefficients, maximize);
+  const Descent descent(kind, grads, coefficients, maximize, products);
   const std::vector<void*> p = kind.pointers(params, "params");
   const std::vector<void*> m = kind.pointers(exp_avgs, "exp_avgs");
   const std::vector<void*> v = kind.pointers(exp_avg_sqs, "exp_avg_sqs");
@@ -205,7 +209,45 @@ void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp
         {lr, beta1, beta2, weight_decay, eps, 1 - std::pow(beta1, t), 1 - std::pow(beta2, t)});
   }
   cpu::adamw_step(cpu::best_kernels(), threads(), descent.lists, descent.coefficients.data(),
-                  scalars, p, m, v, largest);
+                  scalars, p, m, v, largest, products);
+}
+
+void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                 const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
+                 const Tensors& state_steps, const Tensor& coefficients, const Tensor& skipped,
+                 double lr, double beta1, double beta2, double weight_decay, double eps,
+                 bool maximize) {
+  const char* op = "adamw_step_";
+  if (params.empty() || is_set(skipped, op)) return;
+  adamw(op, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, coefficients, lr,
+        beta1, beta2, weight_decay, eps, maximize, nullptr);
+}
+
+Tensor gram_adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                        const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
+                        const Tensors& state_steps, const Tensor& coefficients,
+                        const Tensor& skipped, double lr, double beta1, double beta2,
+                        double weight_decay, double eps, bool maximize) {
+  const char* op = "gram_adamw_step_";
+  if (params.empty() || is_set(skipped, op)) return gram(grads, coefficients.numel());
+  Tensor products = new_gram(coefficients);
+  adamw(op, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, coefficients, lr,
+        beta1, beta2, weight_decay, eps, maximize,
+        static_cast<double*>(products.mutable_data_ptr()));
+  return products;
+}
+
+void sgd(const char* op, const Tensors& params, const Tensors& grads,
+         const Tensors& momentum_buffers, const Tensor& coefficients, double lr, double momentum,
+         double dampening, double weight_decay, bool nesterov, bool maximize, bool first,
+         double* products) {
+  const Kind kind(op, params, params.size());
+  const Descent descent(kind, grads, coefficients, maximize, products);
+  const std::vector<void*> p = kind.pointers(params, "params");
+  std::vector<void*> buffers;
+  if (!momentum_buffers.empty()) buffers = kind.pointers(momentum_buffers, "momentum_buffers");
+  cpu::sgd_step(cpu::best_kernels(), threads(), descent.lists, descent.coefficients.data(),
+                {lr, momentum, dampening, weight_decay, nesterov, first}, p, buffers, products);
 }
 
 void sgd_step_(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
@@ -213,13 +255,20 @@ void sgd_step_(const Tensors& params, const Tensors& grads, const Tensors& momen
                double dampening, double weight_decay, bool nesterov, bool maximize, bool first) {
   const char* op = "sgd_step_";
   if (params.empty() || is_set(skipped, op)) return;
-  const Kind kind(op, params, params.size());
-  const Descent descent(kind, grads, coefficients, maximize);
-  const std::vector<void*> p = kind.pointers(params, "params");
-  std::vector<void*> buffers;
-  if (!momentum_buffers.empty()) buffers = kind.pointers(momentum_buffers, "momentum_buffers");
-  cpu::sgd_step(cpu::best_kernels(), threads(), descent.lists, descent.coefficients.data(),
-                {lr, momentum, dampening, weight_decay, nesterov, first}, p, buffers);
+  sgd(op, params, grads, momentum_buffers, coefficients, lr, momentum, dampening, weight_decay,
+      nesterov, maximize, first, nullptr);
+}
+
+Tensor gram_sgd_step_(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
+                      const Tensor& coefficients, const Tensor& skipped, double lr, double momentum,
+                      double dampening, double weight_decay, bool nesterov, bool maximize,
+                      bool first) {
+  const char* op = "gram_sgd_step_";
+  if (params.empty() || is_set(skipped, op)) return gram(grads, coefficients.numel());
+  Tensor products = new_gram(coefficients);
+  sgd(op, params, grads, momentum_buffers, coefficients, lr, momentum, dampening, weight_decay,
+      nesterov, maximize, first, static_cast<double*>(products.mutable_data_ptr()));
+  return products;
 }
 
 // The name of the vector instructions in use, as bytes: torch's stable ABI of 2.10 returns no
@@ -250,6 +299,15 @@ STABLE_TORCH_LIBRARY(dtokd, m) {
       "sgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor coefficients, Tensor skipped, *, float lr, float momentum, float dampening, "
       "float weight_decay, bool nesterov, bool maximize, bool first) -> ()");
+  m.def(
+      "gram_adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, "
+      "Tensor coefficients, Tensor skipped, *, float lr, float beta1, float beta2, "
+      "float weight_decay, float eps, bool maximize) -> Tensor");
+  m.def(
+      "gram_sgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+      "Tensor coefficients, Tensor skipped, *, float lr, float momentum, float dampening, "
+      "float weight_decay, bool nesterov, bool maximize, bool first) -> Tensor");
   m.def("instructions(Tensor like) -> Tensor");
 }
 
@@ -260,6 +318,8 @@ STABLE_TORCH_LIBRARY_IMPL(dtokd, CPU, m) {
   m.impl("combine_", TORCH_BOX(&combine_));
   m.impl("adamw_step_", TORCH_BOX(&adamw_step_));
   m.impl("sgd_step_", TORCH_BOX(&sgd_step_));
+  m.impl("gram_adamw_step_", TORCH_BOX(&gram_adamw_step_));
+  m.impl("gram_sgd_step_", TORCH_BOX(&gram_sgd_step_));
   m.impl("instructions", TORCH_BOX(&instructions));
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ class Fixed:
 
     weights: Sequence[float] | None = None
     log_gradients: bool = False
+    needs_gram: ClassVar[bool] = False
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
         """The weights.
@@ -39,7 +41,8 @@ class Fixed:
             return gram.new_full((K,), 1 / K, dtype=torch.float64)
         if len(self.weights) != K:
             raise ValueError(f"Fixed: weights has {len(self.weights)} numbers for {K} objectives; give one each")
-        return torch.tensor(self.weights, dtype=torch.float64, device=gram.device)
+        # filled on the device: a tensor made of a list would be copied there, which stalls
+        return torch.stack([gram.new_full((), weight, dtype=torch.float64) for weight in self.weights])
 
 
 def LogSum() -> Fixed:

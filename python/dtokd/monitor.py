@@ -36,7 +36,7 @@ class BalanceLogger:
     (of the raw gradients), cosine_task_distill, conflict (some cosine is negative), dominance (norm of the second
     objective over that of the first), vertex (some weight is exactly 0), norm (of the combined direction, before
     clipping), skipped. Means, over the steps of a flush that were not skipped: conflict_rate, vertex_rate, dominance
-    (geometric), and of every other column; skip_rate is over all steps, step the last one.
+    (the geometric mean), the mean of every other column; skip_rate is over all steps, step the last one.
 
     Args:
         sinks: where to write: `CSV`, `TensorBoard`, `WandB`, or anything with `write` and `close`.

@@ -35,6 +35,7 @@
 #include "sanitizers.h"
 #include "schedule.h"
 #include "shared_memory.h"
+#include "substitutes.h"
 #include "warp.h"
 
 // What kernels say in the project's own words where CUDA's keywords have no place in C++.
@@ -47,7 +48,5 @@
 // The memory whose size the launch gives.
 #define DTOKD_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(emulation::Machine::get().dynamic_shared())
-// A parameter that the kernel only reads, in place.
-#define DTOKD_GRID_CONSTANT const
 // In a loop that waits for another thread.
 #define DTOKD_SPIN() emulation::Machine::get().spin()

@@ -237,10 +237,16 @@ class Machine {
     Machine& machine;
     explicit Running(Machine& machine) : machine(machine) { machine.running_ = true; }
     ~Running() {
+      // a thread that was given up did not get to this
+      for (const Thread& thread : machine.threads_) {
+        if (thread.state == Thread::State::kDone) continue;
+        publish_as(thread.fiber.sanitizer_state(), machine.host_.sanitizer_state(), &machine);
+      }
       // only now: blocks that did not run side by side are not ordered either
       observe(&machine);
       machine.running_ = false;
       machine.threads_ = std::vector<Thread>();
+      machine.earlier_threads_.clear();
       machine.blocks_ = std::vector<Block>();
       machine.error_ = nullptr;
     }
@@ -300,6 +306,8 @@ class Machine {
 
   void make_threads(const std::vector<unsigned>& indices, size_t dynamic_shared_bytes) {
     const unsigned size = volume(block_);
+    // the sanitizer takes a new thread for an old one where the old one is gone
+    if (kThreadSanitizer) earlier_threads_.push_back(std::move(threads_));
     threads_ = std::vector<Thread>();
     stacks_.reserve(indices.size() * size);
     blocks_ = std::vector<Block>(indices.size());
@@ -402,6 +410,7 @@ class Machine {
   Stacks stacks_;
   std::vector<Block> blocks_;
   std::vector<Thread> threads_;
+  std::vector<std::vector<Thread>> earlier_threads_;  // of the same launch
   uint64_t progress_ = 0;
   std::exception_ptr error_;
 };

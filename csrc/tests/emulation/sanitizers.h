@@ -57,6 +57,13 @@ inline void switch_sanitizer_fiber(void* fiber) {
 inline void publish(const void* token) { __tsan_release(const_cast<void*>(token)); }
 inline void observe(const void* token) { __tsan_acquire(const_cast<void*>(token)); }
 
+// `publish` in the name of another thread.
+inline void publish_as(void* fiber, void* self, const void* token) {
+  switch_sanitizer_fiber(fiber);
+  publish(token);
+  switch_sanitizer_fiber(self);
+}
+
 // While one lives, accesses are the emulation's own, and no concern of the sanitizer's.
 struct Quiet {
   Quiet() {
@@ -76,6 +83,7 @@ inline void* create_sanitizer_fiber() { return nullptr; }
 inline void destroy_sanitizer_fiber(void*) {}
 inline void switch_sanitizer_fiber(void*) {}
 inline void publish(const void*) {}
+inline void publish_as(void*, void*, const void*) {}
 inline void observe(const void*) {}
 struct Quiet {
   ~Quiet() {}  // not trivial, so that no compiler calls it unused

@@ -11,13 +11,14 @@
 namespace emulation {
 
 // One shared variable or array: a heap block of exactly its size, so that the address sanitizer
-// sees what goes past its end; aligned to `alignment` but to no more, so that an access that
-// needs more is seen; filled with ones (NaN), so that nobody takes it for initialised.
+// sees what goes past its end, or more than 8 bytes before its start; aligned to `alignment` but to
+// no more, so that an access that needs more is seen; filled with ones (NaN), so that nobody takes
+// it for initialised.
 class SharedArray {
  public:
   SharedArray(size_t bytes, size_t alignment)
-      : start_(static_cast<char*>(::operator new(bytes + alignment, kHeapAlignment))),
-        offset_(alignment) {
+      : offset_(alignment < 16 ? 16 + alignment : alignment),
+        start_(static_cast<char*>(::operator new(offset_ + bytes, kHeapAlignment))) {
     std::memset(data(), 0xff, bytes);
     poison(start_, offset_);
   }
@@ -31,8 +32,8 @@ class SharedArray {
 
  private:
   static constexpr std::align_val_t kHeapAlignment{256};
-  char* start_;
   size_t offset_;
+  char* start_;
 };
 
 class SharedMemory {

@@ -1,0 +1,221 @@
+"""What the compilers make of the GPU kernels, read without a GPU: `python -m benchmarks.kernels [--arch 80 90 100]`.
+
+For each kernel and architecture: registers, spilled bytes, static shared memory, occupancy; and of the main loop its
+instructions, how many of its accesses to global memory move 16 bytes, and the bytes it moves per element, against what
+the tensors hold. Nothing here is a time.
+"""
+
+import argparse
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import toolchain
+
+ARCHITECTURES = (80, 90, 100)
+THREADS = 256
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An instance of a kernel template.
+
+    Attributes:
+        name: as C++ names it.
+        work: the instruction of which its main loop has a fixed number per element, and that number.
+        bytes: per element, what it must read and write; None if that depends on which tensors are there.
+    """
+
+    name: str
+    work: tuple[str, int]
+    bytes: int | None
+
+
+#: DFMA: a pair's product. MUFU.RSQ: one square root. FFMA: a gradient's share.
+KERNELS = (
+    Kernel("gram_kernel<float, 2>", ("DFMA", 3), 8),
+    Kernel("gram_kernel<double, 2>", ("DFMA", 3), 16),
+    Kernel("gram_kernel<bf16, 2>", ("DFMA", 3), 4),
+    Kernel("gram_kernel<f16, 2>", ("DFMA", 3), 4),
+    Kernel("gram_kernel<float, 4>", ("DFMA", 10), 16),
+    Kernel("gram_kernel<float, 8>", ("DFMA", 36), 32),
+    Kernel("update_kernel<AdamWRule<float, float, false>, 2>", ("MUFU.RSQ", 1), 8 + 12 + 12),
+    Kernel("update_kernel<AdamWRule<float, bf16, false>, 2>", ("MUFU.RSQ", 1), 8 + 8 + 8),
+    Kernel("update_kernel<AdamWRule<bf16, float, false>, 2>", ("MUFU.RSQ", 1), 4 + 10 + 10),
+    Kernel("update_kernel<AdamWRule<bf16, bf16, false>, 2>", ("MUFU.RSQ", 1), 4 + 6 + 6),
+    Kernel("update_kernel<AdamWRule<bf16, float, true>, 2>", ("MUFU.RSQ", 1), None),
+    Kernel("update_kernel<AdamWRule<float, float, false>, 4>", ("MUFU.RSQ", 1), 16 + 12 + 12),
+    Kernel("update_kernel<CombineRule<float>, 2>", ("FFMA", 2), 8 + 4),
+    Kernel("update_kernel<CombineRule<bf16>, 2>", ("FFMA", 2), 4 + 2),
+)
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A line of machine code."""
+
+    address: int
+    opcode: str  # with its modifiers: LDG.E.128
+    operands: str
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What ptxas says of a kernel, and its machine code."""
+
+    symbol: str
+    arch: int
+    registers: int
+    shared: int
+    spilled: int  # bytes of spill stores and loads
+    spilled_by_calls: int  # the same of the functions it calls: rare paths, and what one block does once
+    code: tuple[Instruction, ...]
+
+    def occupancy(self, threads: int = THREADS) -> float:
+        """The share of a multiprocessor's threads that its registers and shared memory leave room for."""
+        # registers are granted to warps in portions of 256; a block's shared memory has 1 KiB beside it
+        per_warp = -(-self.registers * 32 // 256) * 256
+        blocks = 65536 // (per_warp * threads // 32)
+        room = {80: 164, 90: 228, 100: 228}[self.arch] << 10
+        return min(blocks, room // (self.shared + 1024), 2048 // threads) * threads / 2048
+
+    def main_loop(self) -> tuple[Instruction, ...]:
+        """The loop with the most accesses of 16 bytes to memory, and the shortest of those."""
+        loops = []
+        for branch in self.code:
+            target = re.search(r"0x([0-9a-f]+)", branch.operands) if branch.opcode.startswith("BRA") else None
+            if target is not None and int(target[1], 16) <= branch.address:
+                loops.append(tuple(i for i in self.code if int(target[1], 16) <= i.address <= branch.address))
+        return max(loops, key=lambda loop: (Loop(loop).wide(), -len(loop)), default=())
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions of a loop. LDG and STG access global memory; LD and ST memory that the compiler knows no more of."""
+
+    code: tuple[Instruction, ...]
+
+    def accesses(self) -> Counter[tuple[str, int]]:
+        """How many loads and stores there are of each opcode and number of bytes."""
+        found: Counter[tuple[str, int]] = Counter()
+        for instruction in self.code:
+            opcode, *modifiers = instruction.opcode.split(".")
+            if opcode in ("LDG", "STG", "LD", "ST"):
+                size = next((SIZES[m] for m in modifiers if m in SIZES), 4)
+                found[opcode, size] += 1
+        return found
+
+    def wide(self) -> int:
+        """Accesses of 16 bytes."""
+        return sum(count for (_, size), count in self.accesses().items() if size >= 16)
+
+    def bytes(self) -> int:
+        """What a thread loads and stores in one pass."""
+        return sum(size * count for (_, size), count in self.accesses().items())
+
+    def count(self, opcode: str) -> int:
+        """Instructions of this name, whatever modifiers follow."""
+        return sum(f"{i.opcode}.".startswith(f"{opcode}.") for i in self.code)
+
+    def elements(self, kernel: Kernel) -> float:
+        """How many elements of a tensor a thread is through with after one pass."""
+        opcode, per_element = kernel.work
+        return self.count(opcode) / per_element
+
+
+#: Bytes that the modifiers of a load or store stand for.
+SIZES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+
+
+def assemble(ptx: Path, arch: int) -> list[Compiled]:
+    """What ptxas makes of the kernels in a file of PTX.
+
+    Raises:
+        toolchain.ToolError: a tool is missing or failed.
+    """
+    cubin = ptx.with_suffix(".cubin")
+    said = toolchain.run([_tool("ptxas"), "-v", f"-arch=sm_{arch}", ptx, "-o", cubin])
+    sass = toolchain.run([_tool("cuobjdump"), "-sass", cubin])
+    codes = {}
+    for function in re.split(r"\bFunction : ", sass)[1:]:
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", function)
+        codes[function.split()[0]] = tuple(Instruction(int(at, 16), opcode, rest) for at, opcode, rest in found)
+    result = []
+    for entry in said.split("Compiling entry function '")[1:]:
+        symbol = entry.split("'")[0]
+        registers, rest = re.search(r"Used (\d+) registers(.*)", entry).groups()  # type: ignore[union-attr]
+        shared = re.search(r"(\d+) bytes smem", rest)
+        # of the kernel itself first, then of each function
+        own, *calls = (
+            sum(map(int, pair)) for pair in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill", entry)
+        )
+        memory = int(shared[1]) if shared else 0
+        result.append(Compiled(symbol, arch, int(registers), memory, own, sum(calls), codes[symbol]))
+    return result
+
+
+def _tool(name: str) -> Path:
+    path = toolchain.binary_tool(name)
+    if path is None:
+        raise toolchain.ToolError(f"{name} is neither in nvcc's toolkit nor in triton")
+    return path
+
+
+def cuda_kernels(folder: Path, arch: int, kernels: Sequence[Kernel] = KERNELS) -> dict[Kernel, Compiled]:
+    """The project's CUDA kernels, compiled for an architecture (90: sm_90) in `folder`."""
+    compiled = assemble(toolchain.compile_kernels([k.name for k in kernels], folder, arch, "ptx"), arch)
+    names = toolchain.run(["c++filt", *(c.symbol for c in compiled)]).splitlines()
+    result = {}
+    for kernel in kernels:
+        plain = [re.sub(r"\b\w+::", "", name) for name in names]
+        (index,) = (i for i, name in enumerate(plain) if name.startswith(f"void {kernel.name}("))
+        result[kernel] = compiled[index]
+    return result
+
+
+HEADER = "kernel", "sm", "regs", "spill", "smem", "occupancy", "loop", "/element", "16 byte", "bytes/element", "model"
+
+
+def row(kernel: Kernel, compiled: Compiled) -> tuple[str, ...]:
+    """A line of the table."""
+    loop = Loop(compiled.main_loop())
+    accesses, elements = loop.accesses(), loop.elements(kernel)
+    return (
+        kernel.name,
+        str(compiled.arch),
+        str(compiled.registers),
+        f"{compiled.spilled} + {compiled.spilled_by_calls}",
+        str(compiled.shared),
+        f"{compiled.occupancy():.0%}",
+        str(len(loop.code)),
+        f"{len(loop.code) / elements:.1f}",
+        f"{loop.wide()} of {accesses.total()}",
+        f"{loop.bytes() / elements:g}",
+        "-" if kernel.bytes is None else str(kernel.bytes),
+    )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)).rstrip() for r in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    options = parser.parse_args()
+    reason = toolchain.missing()
+    if reason is not None:
+        parser.exit(1, f"{reason}\n")
+    rows: list[Sequence[str]] = [HEADER]
+    for arch in options.arch:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += [row(kernel, compiled) for kernel, compiled in cuda_kernels(Path(folder), arch).items()]
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""A running average of the Gram matrix: the remedy where weights are noise of the mini-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..types import Balance, Group, Options, Role, Weighting
+from .names import measuring
+from .source import Call, Source, Watch, weights_of
+from .wrapper import Wrapper
+
+
+@dataclass(eq=False)
+class Ema(Wrapper):
+    """Weigh an exponential average of the Gram matrices that another source measures, not the last one.
+
+    What is averaged is the matrix that the weighting asks for: that of the log-gradients, which knows no units, or the
+    raw one. Not the weights: the weights of a mean are not the mean of the weights. Corrected for its start, as Adam's
+    moments are: A_t = sum_s beta^(t-s) G_s / sum_s beta^(t-s). An entry of an objective without a gradient keeps
+    its average in that step. Clipping and `balance` use what this step measured.
+
+    Cost: that of the source. Weights: smoother, and 1 / (1 - beta) steps behind.
+
+    Args:
+        beta: share of the average that stays, 0 <= beta < 1; 0 averages nothing.
+        source: how to measure; a name or an object.
+
+    Raises:
+        TypeError, ValueError: beta is outside its range; no such source.
+    """
+
+    beta: float
+    source: Source | str = "exact"
+    _names: tuple[str, ...] = field(default=(), init=False, repr=False)
+    _kept: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)  # sums of G and of shares
+    _next: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"Ema: beta is {self.beta!r}; pass a number from 0 to below 1, such as 0.9")
+        self.source = measuring("Ema", self.source)
+
+    def begin(self) -> Source:
+        """The same choice, with nothing averaged yet."""
+        return Ema(self.beta, self.inner.begin())
+
+    def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
+        """As the source, with the average."""
+        return self.inner.weigh(call, _Averaged(self, call.names, weighting, options), options)
+
+    def solve(
+        self,
+        groups: Mapping[Role, Sequence[Group]],
+        names: tuple[str, ...],
+        losses: Tensor,
+        watch: Watch | None,
+        weighting: Weighting,
+        options: Options,
+    ) -> Balance:
+        """As the source, with the average."""
+        averaged = _Averaged(self, names, weighting, options)
+        return self.inner.solve(groups, names, losses, watch, averaged, options)
+
+    def average(self, names: tuple[str, ...], gram: Tensor) -> Tensor:
+        """The average that counts this matrix as the last; remembered when the step is over."""
+        if self._kept is None or names != self._names:
+            zeros = torch.zeros_like(gram)
+            self._kept, self._names = (zeros, zeros), names
+        total, shares = (t.to(gram.device) for t in self._kept)
+        present = gram.diagonal() != 0  # NaN is no absence
+        known = present[:, None] & present[None, :]
+        total = torch.where(known, self.beta * total + (1 - self.beta) * gram, total)
+        shares = torch.where(known, self.beta * shares + (1 - self.beta), shares)
+        self._next = total, shares
+        return torch.where(known, total / shares, 0.0)
+
+    def commit(self, names: tuple[str, ...], balance: Balance) -> None:
+        """Take over what the step's measurement made of the average."""
+        self.inner.commit(names, balance)
+        if self._next is not None and self._kept is not None:
+            device = self._next[0].device
+            total, shares = (
+                torch.where(balance.skipped.to(device), old.to(device), new)
+                for old, new in zip(self._kept, self._next, strict=True)
+            )
+            self._kept = total, shares
+        self._next = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average: sums of matrices and of their shares."""
+        if self._kept is None:
+            return super().state_dict()
+        total, shares = (t.clone() for t in self._kept)
+        return {**super().state_dict(), "total": total, "shares": shares, "names": list(self._names)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with this average, or start anew."""
+        super().load_state_dict(state)
+        fits = state.keys() >= {"total", "shares", "names"}
+        self._kept = (state["total"].clone(), state["shares"].clone()) if fits else None
+        self._names = tuple(state["names"]) if fits else ()
+        self._next = None
+
+
+class _Averaged:
+    """A weighting of the average instead of the matrix that it is given."""
+
+    def __init__(self, ema: Ema, names: tuple[str, ...], weighting: Weighting, options: Options) -> None:
+        self.log_gradients = options.log_gradients
+        self._ema, self._names, self._weighting, self._backend = ema, names, weighting, options.backend
+
+    def __call__(self, gram: Tensor, losses: Tensor) -> Any:
+        return weights_of(self._weighting, self._ema.average(self._names, gram), losses, self._backend)

@@ -1,0 +1,149 @@
+"""Weights from the step before, so that one pass over memory takes this step's Gram matrix and updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..types import Balance, Group, Options, Role, Update, Weighting
+from .buckets import Buckets
+from .source import Given, Source, Watch
+
+
+@dataclass(eq=False)
+class Lag(Source):
+    """K backward passes; then the weights pi of the previous step's Gram matrix, on this step's gradients and losses.
+
+    `step` reads the gradients once: the pass that updates also takes the products that the next step weighs. The
+    first step, and one with other objectives than before, is exact.
+
+    Cost: K backward passes; `step` is one pass over memory. As that pass cannot know what it will meet, each
+    gradient is checked for NaN and Inf when autograd writes it, while it is in cache: a step with such a gradient
+    changes nothing, as ever. Weights: one step old. `max_norm` clips by the norm that the previous Gram matrix gives
+    these weights; `balance.norm`, `gram` and `cosine` are this step's.
+    """
+
+    _names: tuple[str, ...] = field(default=(), init=False, repr=False)
+    _kept: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)  # grams [3, K, K], losses [K]
+    _next: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    _weights: Tensor | None = field(default=None, init=False, repr=False)  # this step's, unless it is exact
+
+    @property
+    def measures_in_step(self) -> bool:
+        """It does."""
+        return True
+
+    def begin(self) -> Source:
+        """The same choice, before its first step."""
+        return Lag()
+
+    def watch(self, options: Options) -> Watch | None:
+        """Looks for gradients that are not finite."""
+        return _Finite(options)
+
+    def solve(
+        self,
+        groups: Mapping[Role, Sequence[Group]],
+        names: tuple[str, ...],
+        losses: Tensor,
+        watch: Watch | None,
+        weighting: Weighting,
+        options: Options,
+    ) -> Balance:
+        """The balance as the previous step's Gram matrices give it."""
+        grams = {}
+        if self._kept is None or names != self._names:
+            grams = ops.grams_by_role(groups, len(losses), options.backend)
+        if options.loss_scale is not None:  # it may be another in the next step
+            grams, losses = ops.unscaled(grams, losses, options.loss_scale)
+            options = replace(options, loss_scale=None)
+        if self._kept is None or names != self._names:
+            self._next, self._weights = (_stacked(grams, losses), losses), None
+            return ops.balance_grams(grams, losses, weighting, options)
+        assert isinstance(watch, _Finite)
+        device = losses.device
+        before, losses_before = (t.to(device) for t in self._kept)
+        self._weights = reference.weigh(weighting, before[Role.SHARED], losses_before, options.loss_floor)
+        self._next = before, losses
+        given = Given(self._weights, options.log_gradients)
+        record = ops.balance_grams(dict(zip(Role, before, strict=True)), losses, given, options)
+        return replace(record, skipped=record.skipped | ~watch.usable().to(record.skipped.device))
+
+    def run(self, updates: Sequence[Update], balance: Balance, options: Options) -> Balance:
+        """Update and measure in one pass; the first step has measured already."""
+        if self._weights is None:
+            return super().run(updates, balance, options)
+        assert self._next is not None
+        grams = ops.measure_and_update(updates, balance, options.backend)
+        if options.loss_scale is not None:
+            grams = grams / options.loss_scale.to(grams.device).square()
+        losses = self._next[1]
+        self._next = grams, losses
+        given = Given(self._weights, options.log_gradients)
+        unclipped = replace(options, max_norm=None, loss_scale=None)
+        record = ops.balance_grams(dict(zip(Role, grams, strict=True)), losses, given, unclipped)
+        return replace(record, weights=balance.weights, table=balance.table, skipped=balance.skipped)
+
+    def commit(self, names: tuple[str, ...], balance: Balance) -> None:
+        """Keep this step's Gram matrices for the next."""
+        assert self._next is not None
+        grams, losses = self._next
+        if self._kept is None or names != self._names:
+            # if the first step is skipped the next one weighs all alike
+            alike = torch.zeros_like(grams)
+            alike[Role.SHARED].fill_diagonal_(1.0)
+            self._kept = alike, torch.ones_like(losses)
+        skipped = balance.skipped.to(grams.device)
+        before, losses_before = (t.to(grams.device) for t in self._kept)
+        self._kept = torch.where(skipped, before, grams), torch.where(skipped, losses_before, losses)
+        self._names = names
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last Gram matrices [3, K, K], one for each `Role`, with their losses."""
+        if self._kept is None:
+            return {}
+        return {"grams": self._kept[0].clone(), "losses": self._kept[1].clone(), "names": list(self._names)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from these Gram matrices, or with an exact step."""
+        fits = state.keys() >= {"grams", "losses", "names"}
+        self._kept = (state["grams"].clone(), state["losses"].clone()) if fits else None
+        self._names = tuple(state["names"]) if fits else ()
+
+
+def _stacked(grams: Mapping[Role, Tensor], losses: Tensor) -> Tensor:
+    K = len(losses)
+    zeros = torch.zeros(K, K, dtype=torch.float64, device=losses.device)
+    return torch.stack([grams[role].to(losses.device) if role in grams else zeros for role in Role])
+
+
+class _Finite:
+    """Sums the squares of all gradients as they are written: not finite if one of them is not, zero if all are."""
+
+    def __init__(self, options: Options) -> None:
+        self._backend = options.backend
+        self._total: Tensor | None = None
+
+    def watches(self, i: int, K: int) -> bool:
+        return True
+
+    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool]) -> None:
+        self._buckets = Buckets(self._backend)
+
+    def ready(self, i: int, t: int, gradient: Tensor) -> None:
+        self._buckets.add((gradient.dtype, gradient.device), [gradient])
+
+    def finish(self) -> None:
+        self._buckets.finish()
+        for part in self._buckets.grams.values():
+            self._total = part if self._total is None else self._total + part.to(self._total.device)
+
+    def usable(self) -> Tensor:
+        if self._total is None:
+            return torch.zeros((), dtype=torch.bool)
+        return (self._total.isfinite() & (self._total > 0)).reshape(())

@@ -1,0 +1,89 @@
+"""The exact Gram matrix, with its products taken during the last backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .. import ops
+from ..types import Balance, Group, Options, Role, Weighting
+from .buckets import Buckets
+from .source import Source, Watch
+
+
+@dataclass(eq=False)
+class Overlap(Source):
+    """As `Exact`, but each gradient of the last pass meets the others while it is still in cache.
+
+    A hook on each parameter (`register_post_accumulate_grad_hook`, set for that pass only) collects a megabyte of
+    gradients and takes their products; what the last objective does not reach follows after the pass. `step` adds up
+    matrices and updates: no pass over the gradients for the Gram matrix remains.
+
+    Cost: K backward passes; one read of K - 1 gradients from memory inside the last of them, in each call of
+    `backward` (under accumulation all but the last call's products are thrown away). Weights: exact, with products
+    summed in another order. Wrappers that reduce gradients over ranks after these hooks, such as
+    DistributedDataParallel, need "exact": here each rank would see its own gradients.
+    """
+
+    def watch(self, options: Options) -> Watch | None:
+        """Takes the products."""
+        return _Products(options)
+
+    def solve(
+        self,
+        groups: Mapping[Role, Sequence[Group]],
+        names: tuple[str, ...],
+        losses: Tensor,
+        watch: Watch | None,
+        weighting: Weighting,
+        options: Options,
+    ) -> Balance:
+        """The balance of the products that the backward passes left."""
+        assert isinstance(watch, _Products)
+        return ops.balance_grams(watch.by_role(len(losses)), losses, weighting, options)
+
+
+class _Products:
+    """Gram matrices of the parameters by reach, and by whether their group is balanced."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+
+    def watches(self, i: int, K: int) -> bool:
+        return i == K - 1
+
+    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool]) -> None:
+        self._rows, self._balanced = rows, balanced
+        self._buckets = Buckets(self._options.backend)
+        self._seen: set[int] = set()
+        self._again = False
+
+    def ready(self, i: int, t: int, gradient: Tensor) -> None:
+        if t in self._seen:
+            # a parameter that several checkpointed segments use gets its gradient in parts
+            self._again = True
+        self._seen.add(t)
+        self._add(t, [*(row[t] for row in self._rows[:i]), gradient])
+
+    def finish(self) -> None:
+        if self._again:
+            self._buckets, self._seen = Buckets(self._options.backend), set()
+        for t, column in enumerate(zip(*self._rows, strict=True)):
+            if t not in self._seen and any(g is not None for g in column):
+                self._add(t, column)
+        self._buckets.finish()
+
+    def _add(self, t: int, column: Sequence[Tensor | None]) -> None:
+        reach = tuple(i for i, g in enumerate(column) if g is not None)
+        present = [g for g in column if g is not None]
+        self._buckets.add((self._balanced[t], reach, present[0].dtype, present[0].device), present)
+
+    def by_role(self, K: int) -> dict[Role, Tensor]:
+        grams: dict[Role, Tensor] = {}
+        for (balanced, reach, _, _), part in self._buckets.grams.items():
+            role = self._options.role(balanced, reach, K)
+            whole = ops.spread(part, reach, K)
+            grams[role] = grams[role] + whole.to(grams[role].device) if role in grams else whole
+        return grams

@@ -1,0 +1,158 @@
+"""An exact Gram matrix, but over a few parameters: those of the last shared block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..types import Balance, Group, Options, Role, Weighting
+from .source import Call, Source, Watch
+
+#: Share of the shared parameters that a probe of its own choice holds; a block of a 12-layer transformer has a twelfth.
+SHARE = 1 / 16
+
+
+class Probe(Source):
+    """Gram matrix over the parameters of one block, by K backward passes that end there; then one full pass.
+
+    Cost: K partial passes, as deep as the probe lies, besides the one of a weighted sum. Weights: those that the
+    probe's parameters alone would have; private parameters among them stay out. Every parameter takes
+    sum_i c_i g_i with c_i = pi_i / L_i: private ones too, so that a head whose objective has weight 0 does not learn
+    in that step, and those of a group with `balance=False`.
+
+    Args:
+        of: modules or parameters, or a single one. Default: the last parameters, in the optimizer's order, that all
+            objectives reach and that hold a sixteenth of all such numbers; the first step, an exact one, finds them.
+
+    Raises:
+        TypeError, ValueError: `of` holds something else, or no parameter.
+
+    Example:
+        >>> import torch, dtokd_kernels as dk
+        >>> trunk, head = torch.nn.Linear(4, 4), torch.nn.Linear(4, 2)
+        >>> optimizer = dk.DTOAdamW([*trunk.parameters(), *head.parameters()], gram=dk.sources.Probe(trunk))
+        >>> out = head(trunk(torch.ones(3, 4)).relu())
+        >>> optimizer.backward([out.square().mean(), (out - 1).square().mean()])
+        >>> optimizer.step()
+    """
+
+    def __init__(self, of: nn.Module | Tensor | Iterable[nn.Module | Tensor] | None = None) -> None:
+        self._of = None if of is None else _parameters(of)
+        self._positions: list[int] | None = None
+
+    def __repr__(self) -> str:
+        return "Probe()" if self._of is None else f"Probe(<{len(self._of)} parameters>)"
+
+    def begin(self) -> Source:
+        """The same choice, without the parameters found."""
+        return Probe(self._of)
+
+    def one_pass(self, names: tuple[str, ...]) -> bool:
+        """From when the probe's parameters are known."""
+        return self._of is not None or self._positions is not None
+
+    def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
+        """Weights from the probe's gradients."""
+        probe = self._among(call)
+        rows = zip(*(_gradients(value, probe) for value in call.values), strict=True)
+        shared = [row for row in rows if all(g is not None for g in row)]
+        if not shared:
+            raise ValueError(
+                f"{call.op}: no parameter of gram={self!r} is reached by all objectives {list(call.names)}; probe the "
+                "last block that they share"
+            )
+        groups = [group for group, _ in ops.group_rows(shared).values()]
+        gram = ops.gram_of_groups(groups, len(call.values), options.backend)
+        return ops.balance_grams({Role.SHARED: gram}, call.losses, weighting, options)
+
+    def _among(self, call: Call) -> list[Tensor]:
+        if self._of is None:
+            assert self._positions is not None
+            probe = [call.params[t] for t in self._positions if t < len(call.params)]
+        else:
+            known = {id(p) for p in call.params}
+            probe = [p for p in self._of if id(p) in known]
+        probe = [p for p in probe if p.requires_grad]
+        if not probe:
+            raise ValueError(
+                f"{call.op}: gram={self!r} matches no parameter that is optimized and requires a gradient; probe a "
+                "block whose parameters the optimizer has"
+            )
+        return probe
+
+    def solve(
+        self,
+        groups: Mapping[Role, Sequence[Group]],
+        names: tuple[str, ...],
+        losses: Tensor,
+        watch: Watch | None,
+        weighting: Weighting,
+        options: Options,
+    ) -> Balance:
+        """The first step, exact, which finds the last shared parameters."""
+        assert isinstance(watch, _Reached)
+        if self._positions is None:
+            self._positions = watch.last_shared()
+        return super().solve(groups, names, losses, watch, weighting, options)
+
+    def watch(self, options: Options) -> Watch | None:
+        """Knows which parameters all objectives reach."""
+        return None if self.one_pass(()) else _Reached()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which parameters were found."""
+        return {} if self._positions is None else {"positions": list(self._positions)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the parameters that were found."""
+        self._positions = list(state["positions"]) if "positions" in state and self._of is None else None
+
+
+class _Reached:
+    """Remembers which parameters each objective reached."""
+
+    def watches(self, i: int, K: int) -> bool:
+        return False
+
+    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool]) -> None:
+        self._rows, self._balanced = rows, balanced
+
+    def ready(self, i: int, t: int, gradient: Tensor) -> None:
+        raise AssertionError("no pass is watched")
+
+    def finish(self) -> None:
+        pass
+
+    def last_shared(self) -> list[int]:
+        sizes = {
+            t: column[0].numel()
+            for t, (balanced, *column) in enumerate(zip(self._balanced, *self._rows, strict=True))
+            if balanced and all(g is not None for g in column)
+        }
+        if not sizes:
+            raise ValueError("gram=Probe(): no parameter is reached by all objectives; pass the ones to probe")
+        found: list[int] = []
+        while sum(sizes[t] for t in found) < SHARE * sum(sizes.values()):
+            found.insert(0, list(sizes)[-1 - len(found)])
+        return found
+
+
+def _parameters(of: nn.Module | Tensor | Iterable[nn.Module | Tensor]) -> list[Tensor]:
+    parts = [of] if isinstance(of, (nn.Module, Tensor)) else list(of)
+    found: dict[int, Tensor] = {}
+    for part in parts:
+        if not isinstance(part, (nn.Module, Tensor)):
+            raise TypeError(f"Probe: of holds a {type(part).__name__}; pass modules or parameters")
+        for p in part.parameters() if isinstance(part, nn.Module) else [part]:
+            found[id(p)] = p
+    if not found:
+        raise ValueError(f"Probe: {of!r} has no parameter; probe the last block that all objectives share")
+    return list(found.values())
+
+
+def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    return torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)

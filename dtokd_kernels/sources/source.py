@@ -1,0 +1,158 @@
+"""What a source of the Gram matrix decides, and the exact one, which all others change in some point."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from .. import backends, ops, reference
+from ..types import Balance, Group, Options, Role, Update, Weighting
+from ..weighting import DTO
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of `backward` before its backward pass over the weighted sum.
+
+    Attributes:
+        op: what error messages call it.
+        names: of the objectives.
+        values: their losses, with their graph.
+        losses: [K] float64, the values without it.
+        params: the leaves whose gradients are collected.
+        features: what the user passed as shared representation.
+    """
+
+    op: str
+    names: tuple[str, ...]
+    values: Sequence[Tensor]
+    losses: Tensor
+    params: Sequence[Tensor]
+    features: Sequence[Tensor] | None
+
+
+class Watch(Protocol):
+    """Looks at gradients while autograd writes them: `register_post_accumulate_grad_hook` on each parameter.
+
+    One belongs to the gradients between two zero_grad().
+    """
+
+    def watches(self, i: int, K: int) -> bool:
+        """Whether `ready` is to be called in pass i of K."""
+
+    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool]) -> None:
+        """A call of `backward` begins. rows: the gradient sets, filled as it goes; balanced: for each parameter."""
+
+    def ready(self, i: int, t: int, gradient: Tensor) -> None:
+        """Pass i has written the gradient of parameter t."""
+
+    def finish(self) -> None:
+        """All passes of the call are done."""
+
+
+@dataclass(eq=False)
+class Source:
+    """Where the Gram matrix comes from; the base is the exact one: K backward passes, products in `step`.
+
+    A source says how the backward passes run. Either each objective has one of its own, and `solve` weighs the K
+    gradients in `step`; or `weigh` says before the only full pass what the losses are multiplied with. Its fields are
+    what the user chose; what it remembers from step to step is in `state_dict`.
+    """
+
+    @property
+    def measures_in_step(self) -> bool:
+        """Whether it needs `run`, which `backward` for other optimizers has not."""
+        return False
+
+    def begin(self) -> Source:
+        """The same choice without memory, for an optimizer of its own."""
+        return self
+
+    def one_pass(self, names: tuple[str, ...]) -> bool:
+        """Whether the step that now begins takes one full backward pass, of the weighted sum of the losses.
+
+        Args:
+            names: of its objectives.
+        """
+        return False
+
+    def watch(self, options: Options) -> Watch | None:
+        """What looks at the gradients of this step while they are made."""
+        return None
+
+    def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
+        """The weights of a full pass that follows; only asked for where `one_pass`."""
+        raise NotImplementedError
+
+    def solve(
+        self,
+        groups: Mapping[Role, Sequence[Group]],
+        names: tuple[str, ...],
+        losses: Tensor,
+        watch: Watch | None,
+        weighting: Weighting,
+        options: Options,
+    ) -> Balance:
+        """The balance of K gradients by role.
+
+        Args:
+            groups: the gradients.
+            names: [K], of the objectives.
+            losses: [K].
+            watch: what `watch` returned for these gradients.
+            weighting: in place of that in `options`.
+            options: of the optimizer.
+        """
+        return ops.solve(groups, losses, weighting, options)
+
+    def run(self, updates: Sequence[Update], balance: Balance, options: Options) -> Balance:
+        """Carry out the updates of K gradients; returns the balance as it is known after that."""
+        ops.run_updates(updates, balance, options.backend)
+        return balance
+
+    def commit(self, names: tuple[str, ...], balance: Balance) -> None:
+        """A step is over: remember what the next needs, unless the balance says `skipped`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the source remembers: tensors, numbers and names; empty if nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state. The state of another kind of source is not used: this one measures anew."""
+
+
+@dataclass(eq=False)
+class Exact(Source):
+    """K backward passes, one per objective, and one read of the K gradients in `step`. The default.
+
+    Cost: K - 1 backward passes more than a weighted sum. Weights: exact.
+    """
+
+
+@dataclass(frozen=True)
+class Given:
+    """A weighting that is already decided.
+
+    Attributes:
+        weights: [K].
+        log_gradients: whether they multiply log-gradients.
+    """
+
+    weights: Tensor
+    log_gradients: bool
+
+    def __call__(self, gram: Tensor, losses: Tensor) -> Tensor:
+        """The weights, whatever the Gram matrix."""
+        return self.weights
+
+
+def weights_of(weighting: Weighting, gram: Tensor, losses: Tensor, backend: str | None) -> Tensor:
+    """What a weighting makes of the Gram matrix that it asks for, not of the raw one."""
+    if type(weighting) is DTO:  # one kernel instead of many small operations
+        module = backends.select(gram.device, backend)
+        return module.min_norm_weights(gram, weighting.clamp, gram.diagonal() > 0)
+    weights: Tensor = weighting(gram, losses) if reference.takes_losses(weighting) else weighting(gram)
+    return weights

@@ -1,0 +1,31 @@
+"""No Gram matrix at all: for weightings that need none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .. import ops
+from ..types import Balance, Options, Role, Weighting
+from .source import Call, Source
+
+
+@dataclass(eq=False)
+class Unmeasured(Source):
+    """One backward pass of sum_i c_i L_i; the default of weightings with `needs_gram = False`.
+
+    Cost: that of a weighted sum. `balance` has NaN for what was not measured: gram, cosine, norms.
+    """
+
+    def one_pass(self, names: tuple[str, ...]) -> bool:
+        """Always."""
+        return True
+
+    def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
+        """The weighting sees the identity in place of the Gram matrix."""
+        K = len(call.losses)
+        gram = torch.eye(K, dtype=torch.float64, device=call.losses.device)
+        record = ops.balance_grams({Role.SHARED: gram}, call.losses, weighting, options)
+        unknown = torch.full_like(gram, torch.nan)
+        return replace(record, gram=unknown, cosine=unknown, norms=unknown[0])

@@ -1,0 +1,204 @@
+"""The operations that torch sees: `dtokd_triton::gram`, ... with the schemas of `csrc/torch/library.cpp`.
+
+The only difference is `tensor_lr`, a learning rate on the device, which stands in for `lr` if given. Defined by
+`Library.define` with fake kernels of their own: torch.compile keeps each as one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import fused
+from . import solve, update
+from .gram import gram as launch_gram
+from .tables import INTERPRETED
+
+_LIBRARY = torch.library.Library("dtokd_triton", "DEF")
+_SCHEMAS = (
+    "gram(Tensor[] grads, int K) -> Tensor",
+    "min_norm_weights(Tensor gram, bool clamp, Tensor? present) -> Tensor",
+    "balance(Tensor gram, Tensor? private_gram, Tensor? plain_gram, Tensor losses, Tensor? weights, "
+    "bool log_gradients, bool clamp, bool rescale_sum, float max_norm, float loss_floor) -> (Tensor, Tensor)",
+    "combine_(Tensor(a!)[] out, Tensor[] grads, Tensor coefficients) -> ()",
+    "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, Tensor coefficients, Tensor skipped, *, float lr, "
+    "Tensor? tensor_lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()",
+    "sgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor coefficients, "
+    "Tensor skipped, *, float lr, Tensor? tensor_lr, float momentum, float dampening, float weight_decay, "
+    "bool nesterov, bool maximize, bool first) -> ()",
+)
+
+
+def _gradients(op: str, like: Sequence[Tensor], grads: Sequence[Tensor], K: int) -> list[Sequence[Tensor]]:
+    T = len(like)
+    if len(grads) != K * T:
+        raise ValueError(f"dtokd_triton::{op}: grads has {len(grads)} tensors, expected {T} for each of {K} objectives")
+    lists = [grads[k * T : (k + 1) * T] for k in range(K)]
+    for values in lists:
+        _check_list(op, "grads", values, like)
+    return lists
+
+
+def _check_like(op: str, like: Sequence[Tensor]) -> None:
+    for t, tensor in enumerate(like):
+        if tensor.dtype != like[0].dtype or tensor.dtype not in fused.DTYPES:
+            raise RuntimeError(f"{fused.UNFIT}: {op}: tensor {t} is {tensor.dtype}")
+        if not (tensor.is_contiguous() or fused.is_dense(tensor)):
+            raise RuntimeError(f"{fused.UNFIT}: {op}: tensor {t} is not dense")
+
+
+def _check_list(op: str, name: str, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
+    """Whether the tensors lie in memory as `like` does; kernels see addresses only, so nothing else would notice."""
+    if len(tensors) != len(like):
+        raise ValueError(f"dtokd_triton::{op}: {name} has {len(tensors)} tensors, expected {len(like)}")
+    for t, (tensor, model) in enumerate(zip(tensors, like, strict=True)):
+        if tensor.numel() != model.numel():
+            raise ValueError(f"dtokd_triton::{op}: {name}[{t}] has {tensor.numel()} elements, expected {model.numel()}")
+        if tensor.dtype != model.dtype or tensor.device != model.device:
+            raise RuntimeError(f"{fused.UNFIT}: {op}: {name}[{t}] is {tensor.dtype} on {tensor.device}")
+        if not (tensor.is_contiguous() and model.is_contiguous()) and tensor.stride() != model.stride():
+            raise RuntimeError(f"{fused.UNFIT}: {op}: {name}[{t}] is laid out otherwise")
+
+
+def gram(grads: Sequence[Tensor], K: int) -> Tensor:
+    """`reference.gram` of K lists, one after the other."""
+    T = len(grads) // K
+    _check_like("gram", grads[:T])
+    lists = _gradients("gram", grads[:T], grads, K)
+    with torch.cuda.device_of(grads[0]):
+        return launch_gram(lists)
+
+
+def min_norm_weights(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
+    """`reference.min_norm_weights`."""
+    with torch.cuda.device_of(gram):
+        return solve.min_norm_weights(
+            _doubles("min_norm_weights", gram, gram), clamp, None if present is None else present.contiguous()
+        )
+
+
+def balance(
+    gram: Tensor,
+    private_gram: Tensor | None,
+    plain_gram: Tensor | None,
+    losses: Tensor,
+    weights: Tensor | None,
+    log_gradients: bool,
+    clamp: bool,
+    rescale_sum: bool,
+    max_norm: float,
+    loss_floor: float,
+) -> tuple[Tensor, Tensor]:
+    """`reference.balance`, as values and flags that `fused.record` unpacks."""
+    op = "balance"
+    with torch.cuda.device_of(gram):
+        return solve.balance(
+            _doubles(op, gram, gram),
+            None if private_gram is None else _doubles(op, private_gram, gram),
+            None if plain_gram is None else _doubles(op, plain_gram, gram),
+            _doubles(op, losses, gram),
+            None if weights is None else _doubles(op, weights, gram),
+            log_gradients,
+            clamp,
+            rescale_sum,
+            max_norm,
+            loss_floor,
+        )
+
+
+def combine_(out: Sequence[Tensor], grads: Sequence[Tensor], coefficients: Tensor) -> None:
+    """`reference.combine` into `out`."""
+    _check_like("combine_", out)
+    lists = _gradients("combine_", out, grads, len(coefficients))
+    with torch.cuda.device_of(out[0]):
+        update.combine(out, lists, _doubles("combine_", coefficients, out[0]))
+
+
+def adamw_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    coefficients: Tensor,
+    skipped: Tensor,
+    *,
+    lr: float,
+    tensor_lr: Tensor | None,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    maximize: bool,
+) -> None:
+    """`reference.adamw_step`."""
+    op = "adamw_step_"
+    _check_like(op, params)
+    lists = _gradients(op, params, grads, len(coefficients))
+    states = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs] if max_exp_avg_sqs else [exp_avgs, exp_avg_sqs]
+    for name, values in zip(("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), states, strict=False):
+        _check_list(op, name, values, params)
+    if len(state_steps) != len(params):
+        raise ValueError(f"dtokd_triton::{op}: state_steps has {len(state_steps)} tensors, expected {len(params)}")
+    step = state_steps[0]
+    if any(s.dtype != step.dtype or s.device != params[0].device or s.numel() != 1 for s in state_steps) or (
+        step.dtype not in (torch.float32, torch.float64)
+    ):
+        raise RuntimeError(f"{fused.UNFIT}: {op}: state_steps must be float scalars beside the parameters")
+    with torch.cuda.device_of(params[0]):
+        update.adamw_step(
+            params, lists, states, state_steps, _doubles(op, coefficients, params[0]), skipped,
+            lr if tensor_lr is None else tensor_lr, beta1, beta2, weight_decay, eps, maximize,
+        )  # fmt: skip
+
+
+def sgd_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    coefficients: Tensor,
+    skipped: Tensor,
+    *,
+    lr: float,
+    tensor_lr: Tensor | None,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first: bool,
+) -> None:
+    """`reference.sgd_step`."""
+    op = "sgd_step_"
+    _check_like(op, params)
+    lists = _gradients(op, params, grads, len(coefficients))
+    if momentum_buffers:
+        _check_list(op, "momentum_buffers", momentum_buffers, params)
+    with torch.cuda.device_of(params[0]):
+        update.sgd_step(
+            params, lists, momentum_buffers, _doubles(op, coefficients, params[0]), skipped,
+            lr if tensor_lr is None else tensor_lr, momentum, dampening, weight_decay, nesterov, maximize, first,
+        )  # fmt: skip
+
+
+def _doubles(op: str, tensor: Tensor, like: Tensor) -> Tensor:
+    if tensor.dtype != torch.float64 or tensor.device != like.device:
+        raise ValueError(
+            f"dtokd_triton::{op}: expected float64 numbers on {like.device}, got {tensor.dtype} on {tensor.device}"
+        )
+    return tensor.contiguous()
+
+
+def _register(implementations: Sequence[Callable[..., object]]) -> None:
+    for schema, function in zip(_SCHEMAS, implementations, strict=True):
+        _LIBRARY.define(schema)
+        for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+            _LIBRARY.impl(schema.split("(")[0], function, key)
+    fused.register_fakes("dtokd_triton")
+
+
+_register((gram, min_norm_weights, balance, combine_, adamw_step_, sgd_step_))

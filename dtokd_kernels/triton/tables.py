@@ -1,0 +1,155 @@
+"""How one launch finds all tensors of a call: the pointer table, where it is made and where kernels read it.
+
+Elements are cut into chunks of `CHUNK`, tensor after tensor, so the partition depends on sizes only; program i of a
+launch works on chunk i. A table is int64 [3 + rows, T], for T tensors at each of `rows` addresses (gradients,
+parameters, states):
+
+    row 0       the tensor's first chunk, ascending: a program finds its tensor by bisection
+    row 1       elements
+    row 2       1 if every address is a multiple of 16 bytes: whole chunks take the path of 16-byte accesses
+    row 3 + r   addresses
+
+Bisecting T = 155 tensors takes 8 loads that hit the cache after an SM's first program; a map from chunks to tensors
+would be one load from memory, and a table as long as the gradients.
+
+Loops over a program's elements are `while` loops: a `range` whose end is a tensor fails in the interpreter of triton
+3.6 with numpy >= 2.4, and compiles to the same code.
+
+NOTE [Tables and streams]: a table is a pure function of sizes and addresses, so a cached one is never stale. Addresses
+that were not met before (new gradients; the caching allocator soon repeats itself) cost one asynchronous copy.
+- The copy's source is pinned memory that is written once, before the copy. Nobody here writes it again: freed, it goes
+  back to torch's pinned allocator, which waits for the copy's event before it hands the memory out.
+- A table belongs to the stream that it was made on: the stream is part of its key. So the copy is done before a kernel
+  reads the table, and memory of a dropped table is used again only after the kernels that read it.
+- While a stream captures a CUDA graph, nothing is copied from the host and nothing is cached: a replay would read host
+  memory, or a table that the cache has dropped, later. The numbers are arguments of torch's foreach kernels instead,
+  which fill a table in the graph's own memory: about one more launch per 96 numbers, in the capture and in each replay.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: Elements of a chunk. Fixed: sums are taken per chunk, so the partition decides the bits.
+CHUNK = 8192
+#: A thread's share of one load. Fixed for the Gram matrix, whose sums run over lanes of this size.
+VECTOR_BYTES = 16
+#: Whether kernels run in Triton's interpreter: read when triton makes them, hence once.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+class Table(NamedTuple):
+    """A pointer table on the device of its tensors."""
+
+    numbers: Tensor  # [3 + rows, T] int64
+    tensors: int
+    chunks: int
+
+
+def table_of(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Tensor] = ()) -> Table:
+    """The table of lists of T tensors of equal sizes, position by position; see NOTE [Tables and streams].
+
+    Args:
+        lists: rows of T tensors each, on the current device.
+        scalars: one more row, of tensors whose alignment does not matter.
+    """
+    sizes = tuple([t.numel() for t in lists[0]])
+    addresses = tuple([t.data_ptr() for row in lists for t in row])
+    scalar_addresses = tuple([t.data_ptr() for t in scalars])
+    device = lists[0][0].device
+    if device.type != "cuda":
+        return _table(device, 0, sizes, addresses, scalar_addresses)
+    if torch.cuda.is_current_stream_capturing():
+        numbers, chunks = _numbers(sizes, addresses, scalar_addresses)
+        return Table(fill_without_host_memory(numbers, device).view(-1, len(sizes)), len(sizes), chunks)
+    stream = torch.cuda.current_stream().cuda_stream
+    return _table(device, stream, sizes, addresses, scalar_addresses)
+
+
+@lru_cache(maxsize=64)
+def _table(
+    device: torch.device, stream: int, sizes: tuple[int, ...], addresses: tuple[int, ...], scalars: tuple[int, ...]
+) -> Table:
+    numbers, chunks = _numbers(sizes, addresses, scalars)
+    filled = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return Table(filled.to(device, non_blocking=True).view(-1, len(sizes)), len(sizes), chunks)
+
+
+def _numbers(sizes: tuple[int, ...], addresses: tuple[int, ...], scalars: tuple[int, ...]) -> tuple[list[int], int]:
+    """The table's numbers, row by row, and how many chunks there are."""
+    T = len(sizes)
+    starts, chunks = [], 0
+    for size in sizes:
+        starts.append(chunks)
+        chunks += -(-size // CHUNK)
+    aligned = [int(all(address % VECTOR_BYTES == 0 for address in addresses[t::T])) for t in range(T)]
+    return [*starts, *sizes, *aligned, *addresses, *scalars], chunks
+
+
+def fill_without_host_memory(numbers: list[int], device: torch.device) -> Tensor:
+    """An int64 tensor of these numbers that a CUDA graph may hold: they travel as arguments of kernels."""
+    filled = torch.zeros(len(numbers), dtype=torch.int64, device=device)
+    torch._foreach_add_(list(filled.unbind()), numbers)
+    return filled
+
+
+@triton.jit
+def find(table, T, chunk, CHUNK: tl.constexpr):
+    """The chunk's tensor, its first element there, how many elements are left, and if 16-byte accesses are right.
+
+    The last is a promise that the compiler relies on: the chunk is whole and every address a multiple of 16 bytes.
+    """
+    low = chunk * 0
+    high = T + low
+    while high - low > 1:
+        middle = (low + high) // 2
+        before = tl.load(table + middle) <= chunk
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    offset = (chunk - tl.load(table + low)) * CHUNK
+    left = tl.load(table + T + low) - offset
+    return low, offset, left, (left >= CHUNK) & (tl.load(table + 2 * T + low) != 0)
+
+
+@triton.jit
+def pointer_to(table, T, t, row, offset, DTYPE: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr):
+    """Pointer to a chunk of tensor t in a row of addresses.
+
+    16-byte accesses need both hints, on the pointer and on the offset, and no mask that depends on the lane.
+    """
+    pointer = tl.load(table + (3 + row) * T + t).to(tl.pointer_type(DTYPE))
+    if FULL:
+        pointer = tl.multiple_of(pointer, 16)
+        offset = tl.multiple_of(offset, CHUNK)
+    return pointer + offset
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """The numbers in a tensor's type, rounded to nearest even."""
+    if _INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
+        # the interpreter (triton 3.6 to 3.8) cuts the lower bits off; hardware rounds
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def double(x):
+    """A number, an argument of a kernel, as a float64 tensor: the interpreter passes plain Python numbers."""
+    return tl.full((), x, tl.float64)

@@ -1,0 +1,58 @@
+"""From gathered gradient sets to what multiplies them: K sets that are weighed now, or one that was weighed before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from . import ops
+from .gradients import GradientSets
+from .sources.source import Given, Source
+from .types import Balance, Group, Options, Role
+
+
+def solve_sets(
+    sets: GradientSets, groups: Mapping[Role, Sequence[Group]], source: Source, options: Options
+) -> tuple[Balance, Balance]:
+    """The balance of the objectives, and that of the sets: what multiplies them.
+
+    They are the same unless the sets are one, already weighed by the source. Then the first has K coefficients, as
+    the losses were multiplied, and the second has one. With a loss scale, the second's table divides by it.
+
+    Args:
+        sets: what `collect` gathered.
+        groups: their gradients by role.
+        source: of the Gram matrix.
+        options: of the balance.
+
+    Raises:
+        RuntimeError: a loss scale with log-gradients that were weighed before it was known.
+    """
+    assert sets.losses is not None
+    scale = options.loss_scale
+    if sets.weighed is None:
+        record = source.solve(groups, sets.names, sets.losses, sets.watch, options.weighting, options)
+        if scale is None:
+            return record, record
+        return record, replace(record, table=record.table / scale.to(record.table.device))
+    record = sets.weighed
+    if scale is not None:
+        if options.log_gradients and options.rescale == "none":
+            raise RuntimeError(
+                "a GradScaler cannot be used with one backward pass over log-gradients: dividing by the scaled losses "
+                "takes the scale out before the pass; use rescale='sum', gram='exact', or bfloat16 autocast"
+            )
+        scale = scale.to(record.table.device)
+        record = replace(record, gram=record.gram / scale.square(), norms=record.norms / scale)
+    # log-gradients do not shrink when a loss is divided by the number of its parts, so their sum is a mean
+    parts = sets.calls if options.log_gradients and options.rescale == "none" else 1
+    factor = torch.full((1,), 1 / parts, dtype=torch.float64, device=sets.losses.device)
+    plain = replace(options, rescale="none")
+    of_sum = ops.solve(groups, torch.ones_like(factor), Given(factor, log_gradients=False), plain)
+    skipped = of_sum.skipped | record.skipped.to(of_sum.skipped.device)
+    coefficients = record.coefficients * of_sum.coefficients.to(record.table.device)
+    record = replace(record, table=coefficients.expand(len(Role), -1), norm=of_sum.norm, skipped=skipped)
+    table = of_sum.table if scale is None else of_sum.table / scale.to(of_sum.table.device)
+    return record, replace(of_sum, table=table, skipped=skipped)

@@ -1,0 +1,44 @@
+"""Aligned-MTL: the gradients' principal components, all of one length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..reference import EQUAL
+from ._eigen import eigh
+
+
+@dataclass(frozen=True)
+class AlignedMTL:
+    """The mean of the gradients after their matrix has been replaced by the nearest one with equal singular values.
+
+    With G = V diag(lambda) V^T and lambda_R its smallest eigenvalue that is not 0, the weights are
+    sqrt(lambda_R) V diag(lambda^-1/2) V^T 1/K, over the eigenvalues that are not 0. They may be negative.
+
+    Source: Senushkin et al. (CVPR 2023), Algorithm 1, with the smallest singular value as the common one. The result
+    depends on the gradients' units, and on what counts as 0: eigenvalues below a share of 1e-13 of the largest.
+
+    Args:
+        log_gradients: weigh the gradients of log L_i instead of those of L_i (published).
+    """
+
+    log_gradients: bool = False
+
+    def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
+        """Weights of a Gram matrix of the gradients this weighting asks for.
+
+        Args:
+            gram: [K, K] float64.
+            losses: not used.
+
+        Returns:
+            [K] float64.
+        """
+        values, vectors = eigh(gram.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+        counted = values > EQUAL * values.amax()
+        smallest = values.where(counted, torch.inf).amin()
+        scale = torch.where(counted, (smallest / values).sqrt(), 0.0)
+        return vectors @ (scale * vectors.mean(0))

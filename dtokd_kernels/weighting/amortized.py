@@ -1,0 +1,127 @@
+"""DTO-KD's amortized rule: weights that are learned from step to step instead of solved for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from . import _learned
+from .stateful import Memory, Stateful, choose
+
+READINGS = ("famo", "gram", "eq18")
+
+
+@dataclass(eq=False)
+class Amortized(Stateful):
+    """Softmax of logits w that take one step of AdamW per step of the student.
+
+    The student descends sum_i pi_i log L_i with pi = softmax(w) (Algorithm 1). What w descends comes in three readings;
+    with s the slope in pi, the slope in w is (diag(pi) - pi pi^T) s:
+
+    - "famo": s_i = log L_i(t) - log L_i(t+1), how fast objective i fell (Eq. 6), so that what falls fastest loses
+      weight. L(t+1) are the losses that `observe` is given, or else those of the next batch, which cost nothing and
+      are noisier. No constant factor of a loss matters. Needs no Gram matrix, so one backward pass is enough.
+    - "gram": s = G pi, the slope of 1/2 ||sum_i pi_i grad log L_i||^2: the first-order rates, without noise. For a
+      Gram matrix that stays, the weights converge to those of `DTO` (up to weight decay).
+    - "eq18": s_i = (sum_j pi_j log L_j) log L_i, the slope of 1/2 (sum_i pi_i log L_i)^2 as printed. Not invariant to
+      the losses' units: its sign turns where that of sum_j pi_j log L_j does, and its fixed points are no Pareto
+      condition. Needs no Gram matrix.
+
+    Source: DTO-KD (ICLR 2026), Algorithm 1, Eq. 6 and 18; FAMO (Liu et al., NeurIPS 2023), Algorithm 1, which divides
+    the coefficients by their sum (`rescale="sum"` of the optimizers) and whose code uses Adam with coupled decay.
+
+    Memory: "learned" (w), AdamW's state; for "famo" also "log_losses" [K] and "pending", whether those still wait for
+    what came of them. With several ranks, average the losses first, or the ranks' weights drift apart.
+
+    Args:
+        reading: what the logits descend.
+        lr: learning rate of the logits.
+        weight_decay: decoupled; pulls the weights towards 1 / K.
+
+    Raises:
+        ValueError: an unknown reading, a negative learning rate or weight decay.
+    """
+
+    reading: Literal["famo", "gram", "eq18"] = "famo"
+    lr: float = 0.025
+    weight_decay: float = 0.01
+    log_gradients: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.reading not in READINGS:
+            raise ValueError(f"Amortized: reading is {self.reading!r}; choose 'famo', 'gram' or 'eq18'")
+        _learned.check("Amortized", self.lr, self.weight_decay)
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the weights depend on the Gram matrix."""
+        return self.reading == "gram"
+
+    def initial(self, gram: Tensor) -> Memory:
+        """Equal weights."""
+        zeros = gram.new_zeros(len(gram), dtype=torch.float64)
+        memory = _learned.start(zeros)
+        if self.reading == "famo":
+            memory["log_losses"] = zeros.clone()
+            memory["pending"] = zeros.new_zeros((), dtype=torch.bool)
+        return memory
+
+    def advance(self, memory: Memory, gram: Tensor, losses: Tensor) -> tuple[Tensor, Memory]:
+        """The weights and the memory after them."""
+        if self.reading == "famo":
+            now = losses.log()
+            memory = choose(~memory["pending"], memory, self._descend(memory, memory["log_losses"] - now))
+            weights = memory["learned"].softmax(0)
+            return weights, {**memory, "log_losses": now, "pending": torch.ones_like(memory["pending"])}
+        if self.reading == "gram":
+            # an objective without a gradient is out of the simplex, as in DTO
+            weights = memory["learned"].where(gram.diagonal() > 0, -torch.inf).softmax(0)
+            return weights, self._descend(memory, gram @ weights, weights)
+        weights = memory["learned"].softmax(0)
+        logs = losses.log()
+        return weights, self._descend(memory, (weights @ logs) * logs)
+
+    @torch.no_grad()
+    def observe(self, losses: Tensor | Sequence[Tensor]) -> None:
+        """Tell what the last step made of its losses: the same batch again, with the parameters after the step.
+
+        Evaluate without gradient, in the objectives' order, and so that the second evaluation differs from the first
+        by the parameters alone: without updating BatchNorm's statistics (set `momentum` to 0 meanwhile) and with the
+        same dropout and drop path (restore the random state, or have none).
+
+        Args:
+            losses: [K], or K scalars. If one is not finite and positive nothing changes.
+
+        Raises:
+            RuntimeError: the reading is not "famo", or there was no step before.
+            ValueError: there are not K losses.
+
+        Effects: no host sync. After a skipped step, or a second time for one step, nothing changes.
+        """
+        if self.reading != "famo":
+            raise RuntimeError(f"Amortized.observe: reading {self.reading!r} uses no later losses; leave the call out")
+        if self._memory is None:
+            raise RuntimeError("Amortized.observe: there was no step yet; call it after optimizer.step()")
+        memory = self._memory
+        before = memory["log_losses"]
+        if not isinstance(losses, Tensor):
+            losses = torch.stack([loss.reshape(()) for loss in losses])
+        if losses.shape != before.shape:
+            raise ValueError(
+                f"Amortized.observe: losses has shape {tuple(losses.shape)}, expected {tuple(before.shape)}: "
+                "one per objective, in the order that backward got them"
+            )
+        after = losses.to(before).log()
+        usable = memory["pending"] & after.isfinite().all()
+        new = {**self._descend(memory, before - after), "pending": torch.zeros_like(usable)}
+        self._write(choose(~usable, memory, new))
+
+    def _descend(self, memory: Memory, slope: Tensor, weights: Tensor | None = None) -> Memory:
+        if weights is None:
+            weights = memory["learned"].softmax(0)
+        gradient = weights * (slope - weights @ slope)
+        return _learned.descend(memory, gradient, lr=self.lr, weight_decay=self.weight_decay)

@@ -1,0 +1,43 @@
+"""ConFIG: equal cosines with all gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._eigen import solve_by_pseudoinverse
+from ._units import unit_gram
+
+
+@dataclass(frozen=True)
+class ConFIG:
+    """The direction at the same angle to every gradient, as long as the gradients' projections on it together.
+
+    With unit gradients u_i, their Gram matrix C and a = C^+ 1: g_u = sum_i a_i u_i / ||sum_i a_i u_i|| and
+    d = (sum_i <g_i, g_u>) g_u.
+
+    Source: Liu, Chu and Thuerey (ICLR 2025), Eq. 2.
+
+    Args:
+        log_gradients: weigh the gradients of log L_i instead of those of L_i (published): only d's length differs.
+    """
+
+    log_gradients: bool = False
+
+    def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
+        """Weights of a Gram matrix of the gradients this weighting asks for.
+
+        Args:
+            gram: [K, K] float64.
+            losses: not used.
+
+        Returns:
+            [K] float64; all 0 where no direction has equal cosines (opposite gradients).
+        """
+        cosines, norms, inverse = unit_gram(gram)
+        a = solve_by_pseudoinverse(cosines, (inverse > 0).double())
+        products = cosines @ a  # with the unit gradients
+        square = a @ products
+        return torch.where(square > 0, (norms @ products) / square, 0.0) * a * inverse

@@ -1,0 +1,37 @@
+"""DualProj: the mean gradient projected so that it conflicts with none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ._faces import project_on_dual_cone
+from ._units import unit_gram
+
+
+@dataclass(frozen=True)
+class DualProj:
+    """The mean of the K gradients, projected on the directions that conflict with no gradient.
+
+    Source: GEM (Lopez-Paz and Ranzato, NeurIPS 2017), Eq. 11, the dual of its projection; named as in TorchJD. The
+    quadratic program is solved exactly, by trying every set of active constraints.
+
+    Args:
+        log_gradients: weigh the gradients of log L_i instead of those of L_i (published).
+    """
+
+    log_gradients: bool = False
+
+    def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
+        """Weights of a Gram matrix of the gradients this weighting asks for.
+
+        Args:
+            gram: [K, K] float64.
+            losses: not used.
+
+        Returns:
+            [K] float64, at least 1 / K each where there is a gradient.
+        """
+        cosines, norms, inverse = unit_gram(gram)
+        return project_on_dual_cone(cosines, norms[None] / len(gram))[0] * inverse

@@ -1,0 +1,40 @@
+"""UPGrad: each gradient projected so that it conflicts with none, then the mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._faces import project_on_dual_cone
+from ._units import unit_gram
+
+
+@dataclass(frozen=True)
+class UPGrad:
+    """The mean of the K gradients, each projected on the directions that conflict with no gradient.
+
+    No step to first order raises a loss: <g_i, d> >= 0 for all i; and <g_i, d> grows in proportion to g_i's length.
+
+    Source: Quinton and Rey (Jacobian descent for multi-objective optimization, 2024), Eq. 3 and Proposition 1. The
+    quadratic programs are solved exactly, by trying every set of active constraints.
+
+    Args:
+        log_gradients: weigh the gradients of log L_i instead of those of L_i (published).
+    """
+
+    log_gradients: bool = False
+
+    def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
+        """Weights of a Gram matrix of the gradients this weighting asks for.
+
+        Args:
+            gram: [K, K] float64.
+            losses: not used.
+
+        Returns:
+            [K] float64, at least 1 / K each.
+        """
+        cosines, norms, inverse = unit_gram(gram)
+        return (project_on_dual_cone(cosines, torch.diag(norms)) * inverse).mean(0)

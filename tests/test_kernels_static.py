@@ -1,0 +1,47 @@
+"""The machine code of the GPU kernels: no spills, 16 bytes per access, the model's bytes, room for threads."""
+
+import pytest
+
+from benchmarks import kernels, toolchain
+
+pytestmark = pytest.mark.skipif(toolchain.missing() is not None, reason=str(toolchain.missing()))
+
+# of a multiprocessor's threads, at least; 1/8 for all others. Half of them with 64 to 128 bytes in flight each are
+# more than the memory of an H100 needs (20 to 30 KB per multiprocessor: bandwidth times latency).
+OCCUPANCY = {
+    "gram_kernel<float, 2>": 1 / 2,
+    "gram_kernel<bf16, 2>": 1 / 2,
+    "gram_kernel<float, 4>": 1 / 4,
+    "update_kernel<AdamWRule<float, float, false>, 2>": 1 / 2,
+    "update_kernel<AdamWRule<bf16, float, false>, 2>": 3 / 8,
+    "update_kernel<AdamWRule<bf16, float, true>, 2>": 1 / 4,
+    "update_kernel<CombineRule<float>, 2>": 1 / 2,
+}
+
+
+@pytest.fixture(scope="module", params=kernels.ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+def compiled(request, tmp_path_factory):
+    return kernels.cuda_kernels(tmp_path_factory.mktemp("kernels"), request.param)
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS, ids=lambda kernel: kernel.name)
+def test_machine_code(compiled, kernel):
+    code = compiled[kernel]
+    loop = kernels.Loop(code.main_loop())
+    assert code.spilled == 0
+    assert loop.count("LDL") == loop.count("STL") == 0
+    # known to be global memory, and whole words
+    assert {(opcode, size) for opcode, size in loop.accesses() if opcode.endswith("G")} == set(loop.accesses())
+    assert {size for _, size in loop.accesses()} == {16}
+    if kernel.bytes is not None:
+        assert loop.bytes() == kernel.bytes * loop.elements(kernel)
+    assert code.occupancy() >= OCCUPANCY.get(kernel.name, 1 / 8)
+
+
+def test_step_of_two_float32_gradients_moves_40_bytes_per_parameter(compiled):
+    total = 0
+    for kernel, code in compiled.items():
+        if kernel.name in ("gram_kernel<float, 2>", "update_kernel<AdamWRule<float, float, false>, 2>"):
+            loop = kernels.Loop(code.main_loop())
+            total += loop.bytes() / loop.elements(kernel)
+    assert total == 40

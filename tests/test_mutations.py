@@ -1,0 +1,291 @@
+"""Kernels broken on purpose: the checks that must see it, do. One change of the source at a time."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLAGS = ("-std=c++20", "-O0", "-g1", "-ffp-contract=off", "-w", "-Icsrc", "-Icsrc/include")
+CHECKS = {"run": (), "thread": ("-fsanitize=thread",)}
+SCHEDULES = {"run": ("forward", "reverse", "1", "2"), "thread": ("forward",)}
+OBJECTS = {
+    "gram": "csrc/cuda/launch_gram.cu",
+    "adamw": "csrc/cuda/launch_adamw.cu",
+    "sgd": "csrc/cuda/launch_sgd.cu",
+    "tests": "csrc/tests/cuda_tests.cpp",
+}
+RACE = "ThreadSanitizer: data race"
+WRONG = "failed: "  # a result, in csrc/tests/cuda_tests.cpp
+
+
+class Mutation(NamedTuple):
+    """A change of `old` in csrc/cuda/`file` to `new`, compiled into `object`; `check` fails and says `said`.
+
+    What device.h defines is linked from the first object, gram.
+    """
+
+    name: str
+    file: str
+    object: str
+    old: str
+    new: str
+    check: str
+    said: str
+
+
+MUTATIONS = [
+    Mutation(
+        "no barrier before the warps' sums are added",
+        "gram.cuh",
+        "gram",
+        "warp_sums(s, sums[threadIdx.x / 32]);\n  __syncthreads();",
+        "warp_sums(s, sums[threadIdx.x / 32]);",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "no barrier before the warps' sums are overwritten",
+        "gram.cuh",
+        "gram",
+        "__syncthreads();  // the last call's sums have been read",
+        "",
+        "thread",
+        RACE,
+    ),
+    Mutation(
+        "no barrier between the sums and the ticket",
+        "gram.cuh",
+        "gram",
+        "= total;\n    __syncthreads();",
+        "= total;",
+        "thread",
+        RACE,
+    ),
+    Mutation(
+        "no barrier after the ticket",
+        "gram.cuh",
+        "gram",
+        "__syncthreads();\n  if (!last) return;",
+        "if (!last) return;",
+        "thread",
+        RACE,
+    ),
+    Mutation(
+        "no fence before the ticket",
+        "device.h",
+        "gram",
+        "__threadfence();\n  const bool last",
+        "const bool last",
+        "thread",
+        RACE,
+    ),
+    Mutation(
+        "no fence after the ticket",
+        "device.h",
+        "gram",
+        "__threadfence();\n  return last;",
+        "return last;",
+        "thread",
+        RACE,
+    ),
+    Mutation(
+        "a ticket that is not atomic",
+        "device.h",
+        "gram",
+        "atomicInc(ticket, total - 1) == total - 1",
+        "(*ticket = (*ticket + 1) % total) == 0",
+        "thread",
+        RACE,
+    ),
+    Mutation(
+        "a ticket that does not wrap",
+        "device.h",
+        "gram",
+        "atomicInc(ticket, total - 1) == total - 1",
+        "atomicInc(ticket, total) == total - 1",
+        "run",
+        "failed: ticket == 0",
+    ),
+    Mutation(
+        "one thread of the other blocks stays",
+        "gram.cuh",
+        "gram",
+        "if (!last) return;",
+        "if (!last && threadIdx.x > 0) return;",
+        "run",
+        "the kernel",
+    ),
+    Mutation(
+        "half a warp's mask",
+        "gram.cuh",
+        "gram",
+        "__shfl_xor_sync(0xffffffff, mine[0], step)",
+        "__shfl_xor_sync(0xffff, mine[0], step)",
+        "run",
+        "a mask that leaves it out",
+    ),
+    Mutation(
+        "words where pointers are not aligned",
+        "launch_gram.cu",
+        "gram",
+        "entry.aligned = is_aligned(entry.grads, P);",
+        "entry.aligned = true;",
+        "run",
+        "misaligned access: 16 bytes",
+    ),
+    Mutation(
+        "the last element left out",
+        "gram.cuh",
+        "gram",
+        "if (at >= end) continue;",
+        "if (at >= end - 1) continue;",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "the last slot left out",
+        "gram.cuh",
+        "gram",
+        "slot < job.slots[role + 1]",
+        "slot + 1 < job.slots[role + 1]",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "a squared gradient for a product",
+        "gram.cuh",
+        "gram",
+        "fma(x[i][e], x[j][e], sums[p])",
+        "fma(x[i][e], x[i][e], sums[p])",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "a word read twice",
+        "gram.cuh",
+        "gram",
+        "((first + u) * kThreads",
+        "(first * kThreads",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "faces compared before they are solved",
+        "solve.cuh",
+        "gram",
+        "__syncthreads();\n  if (threadIdx.x == 0) {\n    BestFace best;",
+        "if (threadIdx.x == 0) {\n    BestFace best;",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "a skipped step taken",
+        "update.cuh",
+        "adamw",
+        "if (job.direction.skipped && *job.direction.skipped) return;",
+        "",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "a chunk too far",
+        "update.cuh",
+        "adamw",
+        "table.chunks() - 1 - blockIdx.x",
+        "table.chunks() - blockIdx.x",
+        "run",
+        "",
+    ),
+    Mutation(
+        "coefficients of shared parameters for all",
+        "update.cuh",
+        "sgd",
+        "direction.coefficients[entry.role * direction.K + k]",
+        "direction.coefficients[k]",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "no barrier after the block's numbers are made",
+        "update.cuh",
+        "adamw",
+        "__syncthreads();\n  if (Rule::kCountsSteps && shared.last)",
+        "if (Rule::kCountsSteps && shared.last)",
+        "run",
+        "misaligned access",
+    ),
+    Mutation(
+        "steps counted by every block",
+        "update.cuh",
+        "adamw",
+        "if (Rule::kCountsSteps && shared.last)",
+        "if (Rule::kCountsSteps)",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "the elements after the last word left out",
+        "update.cuh",
+        "sgd",
+        "if (at < end) update_ragged<Rule, P>(entry, shared, at, end);",
+        "",
+        "run",
+        WRONG,
+    ),
+]
+
+
+def compile_object(folder: Path, name: str, check: str, output: Path) -> None:
+    command = ["g++", "-x", "c++", *FLAGS, *CHECKS[check], "-c", OBJECTS[name], "-o", output]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def run_tests(folder: Path, objects: list[Path], check: str) -> tuple[bool, str]:
+    """Whether the tests pass under every schedule, and what they say."""
+    program = folder / "tests"
+    subprocess.run(["g++", "-rdynamic", *CHECKS[check], *objects, "-o", program], check=True)
+    output, passed = "", True
+    for schedule in SCHEDULES[check]:
+        environment = {**os.environ, "DTOKD_EMULATION_SCHEDULE": schedule}
+        result = subprocess.run([program], env=environment, capture_output=True, text=True, check=False, timeout=120)
+        output += result.stdout + result.stderr
+        passed = passed and result.returncode == 0
+    return passed, output
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory):
+    """The objects of the unchanged kernels, for one check or the other; they pass it."""
+    made = {}
+
+    def objects(check):
+        if check not in made:
+            folder = tmp_path_factory.mktemp(check)
+            made[check] = {name: folder / f"{name}.o" for name in OBJECTS}
+            for name, output in made[check].items():
+                compile_object(ROOT, name, check, output)
+            passed, output = run_tests(folder, list(made[check].values()), check)
+            assert passed, output
+        return made[check]
+
+    return objects
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_broken_kernel_is_found(unchanged, tmp_path, mutation):
+    objects = unchanged(mutation.check)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    file = tmp_path / "csrc/cuda" / mutation.file
+    text = file.read_text()
+    assert text.count(mutation.old) == 1, f"{mutation.file} has {text.count(mutation.old)} times: {mutation.old}"
+    file.write_text(text.replace(mutation.old, mutation.new))
+    changed = tmp_path / "changed.o"
+    compile_object(tmp_path, mutation.object, mutation.check, changed)
+    passed, output = run_tests(tmp_path, list({**objects, mutation.object: changed}.values()), mutation.check)
+    assert not passed
+    assert mutation.said in output

@@ -1,0 +1,380 @@
+"""The Triton kernels without a GPU: interpreted on the CPU, and compiled for GPUs that are not there.
+
+A process either interprets kernels or compiles them. In one that compiles, `test_in_the_interpreter` starts one that
+interprets, for the tests here that need it and for those of the other files that run once per backend.
+"""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dtokd_kernels as dk
+from dtokd_kernels import backends, reference
+
+from . import tolerances
+from .inputs import DTYPES, IMAGE, each_dtype, gradients
+from .test_combine import COEFFICIENTS, assert_combined
+from .test_gram import assert_gram
+from .test_step import Step, assert_step
+
+pytest.importorskip("triton", reason="triton is not installed")
+interpreted = pytest.mark.skipif(
+    not backends.interpreted(), reason="needs TRITON_INTERPRET=1; test_in_the_interpreter runs it"
+)
+compiled = pytest.mark.skipif(backends.interpreted(), reason="TRITON_INTERPRET=1 replaces the compiler")
+
+ROOT = Path(__file__).parents[1]
+CHUNK = 8192  # elements of a program
+#: Around a lane of 16 bytes, a block of the loops, and a chunk; empty tensors first, in the middle and last.
+SIZES = (0, 1, 9, 0, 1023, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 0)
+
+#: What the interpreter runs of the other files: every dtype, layout, update rule and option, but only small tensors.
+SELECTED = (
+    "tests/test_triton.py",
+    "tests/test_gram.py -k list_with_empty or none_counts or layouts or not_finite or golden or expanded or scale",
+    "tests/test_combine.py -k list_with_empty or out or layouts or kinds or version or empty_list or golden",
+    "tests/test_step.py -k every_variant or vertex or layout_of_everything or another_dtype or skipped or lr or tiny",
+    "tests/test_balance.py -k not torchjd",
+    "tests/test_weights.py -k golden or present or any_float or layout or one_objective or affine_solution_may",
+    "tests/test_optim.py -k direction or several_dtypes or reach_that_changes or channels_last or all_gradients_zero",
+    "tests/test_backward.py -k fills_grad or layouts",
+)
+
+
+# ---- interpreted -----------------------------------------------------------------------------------
+
+
+@compiled
+@pytest.mark.parametrize("selected", SELECTED, ids=lambda s: s.split()[0].removeprefix("tests/"))
+def test_in_the_interpreter(selected):
+    file, _, words = selected.partition(" -k ")
+    if file != "tests/test_triton.py":
+        words = f"triton and ({words})"
+    command = [sys.executable, "-m", "pytest", "-q", file, *(["-k", words] if words else [])]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert re.search(r"\b[1-9]\d* passed", result.stdout)
+
+
+@pytest.fixture
+def kernels():
+    """The backend, forced as a user would."""
+    with dk.use_backend("triton"):
+        yield backends.select(torch.device("cpu"))
+
+
+@interpreted
+@pytest.mark.parametrize(("K", "dtype"), [*((K, torch.float32) for K in range(1, 9)), *((3, d) for d in DTYPES[1:])])
+def test_gram_of_every_number_of_objectives_and_size(kernels, K, dtype):
+    grads = gradients(K, SIZES if K <= 3 else SIZES[:5], dtype)
+    assert_gram(dk.gram(grads), grads)
+
+
+@interpreted
+@pytest.mark.parametrize(("K", "dtype"), [*((K, torch.float32) for K in range(1, 9)), *((3, d) for d in DTYPES[1:])])
+def test_combine_of_every_number_of_objectives_and_size(kernels, K, dtype):
+    grads = gradients(K, SIZES if K <= 3 else SIZES[:5], dtype)
+    assert_combined(dk.combine(grads, COEFFICIENTS[:K]), grads, COEFFICIENTS[:K])
+
+
+@interpreted
+@pytest.mark.parametrize(("K", "dtype"), [*((K, torch.float32) for K in (1, 2, 5, 8)), *((2, d) for d in DTYPES[1:])])
+@pytest.mark.parametrize("variant", ["adamw amsgrad", "sgd nesterov"])
+def test_step_of_every_number_of_objectives_and_size(kernels, variant, K, dtype):
+    before = Step(variant, K, SIZES if K <= 2 else SIZES[:5], dtype)
+    assert_step(before, before.clone().run(kernels))
+
+
+def moved(t):
+    """The same values, one element after an address that 16 divides."""
+    return t.new_empty(t.numel() + 1)[1:].copy_(t)
+
+
+@interpreted
+@each_dtype
+def test_bits_do_not_depend_on_alignment(kernels, dtype):
+    """Whole chunks of misaligned tensors take the path of the ragged ones, which adds in the same order."""
+    grads = gradients(2, [2 * CHUNK + 77], dtype)
+    shifted = [[moved(g) for g in row] for row in grads]
+    assert all(g.data_ptr() % 16 == 0 for [g] in grads)
+    assert all(g.data_ptr() % 16 != 0 for [g] in shifted)
+    assert torch.equal(dk.gram(grads), dk.gram(shifted))
+    for a, b in zip(dk.combine(grads, COEFFICIENTS[:2]), dk.combine(shifted, COEFFICIENTS[:2]), strict=True):
+        assert torch.equal(a, b)
+
+
+@interpreted
+def test_bits_do_not_depend_on_the_other_tensors(kernels):
+    """A chunk's sums are its own: a list in another order, or with empty tensors between, adds the same numbers."""
+    grads = gradients(2, [100, CHUNK + 3], torch.float32)
+    split = [[row[0], row[0].new_empty(0), row[1]] for row in grads]
+    assert torch.equal(dk.gram(grads), dk.gram(split))
+
+
+@interpreted
+def test_a_vertex_does_not_read_the_gradient_it_leaves_out(kernels):
+    before = Step("adamw", 2, [CHUNK + 40], torch.float32, coefficients=torch.tensor([1.5, 0.0]).double())
+    expected, after = before.clone(), before.clone()
+    after.grads[1][0].fill_(float("nan"))
+    for step in (expected, after):
+        step.run(kernels)
+    assert torch.equal(after.tensors["param"][0], expected.tensors["param"][0])
+
+
+@interpreted
+def test_tensors_whose_alignment_differs_in_one_list(kernels):
+    before = Step("adamw", 2, [CHUNK + 40, CHUNK], torch.float32)
+    after = before.clone()
+    after.tensors["exp_avg"][0] = moved(after.tensors["exp_avg"][0])
+    after.grads[1][1] = moved(after.grads[1][1])
+    assert_step(before, after.run(kernels))
+
+
+@interpreted
+def test_whole_steps_change_and_reuse_tables(kernels):
+    """Gradients that move from step to step, as zero_grad(set_to_none=True) makes them, and parameters that stay."""
+    from dtokd_kernels.triton import tables
+
+    with dk.use_backend("reference"):
+        expected = [t.double() for t in three_steps()]
+    before = tables._table.cache_info()
+    got = three_steps()
+    after = tables._table.cache_info()
+    assert after.misses > before.misses
+    assert after.currsize <= after.maxsize
+    for a, b in zip(got, expected, strict=True):
+        # float32 against float32, three steps of lr 0.1: each step's rounding is within a few u of its size
+        assert (a - b).abs().max() <= 3 * 100 * tolerances.unit_roundoff(torch.float32)
+
+
+def three_steps():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Tanh(), torch.nn.Linear(7, 3))
+    optimizer = dk.DTOAdamW(model.parameters(), lr=0.1, max_norm=1.0)
+    for _ in range(3):
+        out = model(torch.ones(4, 5))
+        optimizer.backward([out.square().mean(), (out - 1).square().mean()])
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
+@interpreted
+def test_table_without_host_memory():
+    """How a table gets into a CUDA graph: addresses pass through torch's scalars without loss."""
+    from dtokd_kernels.triton.tables import fill_without_host_memory
+
+    numbers = [0, 1, 2**31, 0x7F12_3456_7890, 2**62 + 1, *range(300)]
+    assert fill_without_host_memory(numbers, torch.device("cpu")).tolist() == numbers
+
+
+@interpreted
+@each_dtype
+def test_rounding_to_nearest_even(kernels, dtype):
+    """Ties, overflow to infinity, values that carry into the exponent, subnormal results, NaN."""
+    if dtype in (torch.float32, torch.float64):
+        values = torch.tensor([1.0, -2.5, 3e38, float("inf"), float("nan")], dtype=dtype)
+    else:
+        info = torch.finfo(dtype)
+        ulp = info.eps
+        values = torch.tensor([1 + ulp / 2, 1 + 1.5 * ulp, 2 - ulp / 4, -1 - ulp / 2, info.max, 0.0, 3.3, float("nan")])
+    one = torch.ones(1, dtype=dtype)
+    out = torch.cat([kernels.combine([[one]], value.double()[None])[0] for value in values])
+    expected = values.to(torch.float32 if dtype != torch.float64 else dtype).to(dtype)
+    assert torch.equal(out.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def calls():
+    """Arguments of every operation: empty tensors, ragged ones, and one of more than a chunk."""
+
+    def tensors(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.rand(n, generator=generator) for n in (3, 0, 17, CHUNK + 9)]
+
+    gram = torch.tensor([[18.0, -22.0], [-22.0, 38.0]], dtype=torch.float64)
+    c, flag = torch.tensor([0.4, 0.6], dtype=torch.float64), torch.tensor(False)
+    steps = [torch.tensor(1.0) for _ in range(4)]
+    adamw = {"lr": 0.0, "tensor_lr": torch.tensor(0.1), "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1}
+    adamw |= {"eps": 1e-8, "maximize": False}
+    sgd = {"lr": 0.1, "tensor_lr": None, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "nesterov": False}
+    sgd |= {"maximize": False, "first": False}
+    return {
+        "gram": ((tensors(0) + tensors(1), 2), {}),
+        "min_norm_weights": ((gram, True, torch.tensor([True, True])), {}),
+        "balance": ((gram, None, gram, torch.ones(2).double(), None, True, True, False, 1.0, 1e-8), {}),
+        "combine_": ((tensors(2), tensors(0) + tensors(1), c), {}),
+        "adamw_step_": ((tensors(2), tensors(0) + tensors(1), tensors(3), tensors(4), [], steps, c, flag), adamw),
+        "sgd_step_": ((tensors(2), tensors(0) + tensors(1), tensors(3), c, flag), sgd),
+    }
+
+
+@interpreted
+@pytest.mark.parametrize("name", calls())
+def test_opcheck(kernels, name):
+    args, kwargs = calls()[name]
+    torch.library.opcheck(getattr(torch.ops.dtokd_triton, name).default, args, kwargs)
+
+
+@interpreted
+def test_every_operation_is_checked(kernels):
+    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dtokd_triton::")}
+    assert names == set(calls())
+
+
+@interpreted
+def test_under_torch_compile(kernels):
+    """A compiled function keeps the operations as calls, and may have them write to its arguments."""
+
+    def step(params, g1, g2, exp_avgs, exp_avg_sqs, steps, c, skipped):
+        gram = torch.ops.dtokd_triton.gram.default([g1, g2], 2)
+        torch.ops.dtokd_triton.adamw_step_.default(
+            [params], [g1, g2], [exp_avgs], [exp_avg_sqs], [], [steps], c, skipped,
+            lr=0.1, tensor_lr=None, beta1=0.9, beta2=0.999, weight_decay=0.1, eps=1e-8, maximize=False,
+        )  # fmt: skip
+        return gram, params + 1
+
+    def arguments():
+        [[p], [a], [b], [m]] = gradients(4, [50], torch.float32)
+        return p, a, b, m, m.square(), torch.tensor(3.0), COEFFICIENTS[:2], torch.tensor(False)
+
+    eager, traced = arguments(), arguments()
+    expected = step(*eager)
+    got = torch.compile(step, backend="aot_eager", fullgraph=True)(*traced)
+    for a, b in zip((*got, *traced), (*expected, *eager), strict=True):
+        assert torch.equal(a, b)
+
+
+@interpreted
+def test_refusals_before_anything_changes(kernels):
+    args, kwargs = calls()["adamw_step_"]
+    params, grads, exp_avgs, exp_avg_sqs, largest, steps, c, flag = args
+    before = torch.cat(params)
+    with pytest.raises(ValueError, match=r"adamw_step_: exp_avg_sqs\[3\] has 5 elements, expected 8201"):
+        torch.ops.dtokd_triton.adamw_step_.default(
+            params, grads, exp_avgs, [*exp_avg_sqs[:3], torch.zeros(5)], largest, steps, c, flag, **kwargs
+        )
+    with pytest.raises(ValueError, match="grads has 7 tensors, expected 4 for each of 2 objectives"):
+        torch.ops.dtokd_triton.adamw_step_.default(
+            params, grads[:7], exp_avgs, exp_avg_sqs, largest, steps, c, flag, **kwargs
+        )
+    with pytest.raises(ValueError, match=r"expected float64 numbers on cpu, got torch\.float32"):
+        torch.ops.dtokd_triton.combine_.default(params, grads, c.float())
+    assert torch.equal(torch.cat(params), before)
+    assert all(step == 1 for step in steps)
+
+
+@interpreted
+def test_tensors_that_fit_no_kernel_take_the_reference(kernels):
+    """A step counter of another dtype than the others, and parameters with gaps: slower, but the same step."""
+    for change in ("steps", "params"):
+        before = Step("adamw", 2, [IMAGE, IMAGE], torch.float32)
+        after = before.clone()
+        if change == "steps":
+            after.steps[1] = after.steps[1].double()
+        else:
+            after.tensors["param"] = [p.repeat_interleave(2, -1)[..., ::2] for p in after.tensors["param"]]
+        assert_step(before, after.run(kernels))
+
+
+@interpreted
+def test_float64_counters(kernels):
+    before = Step("adamw", 2, [33], torch.float32)
+    before.steps = [s.double() for s in before.steps]
+    assert_step(before, before.clone().run(kernels))
+
+
+@interpreted
+@pytest.mark.parametrize("K", [1, 2, 3])
+@pytest.mark.parametrize(("private", "plain"), list(itertools.product([False, True], repeat=2)))
+def test_balance_of_several_roles(kernels, K, private, plain):
+    """Gram matrices of private and plain parameters, which only the optimizers pass."""
+    grams = [g @ g.T for g in torch.randn(3, K, 5, dtype=torch.float64)]
+    options = {"max_norm": 0.5, "rescale": "sum", "private_gram": grams[1] if private else None}
+    options["plain_gram"] = grams[2] if plain else None
+    losses = torch.rand(K, dtype=torch.float64) + 0.1
+    got = kernels.balance(grams[0], losses, dk.weighting.DTO(), **options)
+    expected = reference.balance(grams[0], losses, dk.weighting.DTO(), **options)
+    bound = tolerances.weights_bound(grams[0] / losses.outer(losses)) + 100 * tolerances.unit_roundoff(torch.float64)
+    for name in ("weights", "coefficients", "private_coefficients", "plain_coefficients", "norm", "cosine", "norms"):
+        a, b = getattr(got, name), getattr(expected, name)
+        assert ((a - b).abs() <= bound * (1 + b.abs())).all(), name
+    assert got.skipped == expected.skipped
+    assert got.vertex == expected.vertex
+
+
+@interpreted
+def test_other_devices_are_refused(kernels):
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run on cuda; use 'reference'"):
+        backends.select(torch.device("cuda"))
+
+
+# ---- compiled --------------------------------------------------------------------------------------
+
+
+@compiled
+def test_needs_a_gpu_or_the_interpreter():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert backends.missing("triton") == "torch sees no GPU, and TRITON_INTERPRET=1 is not set"
+
+
+def test_import_leaves_triton_alone():
+    """Importing the package imports no triton and starts no CUDA: a machine may have neither."""
+    code = "import sys, torch, dtokd_kernels; assert 'triton' not in sys.modules or 'triton' in torch.__dict__; "
+    code += "assert not torch.cuda.is_initialized(); assert 'dtokd_kernels.triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def wanted():
+    """Kernels and compute capabilities: float32 and bfloat16 for every GPU, the rest and K = 8 for one.
+
+    At K = 8 only those that walk the gradients: the solver there is allowed to spill (see solve.py).
+    """
+    if backends.interpreted():
+        return []
+    from dtokd_kernels.triton import compile as compiler
+
+    cases = []
+    for K, dtypes, capabilities in (
+        (2, (torch.float32, torch.bfloat16), (80, 90, 100)),
+        (2, (torch.float64, torch.float16), (90,)),
+        (8, (torch.float32,), (90,)),
+    ):
+        cases += [
+            (v, c) for v in compiler.variants((K,), dtypes) for c in capabilities if K < 8 or "DTYPE" in v.constants
+        ]
+    names = {f"{v.name} sm_{c}": (v, c) for v, c in cases}  # some kernels do not depend on the dtype
+    return [pytest.param(*case, id=name) for name, case in names.items()]
+
+
+#: Lists that a kernel reads besides the K gradients, and lists that it writes, by the first word of a variant's name.
+TRAFFIC = {"gram": (0, 0), "combine": (0, 1), "adamw": (3, 3), "sgd": (2, 2)}
+
+
+@compiled
+@pytest.mark.parametrize(("variant", "capability"), wanted())
+def test_compiles_without_spills_to_wide_accesses(variant, capability):
+    """What ptxas makes of a kernel. It says nothing of speed, and nothing of what a GPU computes."""
+    from dtokd_kernels.triton import compile as compiler
+
+    result = compiler.compile(variant, capability)
+    code = compiler.sass(result)
+    assert not re.search(r"\b(LDL|STL)\b", code), "registers are spilled"
+    assert not re.search(r"\b(div\.(full|approx)|sqrt\.approx|rcp\.approx|ex2\.approx)", result.asm["ptx"])
+    if variant.kernel.__name__ not in ("gram_kernel", "combine_kernel", "adamw_kernel", "sgd_kernel"):
+        return
+    read, written = TRAFFIC[variant.name.split()[0]]
+    read, written = (read + 1, written + 1) if variant.constants.get("AMSGRAD") else (read, written)
+    loads, stores = len(re.findall(r"LDG\.\S*128", code)), len(re.findall(r"STG\.\S*128", code))
+    unrolled = loads / (variant.constants["K"] + read)
+    # every list, by as many accesses of 16 bytes: one that fell back to narrow ones would be missing
+    assert unrolled >= 1
+    assert unrolled == int(unrolled)
+    assert stores == unrolled * written
