@@ -26,7 +26,7 @@ class Kernel:
     Attributes:
         name: as C++ names it.
         work: the instruction of which its main loop has a fixed number per element, and that number.
-        bytes: per element, what it must read and write; None if that depends on which tensors are there.
+        bytes: per element, what it must read and write; None if that depends on which tensors are there, or where.
     """
 
     name: str
@@ -50,6 +50,8 @@ KERNELS = (
     Kernel("update_kernel<AdamWRule<float, float, false>, 4>", ("MUFU.RSQ", 1), 16 + 12 + 12),
     Kernel("update_kernel<CombineRule<float>, 2>", ("FFMA", 2), 8 + 4),
     Kernel("update_kernel<CombineRule<bf16>, 2>", ("FFMA", 2), 4 + 2),
+    Kernel("resident_kernel<AdamWRule<float, float, false>, 2>", ("MUFU.RSQ", 1), None),
+    Kernel("resident_kernel<AdamWRule<bf16, float, false>, 2>", ("MUFU.RSQ", 1), None),
 )
 
 

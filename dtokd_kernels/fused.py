@@ -40,6 +40,10 @@ def register_fakes(namespace: str) -> None:
     for name in ("combine_", "adamw_step_", "sgd_step_"):
         torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
 
+
+def register_gram_step_fakes(namespace: str) -> None:
+    """The same for updates that also return the Gram matrix of what they read."""
+
     def products(coefficients: Tensor) -> Tensor:
         return coefficients.new_empty(len(coefficients), len(coefficients))
 

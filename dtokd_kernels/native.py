@@ -40,6 +40,7 @@ def load(name: str, needs: str) -> str | None:
 missing: str | None = load("_C", "C++ compiler")
 if missing is None:
     fused.register_fakes("dtokd")
+    fused.register_gram_step_fakes("dtokd")
 
 
 def instructions() -> str:

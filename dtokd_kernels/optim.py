@@ -65,6 +65,27 @@ class Balanced(torch.optim.Optimizer):
         self._source = choose(op, gram, self._options).begin()
         self._forget()
 
+    def _set_precision(self, state_dtype: torch.dtype | None, master_weights: bool) -> None:
+        if state_dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(
+                f"{type(self).__name__}: state_dtype is {state_dtype}; choose torch.float32 or torch.bfloat16, or None "
+                "for the parameters' dtype"
+            )
+        self._precision = state_dtype, master_weights
+
+    def _zeros(self, p: Tensor) -> Tensor:
+        """A moment's start."""
+        return torch.zeros_like(p, dtype=self._precision[0], memory_format=torch.preserve_format)
+
+    def _masters(self, params: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+        """Master copies of parameters of one dtype, as an update's state; nothing if they have none."""
+        if not self._precision[1] or params[0].dtype not in (torch.float16, torch.bfloat16):
+            return {}
+        for p in params:
+            if "master" not in self.state[p]:
+                self.state[p]["master"] = p.detach().to(torch.float32, copy=True)
+        return {"masters": [self.state[p]["master"] for p in params]}
+
     def _forget(self) -> None:
         self._sets = GradientSets()
         self._balance: Balance | None = None
@@ -268,12 +289,29 @@ class Balanced(torch.optim.Optimizer):
         if isinstance(weighting, Stateful):
             copy.copy(weighting).load_state_dict(state_dict["weighting"])  # refuses before anything has changed
         super().load_state_dict({**state_dict, "param_groups": groups})
+        self._restore_precision(state_dict)
         if isinstance(weighting, Stateful):
             weighting.load_state_dict(state_dict["weighting"])
         self._source.load_state_dict(state_dict.get("dtokd", {}).get("gram", {}))
 
+    def _restore_precision(self, state_dict: dict[str, Any]) -> None:
+        """Torch has rounded the loaded state to the parameters' dtype; take it over again where it has another."""
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if name == "step" or not isinstance(value, Tensor) or not value.is_floating_point():
+                    continue
+                dtype = torch.float32 if name == "master" else self._precision[0] or p.dtype
+                if dtype != p.dtype:
+                    self.state[p][name] = value.to(p.device, dtype)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_options": self._options, "_source": self._source}
+        return {
+            **super().__getstate__(),
+            "_options": self._options,
+            "_source": self._source,
+            "_precision": self._precision,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -377,6 +415,9 @@ _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weigh
             `Probe`, `Feature`, `Every`, `Ema`. Default: "exact", or "none", one backward pass of the weighted sum of
             the losses, for a weighting that needs no Gram matrix.
         backend: "cuda", "triton", "cpu" or "reference"; default: the best for the parameters' device.
+        state_dtype: dtype of the moments, float32 or bfloat16; default: the parameter's, as in torch.
+        master_weights: keep a float32 copy of each half-precision parameter in the state ("master"), of which the
+            parameter is the rounding, so that small updates are not lost.
 
     A parameter group takes `balance=False`: its gradient is the sum of the objectives' gradients."""
 
@@ -424,8 +465,11 @@ class DTOAdamW(Balanced, torch.optim.AdamW):  # noqa: D101
         loss_floor: float = 1e-8,
         gram: Source | str | None = None,
         backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
     ) -> None:
         self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
+        self._set_precision(state_dtype, master_weights)
         torch.optim.AdamW.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable
         )
@@ -438,14 +482,14 @@ class DTOAdamW(Balanced, torch.optim.AdamW):  # noqa: D101
         states = [self.state[p] for p in bucket.params]
         for p, state in zip(bucket.params, states, strict=True):
             # on the parameter's device whatever `capturable` says: only there it is known whether a step is skipped
-            if not state:
+            if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg"] = self._zeros(p)
+                state["exp_avg_sq"] = self._zeros(p)
             elif state["step"].device != p.device:
                 state["step"] = state["step"].to(p.device)
             if amsgrad and "max_exp_avg_sq" not in state:
-                state["max_exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["max_exp_avg_sq"] = self._zeros(p)
         beta1, beta2 = group["betas"]
         return [
             Update(
@@ -459,6 +503,7 @@ class DTOAdamW(Balanced, torch.optim.AdamW):  # noqa: D101
                     "exp_avg_sqs": [state["exp_avg_sq"] for state in states],
                     "max_exp_avg_sqs": [state["max_exp_avg_sq"] for state in states] if amsgrad else [],
                     "state_steps": [state["step"] for state in states],
+                    **self._masters(bucket.params),
                 },
                 options={
                     "lr": group["lr"],
@@ -512,8 +557,11 @@ class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
         loss_floor: float = 1e-8,
         gram: Source | str | None = None,
         backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
     ) -> None:
         self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
+        self._set_precision(state_dtype, master_weights)
         torch.optim.SGD.__init__(self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
 
     def _updates(self, bucket: _Bucket, grads: list[list[Tensor]]) -> list[Update]:
@@ -529,7 +577,7 @@ class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
                 for p in params:
                     state = self.state[p]
                     if first:
-                        state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                        state["momentum_buffer"] = self._zeros(p)
                     buffers.append(state["momentum_buffer"])
             updates.append(
                 Update(
@@ -538,7 +586,7 @@ class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
                     bucket.reach,
                     params,
                     [[values[i] for i in chosen] for values in grads],
-                    state={"momentum_buffers": buffers},
+                    state={"momentum_buffers": buffers, **self._masters(params)},
                     options={
                         "lr": group["lr"],
                         "momentum": momentum,

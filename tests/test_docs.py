@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(dtokd_kernels.__path__, "dtokd_kernels.")
-    if not m.name.endswith(("._C", ".__main__"))  # the extension is no Python module
+    if not m.name.endswith(("._C", "._cuda", ".__main__"))  # the extensions are no Python modules
 )
 #: Public callables whose docstring shows how they are called.
 WITH_EXAMPLES = ("gram", "min_norm_weights", "balance", "combine", "backward", "DTOAdamW", "DTOSGD")

@@ -1,6 +1,7 @@
 """Installing: with the extension, without a compiler, and what the package says of itself then."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,15 @@ def test_kernels_do_not_import_the_toolkit():
     code = "import dtokd_kernels, sys; print([m for m in ('dtokd', 'timm', 'numpy.testing') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cuda_extension_compiles_links_and_loads_without_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")  # one architecture: the others take as long again
+    target = install(tmp_path, "cuda")
+    says = (
+        "import torch, dtokd_kernels as dk\nprint(dk.backend_info()['cuda'])\nprint(torch.ops.dtokd_cuda.gram_balance)"
+    )
+    why, op = run(target, says)
+    assert why in ("available", "torch sees no CUDA device")
+    assert "combine_" in op

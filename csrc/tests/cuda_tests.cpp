@@ -239,7 +239,7 @@ uint64_t test_resident(int K, int blocks) {
     }
     DeviceMemory memory(all_gradients(grads, K), K);
     if (resident) {
-      emulated_residency = {blocks, kTile * int(sizeof(T)) * 2};
+      emulated_residency = {blocks, 2 * kTile * int(sizeof(T)) * 2};  // room for two tiles
       CHECK(launch_resident_adamw(targets, {group}, K, losses.data(), options, memory.scratch(),
                                   memory.record(), nullptr) == 0);
     } else {

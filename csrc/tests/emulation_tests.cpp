@@ -285,13 +285,6 @@ const std::vector<Mistake> kErrors{
      }},
     {"too much dynamic shared memory", "bytes of dynamic shared memory",
      [] { launch(1, 1, 256 << 10, false, [] {}); }},
-    {"dynamic shared memory that nobody asked for", "launched without any",
-     [] {
-       launch(1, 1, 0, false, [] {
-         DTOKD_DYNAMIC_SHARED(float, x);
-         x[0] = 0;
-       });
-     }},
     {"a block too large", "a block of 1025 threads", [] { launch(1, 1025, 0, false, [] {}); }},
 };
 

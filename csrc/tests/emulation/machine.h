@@ -221,9 +221,7 @@ class Machine {
   }
   void* dynamic_shared() {
     const Quiet quiet;
-    const auto& memory = current_->block->dynamic_shared;
-    if (!memory) fail("uses dynamic shared memory, but was launched without any");
-    return memory->data();
+    return current_->block->dynamic_shared->data();
   }
 
   [[noreturn]] void fail(const std::string& what) const {
@@ -317,10 +315,8 @@ class Machine {
       block.index = unflatten(indices[b], grid_);
       block.threads = block.present = size;
       block.warps.resize((size + kWarpSize - 1) / kWarpSize);
-      if (dynamic_shared_bytes > 0) {
-        // nvcc declares it with the alignment of 16-byte vectors
-        block.dynamic_shared = std::make_unique<SharedArray>(dynamic_shared_bytes, 16);
-      }
+      // nvcc declares it with the alignment of 16-byte vectors
+      block.dynamic_shared = std::make_unique<SharedArray>(dynamic_shared_bytes, 16);
       for (unsigned rank = 0; rank < size; ++rank) {
         Thread& thread = threads_[b * size + rank];
         thread.index = unflatten(rank, block_);
