@@ -27,7 +27,7 @@ class GradScaler(torch.amp.GradScaler):
     Example:
         >>> import torch, dtokd_kernels as dk
         >>> student = torch.nn.Linear(4, 2)
-        >>> optimizer, scaler = dk.DTOAdamW(student.parameters()), dk.amp.GradScaler("cpu")
+        >>> optimizer, scaler = dk.DTOAdamW(student.parameters()), dk.amp.GradScaler("cpu", init_scale=1024)
         >>> with torch.autocast("cpu", torch.float16):
         ...     out = student(torch.ones(3, 4)).float()
         >>> task, distill = out.square().mean(), (out - 1).square().mean()

@@ -41,6 +41,7 @@ def warn_on_sync() -> Iterator[None]:
         ...     first = 0.7 if gram[0, 0] > gram[1, 1] else 0.3
         ...     return torch.tensor([first, 1 - first])
         >>> with dk.debug.warn_on_sync(), warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
         ...     _ = dk.balance(torch.eye(2), [1.0, 1.0], larger_half)
         >>> caught[0].category.__name__
         'SyncWarning'
