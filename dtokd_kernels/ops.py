@@ -60,13 +60,17 @@ def gram_of_groups(groups: Iterable[Group], K: int, backend: str | None = None) 
 
 
 def spread(part: Tensor, reach: tuple[int, ...], K: int) -> Tensor:
-    """A Gram matrix of the objectives in `reach` as one of all K, zero elsewhere."""
+    """A Gram matrix of the objectives in `reach` as one of all K, zero elsewhere; without a host sync."""
     if len(reach) == K:
         return part
-    index = torch.tensor(reach, device=part.device)
-    whole = part.new_zeros(K, K)
-    whole[index[:, None], index[None, :]] = part
-    return whole
+    rows = dict(zip(reach, part.unbind(), strict=True))
+    zero, nothing = part.new_zeros(()), part.new_zeros(K)
+
+    def whole(row: Tensor) -> Tensor:
+        entries = dict(zip(reach, row.unbind(), strict=True))
+        return torch.stack([entries.get(j, zero) for j in range(K)])
+
+    return torch.stack([whole(rows[i]) if i in rows else nothing for i in range(K)])
 
 
 def solve(groups: Mapping[Role, Sequence[Group]], losses: Tensor, weighting: Weighting, options: Options) -> Balance:
