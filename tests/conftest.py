@@ -59,7 +59,26 @@ def emulated_library(tmp_path_factory):
     return emulated.build(tmp_path_factory.mktemp("emulated"))
 
 
-@pytest.fixture(params=BACKENDS)
+#: Where the emulation runs too, which is slow: modules that reach every operation with every kind of argument.
+EMULATED_IN = (
+    "test_backward",
+    "test_balance",
+    "test_combine",
+    "test_gram",
+    "test_optim",
+    "test_precision",
+    "test_step",
+)
+
+
+def pytest_generate_tests(metafunc) -> None:
+    if "backend" in metafunc.fixturenames:
+        module = metafunc.module.__name__.rpartition(".")[2]
+        slow = ("cuda",) if EMULATED and module not in EMULATED_IN else ()
+        metafunc.parametrize("backend", [name for name in BACKENDS if name not in slow], indirect=True)
+
+
+@pytest.fixture
 def backend(request):
     """Runs the test once per backend, inside `use_backend`; the value is the backend's name."""
     with contextlib.ExitStack() as stack:
