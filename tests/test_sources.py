@@ -603,7 +603,9 @@ def test_gradient_that_is_not_finite_changes_nothing(backend, started, bad, wher
     weights = train(model, optimizer, 3, start=started)
     assert weights.isfinite().all()
     assert optimizer.skipped_steps == 1
-    assert not any(torch.equal(p, b) for (n, p), b in zip(model.named_parameters(), before, strict=True) if n == "scale")
+    assert not any(
+        torch.equal(p, b) for (n, p), b in zip(model.named_parameters(), before, strict=True) if n == "scale"
+    )
 
 
 @each_source
