@@ -64,7 +64,7 @@ def backward(
     source = choose("backward", gram, options)
     if source.measures_in_step:
         raise ValueError(
-            f"backward: gram is {gram!r}, but 'lag' measures while an optimizer's step updates; use DTOAdamW or DTOSGD, "
+            f"backward: gram is {gram!r}, but 'lag' measures while an optimizer's step updates; use DTOAdamW, DTOSGD "
             "or another source, such as 'overlap'"
         )
     params = [p for p in _check_once(check_params("backward", params)) if p.requires_grad]
