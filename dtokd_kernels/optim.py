@@ -258,13 +258,13 @@ class Balanced(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch, and what torch's optimizers ignore: the memory of the weighting and of the Gram's source.
 
-        They stand under "weighting" (if it is `Stateful`) and "dtokd".
+        They stand under "weighting" and "gram", if they remember anything.
         """
         state = super().state_dict()
         if isinstance(self.weighting, Stateful):
             state["weighting"] = self.weighting.state_dict()
         memory = self._source.state_dict()
-        return {**state, "dtokd": {"gram": memory}} if memory else state
+        return {**state, "gram": memory} if memory else state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of the torch optimizer it stands for.
@@ -292,7 +292,7 @@ class Balanced(torch.optim.Optimizer):
         self._restore_precision(state_dict)
         if isinstance(weighting, Stateful):
             weighting.load_state_dict(state_dict["weighting"])
-        self._source.load_state_dict(state_dict.get("dtokd", {}).get("gram", {}))
+        self._source.load_state_dict(state_dict.get("gram", {}))
 
     def _restore_precision(self, state_dict: dict[str, Any]) -> None:
         """Torch has rounded the loaded state to the parameters' dtype; take it over again where it has another."""

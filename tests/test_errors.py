@@ -204,15 +204,14 @@ def test_options(backend, op, case):
 
 @each_optimizer
 def test_number_of_fixed_weights(backend, name):
-    """Only the step can know K, so it is the step that refuses; nothing has changed then."""
+    """Only the losses tell K, so it is backward that refuses; nothing has changed then."""
     with pytest.raises(ValueError, match=r"Fixed: weights has 3 numbers for 2 objectives; give one each"):
         dk.balance(torch.eye(2), torch.ones(2), dk.weighting.Fixed([1.0, 2.0, 3.0]))
     model = Student()
     optimizer = OPTIMIZERS[name](model.parameters(), weighting=dk.weighting.Fixed([1.0]))
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer.backward(losses_of(model, batch()))
     with pytest.raises(ValueError, match=r"Fixed: weights has 1 numbers for 2 objectives; give one each"):
-        optimizer.step()
+        optimizer.backward(losses_of(model, batch()))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert not optimizer.state_dict()["state"]
     with pytest.raises(ValueError, match=r"Fixed: weights has 1 numbers"):

@@ -487,13 +487,13 @@ def test_ema_of_an_objective_that_is_away(backend):
     model = Student()
     optimizer = dk.DTOAdamW(model.parameters(), gram=Ema(0.5))
     train(model, optimizer, 1)
-    before = optimizer.state_dict()["dtokd"]["gram"]["total"]
+    before = optimizer.state_dict()["gram"]["total"]
     optimizer.zero_grad()
     losses = losses_of(model, batch())
     optimizer.backward({"task": losses["task"], "distill": 0 * losses["task"] + 3})
     optimizer.step()
     assert optimizer.balance.weights.tolist() == [1.0, 0.0]
-    after = optimizer.state_dict()["dtokd"]["gram"]["total"]
+    after = optimizer.state_dict()["gram"]["total"]
     assert (before != after).tolist() == [[True, False], [False, False]]
 
 
@@ -650,9 +650,9 @@ def test_state_and_torch(backend, source):
     theirs = torch.optim.AdamW(model.parameters())
     theirs.load_state_dict(optimizer.state_dict())
     assert theirs.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
-    for state in (theirs.state_dict(), {**theirs.state_dict(), "dtokd": {"gram": {"what": 1, "source": {}}}}):
+    for state in (theirs.state_dict(), {**theirs.state_dict(), "gram": {"what": 1, "source": {}}}):
         optimizer.load_state_dict(state)
-        memory = optimizer.state_dict().get("dtokd", {}).get("gram", {})
+        memory = optimizer.state_dict().get("gram", {})
         assert not memory.keys() - {"source"}
     train(model, optimizer, 2)
 

@@ -62,19 +62,24 @@ struct Padded {
   }
 };
 
-template <class T, int K, int SideBySide>
-void gram_few(const T* const* g, int64_t n, double* sums) {
+// after(offset, count) is called for elements whose products have just been taken.
+template <class T, int K, int SideBySide, class After>
+DTOKD_HD void gram_few(const T* const* g, int64_t n, double* sums, const After& after) {
   const int64_t part = n / kParts / kStride * kStride;
   for (int first = 0; first < kParts; first += SideBySide) {
     GramSums<T, K> parts[SideBySide];
     for (int64_t i = 0; i < part; i += kStride) {
       for (int s = 0; s < SideBySide; ++s) parts[s].add(g, (first + s) * part + i);
+      for (int s = 0; s < SideBySide; ++s) after((first + s) * part + i, kStride);
     }
     for (int s = 0; s < SideBySide; ++s) parts[s].reduce(sums);
   }
   GramSums<T, K> rest;
   int64_t i = kParts * part;
-  for (; i + kStride <= n; i += kStride) rest.add(g, i);
+  for (; i + kStride <= n; i += kStride) {
+    rest.add(g, i);
+    after(i, kStride);
+  }
   if (i < n) {
     T last[K][kStride];
     const T* pointers[K];
@@ -84,6 +89,7 @@ void gram_few(const T* const* g, int64_t n, double* sums) {
       pointers[k] = last[k];
     }
     rest.add(pointers, 0);
+    after(i, n - i);
   }
   rest.reduce(sums);
 }
@@ -119,8 +125,8 @@ void gram_row(const T* x, const T* const* others, int64_t n, double* const* sums
 
 // Many gradients: too many sums for the registers. A block of each is read from memory once and
 // then again from cache, row by row of the triangle.
-template <class T>
-void gram_many(const T* const* g, int K, int64_t n, double* sums) {
+template <class T, class After>
+DTOKD_HD void gram_many(const T* const* g, int K, int64_t n, double* sums, const After& after) {
   constexpr int64_t kBlock = 2048;
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t count = n - start < kBlock ? n - start : kBlock;
@@ -142,6 +148,7 @@ void gram_many(const T* const* g, int K, int64_t n, double* sums) {
         p += columns;
       }
     }
+    after(start, count);
   }
 }
 
@@ -151,15 +158,16 @@ void gram_of(const void* const* grads, int K, int64_t n, double* sums) {
   for (int k = 0; k < K; ++k) g[k] = static_cast<const T*>(grads[k]);
   for (int p = 0; p < triangle(K); ++p) sums[p] = 0;
   const bool wide = walk_side_by_side();
+  const auto nothing = [](int64_t, int64_t) DTOKD_INLINE {};
   switch (K) {
     case 1:
-      return wide ? gram_few<T, 1, 4>(g, n, sums) : gram_few<T, 1, 1>(g, n, sums);
+      return wide ? gram_few<T, 1, 4>(g, n, sums, nothing) : gram_few<T, 1, 1>(g, n, sums, nothing);
     case 2:
-      return wide ? gram_few<T, 2, 4>(g, n, sums) : gram_few<T, 2, 1>(g, n, sums);
+      return wide ? gram_few<T, 2, 4>(g, n, sums, nothing) : gram_few<T, 2, 1>(g, n, sums, nothing);
     case 3:
-      return wide ? gram_few<T, 3, 2>(g, n, sums) : gram_few<T, 3, 1>(g, n, sums);
+      return wide ? gram_few<T, 3, 2>(g, n, sums, nothing) : gram_few<T, 3, 1>(g, n, sums, nothing);
     default:
-      return gram_many<T>(g, K, n, sums);
+      return gram_many<T>(g, K, n, sums, nothing);
   }
 }
 
@@ -198,10 +206,11 @@ struct Combined {
 // Runs update(d, tensors...) over a chunk, a vector at a time: `tensors` are read before and
 // written after, in one pass. From the last element to the first: the Gram pass came the other way,
 // so that what it read last is met while still in cache (measured: 7 % of the whole step on a Zen
-// 4).
+// 4). products: null, or where to put the products of the gradients; then it goes the Gram pass's
+// way, and each gradient is in registers for both.
 template <int N, class T, int K, class Update>
 DTOKD_HD void sweep(const Combined<T, K>& combined, int64_t n, T* const (&tensors)[N],
-                    const Update& update) {
+                    double* products, const Update& update) {
   using V = typename OpMath<T>::V;
   constexpr int kLanes = V::kLanes;
   const auto step = [&](int64_t i) {
@@ -210,17 +219,31 @@ DTOKD_HD void sweep(const Combined<T, K>& combined, int64_t n, T* const (&tensor
     update(combined.at(i), x);
     for (int t = 0; t < N; ++t) x[t].store(tensors[t] + i);
   };
-  int64_t left = n / kLanes * kLanes;
-  if (left < n) {
+  const auto last = [&](int64_t i, int64_t count) {
     V x[N];
-    for (int t = 0; t < N; ++t) x[t] = V::load(Padded<T>(tensors[t] + left, n - left).element);
-    update(combined.padded(left, n - left), x);
+    for (int t = 0; t < N; ++t) x[t] = V::load(Padded<T>(tensors[t] + i, count).element);
+    update(combined.padded(i, count), x);
     for (int t = 0; t < N; ++t) {
-      T last[kStride];
-      x[t].store(last);
-      std::memcpy(tensors[t] + left, last, (n - left) * sizeof(T));
+      T stored[kStride];
+      x[t].store(stored);
+      std::memcpy(tensors[t] + i, stored, count * sizeof(T));
     }
+  };
+  if (products) {
+    const auto after = [&](int64_t i, int64_t count) DTOKD_INLINE {
+      for (; count >= kLanes; count -= kLanes, i += kLanes) step(i);
+      if (count > 0) last(i, count);
+    };
+    for (int p = 0; p < triangle(combined.runtime_K); ++p) products[p] = 0;
+    if constexpr (K > 0) {
+      gram_few<T, K, 1>(combined.g, n, products, after);
+    } else {
+      gram_many<T>(combined.g, combined.runtime_K, n, products, after);
+    }
+    return;
   }
+  int64_t left = n / kLanes * kLanes;
+  if (left < n) last(left, n - left);
   if (walk_side_by_side()) {
     const int64_t half = left / 2 / kLanes * kLanes;
     for (int64_t i = half - kLanes; i >= 0; i -= kLanes) {
@@ -236,12 +259,13 @@ template <class T, int K>
 void combine_of(const Gradients& from, void* out) {
   using V = typename OpMath<T>::V;
   T* const tensors[] = {static_cast<T*>(out)};
-  sweep<1>(Combined<T, K>(from), from.n, tensors, [](V d, V* x) DTOKD_INLINE { x[0] = d; });
+  sweep<1>(Combined<T, K>(from), from.n, tensors, nullptr,
+           [](V d, V* x) DTOKD_INLINE { x[0] = d; });
 }
 
 template <class T, int K>
 void adamw_of(const Gradients& from, const AdamWScalars& s, void* p, void* m, void* v,
-              void* largest) {
+              void* largest, double* products) {
   using V = typename OpMath<T>::V;
   const auto rule = AdamW<V>::of(s.lr, s.beta1, s.beta2, s.weight_decay, s.eps, s.correction1,
                                  s.correction2, [](double x) DTOKD_INLINE { return V::set(x); });
@@ -251,28 +275,28 @@ void adamw_of(const Gradients& from, const AdamWScalars& s, void* p, void* m, vo
   const Combined<T, K> combined(from);
   if (largest) {
     T* const tensors[] = {P, M, S, static_cast<T*>(largest)};
-    sweep<4>(combined, from.n, tensors,
+    sweep<4>(combined, from.n, tensors, products,
              [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], x[1], x[2], &x[3]); });
   } else {
     T* const tensors[] = {P, M, S};
-    sweep<3>(combined, from.n, tensors,
+    sweep<3>(combined, from.n, tensors, products,
              [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], x[1], x[2], nullptr); });
   }
 }
 
 template <class T, int K>
-void sgd_of(const Gradients& from, const SGDScalars& s, void* p, void* buffer) {
+void sgd_of(const Gradients& from, const SGDScalars& s, void* p, void* buffer, double* products) {
   using V = typename OpMath<T>::V;
   const SGD<V> rule{V::set(s.weight_decay), V::set(s.momentum), V::set(1 - s.dampening),
                     V::set(-s.lr)};
   const Combined<T, K> combined(from);
   if (buffer) {
     T* const tensors[] = {static_cast<T*>(p), static_cast<T*>(buffer)};
-    sweep<2>(combined, from.n, tensors,
+    sweep<2>(combined, from.n, tensors, products,
              [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], &x[1], s.nesterov, s.first); });
   } else {
     T* const tensors[] = {static_cast<T*>(p)};
-    sweep<1>(combined, from.n, tensors,
+    sweep<1>(combined, from.n, tensors, products,
              [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], nullptr, false, false); });
   }
 }
@@ -329,16 +353,17 @@ inline void combine(Type type, const Gradients& from, void* out) {
 }
 
 inline void adamw(Type type, const Gradients& from, const AdamWScalars& s, void* p, void* m,
-                  void* v, void* largest) {
+                  void* v, void* largest, double* products) {
   by_type_and_K(type, from.K, [&](auto choice) {
     using C = decltype(choice);
-    adamw_of<typename C::T, C::K>(from, s, p, m, v, largest);
+    adamw_of<typename C::T, C::K>(from, s, p, m, v, largest, products);
   });
 }
 
-inline void sgd(Type type, const Gradients& from, const SGDScalars& s, void* p, void* buffer) {
+inline void sgd(Type type, const Gradients& from, const SGDScalars& s, void* p, void* buffer,
+                double* products) {
   by_type_and_K(type, from.K, [&](auto choice) {
     using C = decltype(choice);
-    sgd_of<typename C::T, C::K>(from, s, p, buffer);
+    sgd_of<typename C::T, C::K>(from, s, p, buffer, products);
   });
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "dtokd/numbers.h"
 
@@ -13,6 +14,13 @@ using dtokd::Type;
 
 // Elements of a chunk. Fixed: sums are taken per chunk, so the partition decides the bits.
 constexpr int64_t kChunk = 65536;
+
+// The element at an offset from `base`; null stays null.
+template <class Pointer>
+Pointer element(Type type, Pointer base, int64_t offset) {
+  using Byte = std::conditional_t<std::is_same_v<Pointer, void*>, char, const char>;
+  return base ? static_cast<Byte*>(base) + offset * size_of(type) : nullptr;
+}
 
 // grads: K pointers to the chunk's first elements; coefficients: [K]; n: elements.
 struct Gradients {
@@ -38,11 +46,12 @@ struct Kernels {
   void (*gram)(Type, const void* const* grads, int K, int64_t n, double* sums);
   // out may be one of the gradients
   void (*combine)(Type, const Gradients&, void* out);
-  // largest: null without amsgrad
+  // largest: null without amsgrad. products: as gram's sums, or null; the gradients are read from
+  // memory once for both
   void (*adamw)(Type, const Gradients&, const AdamWScalars&, void* p, void* m, void* v,
-                void* largest);
-  // buffer: null without momentum
-  void (*sgd)(Type, const Gradients&, const SGDScalars&, void* p, void* buffer);
+                void* largest, double* products);
+  // buffer: null without momentum; products: as adamw's
+  void (*sgd)(Type, const Gradients&, const SGDScalars&, void* p, void* buffer, double* products);
 };
 
 // Null where the machine lacks the instructions or the compiler could not make them.

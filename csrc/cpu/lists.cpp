@@ -57,26 +57,18 @@ void for_each_chunk(const Threads& threads, const std::vector<Chunk>& chunks, bo
   }
 }
 
-template <class Pointer>
-Pointer at(Pointer base, int64_t elements, Type type) {
-  using Byte = std::conditional_t<std::is_same_v<Pointer, void*>, char, const char>;
-  return static_cast<Byte*>(base) + elements * size_of(type);
-}
-
 void chunk_gradients(const GradientLists& lists, const Chunk& chunk, const void** grads) {
   const size_t T = lists.sizes.size();
   for (int k = 0; k < lists.K; ++k) {
-    grads[k] = at(lists.grads[k * T + chunk.tensor], chunk.offset, lists.type);
+    grads[k] = element(lists.type, lists.grads[k * T + chunk.tensor], chunk.offset);
   }
 }
 
-// Products of the gradients, chunk by chunk, and their sums in the chunks' order.
+// Products of the gradients by chunk, and their sums in the chunks' order.
 class ChunkSums {
  public:
   ChunkSums(int K, size_t chunks) : K_(K), sums_(chunks * triangle(K)) {}
-  void take(const Kernels& kernels, Type type, const void* const* grads, size_t index, int64_t n) {
-    kernels.gram(type, grads, K_, n, &sums_[index * triangle(K_)]);
-  }
+  double* of(size_t chunk) { return &sums_[chunk * triangle(K_)]; }
   void add_up(double* out) const {
     const size_t P = triangle(K_);
     for (int i = 0, p = 0; i < K_; ++i) {
@@ -93,18 +85,17 @@ class ChunkSums {
   std::vector<double> sums_;
 };
 
-// Runs f(gradients of the chunk, chunk) over all chunks, backwards; takes their products before, if
-// those are asked for.
+// Runs f(gradients of the chunk, chunk, where their products go or null) over all chunks,
+// backwards.
 template <class F>
-void update(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
-            const double* coefficients, double* products, const F& f) {
+void update(const Threads& threads, const GradientLists& lists, const double* coefficients,
+            double* products, const F& f) {
   const std::vector<Chunk> chunks = cut(lists.sizes);
   ChunkSums sums(lists.K, products ? chunks.size() : 0);
   for_each_chunk(threads, chunks, true, [&](size_t index, const Chunk& chunk) {
     const void* grads[kMaxObjectives];
     chunk_gradients(lists, chunk, grads);
-    if (products) sums.take(kernels, lists.type, grads, index, chunk.n);
-    f(Gradients{grads, coefficients, lists.K, chunk.n}, chunk);
+    f(Gradients{grads, coefficients, lists.K, chunk.n}, chunk, products ? sums.of(index) : nullptr);
   });
   if (products) sums.add_up(products);
 }
@@ -117,16 +108,17 @@ void gram(const Kernels& kernels, const Threads& threads, const GradientLists& l
   for_each_chunk(threads, chunks, false, [&](size_t index, const Chunk& chunk) {
     const void* grads[kMaxObjectives];
     chunk_gradients(lists, chunk, grads);
-    sums.take(kernels, lists.type, grads, index, chunk.n);
+    kernels.gram(lists.type, grads, lists.K, chunk.n, sums.of(index));
   });
   sums.add_up(out);
 }
 
 void combine(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
              const double* coefficients, const std::vector<void*>& out) {
-  update(kernels, threads, lists, coefficients, nullptr,
-         [&](const Gradients& gradients, const Chunk& c) {
-           kernels.combine(lists.type, gradients, at(out[c.tensor], c.offset, lists.type));
+  const Type type = lists.type;
+  update(threads, lists, coefficients, nullptr,
+         [&](const Gradients& gradients, const Chunk& c, double*) {
+           kernels.combine(type, gradients, element(type, out[c.tensor], c.offset));
          });
 }
 
@@ -136,13 +128,13 @@ void adamw_step(const Kernels& kernels, const Threads& threads, const GradientLi
                 const std::vector<void*>& exp_avg_sqs, const std::vector<void*>& max_exp_avg_sqs,
                 double* products) {
   const Type type = lists.type;
-  update(kernels, threads, lists, coefficients, products,
-         [&](const Gradients& gradients, const Chunk& c) {
-           void* largest =
-               max_exp_avg_sqs.empty() ? nullptr : at(max_exp_avg_sqs[c.tensor], c.offset, type);
-           kernels.adamw(type, gradients, scalars[c.tensor], at(params[c.tensor], c.offset, type),
-                         at(exp_avgs[c.tensor], c.offset, type),
-                         at(exp_avg_sqs[c.tensor], c.offset, type), largest);
+  update(threads, lists, coefficients, products,
+         [&](const Gradients& gradients, const Chunk& c, double* sums) {
+           const auto of = [&](const std::vector<void*>& tensors) {
+             return tensors.empty() ? nullptr : element(type, tensors[c.tensor], c.offset);
+           };
+           kernels.adamw(type, gradients, scalars[c.tensor], of(params), of(exp_avgs),
+                         of(exp_avg_sqs), of(max_exp_avg_sqs), sums);
          });
 }
 
@@ -151,11 +143,12 @@ void sgd_step(const Kernels& kernels, const Threads& threads, const GradientList
               const std::vector<void*>& params, const std::vector<void*>& momentum_buffers,
               double* products) {
   const Type type = lists.type;
-  update(kernels, threads, lists, coefficients, products,
-         [&](const Gradients& gradients, const Chunk& c) {
-           void* buffer =
-               momentum_buffers.empty() ? nullptr : at(momentum_buffers[c.tensor], c.offset, type);
-           kernels.sgd(type, gradients, scalars, at(params[c.tensor], c.offset, type), buffer);
+  update(threads, lists, coefficients, products,
+         [&](const Gradients& gradients, const Chunk& c, double* sums) {
+           const auto of = [&](const std::vector<void*>& tensors) {
+             return tensors.empty() ? nullptr : element(type, tensors[c.tensor], c.offset);
+           };
+           kernels.sgd(type, gradients, scalars, of(params), of(momentum_buffers), sums);
          });
 }
 

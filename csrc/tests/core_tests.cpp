@@ -80,6 +80,24 @@ void test_gram(const Kernels& kernels, int threads, int K) {
 }
 
 template <class T>
+bool same(const Lists<T>& a, const Lists<T>& b) {
+  for (size_t t = 0; t < a.tensors.size(); ++t) {
+    if (std::memcmp(a.tensors[t].get(), b.tensors[t].get(), a.sizes[t] * sizeof(T))) return false;
+  }
+  return true;
+}
+
+// An update that takes products on its way: the same bits as gram, here from one thread.
+template <class T, class Step>
+void test_products(const Kernels& kernels, int threads, const Lists<T>& grads, int K,
+                   const Step& step) {
+  double expected[kMaxObjectives * kMaxObjectives], products[kMaxObjectives * kMaxObjectives];
+  gram(kernels, test_threads(threads == 1 ? 3 : 1), gradient_lists(grads, K), expected);
+  step(products);
+  CHECK(std::memcmp(expected, products, K * K * sizeof(double)) == 0);
+}
+
+template <class T>
 void test_adamw(const Kernels& kernels, int threads, int K, bool amsgrad) {
   const double tolerance = sizeof(T) == 4 ? 1e-5 : 1e-13;
   const Lists<T> grads(kSizes, K, 2), p(kSizes, 1, 3), m(kSizes, 1, 4), v(kSizes, 1, 5, 0.1),
@@ -89,9 +107,18 @@ void test_adamw(const Kernels& kernels, int threads, int K, bool amsgrad) {
   std::vector<double> c;
   for (int k = 0; k < K; ++k) c.push_back(0.5 + k);
   const AdamWScalars s{0.1, 0.9, 0.99, 0.01, 1e-8, 0.3, 0.2};
-  adamw_step(kernels, test_threads(threads), gradient_lists(grads, K), c.data(),
-             std::vector<AdamWScalars>(kSizes.size(), s), p.pointers(), m.pointers(), v.pointers(),
-             amsgrad ? largest.pointers() : std::vector<void*>());
+  const auto step = [&](const Lists<T>& p, const Lists<T>& m, const Lists<T>& v,
+                        const Lists<T>& largest, double* products) {
+    adamw_step(kernels, test_threads(threads), gradient_lists(grads, K), c.data(),
+               std::vector<AdamWScalars>(kSizes.size(), s), p.pointers(), m.pointers(),
+               v.pointers(), amsgrad ? largest.pointers() : std::vector<void*>(), products);
+  };
+  step(p, m, v, largest, nullptr);
+  const Lists<T> p2(kSizes, 1, 3), m2(kSizes, 1, 4), v2(kSizes, 1, 5, 0.1),
+      largest2(kSizes, 1, 6, 0.1);
+  test_products(kernels, threads, grads, K,
+                [&](double* products) { step(p2, m2, v2, largest2, products); });
+  CHECK(same(p, p2) && same(m, m2) && same(v, v2) && same(largest, largest2));
   for (size_t t = 0; t < kSizes.size(); ++t) {
     for (int64_t e = 0; e < kSizes[t]; ++e) {
       double g = 0;
@@ -121,8 +148,14 @@ void test_sgd(const Kernels& kernels, int threads, int K, bool momentum, bool ne
   std::vector<double> c;
   for (int k = 0; k < K; ++k) c.push_back(0.5 + k);
   const SGDScalars s{0.1, 0.9, 0.2, 0.01, nesterov, first};
-  sgd_step(kernels, test_threads(threads), gradient_lists(grads, K), c.data(), s, p.pointers(),
-           momentum ? b.pointers() : std::vector<void*>());
+  const auto step = [&](const Lists<T>& p, const Lists<T>& b, double* products) {
+    sgd_step(kernels, test_threads(threads), gradient_lists(grads, K), c.data(), s, p.pointers(),
+             momentum ? b.pointers() : std::vector<void*>(), products);
+  };
+  step(p, b, nullptr);
+  const Lists<T> p2(kSizes, 1, 3), b2(kSizes, 1, 4);
+  test_products(kernels, threads, grads, K, [&](double* products) { step(p2, b2, products); });
+  CHECK(same(p, p2) && same(b, b2));
   combine(kernels, test_threads(threads), gradient_lists(grads, K), c.data(), out.pointers());
   for (size_t t = 0; t < kSizes.size(); ++t) {
     for (int64_t e = 0; e < kSizes[t]; ++e) {

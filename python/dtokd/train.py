@@ -114,6 +114,7 @@ def balanced_adamw(task: TrainingTask, method: Method) -> DTOAdamW:
         weight_decay=WEIGHT_DECAY,
         max_norm=MAX_NORM,
         weighting=method.weighting,
+        gram="exact",  # the curves show conflict and dominance of every method, fixed weights included
         backend=method.backend,
     )
 
