@@ -36,7 +36,7 @@ def flag(value=False):
 def calls():
     gram = torch.tensor([[18.0, -22.0], [-22.0, 38.0]], dtype=torch.float64)
     steps = [torch.tensor(1.0) for _ in SIZES]
-    return {
+    made = {
         "gram": ((tensors(0) + tensors(1), 2), {}),
         "min_norm_weights": ((gram, True, torch.tensor([True, True])), {}),
         "balance": ((gram, None, gram, torch.ones(2).double(), None, True, True, False, 1.0, 1e-8), {}),
@@ -47,6 +47,9 @@ def calls():
         ),
         "sgd_step_": ((tensors(2), tensors(0) + tensors(1), tensors(3), coefficients(), flag()), SGD),
     }
+    # updates that also return the Gram matrix of what they read
+    made |= {f"gram_{name}": made[name] for name in ("adamw_step_", "sgd_step_")}
+    return made
 
 
 @pytest.mark.parametrize("name", calls())
