@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import solve, update
+from . import solve, tuning, update
 from .gram import LANES, gram_kernel, gram_sum_kernel
 from .tables import CHUNK, DTYPES, INTERPRETED, VECTOR_BYTES
 
@@ -34,8 +34,16 @@ _TYPES = {
 }  # fmt: skip
 
 
-def variants(objectives: tuple[int, ...] = (2,), dtypes: tuple[torch.dtype, ...] = tuple(DTYPES)) -> Iterator[Variant]:
-    """Every kernel, for these numbers of objectives and dtypes; options that change no loop are left at one value."""
+def variants(
+    objectives: tuple[int, ...] = (2,),
+    dtypes: tuple[torch.dtype, ...] = tuple(DTYPES),
+    config: tuning.Config = tuning.DEFAULT,
+) -> Iterator[Variant]:
+    """Every kernel, for these numbers of objectives and dtypes; options that change no loop are left at one value.
+
+    The update kernels, which can be tuned, are compiled in this configuration.
+    """
+    options = update.options(config)
     sums = {"LANES": LANES}
     warps = {"num_warps": LANES // 32}
     yield Variant("count", update.count_kernel, {"STEP": tl.float32, "BLOCK": update.COUNT_BLOCK}, {"num_warps": 4})
@@ -50,13 +58,15 @@ def variants(objectives: tuple[int, ...] = (2,), dtypes: tuple[torch.dtype, ...]
             vector = VECTOR_BYTES // dtype.itemsize
             constants = {"K": K, "DTYPE": DTYPES[dtype], "CHUNK": CHUNK, "VECTOR": vector, **sums}
             yield Variant(f"gram {what}", gram_kernel, constants, warps)
-            common = {"K": K, **update.constants(dtype)}
+            common = {"K": K, **update.constants(dtype, config)}
+            if config != tuning.DEFAULT:
+                what += f" {config.num_warps} warps, {config.vectors} accesses"
             descent = {**common, "MAXIMIZE": False, "TENSOR_LR": False, "tensor_lr": None}
             momentum = {"MOMENTUM": True, "NESTEROV": False, "FIRST": False}
-            yield Variant(f"combine {what}", update.combine_kernel, common, update.OPTIONS)
-            yield Variant(f"adamw {what}", update.adamw_kernel, {**descent, "AMSGRAD": False}, update.OPTIONS)
-            yield Variant(f"adamw amsgrad {what}", update.adamw_kernel, {**descent, "AMSGRAD": True}, update.OPTIONS)
-            yield Variant(f"sgd {what}", update.sgd_kernel, {**descent, **momentum}, update.OPTIONS)
+            yield Variant(f"combine {what}", update.combine_kernel, common, options)
+            yield Variant(f"adamw {what}", update.adamw_kernel, {**descent, "AMSGRAD": False}, options)
+            yield Variant(f"adamw amsgrad {what}", update.adamw_kernel, {**descent, "AMSGRAD": True}, options)
+            yield Variant(f"sgd {what}", update.sgd_kernel, {**descent, **momentum}, options)
 
 
 def compile(variant: Variant, capability: int) -> Any:

@@ -58,6 +58,7 @@ class Table(NamedTuple):
     numbers: Tensor  # [3 + rows, T] int64
     tensors: int
     chunks: int
+    elements: int
 
 
 def table_of(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Tensor] = ()) -> Table:
@@ -75,7 +76,8 @@ def table_of(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Tensor] = ()) 
         return _table(device, 0, sizes, addresses, scalar_addresses)
     if torch.cuda.is_current_stream_capturing():
         numbers, chunks = _numbers(sizes, addresses, scalar_addresses)
-        return Table(fill_without_host_memory(numbers, device).view(-1, len(sizes)), len(sizes), chunks)
+        filled = fill_without_host_memory(numbers, device)
+        return Table(filled.view(-1, len(sizes)), len(sizes), chunks, sum(sizes))
     stream = torch.cuda.current_stream().cuda_stream
     return _table(device, stream, sizes, addresses, scalar_addresses)
 
@@ -86,7 +88,7 @@ def _table(
 ) -> Table:
     numbers, chunks = _numbers(sizes, addresses, scalars)
     filled = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return Table(filled.to(device, non_blocking=True).view(-1, len(sizes)), len(sizes), chunks)
+    return Table(filled.to(device, non_blocking=True).view(-1, len(sizes)), len(sizes), chunks, sum(sizes))
 
 
 def _numbers(sizes: tuple[int, ...], addresses: tuple[int, ...], scalars: tuple[int, ...]) -> tuple[list[int], int]:

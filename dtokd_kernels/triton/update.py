@@ -5,7 +5,7 @@ others, so neither a configuration nor a version of it changes a bit. Computed i
 tensors; numbers that come from the host arrive as float64 and are rounded once, here. Coefficients and `skipped` are
 read by the kernels, so that nothing waits for them; a gradient whose coefficient is exactly 0 is not read. Chunks are
 walked last first, as the Gram pass has read the last gradients most recently, and parameters and states are marked to
-leave the cache first.
+leave the cache first. `tuning` chooses how a kernel is compiled.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
 # ruff: noqa: RUF005, SIM300 (triton knows no starred tuples; constants are in capitals, as in all of triton)
@@ -18,20 +18,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuning
 from .tables import CHUNK, DTYPES, VECTOR_BYTES, Table, double, find, pointer_to, rounded, table_of
 
-#: How the update kernels are compiled. They work element by element, so the number of warps changes no bit.
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 COUNT_BLOCK = 128
 
 
-def constants(dtype: torch.dtype) -> dict[str, Any]:
-    """What the update kernels of a dtype are specialized for; a pass of their loop takes 16 bytes a thread."""
+def options(config: tuning.Config) -> dict[str, Any]:
+    """How the update kernels are compiled in a configuration."""
+    return {"num_warps": config.num_warps, "enable_fp_fusion": False}
+
+
+def constants(dtype: torch.dtype, config: tuning.Config) -> dict[str, Any]:
+    """What the update kernels of a dtype are specialized for in a configuration."""
     return {
         "DTYPE": DTYPES[dtype],
         "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
         "CHUNK": CHUNK,
-        "BLOCK": 32 * OPTIONS["num_warps"] * VECTOR_BYTES // dtype.itemsize,
+        "BLOCK": 32 * config.num_warps * config.vectors * VECTOR_BYTES // dtype.itemsize,
     }
 
 
@@ -126,7 +130,14 @@ def _launch(kernel: Any, table: Table, dtype: torch.dtype, *args: Any, **flags: 
     """One program per chunk of a table whose tensors are of this dtype."""
     if table.chunks == 0:
         return
-    kernel[(table.chunks,)](table.numbers, table.tensors, *args, **flags, **constants(dtype), **OPTIONS)
+
+    def launch(config: tuning.Config, table: Table, args: Sequence[Any]) -> None:
+        compiled_for = {**constants(dtype, config), **options(config)}
+        kernel[(table.chunks,)](table.numbers, table.tensors, *args, **flags, **compiled_for)
+
+    once = flags.get("FIRST")  # not worth tuning
+    config = tuning.DEFAULT if once else tuning.choose(launch, table, dtype, args, kernel, **flags)
+    launch(config, table, args)
 
 
 @triton.jit(do_not_specialize=["T"])
