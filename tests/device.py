@@ -30,8 +30,8 @@ class _TensorsOn(TorchFunctionMode):
             return func(*args, **kwargs)
         generator = kwargs.get("generator")
         if generator is not None and generator.device != self.device:
-            return func(*args, **kwargs, device=generator.device).to(self.device)
-        return func(*args, **kwargs, device=self.device)
+            return func(*args, **{**kwargs, "device": generator.device}).to(self.device)
+        return func(*args, **{**kwargs, "device": self.device})
 
 
 @contextmanager
