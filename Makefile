@@ -58,9 +58,9 @@ $(VENV)/demo: $(VENV)/base pyproject.toml setup.py $(CSRC)
 
 $(VENV)/test: $(VENV)/demo
 	@echo "installing what the tests need"
-	$(PIP) install --no-build-isolation -e '.[test]'
+	DTOKD_BUILD=cpu $(PIP) install --no-build-isolation -e '.[test]'
 	touch $@
 
 $(VENV)/lint: $(VENV)/test
-	$(PIP) install --no-build-isolation -e '.[lint]'
+	DTOKD_BUILD=cpu $(PIP) install --no-build-isolation -e '.[lint]'
 	touch $@
