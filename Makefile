@@ -29,11 +29,12 @@ GPU_TESTS = $(addprefix tests/test_,gpu.py step.py gram.py combine.py weights.py
 SANITIZE = compute-sanitizer --error-exitcode 1 --tool
 gpu:
 	DTOKD_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace
-	DTOKD_TEST_DEVICE=cuda DTOKD_REQUIRE_NATIVE=1 $(PYTHON) -m pytest -q $(GPU_TESTS)
+	export DTOKD_TEST_DEVICE=cuda; failed=0; \
+	DTOKD_REQUIRE_NATIVE=1 $(PYTHON) -m pytest -q $(GPU_TESTS) || failed=1; \
 	if command -v compute-sanitizer; then for tool in memcheck racecheck synccheck; do \
-		DTOKD_TEST_DEVICE=cuda $(SANITIZE) $$tool $(PYTHON) -m pytest -q tests/test_gpu.py -k same_bits || exit 1; \
-	done; fi
-	$(PYTHON) -m benchmarks.gpu $(GPU)
+		$(SANITIZE) $$tool $(PYTHON) -m pytest -q tests/test_gpu.py -k same_bits || failed=1; \
+	done; fi; \
+	$(PYTHON) -m benchmarks.gpu $(GPU) && exit $$failed
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

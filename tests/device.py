@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,11 +32,8 @@ class _TensorsOn(TorchFunctionMode):
         return func(*args, **{**kwargs, "device": self.device})
 
 
-@contextmanager
-def tensors_on_device() -> Iterator[None]:
-    """Inside, tensors are made on DEVICE unless a call names another."""
-    if DEVICE.type == "cpu":
-        yield
-        return
-    with _TensorsOn(DEVICE):
-        yield
+def put_tensors_on_device() -> None:
+    """From now on tensors are made on DEVICE, also those that test modules make when they are imported."""
+    if DEVICE.type != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # matrix products that repeat themselves
+        _TensorsOn(DEVICE).__enter__()

@@ -45,7 +45,7 @@ def emulated_cuda(library: Path) -> Iterator[None]:
     if not hasattr(operations, "gram_by_role"):
         torch.ops.load_library(str(library))
         cuda.register_fakes("dtokd_emulated")
-    tickets = torch.zeros(cuda.TICKETS, dtype=torch.int32)
+    tickets = torch.zeros(cuda.TICKETS, dtype=torch.int32, device="cpu")
     before = cuda.OPS, cuda.tickets, backends._BACKENDS["cuda"]
     cuda.OPS, cuda.tickets = operations, lambda device: tickets
     backends._BACKENDS["cuda"] = backends.Backend(lambda: cuda, "cpu", lambda: None)
