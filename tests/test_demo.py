@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from dtokd import data, demo, doctor
-from dtokd.agreement import compare_steps
+from dtokd import doctor
 from dtokd.cli import main
-from dtokd.models import make_model, seeded
-from dtokd.objectives import new_student, split_losses
-from dtokd.train import Method, balanced_adamw
+from dtokd.demo import data
+from dtokd.demo import run as demo
+from dtokd.demo.agreement import compare_steps
+from dtokd.demo.models import make_model, seeded
+from dtokd.demo.objectives import new_student, split_losses
+from dtokd.demo.train import Method, balanced_adamw
 
 import dtokd_kernels as dk
 from dtokd_kernels import reference

@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .doctor import run as doctor
 
         return doctor()
-    from .demo import Settings
-    from .demo import run as demo
+    from .demo.run import Settings
+    from .demo.run import run as demo
 
     return demo(Settings(**options))
 
