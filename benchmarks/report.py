@@ -47,6 +47,68 @@ def share_table(rows: Sequence[Row]) -> str:
     return "\n".join([_machine(rows[0]), rows[0]["extra_benchmark_config_str"] + ".", "", *lines])
 
 
+def sources_tables(rows: Sequence[Row]) -> str:
+    """Markdown: what the sources of the Gram matrix cost, and how close they come; of the parts that were measured."""
+    parts = [_machine(rows[0])]
+    iterations = _select(rows, kernel_name="iteration")
+    for mode in _distinct(iterations, "kernel_operation_mode"):
+        parts.append(_iterations(_select(iterations, kernel_operation_mode=mode)))
+    if steps := _select(rows, kernel_name="step left", metric_name="ratio"):
+        parts.append(
+            "From the end of `backward` to the end of `step`, in times of torch's fused AdamW with one gradient: "
+            f"median, 20 and 80 % quantile. {steps[0]['threads']} thread(s), K = 2, float32, clipping."
+        )
+        parts.append(_grid(steps, lambda r: f"{_value(r, '.2f')} ({_spread(r, '.2f')})"))
+    closeness = _select(rows, kernel_name="closeness")
+    for objective in _distinct(closeness, "kernel_operation_mode"):
+        parts.append(_closeness(_select(closeness, kernel_operation_mode=objective), objective))
+    return "\n\n".join(parts)
+
+
+def _iterations(rows: Sequence[Row]) -> str:
+    lines = ["| | forward, ms | backward, ms | step, ms | ratio to the weighted sum |", "|---|---|---|---|---|"]
+    for name in _distinct(_select(rows, metric_name="iteration"), "kernel_provider"):
+        found = {row["metric_name"]: row for row in _select(rows, kernel_provider=name)}
+        cells = [_value(found[part], ".1f" if part == "step" else ".0f") for part in ("forward", "backward", "step")]
+        cells.append(f"{_value(found['ratio'], '.3f')} ({_spread(found['ratio'], '.3f')})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    text = [f"{_config(rows[0])}, {_counted(rows[0]['threads'])}.", "\n".join(lines)]
+    bounded = _select(rows, kernel_provider="exact", metric_name="ratio to sum and a second backward")
+    if bounded:
+        hooked = _select(rows, kernel_provider="overlap", metric_name="backward / exact's")[0]
+        text.append(
+            "Exact, over the weighted sum's iteration and one more of its backward passes: "
+            f"{_value(bounded[0], '.3f')} ({_spread(bounded[0], '.3f')}). Backward passes of overlap, products "
+            f"included, over those of exact: {_value(hooked, '.3f')} ({_spread(hooked, '.3f')})."
+        )
+    return "\n\n".join(text)
+
+
+def _closeness(rows: Sequence[Row], objective: str) -> str:
+    head = "| | mean weight | mean error | correlation | accuracy, % | accuracy - exact, points |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for name in _distinct(rows, "kernel_provider"):
+        found = {row["metric_name"]: row for row in _select(rows, kernel_provider=name)}
+        cells = [_number(found.get(metric), spec) for metric, spec in _CLOSENESS.items()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return f"### {objective.capitalize()} distillation\n\n{_config(rows[0])}.\n\n" + "\n".join(lines)
+
+
+_CLOSENESS = {"mean weight": ".2f", "error": ".3f", "correlation": ".2f", "accuracy": ".1f", "accuracy - exact": "+.1f"}
+
+
+def _number(row: Row | None, spec: str) -> str:
+    if row is None:
+        return ""
+    if float(row["y_value_50"]) != float(row["y_value_50"]):  # NaN
+        return "-"
+    return f"{_value(row, spec)} ({_spread(row, spec)})"
+
+
+def _config(row: Row) -> str:
+    return row["extra_benchmark_config_str"]
+
+
 def _machine(row: Row) -> str:
     where = f"{row['gpu_name']}, CUDA {row['cuda']}" if row["gpu_name"] else row["cpu"]
     return f"{where}; torch {row['torch']}; {row['timestamp'][:10]}; commit {row['git_sha']}."

@@ -119,15 +119,13 @@ def requested(preferred: str | None = None) -> str | None:
     Raises:
         ValueError, RuntimeError: as `check_name`.
     """
-    for name, source in (
-        (_forced.get(), "use_backend"),
-        (preferred, "backend"),
-        (os.environ.get("DTOKD_BACKEND"), "DTOKD_BACKEND"),
-    ):
-        if name:
-            check_name(name, source)
-            return name
-    return None
+    if name := _forced.get():
+        check_name(name, "use_backend")
+    elif name := preferred:
+        check_name(name, "backend")
+    elif name := os.environ.get("DTOKD_BACKEND"):
+        check_name(name, "DTOKD_BACKEND")
+    return name or None
 
 
 def select(device: torch.device, preferred: str | None = None) -> ModuleType:

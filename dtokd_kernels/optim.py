@@ -187,7 +187,7 @@ class Balanced(torch.optim.Optimizer):
         loss_scale = self._loss_scale()
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
-        options = replace(self._options, loss_scale=loss_scale)
+        options = self._options if loss_scale is None else replace(self._options, loss_scale=loss_scale)
         record = self._run_at_once(buckets, lists, options)
         if record is None:
             record = self._solve_and_run(buckets, lists, options)

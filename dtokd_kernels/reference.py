@@ -11,9 +11,10 @@ with this file, run in float64.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -237,7 +238,7 @@ def weigh(weighting: Weighting, gram: Tensor, losses: Tensor, loss_floor: float 
     Raises:
         ValueError: the weighting returned something else than a tensor [K].
     """
-    if getattr(weighting, "log_gradients", True):
+    if getattr(weighting, "log_gradients", True) and getattr(weighting, "needs_gram", True):
         scale = 1 / losses.clamp(min=loss_floor)
         gram = scale[:, None] * gram * scale[None, :]
     with debug.watch(weighting):
@@ -250,9 +251,19 @@ def weigh(weighting: Weighting, gram: Tensor, losses: Tensor, loss_floor: float 
 
 def takes_losses(weighting: Weighting) -> bool:
     """Whether a weighting is called with (gram, losses) rather than with the Gram alone, as TorchJD's are."""
-    forward = getattr(weighting, "forward", weighting)
+    called = getattr(weighting, "forward", weighting)
+    if inspect.isfunction(type(called).__call__):
+        called = called.__call__
+    if inspect.ismethod(called):
+        return _takes_two(called.__func__, 1)
+    return _takes_two(called, 0) if inspect.isfunction(called) else _takes_two.__wrapped__(called, 0)
+
+
+@functools.lru_cache(maxsize=256)  # a signature takes longer than the balance of two objectives
+def _takes_two(function: Callable[..., Any], bound: int) -> bool:
+    """Whether a function takes two positional arguments after those that are bound."""
     try:
-        parameters = inspect.signature(forward).parameters.values()
+        parameters = list(inspect.signature(function).parameters.values())[bound:]
     except ValueError:  # a builtin without a signature
         return True
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import ops
 from ..types import Balance, Group, Options, Role, Update, Weighting
 from .buckets import Buckets
 from .source import Given, Source, Watch
@@ -68,7 +68,8 @@ class Lag(Source):
         assert isinstance(watch, _Finite)
         device = losses.device
         before, losses_before = (t.to(device) for t in self._kept)
-        self._weights = reference.weigh(weighting, before[Role.SHARED], losses_before, options.loss_floor)
+        shared = {Role.SHARED: before[Role.SHARED]}
+        self._weights = ops.balance_grams(shared, losses_before, weighting, options).weights
         self._next = before, losses
         given = Given(self._weights, options.log_gradients)
         record = ops.balance_grams(dict(zip(Role, before, strict=True)), losses, given, options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -143,6 +143,7 @@ class Given:
 
     weights: Tensor
     log_gradients: bool
+    needs_gram: ClassVar[bool] = False
 
     def __call__(self, gram: Tensor, losses: Tensor) -> Tensor:
         """The weights, whatever the Gram matrix."""

@@ -1,0 +1,226 @@
+"""What each source costs: whole training iterations, and what is left between backward and the end of step.
+
+A timm deit_tiny learns from a deit_small, both untrained: their speed does not depend on it. All ways share student,
+batch and parameters, and each round runs them once in random order; ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dtokd_kernels as dk
+from dtokd_kernels.sources import Every, Feature, Probe
+from dtokd_kernels.weighting import Amortized
+
+from .cases import LR, MAX_NORM, MODELS, Case, Competitor, Shapes, dtokd, fill, fused, nothing
+from .record import Measurement
+from .timing import Quiet, seconds_of, time_rounds
+
+TEMPERATURE = 4.0
+SUM = "weighted sum, torch's fused AdamW"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to get from two losses to updated parameters.
+
+    Attributes:
+        backward: takes the losses; leaves gradients.
+        step: updates.
+        before: before the forward pass.
+    """
+
+    backward: Callable[[dict[str, Tensor]], object]
+    step: Callable[[], object]
+    before: Callable[[], object] = nothing
+
+
+class Iteration:
+    """A training iteration, the same but for the way from losses to parameters.
+
+    Args:
+        student, teacher: models of timm, or their short names.
+        batch: images per iteration.
+        size: their height and width in pixels.
+    """
+
+    def __init__(self, student: str, teacher: str, batch: int, size: int) -> None:
+        torch.manual_seed(0)
+        self._student = timm.create_model(MODELS.get(student, student))
+        self._teacher = timm.create_model(MODELS.get(teacher, teacher)).eval()
+        self._images = torch.rand(batch, 3, size, size)
+        self._labels = torch.arange(batch)
+        self._params = list(self._student.parameters())
+        last = self._student.get_submodule(f"blocks.{len(self._student.get_submodule('blocks')) - 1}")
+        self.ways: dict[str, Way] = {
+            SUM: self._sum(),
+            "exact": self._balanced(gram="exact"),
+            "overlap": self._balanced(gram="overlap"),
+            "lag": self._balanced(gram="lag"),
+            "probe, last block": self._balanced(gram=Probe(last)),
+            "feature, last block's output": self._balanced(gram=Feature(last)),
+            "every 4": self._balanced(gram=Every(4)),
+            "amortized, famo": self._balanced(weighting=Amortized()),
+            "TorchJD MGDA": self._torchjd("MGDA"),
+            "TorchJD UPGrad": self._torchjd("UPGrad"),
+        }
+
+    def _sum(self) -> Way:
+        optimizer = torch.optim.AdamW(self._params, lr=LR, fused=True)
+        return Way(lambda losses: sum(losses.values()).backward(), optimizer.step, optimizer.zero_grad)  # type: ignore[union-attr]
+
+    def _balanced(self, **options: Any) -> Way:
+        optimizer = dk.DTOAdamW(self._params, lr=LR, **options)
+        return Way(optimizer.backward, optimizer.step, optimizer.zero_grad)
+
+    def _torchjd(self, name: str) -> Way:
+        import torchjd.aggregation
+        from torchjd.autojac import backward, jac_to_grad
+
+        optimizer = torch.optim.AdamW(self._params, lr=LR, fused=True)
+        aggregator = getattr(torchjd.aggregation, name)()
+
+        def step() -> None:
+            jac_to_grad(self._params, aggregator)  # type: ignore[arg-type]
+            optimizer.step()
+
+        return Way(lambda losses: backward(list(losses.values())), step, optimizer.zero_grad)
+
+    def run(self, name: str) -> dict[str, float]:
+        """Seconds of the parts of one iteration and of the whole."""
+        way = self.ways[name]
+        way.before()
+        losses: dict[str, Tensor] = {}
+
+        def forward() -> None:
+            with torch.no_grad():
+                target = F.softmax(self._teacher(self._images) / TEMPERATURE, 1)
+            logits = self._student(self._images)
+            distill = F.kl_div(F.log_softmax(logits / TEMPERATURE, 1), target, reduction="batchmean")
+            losses.update(task=F.cross_entropy(logits, self._labels), distill=distill)
+
+        seconds = {
+            "forward": seconds_of(forward),
+            "backward": seconds_of(lambda: way.backward(losses)),
+            "step": seconds_of(way.step),
+        }
+        way.before()
+        return {**seconds, "iteration": sum(seconds.values())}
+
+
+def measure_iterations(
+    student: str,
+    teacher: str,
+    *,
+    batch: int,
+    size: int,
+    rounds: int,
+    names: Sequence[str] | None = None,
+    quiet_limit: float | None = None,
+    seed: int = 0,
+) -> list[Measurement]:
+    """Milliseconds of the parts, and ratios to the iteration of the weighted sum in the same round."""
+    iteration = Iteration(student, teacher, batch, size)
+    chosen = list(iteration.ways if names is None else [SUM, *names])
+    for name in chosen:  # `every 4` must have measured once
+        iteration.run(name)
+    shuffle, quiet = random.Random(seed), Quiet(quiet_limit)
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    for _ in range(rounds):
+        order = shuffle.sample(chosen, len(chosen))
+        found = quiet.run(lambda order=order: {name: iteration.run(name) for name in order})  # type: ignore[misc]
+        for name, seconds in found.items():
+            unit = found[SUM]["iteration"]
+            more = {"ratio": seconds["iteration"] / unit}
+            if "exact" in found:
+                # what a second backward pass allows: the unit's iteration and one more of its backward passes
+                more["ratio to sum and a second backward"] = seconds["iteration"] / (unit + found[SUM]["backward"])
+                more["backward / exact's"] = seconds["backward"] / found["exact"]["backward"]
+            taken[name].append({**seconds, **more})
+    config = f"student {student}, teacher {teacher}, batch {batch}, {size} px, {rounds} rounds"
+    results = [_measurement("iteration", "other processes", "load", "cores", batch, [quiet.load], config)]
+    for name, runs in taken.items():
+        for metric in runs[0]:
+            is_time = metric in ("forward", "backward", "step", "iteration")
+            values = [(1e3 if is_time else 1) * run[metric] for run in runs]
+            results.append(_measurement("iteration", name, metric, "ms" if is_time else "1", batch, values, config))
+    return results
+
+
+def _measurement(
+    what: str, name: str, metric: str, unit: str, batch: int, values: Sequence[float], config: str
+) -> Measurement:
+    return Measurement(what, name, f"batch {batch}", metric, unit, "", values, torch.get_num_threads(), config)
+
+
+def overlap_step(case: Case) -> Competitor:
+    """`step` after hooks have taken the products: solve and update."""
+    optimizer = _optimizer(case, "overlap")
+    sets = optimizer._sets
+    watch = optimizer._source.watch(optimizer._options)
+    assert watch is not None
+    rows: list[list[Tensor | None]] = [list(row) for row in case.grads]
+    watch.start(rows, [True] * len(case.params))
+    for t in reversed(range(len(case.params))):
+        watch.ready(len(rows) - 1, t, case.grads[-1][t])
+    watch.finish()
+    sets.watch = watch
+    return Competitor(optimizer.step, nothing)
+
+
+def lag_step(case: Case) -> Competitor:
+    """One pass over memory that updates and takes the products; the first step, an exact one, is behind."""
+    optimizer = _optimizer(case, "lag")
+    watch = optimizer._source.watch(optimizer._options)
+    assert watch is not None
+    watch.start(case.grads, [True] * len(case.params))
+    for i, row in enumerate(case.grads):
+        for t, gradient in enumerate(row):
+            watch.ready(i, t, gradient)
+    watch.finish()
+    optimizer._sets.watch = watch
+    return Competitor(optimizer.step, nothing)
+
+
+def _optimizer(case: Case, gram: str) -> dk.DTOAdamW:
+    optimizer = dk.DTOAdamW(case.params, lr=LR, max_norm=MAX_NORM, gram=gram)
+    optimizer.state = case.state
+    fill(optimizer, case.losses, case.grads)
+    return optimizer
+
+
+#: Steps, from the end of backward to the end of step.
+STEPS: Mapping[str, Callable[[Case], Competitor]] = {
+    "fused": fused,
+    "exact": dtokd,
+    "overlap": overlap_step,
+    "lag": lag_step,
+}
+
+
+def measure_steps(
+    models: Mapping[str, Shapes], *, rounds: int, quiet_limit: float | None = None, seed: int = 0
+) -> list[Measurement]:
+    """Ratios to torch's fused AdamW with one gradient, of what is left after the backward passes."""
+    results = []
+    for model, shapes in models.items():
+        case = Case.build(shapes, "interior", seed)
+        competitors = {name: make(case) for name, make in STEPS.items()}
+        quiet = Quiet(quiet_limit)
+        for name, samples in time_rounds(competitors, rounds, 0, seed, quiet).items():
+            config = f"K=2 float32 AdamW with clipping; {case.parameters} parameters; {rounds} rounds"
+            for metric, unit, values in (
+                ("time", "ms", [1e3 * s.seconds for s in samples]),
+                ("ratio", "1", [s.seconds / s.unit for s in samples]),
+            ):
+                threads = torch.get_num_threads()
+                results.append(Measurement("step left", name, "interior", metric, unit, model, values, threads, config))
+    return results
