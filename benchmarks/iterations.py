@@ -18,7 +18,7 @@ from torch import Tensor
 
 import dtokd_kernels as dk
 from dtokd_kernels.sources import Every, Feature, Probe
-from dtokd_kernels.weighting import Amortized
+from dtokd_kernels.weighting import NAMES, Amortized, from_name
 
 from .cases import LR, MAX_NORM, MODELS, Case, Competitor, Shapes, dtokd, fill, fused, nothing
 from .record import Measurement
@@ -59,7 +59,7 @@ class Iteration:
         self._images = torch.rand(batch, 3, size, size)
         self._labels = torch.arange(batch)
         self._params = list(self._student.parameters())
-        last = self._student.get_submodule(f"blocks.{len(self._student.get_submodule('blocks')) - 1}")
+        *_, last = self._student.get_submodule("blocks").children()
         self.ways: dict[str, Way] = {
             SUM: self._sum(),
             "exact": self._balanced(gram="exact"),
@@ -89,10 +89,11 @@ class Iteration:
         aggregator = getattr(torchjd.aggregation, name)()
 
         def step() -> None:
-            jac_to_grad(self._params, aggregator)  # type: ignore[arg-type]
+            jac_to_grad(self._params, aggregator)
             optimizer.step()
 
-        return Way(lambda losses: backward(list(losses.values())), step, optimizer.zero_grad)
+        # one pass after the other: all at once, the default, is slower on a CPU
+        return Way(lambda losses: backward(list(losses.values()), parallel_chunk_size=1), step, optimizer.zero_grad)
 
     def run(self, name: str) -> dict[str, float]:
         """Seconds of the parts of one iteration and of the whole."""
@@ -223,4 +224,32 @@ def measure_steps(
             ):
                 threads = torch.get_num_threads()
                 results.append(Measurement("step left", name, "interior", metric, unit, model, values, threads, config))
+    return results
+
+
+def measure_weightings(shapes: Shapes, model: str, *, K: int = 8, calls: int = 50, seed: int = 0) -> list[Measurement]:
+    """From a Gram matrix to coefficients, by weighting; beside a whole step of DTO with K gradients of these shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    lists = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(K)]
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    losses = 1 + torch.rand(K, dtype=torch.float64, generator=generator)
+    optimizer = dk.DTOAdamW(params, lr=LR, max_norm=MAX_NORM)
+    fill(optimizer, losses, lists)
+    for _ in range(2):
+        optimizer.step()
+    step = sorted(seconds_of(optimizer.step) for _ in range(5))[2]
+    gram = dk.gram(lists)
+    results = []
+    config = f"K={K}; a step of DTO with {K} gradients of {model} takes {1e3 * step:.1f} ms"
+    for name in NAMES:
+        weighting = from_name(name)
+        for _ in range(3):
+            dk.balance(gram, losses, weighting)
+        taken = [seconds_of(lambda w=weighting: dk.balance(gram, losses, w)) for _ in range(calls)]  # type: ignore[misc]
+        for metric, unit, values in (
+            ("time", "ms", [1e3 * t for t in taken]),
+            ("share", "%", [100 * t / step for t in taken]),
+        ):
+            threads = torch.get_num_threads()
+            results.append(Measurement("balance", name, f"K={K}", metric, unit, model, values, threads, config))
     return results

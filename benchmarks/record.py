@@ -116,9 +116,9 @@ def _cpu() -> str:
     return f"{name}, {len(os.sched_getaffinity(0))} cores, {instructions}"
 
 
-def write(path: Path, measurements: Iterable[Measurement]) -> list[Row]:
-    """Write the CSV file; returns its rows."""
-    rows = [measurement.row() for measurement in measurements]
+def write(path: Path, measurements: Iterable[Measurement], kept: Iterable[Row] = ()) -> list[Row]:
+    """Write the CSV file, with rows of an earlier one behind; returns its rows."""
+    rows = [*(measurement.row() for measurement in measurements), *kept]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

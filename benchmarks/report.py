@@ -48,21 +48,47 @@ def share_table(rows: Sequence[Row]) -> str:
 
 
 def sources_tables(rows: Sequence[Row]) -> str:
-    """Markdown: what the sources of the Gram matrix cost, and how close they come; of the parts that were measured."""
-    parts = [_machine(rows[0])]
-    iterations = _select(rows, kernel_name="iteration")
-    for mode in _distinct(iterations, "kernel_operation_mode"):
-        parts.append(_iterations(_select(iterations, kernel_operation_mode=mode)))
-    if steps := _select(rows, kernel_name="step left", metric_name="ratio"):
-        parts.append(
-            "From the end of `backward` to the end of `step`, in times of torch's fused AdamW with one gradient: "
-            f"median, 20 and 80 % quantile. {steps[0]['threads']} thread(s), K = 2, float32, clipping."
-        )
-        parts.append(_grid(steps, lambda r: f"{_value(r, '.2f')} ({_spread(r, '.2f')})"))
-    closeness = _select(rows, kernel_name="closeness")
-    for objective in _distinct(closeness, "kernel_operation_mode"):
-        parts.append(_closeness(_select(closeness, kernel_operation_mode=objective), objective))
-    return "\n\n".join(parts)
+    """Markdown: what the sources of the Gram matrix cost, and how close they come; of the parts that were measured.
+
+    The order is that of the document: cost, then closeness.
+    """
+    return "\n\n".join(table for table in sources_parts(rows).values() if table)
+
+
+def sources_parts(rows: Sequence[Row]) -> dict[str, str]:
+    """The tables of `sources_tables` by name: "iterations", "steps", "weightings", "closeness"."""
+    iterations, steps, balance, closeness = (
+        _select(rows, kernel_name=name) for name in ("iteration", "step left", "balance", "closeness")
+    )
+    parts = {
+        "iterations": [
+            _iterations(_select(iterations, kernel_operation_mode=mode))
+            for mode in _distinct(iterations, "kernel_operation_mode")
+        ],
+        "steps": [
+            "Times of torch's fused AdamW with one gradient: median, 20 and 80 % quantile.",
+            _grid(_select(steps, metric_name="ratio"), lambda r: f"{_value(r, '.2f')} ({_spread(r, '.2f')})"),
+        ],
+        "weightings": [_weightings(balance)],
+        "closeness": [
+            _closeness(_select(closeness, kernel_operation_mode=objective), objective)
+            for objective in _distinct(closeness, "kernel_operation_mode")
+        ],
+    }
+    measured = {"iterations": iterations, "steps": steps, "weightings": balance, "closeness": closeness}
+    return {name: "\n\n".join([_machine(found[0]), *parts[name]]) if found else "" for name, found in measured.items()}
+
+
+def _weightings(rows: Sequence[Row]) -> str:
+    models = _distinct(rows, "x_value")
+    configs = _distinct(rows, "extra_benchmark_config_str")
+    lines = ["| | ms | " + " | ".join(f"% of a step, {m}" for m in models) + " |", "|---|---|" + "---|" * len(models)]
+    for name in _distinct(rows, "kernel_provider"):
+        found = _select(rows, kernel_provider=name)
+        cells = [_value(_select(found, metric_name="time")[0], ".3f")]
+        cells += [_value(_select(found, metric_name="share", x_value=model)[0], ".2f") for model in models]
+        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+    return "; ".join(configs) + ".\n\n" + "\n".join(lines)
 
 
 def _iterations(rows: Sequence[Row]) -> str:

@@ -13,11 +13,13 @@ import torch
 
 from . import closeness, iterations, report
 from .cases import shapes_of
-from .record import Measurement, write
+from .record import Measurement, Row, read, write
 
 #: Ways that take one full backward pass, compared at a larger batch too.
 ONE_PASS = ("probe, last block", "feature, last block's output", "every 4", "amortized, famo")
-PARTS = ("closeness", "iterations", "steps")
+#: The parts by the name of what they measure.
+NAMED = {"step left": "steps", "iteration": "iterations", "balance": "weightings", "closeness": "closeness"}
+PARTS = ("steps", "iterations", "weightings", "closeness")
 
 
 def main() -> None:
@@ -36,10 +38,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="of iterations; steps take ten times as many")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quiet", type=float, metavar="CORES", help="as in benchmarks.run")
+    parser.add_argument("--keep", type=Path, metavar="CSV", help="take the other parts from an earlier sources.csv")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="folder for the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results: list[Measurement] = []
+    rows: list[Row] = []
+    if options.keep is not None:
+        rows = [row for row in read(options.keep) if NAMED[row["kernel_name"]] not in options.parts]
     if "steps" in options.parts:
         shapes = {model: shapes_of(model) for model in options.models}
         results += iterations.measure_steps(shapes, rounds=10 * options.rounds, quiet_limit=options.quiet)
@@ -54,11 +60,14 @@ def main() -> None:
                 names=names,
                 quiet_limit=options.quiet,
             )
+    if "weightings" in options.parts:
+        for model in (options.models[0], options.models[-1]):
+            results += iterations.measure_weightings(shapes_of(model), model)
     if "closeness" in options.parts:
         results += closeness.measure(
             options.objectives, options.seeds, options.iterations, options.teacher_iterations, _tell
         )
-    print(report.sources_tables(write(options.output / "sources.csv", results)))
+    print(report.sources_tables(write(options.output / "sources.csv", results, rows)))
 
 
 def _tell(what: str) -> None:

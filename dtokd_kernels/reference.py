@@ -251,7 +251,7 @@ def weigh(weighting: Weighting, gram: Tensor, losses: Tensor, loss_floor: float 
 
 def takes_losses(weighting: Weighting) -> bool:
     """Whether a weighting is called with (gram, losses) rather than with the Gram alone, as TorchJD's are."""
-    called = getattr(weighting, "forward", weighting)
+    called: Any = getattr(weighting, "forward", weighting)
     if inspect.isfunction(type(called).__call__):
         called = called.__call__
     if inspect.ismethod(called):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, gate, gpu, memory, report, run, share
+from benchmarks import cases, closeness, gate, gpu, iterations, memory, report, run, share, sources
 from benchmarks.cases import COMPETITORS, Case, Competitor
 from benchmarks.record import read
+from dtokd_kernels.weighting import NAMES
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"tiny": ((40, 7), (7,)), "other": ((3, 3, 2, 2),)}
@@ -110,3 +111,48 @@ def test_gpu_benchmark_writes_what_it_measures(tmp_path):
     assert {r["kernel_provider"] for r in of(rows, metric_name="ratio")} >= {"fused", "dtokd cpu", "foreach", "mgda"}
     assert report.byte_counts(rows, ("reads", "writes")) == (40, 28)
     assert "dtokd cpu" in report.step_tables(rows)
+
+
+def test_sources_measures_what_is_asked(tmp_path, monkeypatch, capsys):
+    """Costs with a tiny model, closeness over a few iterations; parts can be kept from an earlier file."""
+    small = ["--models", "test_vit", "--student", "test_vit", "--teacher", "test_vit", "--size", "160", "--rounds", "1"]
+    few = ["--batches", "1", "1", "--seeds", "0", "--iterations", "3", "--teacher-iterations", "2"]
+    settings = [*small, *few, "--objectives", "feature", "--output", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["sources", "--parts", "closeness", *settings])
+    sources.main()
+    kept = read(tmp_path / "sources.csv")
+    monkeypatch.setattr("sys.argv", ["sources", "--parts", "steps", "--keep", str(tmp_path / "sources.csv"), *settings])
+    sources.main()
+    rows = read(tmp_path / "sources.csv")
+    assert of(rows, kernel_name="closeness") == kept
+    assert {r["kernel_provider"] for r in of(rows, kernel_name="step left")} == set(iterations.STEPS)
+    exact = of(kept, kernel_provider=closeness.EXACT)
+    assert {r["metric_name"]: float(r["y_value_50"]) for r in exact}["error"] == 0
+    assert {r["kernel_provider"] for r in of(kept, metric_name="accuracy")} == set(closeness.TRAINED)
+    text = capsys.readouterr().out
+    assert all(f"| {name} |" in text for name in closeness.TRAINED)
+
+
+def test_overlap_trains_as_exact():
+    """What is compared in the documents is comparable: two names for the same rule end at the same accuracy."""
+    lesson = closeness.Lesson.prepare(0, 2)
+    same = [closeness.final_accuracy(lesson, "feature", name, 3) for name in (closeness.EXACT, "overlap")]
+    assert same[0] == same[1]
+
+
+def test_steps_of_the_sources_are_right():
+    """Two steps of what is timed equal two exact ones: gradients stay, so weights that lag by a step are the same."""
+    gate.check({"dtokd overlap": iterations.STEPS["overlap"], "dtokd lag": iterations.STEPS["lag"]})
+
+
+def test_whole_iterations():
+    measured = iterations.measure_iterations("test_vit", "test_vit", batch=1, size=160, rounds=1)
+    ratios = {m.provider: m.values[0] for m in measured if m.metric == "ratio"}
+    assert ratios[iterations.SUM] == 1
+    assert ratios.keys() >= {"exact", "overlap", "lag", "amortized, famo", "TorchJD MGDA"}
+    assert all(ratio > 0 for ratio in ratios.values())
+
+
+def test_time_of_every_weighting():
+    measured = iterations.measure_weightings(SHAPES["tiny"], "tiny", K=3, calls=1)
+    assert [m.provider for m in measured if m.metric == "time"] == list(NAMES)
