@@ -2,6 +2,8 @@
 # compiler; later calls find it there.
 PYTHON ?= python3
 VENV ?= .venv
+# processes of the tests; 0 runs them in this one, for debuggers
+JOBS ?= auto
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check --quiet
 CSRC = $(shell find csrc tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.txt')
@@ -13,7 +15,7 @@ demo: $(VENV)/demo
 	$(BIN)/dtokd demo $(DEMO)
 
 test: $(VENV)/test
-	DTOKD_REQUIRE_NATIVE=1 $(BIN)/python -m pytest $(TEST)
+	DTOKD_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TEST)
 
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.run $(BENCH)
