@@ -96,6 +96,10 @@ def test_documented_numbers_are_those_of_the_csv_files():
     results = ROOT / "benchmarks" / "results"
     assert report.step_tables(read(results / "step.csv")) in text
     assert report.share_table(read(results / "share.csv")) in text
+    text = (ROOT / "docs" / "sources.md").read_text()
+    for name, table in report.sources_parts(read(results / "sources.csv")).items():
+        assert table, f"{name} was not measured"
+        assert table in text
 
 
 @pytest.mark.parametrize("model", cases.MODELS)
