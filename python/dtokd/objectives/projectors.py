@@ -1,0 +1,56 @@
+"""From the student's width to the teacher's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from .taps import Outputs
+
+
+def make_projector(kind: str, width: int, teacher_width: int) -> nn.Module:
+    """A linear map over the last dimension, in float32.
+
+    "linear" is `nn.Linear` with a bias, and nothing where the widths agree, as in `timm.task`. "orthogonal" has
+    orthonormal rows or columns and no bias, so it can turn but not distort the student's features (Miles et al., *VkD:
+    Improving Knowledge Distillation using Orthogonal Projections*, CVPR 2024). It is torch's parametrisation with its
+    default map: the exponential of a skew-symmetric matrix, VkD's formula, where the widths agree, Householder
+    reflections elsewhere. That is what VkD's code runs, and the exponential would be of the larger width: for
+    RegNetY-160's 3024 channels tens of matrix products of 3024 x 3024 in every step, for a student of 192.
+
+    Args:
+        kind: "linear" or "orthogonal".
+        width: channels of the student.
+        teacher_width: channels of the teacher.
+    """
+    if kind == "orthogonal":
+        return parametrizations.orthogonal(nn.Linear(width, teacher_width, bias=False, dtype=torch.float32))
+    return nn.Identity() if width == teacher_width else nn.Linear(width, teacher_width, dtype=torch.float32)
+
+
+class PooledProjector(nn.Module):
+    """Projects `Outputs.pooled`: [B, width] -> [B, teacher's width]."""
+
+    def __init__(self, kind: str, width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.map = make_projector(kind, width, teacher_width)
+
+    def forward(self, outputs: Outputs) -> Tensor:
+        """[B, teacher's width]."""
+        assert outputs.pooled is not None
+        return self.map(outputs.pooled.float())
+
+
+class MapProjector(nn.Module):
+    """Projects each of `Outputs.maps` on its own (a 1x1 convolution): [B, C, H, W] -> [B, teacher's C, H, W]."""
+
+    def __init__(self, kind: str, widths: list[int], teacher_widths: list[int]) -> None:
+        super().__init__()
+        pairs = zip(widths, teacher_widths, strict=True)
+        self.maps = nn.ModuleList([make_projector(kind, s, t) for s, t in pairs])
+
+    def forward(self, outputs: Outputs) -> list[Tensor]:
+        """One map per stage."""
+        pairs = zip(self.maps, outputs.maps, strict=True)
+        return [linear(m.float().movedim(1, -1)).movedim(-1, 1) for linear, m in pairs]
