@@ -122,8 +122,8 @@ def _check(
     mixing = [f"--{name} {value}" for name in MIXING if (value := getattr(options, name, 0))]
     if options.kd_cache_teacher and mixing:
         raise ValueError(
-            f"--kd-cache-teacher: with {', '.join(mixing)} an image depends on more than its sample and view; set it to "
-            "0, or let the teacher run"
+            f"--kd-cache-teacher: with {', '.join(mixing)} an image depends on more than its sample and view; set "
+            "it to 0, or let the teacher run"
         )
 
 
@@ -132,13 +132,13 @@ def _check_classes(types: Sequence[str], student: nn.Module, model: nn.Module, n
     reading = [t for t in types if t in OF_LOGITS]
     if reading and own != theirs:
         raise ValueError(
-            f"--kd-distill-type {' '.join(reading)}: the student has {own} classes, the teacher {name!r} {theirs}; pass "
-            "--num-classes of the teacher, a teacher trained on your classes, or --kd-distill-type feature"
+            f"--kd-distill-type {' '.join(reading)}: the student has {own} classes, the teacher {name!r} {theirs}; "
+            "pass --num-classes of the teacher, a teacher trained on your classes, or --kd-distill-type feature"
         )
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """ "" for one teacher; for several each one's name, with a number where it occurs twice."""
+    """Nothing for one teacher; for several each one's name, with a number where it occurs twice."""
     if len(names) == 1:
         return [""]
     short = [re.sub(r"\W+", "_", name.rsplit("/", 1)[-1].split(".")[0]) for name in names]

@@ -118,8 +118,8 @@ class Attention(Objective):
     """Sum over stages of the mean squared difference of unit-length attention maps. Infimum 0. Nothing private.
 
     An attention map is the mean over channels of the squared activations, so widths need not agree. Source: Zagoruyko
-    and Komodakis, *Paying More Attention to Attention*, ICLR 2017, Eq. 2 with p = 2; as their code, squared and averaged
-    over positions.
+    and Komodakis, *Paying More Attention to Attention*, ICLR 2017, Eq. 2 with p = 2; as their code, squared and
+    averaged over positions.
     """
 
     def __init__(self, name: str, stages: tuple[tuple[int, ...], tuple[int, ...]]) -> None:

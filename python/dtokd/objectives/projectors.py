@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrize
 
 from .taps import Outputs
+
+
+class Householder(nn.Module):
+    """Orthonormal rows or columns from a product of reflections, one per row or column of the smaller side.
+
+    torch's `parametrizations.orthogonal` keeps signs on the parameter's diagonal and rounds them to integers: the first
+    step with weight decay makes them 0.9999, then 0, and with them the whole matrix. Here nothing but the reflections'
+    vectors is read, so whatever an optimizer does to the parameter, the matrix is orthonormal.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, m] of any numbers -> [n, m] orthonormal."""
+        wide = x.shape[0] < x.shape[1]
+        vectors = (x.mT if wide else x).tril(-1)  # below an implied diagonal of ones
+        q = torch.linalg.householder_product(vectors, 2 / (1 + vectors.square().sum(0)))
+        return q.mT if wide else q
 
 
 def make_projector(kind: str, width: int, teacher_width: int) -> nn.Module:
@@ -14,10 +30,10 @@ def make_projector(kind: str, width: int, teacher_width: int) -> nn.Module:
 
     "linear" is `nn.Linear` with a bias, and nothing where the widths agree, as in `timm.task`. "orthogonal" has
     orthonormal rows or columns and no bias, so it can turn but not distort the student's features (Miles et al., *VkD:
-    Improving Knowledge Distillation using Orthogonal Projections*, CVPR 2024). It is torch's parametrisation with its
-    default map: the exponential of a skew-symmetric matrix, VkD's formula, where the widths agree, Householder
-    reflections elsewhere. That is what VkD's code runs, and the exponential would be of the larger width: for
-    RegNetY-160's 3024 channels tens of matrix products of 3024 x 3024 in every step, for a student of 192.
+    Improving Knowledge Distillation using Orthogonal Projections*, CVPR 2024). The paper's formula is the exponential
+    of a skew-symmetric matrix of the larger width: for RegNetY-160's 3024 channels tens of matrix products of 3024 x 3024
+    in every step, for a student of 192. Reflections (`Householder`) reach the same matrices, up to a sign where the
+    widths agree, at the price of the projector's own size.
 
     Args:
         kind: "linear" or "orthogonal".
@@ -25,7 +41,10 @@ def make_projector(kind: str, width: int, teacher_width: int) -> nn.Module:
         teacher_width: channels of the teacher.
     """
     if kind == "orthogonal":
-        return parametrizations.orthogonal(nn.Linear(width, teacher_width, bias=False, dtype=torch.float32))
+        projector = nn.Linear(width, teacher_width, bias=False, dtype=torch.float32)
+        nn.init.normal_(projector.weight)
+        parametrize.register_parametrization(projector, "weight", Householder())
+        return projector
     return nn.Identity() if width == teacher_width else nn.Linear(width, teacher_width, dtype=torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""What objectives read of a model: logits, pooled features, maps of inner stages. The same for CNNs and transformers."""
+"""What objectives read of a model, CNN or transformer: logits, pooled features, maps of inner stages."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def read(model: nn.Module, images: Tensor, taps: Taps) -> Outputs:
         images: [B, channels, height, width], normalised.
         taps: what to keep.
     """
-    module: Any = model
+    module: Any = model  # timm models are typed as modules
     if not taps.pooled and not taps.stages:
         return Outputs(*_split(model(images)))
     maps: Sequence[Tensor] = ()

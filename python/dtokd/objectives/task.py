@@ -35,9 +35,11 @@ class Trainable(nn.Module):
         return outputs, {name: head(outputs) for name, head in self.heads.items()}
 
     def no_weight_decay(self) -> set[str]:
-        """The student's, with its new prefix (timm's parameter groups ask for it)."""
+        """The student's, with its new prefix, and what orthogonal projectors are made of: for timm's groups."""
         bare: Any = unwrap_model(self.student)
-        return {f"student.{n}" for n in bare.no_weight_decay()} if hasattr(bare, "no_weight_decay") else set()
+        own = bare.no_weight_decay() if hasattr(bare, "no_weight_decay") else ()
+        made = {name for name, _ in self.named_parameters() if ".parametrizations." in name}
+        return {f"student.{name}" for name in own} | made
 
     def group_matcher(self, coarse: bool = False) -> Any:
         """The student's layers, and the heads with the last of them (timm's layer decay asks for it)."""
@@ -52,7 +54,7 @@ class Trainable(nn.Module):
 class DistillationTask(TrainingTask):
     """Task loss and objectives of one or several teachers, each on its own and as a weighted sum.
 
-    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}. Without a
+    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}; without a
     teacher there is the task alone. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the
     student, `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
 

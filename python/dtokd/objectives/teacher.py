@@ -154,8 +154,14 @@ def load(name: str, path: str | None, *, in_chans: int, device: torch.device, dt
 
 def _classes_in(name: str, state: dict[str, Tensor]) -> dict[str, int]:
     cfg: Any = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    classifier = cfg.classifier if cfg is not None else None
-    first = classifier[0] if isinstance(classifier, (tuple, list)) else classifier
+    if cfg is not None:
+        first = cfg.classifier[0] if isinstance(cfg.classifier, (tuple, list)) else cfg.classifier
+    else:  # a model of the user's own: ask one without storage
+        with torch.device("meta"):
+            probe = timm.create_model(name)
+        classifier = probe.get_classifier()
+        classifier = classifier[0] if isinstance(classifier, tuple) else classifier
+        first = next((n for n, module in probe.named_modules() if module is classifier), None)
     weight = state.get(f"{first}.weight")
     return {} if weight is None else {"num_classes": len(weight)}
 
@@ -163,8 +169,8 @@ def _classes_in(name: str, state: dict[str, Tensor]) -> dict[str, int]:
 def choose_size(model: nn.Module, option: int | None) -> tuple[int, int] | None:
     """The size a teacher's images must have; None if it takes any.
 
-    A model that says it takes one size (a ViT without dynamic_img_size) gets it; a CNN gets the student's images as they
-    are, as in `timm.task`, unless the option names a size.
+    A model that says it takes one size (a ViT without dynamic_img_size) gets it; a CNN gets the student's images as
+    they are, as in `timm.task`, unless the option names a size.
     """
     if option is not None:
         return (option, option)
