@@ -1,10 +1,9 @@
 """The CIFAR networks: the published sizes, and timm's interface."""
 
+import dtokd.networks  # noqa: F401  registers them
 import pytest
 import timm
 import torch
-
-import dtokd.networks  # noqa: F401  registers them
 
 #: Parameters with 100 classes: in millions as the benchmark's papers print them.
 PUBLISHED = {

@@ -12,7 +12,7 @@ from dtokd.objectives.build import build
 from dtokd.objectives.features import Attention, attention_distance, normalise
 from dtokd.objectives.logits import decoupled_kl, soft_kl
 from dtokd.objectives.options import add_arguments
-from dtokd.objectives.projectors import make_projector
+from dtokd.objectives.projectors import Householder, make_projector
 from dtokd.objectives.review import hierarchical_context
 from dtokd.objectives.taps import Outputs, Taps
 from dtokd.objectives.teacher import Normalisation, Teacher, choose_size
@@ -189,6 +189,14 @@ def test_orthogonal_projector_stays_orthogonal_in_training(widths):
     gram = weight @ weight.T if widths[0] > widths[1] else weight.T @ weight
     torch.testing.assert_close(gram, torch.eye(min(widths)), atol=1e-5, rtol=0)
     assert not torch.allclose(weight, before)
+
+
+def test_reflections_at_once_are_those_one_by_one():
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vectors = x.tril(-1)
+    expected = torch.linalg.householder_product(vectors, 2 / (1 + vectors.square().sum(0)))
+    torch.testing.assert_close(Householder()(x), expected)
+    torch.testing.assert_close(Householder()(x.mT.contiguous().mT.mT).mT, Householder()(x))
 
 
 def test_infima_are_zero_and_reached():

@@ -49,6 +49,7 @@ class PreActivation(nn.Module):
         self.shortcut = None if in_chans == out_chans else nn.Conv2d(in_chans, out_chans, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same of the next block."""
         active = self.norm1(x).relu()
         y = self.conv2(self.norm2(self.conv1(active)).relu())
         return y + (x if self.shortcut is None else self.shortcut(active))
@@ -80,6 +81,7 @@ class InvertedResidual(nn.Module):
         self.residual = stride == 1 and in_chans == out_chans
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same of the next block."""
         return x + self.layers(x) if self.residual else self.layers(x)
 
 
@@ -104,13 +106,15 @@ class GroupedUnit(nn.Module):
     def __init__(self, in_chans: int, out_chans: int, stride: int, groups: int, first_groups: int) -> None:
         super().__init__()
         self.stride, self.groups = stride, first_groups
-        made, inner = out_chans - in_chans if stride == 2 else out_chans, out_chans // 4
+        made = out_chans - in_chans if stride == 2 else out_chans  # the pooled input is the rest
+        inner = made // 4
         self.enter = conv_bn(in_chans, inner, 1, groups=first_groups)
         self.spatial = conv_bn(inner, inner, 3, stride, groups=inner)
         self.leave = conv_bn(inner, made, 1, groups=groups, act=False)
         self.pool = nn.AvgPool2d(3, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same of the next block."""
         y = self.leave(self.spatial(shuffle(self.enter(x), self.groups)))
         return (torch.cat([y, self.pool(x)], 1) if self.stride == 2 else y + x).relu()
 

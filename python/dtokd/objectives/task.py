@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.models import group_parameters
 from timm.task import TrainingTask
-from timm.utils import unwrap_model
+from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from .base import Objective
@@ -54,9 +54,9 @@ class Trainable(nn.Module):
 class DistillationTask(TrainingTask):
     """Task loss and objectives of one or several teachers, each on its own and as a weighted sum.
 
-    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}; without a
-    teacher there is the task alone. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the
-    student, `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
+    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}; the task
+    alone without a teacher. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the student,
+    `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
 
     Args:
         student: a timm model.
