@@ -30,7 +30,9 @@ def _network(make: Callable[..., CifarNet], pretrained: bool, kwargs: dict[str, 
     return model.to(**where)
 
 
-def resnet(block: type, layers: tuple[int, ...], stem: int, channels: tuple[int, ...], **kwargs: Any) -> CifarNet:
+def resnet(
+    block: type[BasicBlock | Bottleneck], layers: tuple[int, ...], stem: int, channels: tuple[int, ...], **kwargs: Any
+) -> CifarNet:
     """ResNet with a 3x3 stem and no pooling after it (He et al., 2016, section 4.2)."""
     in_chans = kwargs.get("in_chans", 3)
     made, _ = make_blocks((block,) * len(layers), channels, layers, stem)

@@ -54,8 +54,8 @@ class Trainable(nn.Module):
 class DistillationTask(TrainingTask):
     """Task loss and objectives of one or several teachers, each on its own and as a weighted sum.
 
-    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}; the task
-    alone without a teacher. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the student,
+    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}, without
+    a teacher the task alone. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the student,
     `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
 
     Args:
@@ -86,7 +86,7 @@ class DistillationTask(TrainingTask):
         heads = {o.name: o.head.to(self.device) for o in objectives if o.head is not None}
         taps = merge([o.student for o in objectives]) if objectives else Taps(logits=True)
         self._views = {o.name: _stages_of(o.student, taps) for o in objectives}
-        self.trainable_module = Trainable(student, _with_views(heads, self._views), taps)
+        self.trainable_module: Any = Trainable(student, _with_views(heads, self._views), taps)
         self.criterion = criterion.to(self.device)
         self.task_loss_weight = task_weight
         self.distill_loss_weights = dict(weights or {o.name: 1.0 for o in objectives})
@@ -107,10 +107,12 @@ class DistillationTask(TrainingTask):
         )
         return self
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> nn.Module:
+    def compile(  # type: ignore[override]  # timm's signature, which is not torch's
+        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
+    ) -> nn.Module:
         """Compile the student with its heads, and for evaluation the student; --kd-teacher-compile is the teacher's."""
-        student = self.get_eval_model()
-        self.eval_model = torch.compile(student, backend=backend, mode=mode, **compile_kwargs)
+        student: Any = self.get_eval_model()
+        self.eval_model: Any = torch.compile(student, backend=backend, mode=mode, **compile_kwargs)
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
         return self.eval_model
 

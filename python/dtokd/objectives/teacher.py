@@ -125,7 +125,7 @@ def load(name: str, path: str | None, *, in_chans: int, device: torch.device, dt
         ValueError: no such model, no pretrained weights, or weights of another model.
         FileNotFoundError: no such file.
     """
-    where = {"device": device, "dtype": dtype, "in_chans": in_chans}
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "in_chans": in_chans}
     if path is None:
         try:
             return timm.create_model(name, pretrained=True, **where)
@@ -152,13 +152,13 @@ def load(name: str, path: str | None, *, in_chans: int, device: torch.device, dt
     return model
 
 
-def _classes_in(name: str, state: dict[str, Tensor]) -> dict[str, int]:
+def _classes_in(name: str, state: dict[str, Tensor]) -> dict[str, Any]:
     cfg: Any = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if cfg is not None:
         first = cfg.classifier[0] if isinstance(cfg.classifier, (tuple, list)) else cfg.classifier
     else:  # a model of the user's own: ask one without storage
         with torch.device("meta"):
-            probe = timm.create_model(name)
+            probe: Any = timm.create_model(name)
         classifier = probe.get_classifier()
         classifier = classifier[0] if isinstance(classifier, tuple) else classifier
         first = next((n for n, module in probe.named_modules() if module is classifier), None)
@@ -175,7 +175,7 @@ def choose_size(model: nn.Module, option: int | None) -> tuple[int, int] | None:
     if option is not None:
         return (option, option)
     bare: Any = unwrap_model(model)
-    patch_embed = getattr(bare, "patch_embed", None)
+    patch_embed: Any = getattr(bare, "patch_embed", None)
     if getattr(patch_embed, "strict_img_size", False) and getattr(patch_embed, "img_size", None):
         return tuple(patch_embed.img_size)
     cfg: dict[str, Any] = getattr(bare, "pretrained_cfg", None) or {}
