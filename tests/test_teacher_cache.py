@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-from torch.utils.data import DataLoader
-
 from dtokd.objectives import cache as caching
 from dtokd.objectives.build import build, use_cache
 from dtokd.objectives.cache import KeyedDataset, TeacherCache
 from dtokd.objectives.options import add_arguments
 from dtokd.objectives.taps import Taps
 from dtokd.objectives.teacher import Normalisation, Teacher
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
 
 TAPS = Taps(logits=True, pooled="head", stages=(3, 4))
 
@@ -149,8 +148,8 @@ def test_a_task_with_cache_has_the_losses_of_one_without(tmp_path):
     teacher = timm.create_model("test_resnet", num_classes=5)
     save_file(teacher.state_dict(), tmp_path / "t.safetensors")
     options = parser.parse_args(
-        ["--kd-model-name", "test_resnet", "--kd-teacher-path", str(tmp_path / "t.safetensors"), "--kd-distill-type"]
-        + ["logit", "multiscale", "--kd-stages", "2", "--kd-cache-teacher", str(tmp_path / "cache")]
+        f"--kd-model-name test_resnet --kd-teacher-path {tmp_path}/t.safetensors --kd-distill-type logit multiscale "
+        f"--kd-stages 2 --kd-cache-teacher {tmp_path}/cache".split()
     )
     torch.manual_seed(0)
     student = timm.create_model("test_resnet", num_classes=5)

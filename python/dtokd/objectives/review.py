@@ -26,8 +26,8 @@ def hierarchical_context(student: Tensor, teacher: Tensor) -> Tensor:
         if level >= student.shape[2]:
             continue
         weight /= 2
-        pooled = [F.adaptive_avg_pool2d(x, level) for x in (student, teacher)]
-        total = total + weight * F.mse_loss(*pooled)
+        s, t = F.adaptive_avg_pool2d(student, level), F.adaptive_avg_pool2d(teacher, level)
+        total = total + weight * F.mse_loss(s, t)
         weights += weight
     return total / weights
 
