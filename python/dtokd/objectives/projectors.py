@@ -40,9 +40,9 @@ def make_projector(kind: str, width: int, teacher_width: int) -> nn.Module:
 
     "orthogonal" has orthonormal rows or columns and no bias: it can turn but not distort the student's features (Miles
     et al., *VkD: Improving Knowledge Distillation using Orthogonal Projections*, CVPR 2024). The paper's formula is the
-    exponential of a skew-symmetric matrix of the larger width: for RegNetY-160's 3024 channels tens of matrix
-    products of 3024 x 3024 in every step, for a student of 192. Reflections (`Householder`) reach the same matrices, up to a sign
-    where the widths agree, in products of the projector's own size.
+    exponential of a skew-symmetric matrix of the larger width: for RegNetY-160's 3024 channels tens of products of
+    3024 x 3024 matrices in every step, for a student of 192. Reflections (`Householder`) reach the same matrices, up to
+    a sign where the widths agree, in products of the projector's own size.
 
     Args:
         kind: "linear" or "orthogonal".

@@ -54,8 +54,8 @@ class Trainable(nn.Module):
 class DistillationTask(TrainingTask):
     """Task loss and objectives of one or several teachers, each on its own and as a weighted sum.
 
-    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}},
-    without a teacher the task alone. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the student,
+    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}, the task
+    alone without a teacher. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the student,
     `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
 
     Args:
@@ -112,10 +112,10 @@ class DistillationTask(TrainingTask):
     ) -> nn.Module:
         """Compile the student with its heads, and for evaluation the student; --kd-teacher-compile is the teacher's."""
         student: Any = self.get_eval_model()
-        self.eval_model: Any = torch.compile(student, backend=backend, mode=mode, **compile_kwargs)
+        evaluated: Any = torch.compile(student, backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = evaluated
         self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        compiled: nn.Module = self.eval_model
-        return compiled
+        return evaluated
 
     def _trainable(self, module: nn.Module | None, ema: bool) -> Trainable | None:
         found = module if module is not None else self.get_trainable_module(ema=ema)
