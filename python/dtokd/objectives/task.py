@@ -54,8 +54,8 @@ class Trainable(nn.Module):
 class DistillationTask(TrainingTask):
     """Task loss and objectives of one or several teachers, each on its own and as a weighted sum.
 
-    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}, the task
-    alone without a teacher. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the student,
+    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}, the
+    task alone without a teacher. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the student,
     `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
 
     Args:
