@@ -55,8 +55,8 @@ class DistillationTask(TrainingTask):
     """Task loss and objectives of one or several teachers, each on its own and as a weighted sum.
 
     `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}, the
-    task alone without a teacher. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the student,
-    `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
+    task alone without a teacher. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the
+    student, `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
 
     Args:
         student: a timm model.
