@@ -1,0 +1,192 @@
+"""From the command line's options to a task."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.task import TrainingTask
+from timm.utils.model import unwrap_model
+from torch import nn
+
+from . import teacher as teachers
+from .base import Objective
+from .cache import KeyedDataset, TeacherCache
+from .features import Attention, MultiScale, Pooled
+from .logits import Decoupled, Hinton, Token
+from .options import DISTILL_TYPES
+from .review import Review
+from .taps import choose_stages, pooled_width
+from .task import DistillationTask, merge
+from .teacher import Normalisation, Teacher
+
+#: Types that read the teacher's logits: it must know the same classes.
+OF_LOGITS = ("logit", "token", "dkd")
+#: Options of the training loop under which an image is no function of (sample, view).
+MIXING = ("mixup", "cutmix", "reprob")
+
+
+def build(
+    options: argparse.Namespace,
+    student: nn.Module,
+    criterion: nn.Module,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> TrainingTask:
+    """The task that `options` describe.
+
+    With one of timm's distillation types and timm's own options its "loss" is that of timm's task.
+
+    Args:
+        options: with the arguments of `options.add_arguments`.
+        student: a timm model, on `device`.
+        criterion: the task loss, of (logits, target).
+        device, dtype: of the teachers and of the task.
+
+    Returns:
+        See `DistillationTask`.
+
+    Raises:
+        ValueError: options that contradict each other, or do not fit student or teacher.
+        FileNotFoundError: no such teacher's file.
+    """
+    names = _as_list(options.kd_model_name)
+    paths = _as_list(options.kd_teacher_path)
+    types = _as_list(options.kd_distill_type)
+    if not names:
+        if paths or options.kd_cache_teacher:
+            raise ValueError("--kd-teacher-path, --kd-cache-teacher: there is no teacher; pass --kd-model-name")
+        return DistillationTask(student, criterion, device=device, dtype=dtype)
+    _check(options, names, paths, types, student)
+    if "token" in types:
+        unwrap_model(student).set_distilled_training(True)
+    lessons = []
+    for name, path, label in zip(names, paths or [None] * len(names), _labels(names), strict=True):
+        in_chans = getattr(unwrap_model(student), "in_chans", 3)
+        model = teachers.load(name, path, in_chans=in_chans, device=device, dtype=dtype)
+        _check_classes(types, student, model, name)
+        made = Teacher(
+            model,
+            name,
+            Normalisation.of(student),
+            dtype=getattr(torch, options.kd_teacher_dtype) if options.kd_teacher_dtype else None,
+            compile=options.kd_teacher_compile,
+            size=teachers.choose_size(model, options.kd_teacher_img_size),
+        )
+        lessons.append((made, [_objective(kind, label, options, student, model) for kind in types]))
+    task_weight, weights = _weights(options, [o.name for _, several in lessons for o in several])
+    return DistillationTask(
+        student, criterion, lessons, task_weight=task_weight, weights=weights, device=device, dtype=dtype
+    )
+
+
+def use_cache(task: TrainingTask, options: argparse.Namespace, dataset: KeyedDataset) -> None:
+    """Let the task keep its teachers' outputs in --kd-cache-teacher; nothing without that option.
+
+    After it, pass `dataset`'s keys as the task's third argument; `task.caches[i].flush()` at an epoch's end.
+    """
+    if options.kd_cache_teacher and isinstance(task, DistillationTask):
+        task.caches = [
+            TeacherCache(options.kd_cache_teacher, teacher, merge([o.teacher for o in objectives]), dataset)
+            for teacher, objectives in task.lessons
+        ]
+
+
+def _as_list(value: Any) -> list[Any]:
+    """What nargs="+" gives, also where a config file gave one value."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _check(
+    options: argparse.Namespace, names: Sequence[str], paths: Sequence[str], types: Sequence[str], student: nn.Module
+) -> None:
+    if paths and len(paths) != len(names):
+        raise ValueError(f"--kd-teacher-path: got {len(paths)} files for {len(names)} teachers; pass one each, or none")
+    unknown = [t for t in types if t not in DISTILL_TYPES]
+    if unknown or len(set(types)) != len(types) or not types:
+        raise ValueError(f"--kd-distill-type: got {types}; pass different ones of {', '.join(DISTILL_TYPES)}")
+    if options.kd_temperature <= 0:
+        raise ValueError(f"--kd-temperature: got {options.kd_temperature}; pass a number above 0")
+    bare = unwrap_model(student)
+    if "token" in types and not hasattr(bare, "set_distilled_training"):
+        raise ValueError(
+            f"--kd-distill-type token: the student {type(bare).__name__} has no distillation head; pass a distilled "
+            "model such as deit_tiny_distilled_patch16_224, or --kd-distill-type logit"
+        )
+    mixing = [f"--{name} {value}" for name in MIXING if (value := getattr(options, name, 0))]
+    if options.kd_cache_teacher and mixing:
+        raise ValueError(
+            f"--kd-cache-teacher: with {', '.join(mixing)} an image depends on more than its sample and view; set "
+            "it to 0, or let the teacher run"
+        )
+
+
+def _check_classes(types: Sequence[str], student: nn.Module, model: nn.Module, name: str) -> None:
+    own, theirs = (getattr(unwrap_model(m), "num_classes", None) for m in (student, model))
+    reading = [t for t in types if t in OF_LOGITS]
+    if reading and own != theirs:
+        raise ValueError(
+            f"--kd-distill-type {' '.join(reading)}: the student has {own} classes, the teacher {name!r} {theirs}; "
+            "pass --num-classes of the teacher, a teacher trained on your classes, or --kd-distill-type feature"
+        )
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Nothing for one teacher; for several each one's name, with a number where it occurs twice."""
+    if len(names) == 1:
+        return [""]
+    short = [re.sub(r"\W+", "_", name.rsplit("/", 1)[-1].split(".")[0]) for name in names]
+    return [f"_{s}" if short.count(s) == 1 else f"_{s}_{short[:i].count(s) + 1}" for i, s in enumerate(short)]
+
+
+def _objective(kind: str, label: str, options: argparse.Namespace, student: nn.Module, teacher: nn.Module) -> Objective:
+    name = DISTILL_TYPES[kind] + label
+    if kind == "logit":
+        return Hinton(name, options.kd_temperature)
+    if kind == "token":
+        return Token(name, options.kd_token_distill_type, options.kd_temperature)
+    if kind == "dkd":
+        return Decoupled(name, options.kd_temperature, options.kd_dkd_alpha, options.kd_dkd_beta)
+    norm, distance = options.kd_feature_norm, options.kd_feature_loss
+    if kind == "feature":
+        pool = options.kd_feature_pool
+        widths = (
+            options.kd_student_feature_dim or pooled_width(student, pool),
+            options.kd_teacher_feature_dim or pooled_width(teacher, pool),
+        )
+        return Pooled(name, options.kd_projector, widths, pool, norm, distance)
+    own, own_widths = choose_stages(student, options.kd_stages, _stages(options.kd_student_stages), "student")
+    theirs, their_widths = choose_stages(teacher, options.kd_stages, _stages(options.kd_teacher_stages), "teacher")
+    if len(own) != len(theirs):
+        raise ValueError(
+            f"--kd-student-stages, --kd-teacher-stages: {len(own)} stages against {len(theirs)}; pass as many of each"
+        )
+    stages, widths_of = (own, theirs), (own_widths, their_widths)
+    if kind == "attention":
+        return Attention(name, stages)
+    if kind == "review":
+        return Review(name, stages, widths_of, options.kd_review_width)
+    return MultiScale(name, options.kd_projector, stages, widths_of, norm, distance)
+
+
+def _stages(given: Any) -> list[int] | None:
+    return None if given is None else _as_list(given)
+
+
+def _weights(options: argparse.Namespace, names: Sequence[str]) -> tuple[float, dict[str, float]]:
+    task, distill = options.task_loss_weight, _as_list(options.distill_loss_weight)
+    if not distill:
+        shared = 1.0 if task is None else (1.0 - task) / len(names)
+        return (1.0 if task is None else task), dict.fromkeys(names, shared)
+    if len(distill) not in (1, len(names)):
+        raise ValueError(
+            f"--distill-loss-weight: got {len(distill)} for the objectives {', '.join(names)}; pass one, or one each"
+        )
+    each = distill if len(distill) == len(names) else distill * len(names)
+    return (1.0 if task is None else task), dict(zip(names, each, strict=True))

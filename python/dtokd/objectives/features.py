@@ -1,0 +1,140 @@
+"""Losses between features: pooled, maps of several stages, attention transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .base import Objective
+from .projectors import MapProjector, PooledProjector
+from .taps import Outputs, Taps
+
+EPS = 1e-6
+
+
+def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    return (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+
+
+#: Each has infimum 0, reached at equal features (cosine: at equal directions). Channels are dimension 1.
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": F.mse_loss,
+    "smooth_l1": F.smooth_l1_loss,
+    "cosine": _cosine,
+}
+
+
+def normalise(student: Tensor, teacher: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """Student's and teacher's features, [B, C] or [B, C, H, W], as `norm` says.
+
+    "layernorm" sets each position's channels of the teacher to mean 0 and variance 1 (VkD, classification: the student
+    stays as it is). "standardize" does so per channel over batch and positions, on both sides (VkD, detection; theirs
+    has no epsilon and divides by 0 at a dead channel).
+
+    Raises:
+        ValueError: standardize of a single row: nothing would be left.
+    """
+    if norm == "layernorm":
+        last = teacher.movedim(1, -1)
+        return student, F.layer_norm(last, last.shape[-1:]).movedim(-1, 1)
+    if norm == "standardize":
+        if teacher.numel() == teacher.shape[1]:
+            raise ValueError("--kd-feature-norm standardize: a batch of 1 has no spread; pass a larger --batch-size")
+        return _standardise(student), _standardise(teacher)
+    return student, teacher
+
+
+def _standardise(x: Tensor) -> Tensor:
+    rows = [0, *range(2, x.ndim)]
+    return (x - x.mean(rows, keepdim=True)) * (x.var(rows, keepdim=True, unbiased=False) + EPS).rsqrt()
+
+
+class Pooled(Objective):
+    """Distance between the projected pooled features and the teacher's. Infimum 0.
+
+    With an orthogonal projector, layernorm and smooth_l1 it is the loss of VkD (Miles et al., CVPR 2024); with a linear
+    one, no norm and mse that of `timm.task.FeatureDistillationTask`. Private: the projector.
+    """
+
+    def __init__(self, name: str, projector: str, widths: tuple[int, int], pool: str, norm: str, distance: str) -> None:
+        self.name, self.norm, self.distance, self.widths = name, norm, DISTANCES[distance], widths
+        self.head = PooledProjector(projector, *widths)
+        self.student, self.teacher = Taps(logits=True, pooled=pool), Taps(pooled=pool)
+
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
+        """See the class.
+
+        Raises:
+            ValueError: the teacher's features have another width than the projector was made for.
+        """
+        assert isinstance(projected, Tensor)
+        assert teacher.pooled is not None
+        if projected.shape != teacher.pooled.shape:
+            raise ValueError(
+                f"--kd-distill-type feature: the projected student's features are {tuple(projected.shape)}, the "
+                f"teacher's {tuple(teacher.pooled.shape)}; pass --kd-teacher-feature-dim {teacher.pooled.shape[-1]}"
+            )
+        return self.distance(*normalise(projected, teacher.pooled.float(), self.norm))
+
+
+def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both maps averaged down to the smaller height and the smaller width. Averaging adds no detail nobody computed."""
+    size = (min(student.shape[2], teacher.shape[2]), min(student.shape[3], teacher.shape[3]))
+    return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
+
+
+class MultiScale(Objective):
+    """Mean over stages of the distance between projected maps and the teacher's, at the smaller size. Infimum 0.
+
+    Source: Romero et al., *FitNets*, ICLR 2015, for one stage; normalised as VkD if asked. A transformer's map is its
+    patch tokens on their grid, so CNN and ViT can teach each other. Private: the projectors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        projector: str,
+        stages: tuple[tuple[int, ...], tuple[int, ...]],
+        widths: tuple[list[int], list[int]],
+        norm: str,
+        distance: str,
+    ) -> None:
+        self.name, self.norm, self.distance = name, norm, DISTANCES[distance]
+        self.head = MapProjector(projector, *widths)
+        self.student, self.teacher = Taps(logits=True, stages=stages[0]), Taps(stages=stages[1])
+
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
+        """See the class."""
+        assert isinstance(projected, list)
+        pairs = [same_size(s, t.float()) for s, t in zip(projected, teacher.maps, strict=True)]
+        return sum((self.distance(*normalise(s, t, self.norm)) for s, t in pairs), pairs[0][0].new_zeros(())) / len(
+            pairs
+        )
+
+
+class Attention(Objective):
+    """Sum over stages of the mean squared difference of unit-length attention maps. Infimum 0. Nothing private.
+
+    An attention map is the mean over channels of the squared activations, so widths need not agree. Source: Zagoruyko
+    and Komodakis, *Paying More Attention to Attention*, ICLR 2017, Eq. 2 with p = 2; as their code, squared and
+    averaged over positions.
+    """
+
+    def __init__(self, name: str, stages: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+        self.name = name
+        self.student, self.teacher = Taps(logits=True, stages=stages[0]), Taps(stages=stages[1])
+
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
+        """See the class."""
+        total = teacher.maps[0].new_zeros((), dtype=None)
+        for s, t in zip(student.maps, teacher.maps, strict=True):
+            total = total + attention_distance(s.float(), t.float())
+        return total
+
+
+def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """One stage of `Attention`: maps [B, C, H, W] of any widths and sizes."""
+    s, t = same_size(student.square().mean(1, keepdim=True), teacher.square().mean(1, keepdim=True))
+    return F.mse_loss(F.normalize(s.flatten(1)), F.normalize(t.flatten(1)))

@@ -1,0 +1,114 @@
+"""The arguments of distillation. No timm or torch is imported here: --help should not wait for them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+#: What a student can imitate, and the name of the objective in logs.
+DISTILL_TYPES = {
+    "logit": "kl",
+    "feature": "feature",
+    "token": "token",
+    "multiscale": "multiscale",
+    "attention": "attention",
+    "review": "review",
+    "dkd": "dkd",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the group "knowledge distillation". Options that timm's train.py has too bear its names and defaults."""
+    group = parser.add_argument_group("knowledge distillation")
+    add = group.add_argument
+    add("--kd-model-name", nargs="+", metavar="NAME", help="teacher: a timm model; several: one set of objectives each")
+    add(
+        "--kd-teacher-path",
+        nargs="+",
+        metavar="FILE",
+        help="weights of each teacher (.safetensors, or a torch file without pickled code); "
+        "without it the model's pretrained weights",
+    )
+    add(
+        "--kd-distill-type",
+        nargs="+",
+        choices=list(DISTILL_TYPES),
+        default=["logit"],
+        help="what the student imitates; several: one objective each",
+    )
+    add("--kd-loss-type", choices=["kl"], default="kl", help="loss between logits")
+    add("--task-loss-weight", type=float, help="weight of the task loss")
+    add(
+        "--distill-loss-weight",
+        type=float,
+        nargs="+",
+        help="weight of the distillation objectives: one for all or one each. Only the task's given: 1 - it, shared; "
+        "none given: 1 each. Unused where --kd-balance finds the weights",
+    )
+    add("--kd-temperature", type=float, default=4.0, help="softmax temperature of logit, token (soft) and dkd")
+    add("--kd-token-distill-type", choices=["soft", "hard"], default="soft", help="soft: KL; hard: teacher's argmax")
+    add(
+        "--kd-student-feature-dim",
+        type=int,
+        help="width of the student's pooled features (default: asked of the model)",
+    )
+    add(
+        "--kd-teacher-feature-dim",
+        type=int,
+        help="width of the teacher's pooled features (default: asked of the model)",
+    )
+    add(
+        "--kd-projector",
+        choices=["linear", "orthogonal"],
+        default="linear",
+        help="from the student's features to the teacher's width; linear: none where the widths agree, as in timm",
+    )
+    add(
+        "--kd-feature-norm",
+        choices=["none", "layernorm", "standardize"],
+        default="none",
+        help="layernorm: of the teacher's features, over channels; standardize: both sides, per channel over the batch",
+    )
+    add("--kd-feature-loss", choices=["mse", "smooth_l1", "cosine"], default="mse", help="distance between features")
+    add(
+        "--kd-feature-pool",
+        choices=["head", "mean"],
+        default="head",
+        help="pooled features: what the classifier reads, or the mean over positions (of patch tokens in a ViT)",
+    )
+    add("--kd-stages", type=int, default=3, help="how many of the last stages multiscale, attention and review compare")
+    add(
+        "--kd-student-stages", type=int, nargs="+", metavar="INDEX", help="these feature indices of the student instead"
+    )
+    add(
+        "--kd-teacher-stages", type=int, nargs="+", metavar="INDEX", help="these feature indices of the teacher instead"
+    )
+    add(
+        "--kd-review-width",
+        type=int,
+        help="channels in which review fuses stages (default: deepest of the student, at most 512)",
+    )
+    add("--kd-dkd-alpha", type=float, default=1.0, help="dkd: weight of the target class's part")
+    add("--kd-dkd-beta", type=float, default=8.0, help="dkd: weight of the other classes' part")
+    add(
+        "--kd-teacher-img-size", type=int, help="resize the images for the teacher (default: only if it takes one size)"
+    )
+    add(
+        "--kd-teacher-dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the teacher's weights and forward pass, outside autocast (default: the student's, under its autocast)",
+    )
+    add("--kd-teacher-compile", action="store_true", help="torch.compile the teacher")
+    add(
+        "--kd-cache-teacher",
+        type=Path,
+        metavar="DIR",
+        help="keep the teacher's outputs on disk; images must depend on sample and view alone (no mixup or cutmix)",
+    )
+    add(
+        "--kd-cache-views",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with the cache: augmentations per sample, epoch modulo N; 0: another in each epoch (for repeated runs)",
+    )

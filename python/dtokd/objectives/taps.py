@@ -1,0 +1,159 @@
+"""What objectives read of a model, CNN or transformer: logits, pooled features, maps of inner stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from timm.utils.model import unwrap_model
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Which outputs are wanted.
+
+    Attributes:
+        logits: the classifier's output.
+        pooled: "" for none, "head" for what the classifier reads, "mean" for the mean over positions.
+        stages: indices of the maps, as `forward_intermediates` counts them.
+    """
+
+    logits: bool = False
+    pooled: str = ""
+    stages: tuple[int, ...] = ()
+
+
+class Outputs(NamedTuple):
+    """A model's outputs; what was not asked for is None or empty.
+
+    Attributes:
+        logits: [B, classes].
+        token_logits: [B, classes] of the distillation head, if the model has one and it is being trained.
+        pooled: [B, width].
+        maps: [B, channels, height, width] each, shallow to deep; a transformer's patch tokens on their grid.
+    """
+
+    logits: Tensor | None = None
+    token_logits: Tensor | None = None
+    pooled: Tensor | None = None
+    maps: tuple[Tensor, ...] = ()
+
+
+def read(model: nn.Module, images: Tensor, taps: Taps) -> Outputs:
+    """One forward pass of a timm model that keeps what `taps` names.
+
+    Args:
+        model: with `forward_features`, `forward_head` and, for maps, `forward_intermediates`.
+        images: [B, channels, height, width], normalised.
+        taps: what to keep.
+    """
+    module: Any = model  # timm models are typed as modules
+    if not taps.pooled and not taps.stages:
+        return Outputs(*_split(model(images)))
+    maps: Sequence[Tensor] = ()
+    if taps.stages:
+        features, maps = module.forward_intermediates(images, indices=list(taps.stages), output_fmt="NCHW")
+    else:
+        features = module.forward_features(images)
+    # the order of timm's FeatureDistillationTask: with dropout in the head it also is that of the random numbers
+    logits, token_logits = _split(module.forward_head(features)) if taps.logits else (None, None)
+    pooled = None
+    if taps.pooled == "head":
+        pooled = module.forward_head(features, pre_logits=True)
+    elif taps.pooled == "mean":
+        pooled = _mean_over_positions(model, features)
+    return Outputs(logits, token_logits, pooled, tuple(maps))
+
+
+def _split(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    return output if isinstance(output, tuple) else (output, None)
+
+
+def _mean_over_positions(model: nn.Module, features: Tensor) -> Tensor:
+    """[B, width] of a map [B, C, H, W], [B, H, W, C], or of tokens [B, N, C] without class and distillation tokens."""
+    if features.ndim == 3:
+        prefix = getattr(unwrap_model(model), "num_prefix_tokens", 0)
+        return features[:, prefix:].mean(1)
+    if features.ndim == 4:
+        last = getattr(unwrap_model(model), "output_fmt", "NCHW") == "NHWC"
+        return features.mean((1, 2) if last else (2, 3))
+    if features.ndim == 2:
+        return features
+    raise ValueError(
+        f"--kd-feature-pool mean: features of {type(unwrap_model(model)).__name__} have shape {tuple(features.shape)}; "
+        "pass --kd-feature-pool head"
+    )
+
+
+def pooled_width(model: nn.Module, pool: str) -> int:
+    """Channels of the pooled features.
+
+    Raises:
+        ValueError: the model does not say.
+    """
+    bare = unwrap_model(model)
+    names = ("head_hidden_size", "num_features") if pool == "head" else ("num_features",)
+    for name in names:
+        if isinstance(width := getattr(bare, name, None), int):
+            return width
+    raise ValueError(
+        f"feature distillation: {type(bare).__name__} has no {' or '.join(names)}; "
+        "pass --kd-student-feature-dim and --kd-teacher-feature-dim"
+    )
+
+
+def choose_stages(
+    model: nn.Module, count: int, given: Sequence[int] | None, who: str
+) -> tuple[tuple[int, ...], list[int]]:
+    """Indices of the stages to compare, and their channels.
+
+    A model with a pyramid (CNN, Swin) gives its last `count` stages; one of a single resolution (ViT) `count` blocks
+    at equal distance that end with the last.
+
+    Args:
+        model: a timm model.
+        count: how many.
+        given: the user's own indices; None chooses.
+        who: "student" or "teacher", for messages.
+
+    Raises:
+        ValueError: no `forward_intermediates`, too few stages, or an index that does not exist.
+    """
+    bare: Any = unwrap_model(model)
+    info = getattr(bare, "feature_info", None)
+    if not hasattr(bare, "forward_intermediates") or not info:
+        raise ValueError(
+            f"--kd-distill-type multiscale, attention, review: the {who} {type(bare).__name__} has no "
+            "forward_intermediates; take another model, or --kd-distill-type feature"
+        )
+    stages: list[dict[str, Any]] = list(getattr(info, "info", info))
+    total = len(stages)
+    if given is not None:
+        if any(not 0 <= index < total for index in given) or list(given) != sorted(set(given)):
+            raise ValueError(
+                f"--kd-{who}-stages: got {list(given)}, but {type(bare).__name__} has stages 0 to {total - 1}; "
+                "give rising indices of these"
+            )
+        chosen = list(given)
+    elif not 1 <= count <= total:
+        raise ValueError(
+            f"--kd-stages: got {count}, but the {who} {type(bare).__name__} has {total}; pass 1 to {total}"
+        )
+    elif len({stage.get("reduction") for stage in stages}) == 1:
+        chosen = [(i + 1) * total // count - 1 for i in range(count)]
+    else:
+        chosen = list(range(total - count, total))
+    return tuple(chosen), [int(stages[index]["num_chs"]) for index in chosen]
+
+
+def detach_copy(outputs: Outputs) -> Outputs:
+    """Ordinary float32 tensors: an inference tensor cannot be saved for a backward pass."""
+
+    def copy(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().to(torch.float32, copy=True)
+
+    maps = tuple(m.detach().to(torch.float32, copy=True) for m in outputs.maps)
+    return Outputs(copy(outputs.logits), copy(outputs.token_logits), copy(outputs.pooled), maps)

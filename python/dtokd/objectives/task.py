@@ -1,0 +1,217 @@
+"""A timm `TrainingTask` for a student with any number of objectives and teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from timm.task import TrainingTask
+from timm.utils.model import unwrap_model
+from torch import Tensor, nn
+
+from .base import Objective
+from .cache import TeacherCache
+from .taps import Outputs, Taps, read
+from .teacher import Teacher
+
+
+class Trainable(nn.Module):
+    """The student and the objectives' heads: all that is trained, in one forward pass, as DDP wants it.
+
+    Attributes:
+        student: the student alone.
+        heads: projectors, by objective.
+    """
+
+    def __init__(self, student: nn.Module, heads: dict[str, nn.Module], taps: Taps) -> None:
+        super().__init__()
+        self.student, self.heads, self.taps = student, nn.ModuleDict(heads), taps
+
+    def forward(self, images: Tensor) -> tuple[Outputs, dict[str, Any]]:
+        """The student's outputs and what each head makes of them."""
+        outputs = read(self.student, images, self.taps)
+        return outputs, {name: head(outputs) for name, head in self.heads.items()}
+
+    def no_weight_decay(self) -> set[str]:
+        """The student's, with its new prefix, and what orthogonal projectors are made of: for timm's groups."""
+        bare: Any = unwrap_model(self.student)
+        own = bare.no_weight_decay() if hasattr(bare, "no_weight_decay") else ()
+        made = {name for name, _ in self.named_parameters() if ".parametrizations." in name}
+        return {f"student.{name}" for name in own} | made
+
+    def group_matcher(self, coarse: bool = False) -> Any:
+        """The student's layers, and the heads with the last of them (timm's layer decay asks for it)."""
+        bare: Any = unwrap_model(self.student)
+        if not hasattr(bare, "group_matcher"):
+            return {}
+        layers = group_parameters(bare, bare.group_matcher(coarse=coarse), reverse=True)
+        last = max(layers.values(), default=0)
+        return lambda name: layers.get(name.removeprefix("student."), last) if name.startswith("student.") else last
+
+
+class DistillationTask(TrainingTask):
+    """Task loss and objectives of one or several teachers, each on its own and as a weighted sum.
+
+    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}, the
+    task alone without a teacher. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the
+    student, `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
+
+    Args:
+        student: a timm model.
+        criterion: of (logits, target).
+        lessons: pairs of a teacher and its objectives.
+        task_weight: in the sum.
+        weights: in the sum, by objective.
+        device, dtype: of the task.
+        verbose: as timm's.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        criterion: nn.Module,
+        lessons: Sequence[tuple[Teacher, Sequence[Objective]]] = (),
+        *,
+        task_weight: float = 1.0,
+        weights: dict[str, float] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.lessons = [(teacher, list(objectives)) for teacher, objectives in lessons]
+        objectives = [o for _, several in self.lessons for o in several]
+        heads = {o.name: o.head.to(self.device) for o in objectives if o.head is not None}
+        taps = merge([o.student for o in objectives]) if objectives else Taps(logits=True)
+        self._views = {o.name: _stages_of(o.student, taps) for o in objectives}
+        self.trainable_module: Any = Trainable(student, _with_views(heads, self._views), taps)
+        self.criterion = criterion.to(self.device)
+        self.task_loss_weight = task_weight
+        self.distill_loss_weights = dict(weights or {o.name: 1.0 for o in objectives})
+        self.caches: list[TeacherCache | None] = [None] * len(self.lessons)
+        for teacher, _ in self.lessons:
+            teacher.to(self.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> DistillationTask:
+        super()._apply(fn, *args, **kwargs)
+        for teacher, _ in self.lessons:
+            teacher.to(self.device)
+        return self
+
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> DistillationTask:
+        """Wrap the student and the heads in DistributedDataParallel."""
+        self.trainable_module = nn.parallel.DistributedDataParallel(
+            self.trainable_module, device_ids=device_ids, **ddp_kwargs
+        )
+        return self
+
+    def compile(  # type: ignore[override]  # timm's signature, which is not torch's
+        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
+    ) -> nn.Module:
+        """Compile the student with its heads, and for evaluation the student; --kd-teacher-compile is the teacher's."""
+        student: Any = self.get_eval_model()
+        evaluated: Any = torch.compile(student, backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = evaluated
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        return evaluated
+
+    def _trainable(self, module: nn.Module | None, ema: bool) -> Trainable | None:
+        found = module if module is not None else self.get_trainable_module(ema=ema)
+        found = None if found is None else unwrap_model(found)
+        return found if isinstance(found, Trainable) else None
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The student, or its average."""
+        compiled = "eval_model_ema" if ema else "eval_model"
+        if module is None and compiled in self._modules:
+            return self._modules[compiled]
+        trainable = self._trainable(module, ema)
+        return module if trainable is None else trainable.student
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """{"heads": the heads' state_dict}, or nothing where there are none."""
+        trainable = self._trainable(module, ema)
+        return {"heads": trainable.heads.state_dict()} if trainable is not None and len(trainable.heads) else {}
+
+    def load_task_state(
+        self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
+    ) -> None:
+        """What `get_task_state` gave.
+
+        Raises:
+            RuntimeError: the heads are others, or there is no EMA.
+        """
+        trainable = self._trainable(module, ema)
+        if trainable is None:
+            raise RuntimeError("load_task_state: there is no EMA to load into; call setup_ema first")
+        if state or strict:
+            trainable.heads.load_state_dict((state or {}).get("heads", {}), strict=strict)
+
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
+        """The student's parameters (agc: but the classifier's) and the heads'."""
+        trainable = self._trainable(None, False)
+        assert trainable is not None
+        student = list(trainable.student.parameters())
+        return [*(student[:-2] if exclude_head else student), *trainable.heads.parameters()]
+
+    def forward(self, input: Tensor, target: Tensor, key: Tensor | None = None) -> dict[str, Any]:
+        """The losses of a batch.
+
+        Args:
+            input: images [B, channels, height, width], normalised for the student.
+            target: what the criterion takes.
+            key: [B, 2] from `KeyedDataset`, for cached teachers; without it they run.
+
+        Returns:
+            "loss", "output", "objectives": see the class.
+        """
+        outputs, projected = self.trainable_module(input)
+        losses = {"task": self.criterion(outputs.logits, target)}
+        total = self.task_loss_weight * losses["task"]
+        for (teacher, objectives), cache in zip(self.lessons, self.caches, strict=True):
+            taps = merge([o.teacher for o in objectives])
+            taught = teacher(input, taps) if cache is None or key is None else cache(teacher, input, taps, key)
+            for o in objectives:
+                student = _pick(outputs, self._views[o.name])
+                lesson = _pick(taught, _stages_of(o.teacher, taps))
+                losses[o.name] = o.loss(student, projected.get(o.name), lesson, target)
+                total = total + self.distill_loss_weights[o.name] * losses[o.name]
+        return {"loss": total, "output": outputs.logits, "objectives": losses}
+
+
+class _View(nn.Module):
+    """A head that sees only its own objective's stages of the student's outputs."""
+
+    def __init__(self, head: nn.Module, positions: tuple[int, ...]) -> None:
+        super().__init__()
+        self.head, self.positions = head, positions
+
+    def forward(self, outputs: Outputs) -> Any:
+        return self.head(_pick(outputs, self.positions))
+
+
+def _with_views(heads: dict[str, nn.Module], views: dict[str, tuple[int, ...]]) -> dict[str, nn.Module]:
+    return {name: _View(head, views[name]) if views[name] else head for name, head in heads.items()}
+
+
+def merge(taps: Sequence[Taps]) -> Taps:
+    """What serves all of several objectives.
+
+    Raises:
+        ValueError: they want different pooling.
+    """
+    pools = {t.pooled for t in taps if t.pooled}
+    if len(pools) > 1:
+        raise ValueError(f"objectives of one model want different pooled features: {sorted(pools)}; choose one")
+    stages = sorted({index for t in taps for index in t.stages})
+    return Taps(any(t.logits for t in taps), pools.pop() if pools else "", tuple(stages))
+
+
+def _stages_of(own: Taps, merged: Taps) -> tuple[int, ...]:
+    return tuple(merged.stages.index(index) for index in own.stages)
+
+
+def _pick(outputs: Outputs, positions: tuple[int, ...]) -> Outputs:
+    return outputs._replace(maps=tuple(outputs.maps[p] for p in positions)) if outputs.maps else outputs

@@ -1,0 +1,166 @@
+"""The teacher's outputs on disk: the same numbers, no forward pass, and never another teacher's or image's."""
+
+import argparse
+import random
+
+import numpy as np
+import pytest
+import timm
+import torch
+from dtokd.objectives import cache as caching
+from dtokd.objectives.build import build, use_cache
+from dtokd.objectives.cache import KeyedDataset, TeacherCache
+from dtokd.objectives.options import add_arguments
+from dtokd.objectives.taps import Taps
+from dtokd.objectives.teacher import Normalisation, Teacher
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+TAPS = Taps(logits=True, pooled="head", stages=(3, 4))
+
+
+class Noisy:
+    """Six images whose augmentation draws from all three global generators."""
+
+    transform = "noise"
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        noise = torch.randn(3, 32, 32) + np.random.standard_normal() + random.random()
+        return index + noise, index % 5
+
+
+def make_teacher(seed=0, dtype=None):
+    torch.manual_seed(seed)
+    return Teacher(timm.create_model("test_resnet", num_classes=5), "t", Normalisation(), dtype=dtype)
+
+
+def batch_of(dataset, indices):
+    images, _, keys = zip(*[dataset[i] for i in indices], strict=True)
+    return torch.stack(images), torch.stack(keys)
+
+
+def test_an_image_is_a_function_of_sample_and_view():
+    data = KeyedDataset(Noisy(), seed=3, views=2)
+    torch.manual_seed(0)
+    state = torch.get_rng_state(), random.getstate()
+    first = data[1][0]
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+    assert torch.equal(data[1][0], first)
+    assert not torch.equal(data[2][0] - 1, first)
+    assert data[1][2].tolist() == [1, 0]
+    data.set_epoch(1)
+    assert not torch.equal(data[1][0], first)
+    data.set_epoch(2)
+    assert torch.equal(data[1][0], first)
+    assert not torch.equal(KeyedDataset(Noisy(), seed=4)[1][0], first)
+    forever = KeyedDataset(Noisy(), views=0)
+    forever.set_epoch(9)
+    assert forever[0][2].tolist() == [0, 9]
+    with pytest.raises(ValueError, match="views is -1"):
+        KeyedDataset(Noisy(), views=-1)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_see_the_same_images(workers):
+    data = KeyedDataset(Noisy())
+    images, _, keys = next(iter(DataLoader(data, batch_size=6, num_workers=workers)))
+    assert torch.equal(images, batch_of(data, range(6))[0])
+    assert keys[:, 0].tolist() == list(range(6))
+
+
+def test_the_same_numbers_without_a_forward_pass(tmp_path):
+    data, teacher = KeyedDataset(Noisy()), make_teacher()
+    images, keys = batch_of(data, [0, 1, 2, 3])
+    cache = TeacherCache(tmp_path, teacher, TAPS, data, shard=3)
+    expected = teacher(images, TAPS)
+    for given in (cache(teacher, images, TAPS, keys), cache(None, images, TAPS, keys)):
+        for got, want in zip([*given[:3], *given.maps], [*expected[:3], *expected.maps], strict=True):
+            assert got is want is None or torch.equal(got, want)
+    cache.flush()
+    # another process, in another order, with two samples that are new
+    images, keys = batch_of(data, [5, 2, 0, 4])
+    again = TeacherCache(tmp_path, teacher, TAPS, data)
+    got = again(teacher, images, TAPS, keys)
+    torch.testing.assert_close(got.logits, teacher(images, TAPS).logits)
+    assert (again.hits, again.misses) == (2, 2)
+
+
+def test_shards_are_whole_and_what_is_pending_is_written_at_the_end(tmp_path):
+    data, teacher = KeyedDataset(Noisy()), make_teacher()
+    cache = TeacherCache(tmp_path, teacher, TAPS, data, shard=100)
+    cache(teacher, *[batch_of(data, range(6))[0]], TAPS, batch_of(data, range(6))[1])
+    folder = cache.directory
+    assert not list(folder.glob("*.safetensors"))
+    del cache
+    (shard,) = folder.glob("*.safetensors")
+    assert load_file(shard)["key"].tolist() == [[i, 0] for i in range(6)]
+    assert not list(folder.glob(".*"))
+
+
+def test_a_write_that_fails_leaves_the_old_shards(tmp_path, monkeypatch):
+    data, teacher = KeyedDataset(Noisy()), make_teacher()
+    cache = TeacherCache(tmp_path, teacher, TAPS, data)
+    cache(teacher, *[batch_of(data, [0, 1])[0]], TAPS, batch_of(data, [0, 1])[1])
+    cache.flush()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    cache(teacher, *[batch_of(data, [2])[0]], TAPS, batch_of(data, [2])[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(caching.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            cache.flush()
+    assert len(list(cache.directory.iterdir())) == 2  # key.json and the first shard
+    cache.flush()
+    assert len(TeacherCache(tmp_path, teacher, TAPS, data)._rows) == 3
+
+
+def test_the_key_tells_teachers_taps_and_images_apart(tmp_path):
+    def folder(teacher=None, taps=TAPS, data=None):
+        return TeacherCache(tmp_path, teacher or make_teacher(), taps, data or KeyedDataset(Noisy())).directory
+
+    other = Noisy()
+    other.transform = "other noise"
+    changed = make_teacher()
+    changed.model.fc.bias.data[0] += 1e-6
+    folders = [
+        folder(),
+        folder(changed),
+        folder(make_teacher(dtype=torch.bfloat16)),
+        folder(taps=Taps(logits=True)),
+        folder(data=KeyedDataset(other)),
+        folder(data=KeyedDataset(Noisy(), seed=1)),
+        folder(data=KeyedDataset(Noisy(), description="another folder")),
+    ]
+    assert len(set(folders)) == len(folders)
+    assert folder() == folders[0]
+
+
+def test_a_task_with_cache_has_the_losses_of_one_without(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    teacher = timm.create_model("test_resnet", num_classes=5)
+    save_file(teacher.state_dict(), tmp_path / "t.safetensors")
+    options = parser.parse_args(
+        f"--kd-model-name test_resnet --kd-teacher-path {tmp_path}/t.safetensors --kd-distill-type logit multiscale "
+        f"--kd-stages 2 --kd-cache-teacher {tmp_path}/cache".split()
+    )
+    torch.manual_seed(0)
+    student = timm.create_model("test_resnet", num_classes=5)
+    task = build(options, student, nn.CrossEntropyLoss(), device=torch.device("cpu"), dtype=torch.float32).eval()
+    data = KeyedDataset(Noisy())
+    images, keys = batch_of(data, range(6))
+    target = torch.arange(6) % 5
+    plain = task(images, target)
+    use_cache(task, options, data)
+    task(images, target, keys)
+    task.lessons[0][0].model = None  # whoever runs it now fails
+    cached = task(images, target, keys)
+    assert plain["objectives"].keys() == cached["objectives"].keys()
+    assert torch.equal(plain["loss"], cached["loss"])
