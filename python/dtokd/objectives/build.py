@@ -21,6 +21,9 @@ from .teacher import load_teacher
 #: timm's names of the losses, and ours.
 _OBJECTIVES = {"task_loss": "task", "kd_loss": "distill", "distill_loss": "distill"}
 
+#: As the optimizers' `loss_floor`.
+_FLOOR = 1e-8
+
 
 class _WithObjectives:
     """Adds {"objectives": {"task": loss, "distill": loss}}, unweighted, to what timm's task returns."""
@@ -28,6 +31,10 @@ class _WithObjectives:
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
         result: dict[str, Any] = super().forward(input, target)  # type: ignore[misc]
         parts = {name: result[key] for key, name in _OBJECTIVES.items() if key in result}
+        if "distill" in parts:
+            # a divergence of equal predictions may round to less than 0, which has no logarithm; here it has no
+            # gradient then, so that the objective drops out of the step
+            parts["distill"] = parts["distill"].clamp_min(_FLOOR)
         return {**result, "objectives": parts or {"task": result["loss"]}}
 
 
@@ -73,7 +80,7 @@ def build(
     if options.kd_model_name is None:
         if options.kd_teacher_path is not None:
             raise UsageError("--kd-teacher-path: say with --kd-model-name which model these weights belong to")
-        return Classification(student, criterion, device=device, dtype=dtype, verbose=False)
+        return _in_float32(Classification(student, criterion, device=device, dtype=dtype, verbose=False))
     teacher = load_teacher(options, student, device=device, dtype=dtype)
     shared: dict[str, Any] = {
         "criterion": criterion,
@@ -84,25 +91,45 @@ def build(
         "verbose": False,
     }
     try:
-        if options.kd_distill_type == "logit":
-            return LogitDistillation(student, teacher, temperature=options.kd_temperature, **shared)
-        if options.kd_distill_type == "token":
-            return TokenDistillation(
-                student,
-                teacher,
-                distill_type=options.kd_token_distill_type,
-                temperature=options.kd_temperature,
-                **shared,
-            )
-        return FeatureDistillation(
-            student,
-            teacher,
-            student_feature_dim=options.kd_student_feature_dim,
-            teacher_feature_dim=options.kd_teacher_feature_dim,
-            **shared,
-        )
+        return _in_float32(_distillation(options, student, teacher, shared))
     except ValueError as error:
         raise UsageError(f"--kd-distill-type {options.kd_distill_type}: {error}") from error
+
+
+def _distillation(
+    options: argparse.Namespace, student: nn.Module, teacher: nn.Module, shared: dict[str, Any]
+) -> TrainingTask:
+    if options.kd_distill_type == "logit":
+        return LogitDistillation(student, teacher, temperature=options.kd_temperature, **shared)
+    if options.kd_distill_type == "token":
+        return TokenDistillation(
+            student,
+            teacher,
+            distill_type=options.kd_token_distill_type,
+            temperature=options.kd_temperature,
+            **shared,
+        )
+    return FeatureDistillation(
+        student,
+        teacher,
+        student_feature_dim=options.kd_student_feature_dim,
+        teacher_feature_dim=options.kd_teacher_feature_dim,
+        **shared,
+    )
+
+
+def _in_float32(task: TrainingTask) -> TrainingTask:
+    """Losses of float32 outputs, whatever autocast makes the models compute in: torch does so by itself on a GPU."""
+    for module in (task.trainable_module, getattr(task, "teacher", None)):
+        if module is not None:
+            module.register_forward_hook(_to_float32)
+    return task
+
+
+def _to_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
+    if isinstance(output, tuple):
+        return tuple(part.float() for part in output)
+    return output.float()
 
 
 @torch.no_grad()

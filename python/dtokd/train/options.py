@@ -288,7 +288,8 @@ def _checked(action: argparse.Action, value: Any, where: str) -> Any:
 
 def plain(options: argparse.Namespace) -> dict[str, Any]:
     """The options as YAML and JSON can hold them."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    values = {key: value for key, value in vars(options).items() if key != "config"}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
 def experiment_name(options: argparse.Namespace) -> str:
