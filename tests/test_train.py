@@ -237,7 +237,7 @@ def test_bad_config(tmp_path, text, message):
 def test_args_are_a_config(digits, tmp_path):
     path = run(digits, tmp_path, "--epochs", 1)
     again = train_options.parse(parser(), ["-c", str(path / "args.yaml")])
-    assert {k: v for k, v in train_options.plain(again).items()} == yaml.safe_load((path / "args.yaml").read_text())
+    assert train_options.plain(again) == yaml.safe_load((path / "args.yaml").read_text())
 
 
 @pytest.mark.parametrize(
@@ -269,12 +269,14 @@ def test_bad_teachers(capsys, digits, teacher, tmp_path):
     other = ["--kd-model-name", "test_vit", "--kd-teacher-path", teacher]
     assert "does not hold the weights of 'test_vit'" in fails(capsys, digits, tmp_path, *other)
     vit = tmp_path / "vit.safetensors"
-    save_file(timm.create_model("test_vit", num_classes=10).state_dict(), vit)
-    size = ["--kd-model-name", "test_vit", "--kd-teacher-path", vit]
+    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=10).state_dict(), vit)
+    size = ["--kd-model-name", "vit_tiny_patch16_224", "--kd-teacher-path", vit]
     assert "does not take the student's images of (3, 32, 32)" in fails(capsys, digits, tmp_path, *size)
     vit.write_bytes(b"nonsense")
     assert "no readable checkpoint" in fails(capsys, digits, tmp_path, *size)
-    assert "needs" not in fails(capsys, digits, tmp_path, *distilling(teacher), "--kd-distill-type", "token")
+    token = fails(capsys, digits, tmp_path, *distilling(teacher), "--kd-distill-type", "token")
+    assert "--kd-distill-type token: Model" in token
+    assert "set_distilled_training" in token
 
 
 def test_classes_of_the_splits_differ(capsys, digits, tmp_path):
