@@ -43,6 +43,20 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
 
         signal = train(options).interrupted
         return 128 + signal if signal else 0
+    if command == "sweep":
+        from .sweep import run as sweep
+
+        return sweep(options)
+    if command == "eval":
+        from .evaluate import run as evaluate
+
+        evaluate(options, vars(_train_parser().parse_args([])))
+        return 0
+    if command == "report":
+        from .report.page import write_report
+
+        print(write_report(options.run_dir))
+        return 0
     if command == "doctor":
         from .doctor import run as doctor
 
@@ -66,6 +80,20 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
             allow_abbrev=False,
         )
     )
+    sweep = commands.add_parser(
+        "sweep",
+        help="train one configuration with several balances and seeds, and compare",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    train_options.add_arguments(sweep)
+    train_options.add_sweep(sweep)
+    evaluation = commands.add_parser("eval", help="a student's accuracy", argument_default=None, allow_abbrev=False)
+    evaluation.add_argument("run_dir", nargs="?", type=Path, help="of dtokd train: its student and its options")
+    evaluation.add_argument("--checkpoint", type=Path, metavar="FILE", help="other weights than the run's best")
+    _add_evaluation(evaluation)
+    report = commands.add_parser("report", help="write a run directory's report.html anew")
+    report.add_argument("run_dir", type=Path, help="of dtokd train")
     commands.add_parser("doctor", help="what was built, what is chosen, and why")
     demo = commands.add_parser(
         "demo",
@@ -85,6 +113,28 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         help="what the students imitate: the teacher's predictions, its features",
     )
     return parser, commands.choices
+
+
+#: Options of `dtokd train` that `dtokd eval` has too.
+_OF_EVALUATION = (
+    *("data_dir", "dataset", "val_split", "dataset_download", "class_map", "on_bad_image", "workers", "batch_size"),
+    *("device", "model", "pretrained", "num_classes", "img_size", "in_chans", "input_size", "crop_pct", "mean", "std"),
+    *("interpolation", "model_kwargs", "amp", "amp_dtype"),
+)
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    train_options.add_arguments(parser)
+    return parser
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """What is not given comes from the run, or has the default of `dtokd train`."""
+    for action in _train_parser()._actions:
+        if action.dest in _OF_EVALUATION:
+            action.default = None
+            parser._add_action(action)
 
 
 def _positive(text: str) -> int:

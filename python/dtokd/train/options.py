@@ -216,6 +216,20 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--log-tensorboard", action=argparse.BooleanOptionalAction, default=True)
 
 
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """Add what `dtokd sweep` varies."""
+    group = parser.add_argument_group("sweep", "--experiment names its folder; --resume is always auto")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    group.add_argument(
+        "--balances",
+        nargs="+",
+        default=["fixed:0.5", "dto"],
+        metavar="BALANCE",
+        help="fixed:W, timm's sum of W task + (1-W) distill; none, with the weights given; or a weighting, with "
+        "options after a colon: dto:rescale=sum,params=all,gram=overlap,opt=dtoadamw,lr=0.001",
+    )
+
+
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Read the options; those of the -c/--config file are defaults.
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..monitor import CSV, BalanceLogger, Row, Sink, TensorBoard, means_of
 from ..objectives.build import build, check_sizes
+from ..report.page import write_report
 from . import data
 from .checkpoint import check_fits, random_state, set_random_state
 from .engine import Engine, Stopped
@@ -113,6 +114,8 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
             progress.say(f"stopped; {last} finished epochs are saved: the same command with --resume auto goes on")
             return Outcome(run.path, best, stopped[0])
         finally:
+            if run.summary.exists():
+                write_report(run.path)
             for line in skipped(run.bad_images):
                 progress.say(f"skipped image: {line}")
     if best is not None:
