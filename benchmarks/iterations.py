@@ -89,7 +89,7 @@ class Iteration:
         aggregator = getattr(torchjd.aggregation, name)()
 
         def step() -> None:
-            jac_to_grad(self._params, aggregator)  # type: ignore[arg-type]
+            jac_to_grad(self._params, aggregator)
             optimizer.step()
 
         return Way(lambda losses: backward(list(losses.values())), step, optimizer.zero_grad)

@@ -1,11 +1,11 @@
-"""`dtokd sweep`: seeds x balances on one configuration, a table, and a paired comparison with the best fixed weights."""
+"""`dtokd sweep`: seeds x balances on one configuration, a table, and a paired comparison with the best fixed ones."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -148,7 +148,7 @@ class Line:
     reference: bool
 
 
-def compare(results: dict[str, Sequence[float]], lower: bool = False) -> list[Line]:
+def compare(results: Mapping[str, Sequence[float]], lower: bool = False) -> list[Line]:
     """Each balance against the fixed weights with the best mean.
 
     Args:

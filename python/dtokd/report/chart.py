@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 Points = Sequence[tuple[float, float]]
@@ -14,7 +14,9 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 38
 _MOST = 400
 
 
-def line_chart(title: str, series: dict[str, Points], x: str, *, log: bool = False, mark: float | None = None) -> str:
+def line_chart(
+    title: str, series: Mapping[str, Points], x: str, *, log: bool = False, mark: float | None = None
+) -> str:
     """A figure of one or several lines.
 
     Args:

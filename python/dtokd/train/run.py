@@ -70,14 +70,14 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
     validation_images = data.open_dataset(options, options.val_split, run.bad_images) if options.val_split else None
     classes = data.number_of_classes(options, train_images, validation_images)
     random_seed(options.seed, 0)
-    student = make_student(options, classes).to(device)
+    student: Any = make_student(options, classes).to(device)
     config = resolve_data_config(vars(options), model=student)
     # timm's tasks translate the student's normalization into the teacher's: it has to be the one in use
     student.pretrained_cfg = {**student.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
     loaders = data.make_loaders(options, train_images, validation_images, config, student.num_classes, device)
     task = build(options, student, _criterion(options, loaders), device=device)
     if options.channels_last:
-        task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        task.to(memory_format=torch.channels_last)
     check_sizes(task, config["input_size"])
     stepper = make_stepper(options, task, device)
     if options.model_ema:
@@ -124,8 +124,8 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
     return Outcome(run.path, best)
 
 
-def make_student(options: argparse.Namespace, classes: int | None) -> nn.Module:
-    """The student that the options name.
+def make_student(options: argparse.Namespace, classes: int | None) -> Any:
+    """The student that the options name: a timm model.
 
     Raises:
         UsageError: timm has no such model, it refuses an option, or its weights cannot be loaded.

@@ -21,7 +21,9 @@ Result = dict[str, Any]
 class Stepper(Protocol):
     """One micro-batch after the other, then a step."""
 
-    optimizer: torch.optim.Optimizer
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What the scheduler schedules."""
 
     @property
     def balance(self) -> Balance | None:
