@@ -3,6 +3,7 @@
 import argparse
 import csv
 import shutil
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -160,6 +161,45 @@ def test_balances(digits, teacher, tmp_path, options):
     assert float(row["skip_rate"]) == 0
     updates = 2 if "accum" in options else 4
     assert [float(r["step"]) for r in rows(path / "steps.csv")] == list(range(updates))
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation_token(digits, teacher, tmp_path, kind):
+    tiny = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", "depth=1", "embed_dim=24", "num_heads=3"]
+    token = ["--kd-distill-type", "token", "--kd-token-distill-type", kind, "--kd-balance", "dto", "--opt", "dtoadamw"]
+    path = run(digits, tmp_path, *tiny, *distilling(teacher), *token, "--epochs", 1)
+    (row,) = rows(path / "summary.csv")
+    assert float(row["train_distill"]) > 0
+    assert 0 <= float(row["weight_task"]) <= 1
+
+
+def test_torchvision_folder(digits, capsys, tmp_path):
+    """Another kind of data set: the same images in the same order, so the same epoch."""
+    ours = run(digits, tmp_path / "a", "--epochs", 1)
+    theirs = run(digits, tmp_path / "b", "--epochs", 1, "--dataset", "torch/image_folder")
+    assert rows(ours / "summary.csv")[0]["train_loss"] == rows(theirs / "summary.csv")[0]["train_loss"]
+    options = ["--dataset", "torch/image_folder", "--val-split", "holdout"]
+    assert "has no folder 'holdout'" in fails(capsys, digits, tmp_path, *options)
+    assert "cannot be opened" in fails(capsys, tmp_path, tmp_path, "--dataset", "torch/cifar100")
+
+
+def test_losses_are_read_at_the_log_interval_only(digits, teacher, tmp_path, monkeypatch):
+    """Between the lines the loop and the steps ask the device for nothing."""
+    from dtokd.train import engine
+
+    reads = []
+    compute = engine._Means.compute
+    monkeypatch.setattr(engine._Means, "compute", lambda self: reads.append(1) or compute(self))
+
+    item = torch.Tensor.item
+
+    def watched(self):
+        assert "dtokd/train" not in sys._getframe(1).f_code.co_filename
+        return item(self)
+
+    monkeypatch.setattr(torch.Tensor, "item", watched)
+    run(digits, tmp_path, *distilling(teacher), "--epochs", 1, "--log-interval", 2, "--opt", "adamw", "--clip-grad", 1)
+    assert len(reads) == 3  # after two and four iterations, and for the summary
 
 
 def test_fixed_balance_is_the_weighted_sum(digits, teacher, tmp_path):

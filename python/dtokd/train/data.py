@@ -39,7 +39,7 @@ def open_dataset(options: argparse.Namespace, split: str, record: Path | None = 
         UsageError: there is no such data.
     """
     root, name = options.data_dir, options.dataset
-    folder = "/" not in name
+    folder = "/" not in name or name.lower() in ("torch/image_folder", "torch/folder")
     if folder:
         if root is None:
             raise UsageError("--data-dir: missing; pass the folder that holds the images, or choose --dataset")
@@ -59,7 +59,7 @@ def open_dataset(options: argparse.Namespace, split: str, record: Path | None = 
             download=options.dataset_download,
             batch_size=options.batch_size,
             # torchvision's data sets do not know these
-            **({} if name.startswith("torch/") else _reading(options)),
+            **({} if name.lower().startswith("torch/") else _reading(options)),
         )
     except (RuntimeError, AssertionError, OSError, ValueError) as error:
         raise UsageError(f"--dataset {name!r}, --data-dir {root}: split {split!r} cannot be opened: {error}") from error

@@ -108,6 +108,8 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
             run.save(0, _state(engine, 0, None), 0, options.checkpoint_hist)
         try:
             for epoch in range(first, epochs):
+                if stopped[0]:
+                    raise Stopped
                 best = _epoch(run, engine, loaders, collected, epoch, best)
         except Stopped:
             last = max(run.checkpoints())
