@@ -1,10 +1,14 @@
-"""The command line: `dtokd demo`, `dtokd doctor`."""
+"""The command line: `dtokd train`, `eval`, `report`, `sweep`, `demo`, `doctor`."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from .errors import UsageError
+from .train import options as train_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,11 +18,45 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: what follows the program's name; default: this process's arguments.
 
     Returns:
-        0, or 1 if the command found something wrong. A bad argument exits with 2, as argparse does.
+        0, or 1 if the command found something wrong, or 128 and the number of the signal that ended it. A bad argument
+        exits with 2, as argparse does.
     """
-    options = vars(_parser().parse_args(argv))
-    command = options.pop("command")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser, commands = _parser()
+    command = argv[0] if argv and argv[0] in commands else None
+    try:
+        if command in ("train", "sweep"):
+            options = train_options.parse(commands[command], argv[1:])
+        else:
+            options = parser.parse_args(argv)
+        return _run(command, options)
+    except UsageError as error:
+        # one raised in a worker process comes with its traceback in the text
+        print(f"dtokd {command}: error: {str(error).rpartition('UsageError: ')[2].rstrip()}", file=sys.stderr)
+        return 1
+
+
+def _run(command: str | None, options: argparse.Namespace) -> int:
     # imported only now: --help need not wait for timm and matplotlib
+    if command == "train":
+        from .train.run import train
+
+        signal = train(options).interrupted
+        return 128 + signal if signal else 0
+    if command == "sweep":
+        from .sweep import run as sweep
+
+        return sweep(options)
+    if command == "eval":
+        from .evaluate import run as evaluate
+
+        evaluate(options, vars(_train_parser().parse_args([])))
+        return 0
+    if command == "report":
+        from .report.page import write_report
+
+        print(write_report(options.run_dir))
+        return 0
     if command == "doctor":
         from .doctor import run as doctor
 
@@ -26,12 +64,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     from .demo.run import Settings
     from .demo.run import run as demo
 
-    return demo(Settings(**options))
+    settings = vars(options)
+    del settings["command"]
+    return demo(Settings(**settings))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     parser = argparse.ArgumentParser(prog="dtokd", description="Distillation with DTO-KD's balanced step.")
     commands = parser.add_subparsers(dest="command", required=True)
+    train_options.add_arguments(
+        commands.add_parser(
+            "train",
+            help="distil any timm student from any timm teacher",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
+    sweep = commands.add_parser(
+        "sweep",
+        help="train one configuration with several balances and seeds, and compare",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    train_options.add_arguments(sweep)
+    train_options.add_sweep(sweep)
+    evaluation = commands.add_parser("eval", help="a student's accuracy", argument_default=None, allow_abbrev=False)
+    evaluation.add_argument("run_dir", nargs="?", type=Path, help="of dtokd train: its student and its options")
+    evaluation.add_argument("--checkpoint", type=Path, metavar="FILE", help="other weights than the run's best")
+    _add_evaluation(evaluation)
+    report = commands.add_parser("report", help="write a run directory's report.html anew")
+    report.add_argument("run_dir", type=Path, help="of dtokd train")
     commands.add_parser("doctor", help="what was built, what is chosen, and why")
     demo = commands.add_parser(
         "demo",
@@ -50,7 +112,29 @@ def _parser() -> argparse.ArgumentParser:
         default=["logit", "feature"],
         help="what the students imitate: the teacher's predictions, its features",
     )
+    return parser, commands.choices
+
+
+#: Options of `dtokd train` that `dtokd eval` has too.
+_OF_EVALUATION = (
+    *("data_dir", "dataset", "val_split", "dataset_download", "class_map", "on_bad_image", "workers", "batch_size"),
+    *("device", "model", "pretrained", "num_classes", "img_size", "in_chans", "input_size", "crop_pct", "mean", "std"),
+    *("interpolation", "model_kwargs", "amp", "amp_dtype"),
+)
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    train_options.add_arguments(parser)
     return parser
+
+
+def _add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """What is not given comes from the run, or has the default of `dtokd train`."""
+    for action in _train_parser()._actions:
+        if action.dest in _OF_EVALUATION:
+            action.default = None
+            parser._add_action(action)
 
 
 def _positive(text: str) -> int:

@@ -122,7 +122,7 @@ class BalanceLogger:
         first = self._step - len(values)
         self._kept = []
         rows = [{"step": first + i, **self._columns(row)} for i, row in enumerate(values)]
-        means = _means(rows)
+        means = means_of(rows)
         for sink in self._sinks:
             sink.write(rows, means)
 
@@ -161,7 +161,8 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b else math.nan
 
 
-def _means(rows: Sequence[Row]) -> Row:
+def means_of(rows: Sequence[Row]) -> Row:
+    """The means of some steps: see `BalanceLogger`."""
     taken = [row for row in rows if not row["skipped"]]
 
     def mean(name: str) -> float:

@@ -84,6 +84,24 @@ def build(
     )
 
 
+@torch.no_grad()
+def check_teachers(task: TrainingTask, input_size: tuple[int, int, int]) -> None:
+    """Show every teacher one image of the student's size, so that one which does not take it is found before training.
+
+    Raises:
+        ValueError: a teacher does not take it.
+    """
+    for teacher, objectives in getattr(task, "lessons", ()):
+        image = torch.zeros(1, *input_size, device=task.device, dtype=task.dtype)
+        try:
+            teacher(image, merge([o.teacher for o in objectives]))
+        except Exception as error:
+            raise ValueError(
+                f"--kd-model-name: teacher {teacher.name!r} does not take the student's images of {input_size}: "
+                f"{error}; choose --kd-teacher-img-size, --img-size, or another teacher"
+            ) from error
+
+
 def use_cache(task: TrainingTask, options: argparse.Namespace, dataset: KeyedDataset) -> None:
     """Let the task keep its teachers' outputs in --kd-cache-teacher; nothing without that option.
 

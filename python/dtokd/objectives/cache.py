@@ -43,7 +43,21 @@ class KeyedDataset(Dataset[tuple[Any, Any, Tensor]]):
         if views < 0:
             raise ValueError(f"KeyedDataset: views is {views}; pass 0 (another in each epoch) or more")
         self.dataset, self.seed, self.views, self.epoch = dataset, seed, views, 0
-        self.fingerprint = f"{description} {len(dataset)} {seed} {getattr(dataset, 'transform', None)!r}"
+        self._description = description
+
+    @property
+    def transform(self) -> Any:
+        """Of the data set, as timm's loaders set it."""
+        return getattr(self.dataset, "transform", None)
+
+    @transform.setter
+    def transform(self, value: Any) -> None:
+        self.dataset.transform = value
+
+    @property
+    def fingerprint(self) -> str:
+        """What the images depend on."""
+        return f"{self._description} {len(self.dataset)} {self.seed} {self.transform!r}"
 
     def set_epoch(self, epoch: int) -> None:
         """Before each epoch, and before its workers start (no persistent workers, unless views is 1)."""

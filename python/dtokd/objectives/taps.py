@@ -149,6 +149,16 @@ def choose_stages(
     return tuple(chosen), [int(stages[index]["num_chs"]) for index in chosen]
 
 
+def in_float32(outputs: Outputs) -> Outputs:
+    """For losses: what autocast made of the outputs, in float32, as torch does by itself for most losses on a GPU."""
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.float()
+
+    maps = tuple(m.float() for m in outputs.maps)
+    return Outputs(cast(outputs.logits), cast(outputs.token_logits), cast(outputs.pooled), maps)
+
+
 def detach_copy(outputs: Outputs) -> Outputs:
     """Ordinary float32 tensors: an inference tensor cannot be saved for a backward pass."""
 

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from .base import Objective
 from .cache import TeacherCache
-from .taps import Outputs, Taps, read
+from .taps import Outputs, Taps, in_float32, read
 from .teacher import Teacher
+
+#: As the optimizers' `loss_floor`.
+SMALLEST = 1e-8
 
 
 class Trainable(nn.Module):
@@ -107,7 +110,7 @@ class DistillationTask(TrainingTask):
         )
         return self
 
-    def compile(  # type: ignore[override]  # timm's signature, which is not torch's
+    def compile(  # timm's signature, which is not torch's
         self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
     ) -> nn.Module:
         """Compile the student with its heads, and for evaluation the student; --kd-teacher-compile is the teacher's."""
@@ -168,6 +171,7 @@ class DistillationTask(TrainingTask):
             "loss", "output", "objectives": see the class.
         """
         outputs, projected = self.trainable_module(input)
+        outputs = in_float32(outputs)
         losses = {"task": self.criterion(outputs.logits, target)}
         total = self.task_loss_weight * losses["task"]
         for (teacher, objectives), cache in zip(self.lessons, self.caches, strict=True):
@@ -176,8 +180,11 @@ class DistillationTask(TrainingTask):
             for o in objectives:
                 student = _pick(outputs, self._views[o.name])
                 lesson = _pick(taught, _stages_of(o.teacher, taps))
-                losses[o.name] = o.loss(student, projected.get(o.name), lesson, target)
-                total = total + self.distill_loss_weights[o.name] * losses[o.name]
+                loss = o.loss(student, projected.get(o.name), lesson, target)
+                total = total + self.distill_loss_weights[o.name] * loss
+                # a divergence of equal predictions may round to less than 0, which has no logarithm; here it has no
+                # gradient then, so that the objective drops out of the step
+                losses[o.name] = loss.clamp_min(SMALLEST)
         return {"loss": total, "output": outputs.logits, "objectives": losses}
 
 

@@ -1,0 +1,5 @@
+"""What the command line tells its user without a traceback."""
+
+
+class UsageError(ValueError):
+    """The user can remedy it: names the option, what it got, and how."""

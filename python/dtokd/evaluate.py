@@ -1,0 +1,97 @@
+"""`dtokd eval`: a student's accuracy on a split, with timm's preprocessing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from timm.data import resolve_data_config
+from timm.models import load_state_dict
+from timm.task import ClassificationEvaluator
+
+from .errors import UsageError
+from .train import data
+from .train.engine import evaluate
+from .train.images import skipped
+from .train.run import make_student
+
+
+def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, float]:
+    """Evaluate, print one JSON line, and return it.
+
+    Args:
+        options: of the command line: `run_dir`, or `model` and `checkpoint`; where the data is.
+        defaults: of `dtokd train`, for what a run directory does not say.
+
+    Raises:
+        UsageError: no such run, model, weights or data, or they do not fit each other.
+    """
+    settings = argparse.Namespace(**{**defaults, **_of_run(options), **_given(options)})
+    weights = options.checkpoint
+    if weights is None and options.run_dir is not None:
+        weights = options.run_dir / "student.safetensors"
+    if weights is None and not settings.pretrained:
+        raise UsageError("dtokd eval: no weights; give a run directory, --checkpoint, or --pretrained")
+    device = torch.device(settings.device if settings.device != "cuda" or torch.cuda.is_available() else "cpu")
+    record = None if options.run_dir is None else options.run_dir / "bad_images_eval.txt"
+    images = data.open_dataset(settings, settings.val_split, record)
+    names = data.class_names(images)
+    classes = settings.num_classes or (None if names is None else len(names))
+    settings.initial_checkpoint, settings.grad_checkpointing = "", False
+    settings.pretrained = settings.pretrained and weights is None
+    if weights is not None:
+        held = _load(weights)
+        student = make_student(settings, classes)
+        try:
+            student.load_state_dict(held)
+        except RuntimeError as error:
+            raise UsageError(f"--checkpoint: {weights} does not fit {settings.model}: {error}") from error
+    else:
+        student = make_student(settings, settings.num_classes)
+    if names is not None and len(names) != student.num_classes:
+        raise UsageError(
+            f"dtokd eval: the model has {student.num_classes} classes, {settings.val_split!r} has {len(names)}; give "
+            "the split it was trained for, or a --class-map"
+        )
+    config = resolve_data_config(vars(settings), model=student)
+    loader = data.validation_loader(settings, images, config, device)
+
+    def autocast() -> Any:
+        return torch.autocast(device.type, getattr(torch, settings.amp_dtype)) if settings.amp else nullcontext()
+
+    metrics = evaluate(student.to(device), loader, ClassificationEvaluator(device=device), autocast)
+    result = {**metrics, "images": len(images)}
+    if record is not None and (bad := skipped(record)):
+        result["skipped_images"] = len(bad)
+    print(json.dumps({"model": settings.model, "weights": str(weights or timm.__version__), **result}))
+    return result
+
+
+def _of_run(options: argparse.Namespace) -> dict[str, Any]:
+    if options.run_dir is None:
+        return {}
+    path = options.run_dir / "args.yaml"
+    if not path.exists():
+        raise UsageError(f"dtokd eval: {options.run_dir} is no run directory: it has no args.yaml")
+    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings["data_dir"] = None if settings["data_dir"] is None else Path(settings["data_dir"])
+    return settings
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    return {key: value for key, value in vars(options).items() if value is not None and key not in ("command",)}
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return dict(load_state_dict(str(path), weights_only=True))
+    except FileNotFoundError:
+        raise UsageError(f"--checkpoint: there is no file {path}") from None
+    except Exception as error:
+        raise UsageError(f"--checkpoint: {path} is no readable checkpoint: {error}") from error

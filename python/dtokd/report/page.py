@@ -1,0 +1,170 @@
+"""`report.html`: one file with all that a run directory tells, for a screen of any size."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from .chart import line_chart
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1c1e21; --soft: #62666d; --back: #fff; --line: #dcdfe4;
+  --s0: #0b62c4; --s1: #c2410c; --s2: #15803d; --s3: #7c3aed; --s4: #a16207; --s5: #0e7490; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --soft: #9aa0a8; --back: #16181b; --line: #363a40;
+  --s0: #6cb1ff; --s1: #ff9b6a; --s2: #62d58a; --s3: #b79bff; --s4: #e6bd4f; --s5: #55cfe6; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 84rem; background: var(--back); color: var(--text);
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.4rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+p { max-width: 48rem; }
+.grid-of { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem; }
+figure { margin: 0; border: 1px solid var(--line); border-radius: 6px; padding: .7rem; min-width: 0; }
+figcaption { font-weight: 600; } svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
+.grid { stroke: var(--line); } .mark { stroke: var(--soft); stroke-dasharray: 4 4; }
+polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; color: var(--soft); }
+.legend i { display: inline-block; width: 1.1em; height: .25em; margin-right: .4em; vertical-align: middle; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { overflow-wrap: anywhere; } summary { cursor: pointer; margin-top: 2rem; font-weight: 600; }
+""" + "".join(f"polyline.s{i} {{ stroke: var(--s{i}); }} circle.s{i} {{ fill: var(--s{i}); }} "
+              f".legend i.s{i} {{ background: var(--s{i}); }}\n" for i in range(6))  # fmt: skip
+
+
+def write_report(run: Path) -> Path:
+    """Write the page of a run directory into it.
+
+    Args:
+        run: what `dtokd train` wrote.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UsageError: it is no run directory, or no epoch is finished.
+    """
+    import yaml
+
+    from ..train.files import write_text
+    from ..train.images import skipped
+
+    if not (run / "args.yaml").exists():
+        raise UsageError(f"dtokd report: {run} is no run directory: it has no args.yaml")
+    epochs, steps = read_columns(run / "summary.csv"), read_columns(run / "steps.csv")
+    if not epochs:
+        raise UsageError(f"dtokd report: {run} has no finished epoch yet")
+    settings = yaml.safe_load((run / "args.yaml").read_text(encoding="utf-8"))
+    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    parts = [
+        f"<h1>{escape(run.name)}</h1>",
+        f"<p>{_headline(settings, epochs)}</p>",
+        f'<div class="grid-of">{"".join(_charts(epochs, steps))}</div>',
+        _details("Epochs", _rows(epochs), opened=False),
+        "<h2>Settings</h2>",
+        _table([("option", "value"), *((k, _text(v)) for k, v in settings.items() if v not in (None, "", {}))]),
+        "<h2>Environment</h2>",
+        _table([("what", "value"), *((k, _text(v)) for k, v in environment.items())]),
+    ]
+    if names := skipped(run / "bad_images.txt"):
+        parts += [f"<h2>{len(names)} skipped images</h2>", _table([("image",), *((name,) for name in names)])]
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(run.name)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+    write_text(run / "report.html", page)
+    return run / "report.html"
+
+
+def read_columns(path: Path) -> dict[str, list[float]]:
+    """A CSV file of numbers; a cell that is empty is NaN. Empty if there is no file."""
+    if not path.exists():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+    return {key: [float(row[key] or "nan") for row in rows] for key in (rows[0] if rows else {})}
+
+
+def _listed(value: Any) -> str:
+    """One name or several."""
+    return ", ".join(value) if isinstance(value, list) else value or ""
+
+
+def _headline(settings: Mapping[str, Any], epochs: Mapping[str, list[float]]) -> str:
+    teacher, kind = (_listed(settings.get(key)) for key in ("kd_model_name", "kd_distill_type"))
+    what = f"Student {settings['model']}" + (
+        f", teacher {teacher} ({kind}), balance {settings['kd_balance']}" if teacher else ""
+    )
+    done = f"{len(epochs['epoch'])} finished epochs"
+    prefix = "eval_ema_" if settings.get("model_ema") else "eval_"
+    name = prefix + settings["eval_metric"]
+    if name not in epochs:
+        return escape(f"{what}. {done}.")
+    pick = min if name.endswith("loss") else max
+    best = pick(value for value in epochs[name] if not math.isnan(value))
+    return escape(f"{what}. {done}; best {name.removeprefix('eval_')} {best:.4g} in epoch ") + str(
+        int(epochs["epoch"][epochs[name].index(best)]) + 1
+    )
+
+
+def _charts(epochs: Mapping[str, list[float]], steps: Mapping[str, list[float]]) -> Iterable[str]:
+    numbers = [value + 1 for value in epochs["epoch"]]
+
+    def over_epochs(pattern: str) -> dict[str, list[tuple[float, float]]]:
+        return {
+            name.removeprefix(pattern): list(zip(numbers, values, strict=True))
+            for name, values in epochs.items()
+            if name.startswith(pattern)
+        }
+
+    def over_steps(pattern: str) -> dict[str, list[tuple[float, float]]]:
+        return {
+            name.removeprefix(pattern): list(zip(steps["step"], values, strict=True))
+            for name, values in steps.items()
+            if name.startswith(pattern)
+        }
+
+    accuracy = {name: points for name, points in over_epochs("eval_").items() if "top" in name}
+    yield line_chart("Accuracy, validation, percent", accuracy, "epoch")
+    losses = {f"training: {name}": points for name, points in over_epochs("train_").items()}
+    losses |= {f"validation: {name}": p for name, p in over_epochs("eval_").items() if name.endswith("loss")}
+    yield line_chart("Losses", losses, "epoch")
+    yield line_chart("Weights, mean over the epoch (paper: Fig. 3)", over_epochs("weight_"), "epoch")
+    if steps:
+        yield line_chart("Conflict: cosine of the gradients (Fig. 1)", over_steps("cosine_"), "iteration", mark=0)
+        yield line_chart(
+            "Dominance: ratio of the gradients' norms (Fig. 1)", over_steps("dominance"), "iteration", log=True, mark=1
+        )
+        yield line_chart("Norms of the gradients", over_steps("norm_"), "iteration", log=True)
+    rates = {name: list(zip(numbers, epochs[name], strict=True)) for name in epochs if name.endswith("_rate")}
+    yield line_chart("Share of iterations: in conflict, at a vertex, skipped", rates, "epoch")
+    yield line_chart("Learning rate", {"lr": list(zip(numbers, epochs["lr"], strict=True))}, "epoch")
+
+
+def _rows(columns: Mapping[str, list[float]]) -> list[tuple[str, ...]]:
+    values = zip(*columns.values(), strict=True)
+    return [tuple(columns), *(tuple(f"{value:.5g}" for value in row) for row in values)]
+
+
+def _details(title: str, rows: list[tuple[str, ...]], opened: bool) -> str:
+    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{_table(rows)}</details>"
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    head, *body = rows
+    lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
+    heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

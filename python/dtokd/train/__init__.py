@@ -1,0 +1,1 @@
+"""`dtokd train`: options -> data, student, task, optimizer -> engine -> run directory."""

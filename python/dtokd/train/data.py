@@ -1,0 +1,226 @@
+"""Data sets and loaders, by timm."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import FastCollateMixup, create_dataset, create_loader
+from timm.data.dataset_factory import _search_split
+from timm.data.loader import fast_collate
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ..errors import UsageError
+from ..objectives.cache import KeyedDataset
+from .images import CheckedImages
+
+
+@dataclass
+class Data:
+    """What an epoch reads, and the Mixup that its collation does."""
+
+    train: Any
+    validation: Any | None
+    mixup: FastCollateMixup | None
+    keyed: KeyedDataset | None = None
+
+
+def open_dataset(options: argparse.Namespace, split: str, record: Path | None = None) -> Any:
+    """One split, as timm finds it.
+
+    Args:
+        options: of `train.options.add_data`.
+        split: its name.
+        record: where skipped images are noted.
+
+    Raises:
+        UsageError: there is no such data.
+    """
+    root, name = options.data_dir, options.dataset
+    folder = "/" not in name or name.lower() in ("torch/image_folder", "torch/folder")
+    if folder:
+        if root is None:
+            raise UsageError("--data-dir: missing; pass the folder that holds the images, or choose --dataset")
+        if not root.exists():
+            raise UsageError(f"--data-dir: {root} does not exist")
+        if root.is_dir() and os.path.samefile(_search_split(str(root), split), root):
+            raise UsageError(
+                f"--data-dir: {root} has no folder {split!r} for this split (timm would read all of {root} instead); "
+                "make one, or name another with --train-split or --val-split"
+            )
+    try:
+        images = create_dataset(
+            name,
+            root=None if root is None else str(root),
+            split=split,
+            is_training=split == options.train_split,
+            download=options.dataset_download,
+            batch_size=options.batch_size,
+            # torchvision's data sets do not know these
+            **({} if name.lower().startswith("torch/") else _reading(options)),
+        )
+    except (RuntimeError, AssertionError, OSError, ValueError) as error:
+        raise UsageError(f"--dataset {name!r}, --data-dir {root}: split {split!r} cannot be opened: {error}") from error
+    if isinstance(images, IterableDataset):
+        return images
+    if len(images) == 0:
+        raise UsageError(f"--data-dir: split {split!r} of {root} holds no images")
+    return CheckedImages(images, split, options.on_bad_image == "skip", record)
+
+
+def _reading(options: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "class_map": options.class_map or None,
+        "seed": getattr(options, "seed", 42),
+        "input_img_mode": "L" if getattr(options, "in_chans", None) == 1 else "RGB",
+    }
+
+
+def class_names(images: Any) -> list[str] | None:
+    """The classes in the order of their indices, where the data says."""
+    inner = getattr(images, "images", images)
+    for owner in (getattr(inner, "reader", None), inner):
+        found = getattr(owner, "class_to_idx", None)
+        if found:
+            return sorted(found, key=found.__getitem__)
+    return None
+
+
+def number_of_classes(options: argparse.Namespace, train: Any, validation: Any | None) -> int | None:
+    """--num-classes, or what the data says; None leaves the model's.
+
+    Raises:
+        UsageError: these two, or the two splits, do not agree.
+    """
+    names = class_names(train)
+    if names is None:
+        return options.num_classes
+    if options.num_classes is not None and options.num_classes != len(names):
+        raise UsageError(
+            f"--num-classes: {options.num_classes}, but {options.train_split!r} has {len(names)} classes "
+            f"({_some(names)}); pass {len(names)}, or a --class-map that gives each its index"
+        )
+    other = names if validation is None else class_names(validation)
+    if other is not None and other != names:
+        raise UsageError(
+            f"--data-dir: {options.train_split!r} has the classes {_some(names)}, {options.val_split!r} has "
+            f"{_some(other)}; labels would not mean the same: make the folders agree, or pass --class-map"
+        )
+    return len(names)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f", ... ({len(names)})" if len(names) > 5 else "")
+
+
+def make_loaders(
+    options: argparse.Namespace,
+    train: Any,
+    validation: Any | None,
+    config: dict[str, Any],
+    num_classes: int,
+    device: Any,
+) -> Data:
+    """Timm's loaders for the student's input, with Mixup in the collation as timm's train.py has it.
+
+    Raises:
+        UsageError: there are fewer images than one batch takes, or an odd batch with Mixup.
+    """
+    mixup = None
+    if options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None:
+        if options.batch_size % 2:
+            raise UsageError(f"--batch-size: {options.batch_size}; Mixup pairs images: pass an even one")
+        mixup = FastCollateMixup(
+            mixup_alpha=options.mixup,
+            cutmix_alpha=options.cutmix,
+            cutmix_minmax=options.cutmix_minmax,
+            prob=options.mixup_prob,
+            switch_prob=options.mixup_switch_prob,
+            mode=options.mixup_mode,
+            label_smoothing=options.smoothing,
+            num_classes=num_classes,
+        )
+    shared = {
+        "input_size": config["input_size"],
+        "mean": config["mean"],
+        "std": config["std"],
+        "num_workers": options.workers,
+        "pin_memory": options.pin_mem,
+        "device": device,
+        # a worker that lived on would keep its random state beyond the checkpoint
+        "persistent_workers": False,
+        "worker_seeding": worker_seed,
+    }
+    keyed = None
+    if options.kd_cache_teacher:
+        if isinstance(train, IterableDataset):
+            raise UsageError(
+                f"--kd-cache-teacher: --dataset {options.dataset} is a stream, whose samples have no number"
+            )
+        described = f"{options.dataset} {options.data_dir} {options.train_split}"
+        train = keyed = KeyedDataset(train, options.seed, options.kd_cache_views, described)
+    loader = create_loader(
+        train,
+        batch_size=options.batch_size,
+        is_training=True,
+        no_aug=options.no_aug,
+        re_prob=options.reprob,
+        re_mode=options.remode,
+        re_count=options.recount,
+        train_crop_mode=options.train_crop_mode,
+        scale=options.scale,
+        ratio=options.ratio,
+        hflip=options.hflip,
+        vflip=options.vflip,
+        color_jitter=options.color_jitter,
+        auto_augment=options.aa,
+        interpolation=options.train_interpolation,
+        collate_fn=mixup if keyed is None else collate_keyed,
+        **shared,
+    )
+    if not isinstance(train, IterableDataset) and len(loader) == 0:
+        raise UsageError(
+            f"--batch-size: {options.batch_size}, but {options.train_split!r} holds {len(train)} images; pass a "
+            "smaller one"
+        )
+    checked = None if validation is None else validation_loader(options, validation, config, device)
+    return Data(loader, checked, mixup, keyed)
+
+
+def collate_keyed(batch: Sequence[tuple[Any, int, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Timm's collation of a `KeyedDataset`: its loaders pass on two tensors, so targets [B, 3] hold label, sample, view."""
+    images, labels = fast_collate([(image, label) for image, label, _ in batch])
+    return images, torch.cat([labels[:, None], torch.stack([key for _, _, key in batch])], dim=1)
+
+
+def validation_loader(options: argparse.Namespace, images: Any, config: dict[str, Any], device: Any) -> Any:
+    """Timm's loader without augmentation."""
+    return create_loader(
+        images,
+        input_size=config["input_size"],
+        batch_size=options.validation_batch_size or options.batch_size,
+        is_training=False,
+        interpolation=config["interpolation"],
+        mean=config["mean"],
+        std=config["std"],
+        crop_pct=config["crop_pct"],
+        num_workers=options.workers,
+        pin_memory=options.pin_mem,
+        device=device,
+        persistent_workers=False,
+        worker_seeding=worker_seed,
+    )
+
+
+def worker_seed(info: Any) -> int:
+    """The seed that timm would choose, in a worker that leaves Ctrl-C to the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    return int(info.seed)

@@ -1,0 +1,147 @@
+"""From the options to an optimizer and the way it steps."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.task import TrainingTask
+from timm.utils import unwrap_model
+from torch import nn
+
+from dtokd_kernels import amp, sources, weighting
+from dtokd_kernels.optim import Balanced
+from dtokd_kernels.sources import Source
+from dtokd_kernels.types import Rescale
+
+from .. import timm_optim  # noqa: F401  registers dtoadamw and dtosgd
+from ..errors import UsageError
+from .steps import Filled, Fused, Stepper, WeightedSum, clipping
+
+
+def learning_rate(options: argparse.Namespace) -> float:
+    """--lr, or --lr-base scaled with the batch as timm's train.py scales it."""
+    if options.lr is not None:
+        return float(options.lr)
+    ratio = options.batch_size * options.grad_accum_steps / options.lr_base_size
+    scale = options.lr_base_scale
+    if not scale:
+        adaptive = any(name in options.opt.lower() for name in ("ada", "lamb", "lion"))
+        scale = "sqrt" if adaptive else "linear"
+    return float(options.lr_base * (ratio**0.5 if scale == "sqrt" else ratio))
+
+
+def make_stepper(options: argparse.Namespace, task: TrainingTask, device: torch.device) -> Stepper:
+    """The optimizer over timm's parameter groups of the task's trainable module, and its step.
+
+    Raises:
+        UsageError: an unknown optimizer or option, or two that do not go together.
+    """
+    ours = options.opt.lower() in ("dtoadamw", "dtosgd")
+    balanced = options.kd_balance != "none"
+    _check(options, ours, balanced)
+    keywords = {**optimizer_kwargs(argparse.Namespace(**{**vars(options), "lr": learning_rate(options)}))}
+    keywords |= options.opt_kwargs
+    balancing = _balancing(options, task) if balanced else {}
+    if ours:
+        keywords |= balancing | {"max_norm": options.clip_grad}
+    try:
+        optimizer = create_optimizer_v2(task.get_trainable_module(), **keywords)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UsageError(f"--opt {options.opt}: {error}") from error
+    scaler = amp.GradScaler(device.type, enabled=options.amp and options.amp_dtype == "float16")
+    if isinstance(optimizer, Balanced):
+        return Fused(optimizer, scaler)
+    clip = clipping(options.clip_grad, options.clip_mode, task.get_clip_parameters("agc" in options.clip_mode))
+    if not balanced:
+        return WeightedSum(optimizer, scaler, clip)
+    return Filled(optimizer, scaler, clip, **balancing)
+
+
+def _check(options: argparse.Namespace, ours: bool, balanced: bool) -> None:
+    if not ours and options.opt.lower().split("_")[-1] not in list_optimizers():
+        raise UsageError(f"--opt: no optimizer is called {options.opt!r}; choose dtoadamw, dtosgd, or one of timm's")
+    if balanced and not options.kd_model_name:
+        raise UsageError(
+            f"--kd-balance: {options.kd_balance}, but without a teacher there is one objective; pass --kd-model-name"
+        )
+    if ours and not balanced:
+        raise UsageError(
+            f"--opt: {options.opt} balances several objectives; choose --kd-balance, such as dto, or --opt "
+            f"{options.opt.lower().removeprefix('dto')}"
+        )
+    if ours and options.clip_mode != "norm" and options.clip_grad is not None:
+        raise UsageError(
+            f"--clip-mode: {options.clip_mode}, but {options.opt} clips by norm only; choose another --opt"
+        )
+    for name in ("gram", "kwargs", "rescale"):
+        if not balanced and getattr(options, f"kd_balance_{name}"):
+            raise UsageError(f"--kd-balance-{name}: nothing is balanced; choose --kd-balance, such as dto")
+
+
+def _balancing(options: argparse.Namespace, task: TrainingTask) -> dict[str, Any]:
+    """weighting, gram, private, rescale: as the optimizers and `backward` take them."""
+    keywords = dict(options.kd_balance_kwargs)
+    if options.kd_balance == "fixed" and "weights" not in keywords:
+        keywords["weights"] = (task.task_loss_weight, *task.distill_loss_weights.values())
+    try:
+        rule = weighting.from_name(options.kd_balance, **keywords)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--kd-balance {options.kd_balance}, --kd-balance-kwargs {keywords}: {error}") from error
+    # SGD feels 1 / L as a learning rate, Adam does not
+    rescale: Rescale = options.kd_balance_rescale or ("none" if "adam" in options.opt.lower() else "sum")
+    student = unwrap_model(task.get_eval_model())
+    gram = None if options.kd_balance_gram is None else parse_source(options.kd_balance_gram, student)
+    return {
+        "weighting": rule,
+        "gram": gram,
+        "private": "own" if options.kd_balance_params == "shared" else "balanced",
+        "rescale": rescale,
+    }
+
+
+def parse_source(text: str, student: nn.Module) -> Source:
+    """A source of the Gram matrix from its text.
+
+    Args:
+        text: exact, overlap, lag, probe[:MODULES], feature:MODULE, every:N[:SOURCE] or ema:B[:SOURCE]; modules by
+            their names in the student, separated by commas.
+        student: whose modules are named.
+
+    Raises:
+        UsageError: it is none of these.
+
+    Example:
+        >>> parse_source("every:10:overlap", nn.Linear(1, 1))
+        Every(10, 'overlap')
+    """
+    name, _, rest = text.partition(":")
+    try:
+        if name in ("exact", "overlap", "lag") and not rest:
+            return {"exact": sources.Exact, "overlap": sources.Overlap, "lag": sources.Lag}[name]()
+        if name == "probe":
+            return sources.Probe([_module(student, part) for part in rest.split(",")] if rest else None)
+        if name == "feature" and rest:
+            return sources.Feature(_module(student, rest))
+        if name in ("every", "ema") and rest:
+            number, _, inner = rest.partition(":")
+            source: Any = parse_source(inner, student) if inner else "exact"
+            return sources.Every(int(number), source) if name == "every" else sources.Ema(float(number), source)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"--kd-balance-gram: {text!r}: {error}") from error
+    raise UsageError(
+        f"--kd-balance-gram: {text!r}; choose exact, overlap, lag, probe[:MODULES], feature:MODULE, every:N[:SOURCE] "
+        "or ema:B[:SOURCE]"
+    )
+
+
+def _module(student: nn.Module, name: str) -> nn.Module:
+    try:
+        return student.get_submodule(name)
+    except AttributeError:
+        top = ", ".join(child for child, _ in student.named_children())
+        raise UsageError(f"--kd-balance-gram: the student has no module {name!r}; the outermost are {top}") from None

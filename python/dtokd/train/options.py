@@ -1,0 +1,322 @@
+"""The options of `dtokd train`, named as timm's train.py names them. Imports nothing heavy, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..objectives import options as objectives
+
+#: `--kd-balance`: timm's weighted sum, or a weighting of `dtokd_kernels.weighting` (a test compares the names).
+BALANCES = (
+    "none",
+    "alignedmtl",
+    "amortized",
+    "cagrad",
+    "config",
+    "dto",
+    "dualproj",
+    "dwa",
+    "eq18",
+    "famo",
+    "fixed",
+    "imtlg",
+    "logsum",
+    "mgda",
+    "nashmtl",
+    "pcgrad",
+    "rlw",
+    "uncertainty",
+    "upgrad",
+)
+#: What does not change a run's results, or only names it: not part of an experiment's name.
+OUTSIDE = ("config", "output", "experiment", "resume", "workers", "log_interval", "log_tensorboard", "checkpoint_hist")
+
+
+class KeyValues(argparse.Action):
+    """--opt-kwargs a=1 b=text, as timm's: a dict, each value read as YAML (which reads 1e-3 as text: here a number)."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Read the pairs."""
+        pairs = {}
+        for text in values:
+            key, mark, value = text.partition("=")
+            if not mark:
+                parser.error(f"{option_string}: {text!r} is no key=value")
+            pairs[key] = _value(value)
+        setattr(namespace, self.dest, pairs)
+
+
+def _value(text: str) -> Any:
+    import yaml
+
+    try:
+        return float(text) if not text.lstrip("+-").isdigit() else int(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all options of `dtokd train`."""
+    parser.add_argument(
+        "-c",
+        "--config",
+        metavar="FILE",
+        help="YAML file of options, or recipe:NAME of the package's; the command line overrides it",
+    )
+    add_data(parser)
+    _add_model(parser)
+    _add_optimization(parser)
+    _add_augmentation(parser)
+    objectives.add_arguments(parser)
+    _add_balance(parser)
+    _add_run(parser)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Where images come from: also for `dtokd eval`."""
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with a folder per split, of class folders")
+    group.add_argument("--dataset", default="", metavar="NAME", help="type/name, such as torch/cifar100")
+    group.add_argument("--train-split", default="train", metavar="NAME")
+    group.add_argument("--val-split", default="validation", metavar="NAME", help="'' for no evaluation")
+    group.add_argument("--dataset-download", action="store_true", help="for torch/ data sets")
+    group.add_argument("--class-map", default="", metavar="FILE", help="class names in the order of their indices")
+    group.add_argument(
+        "--on-bad-image",
+        choices=["error", "skip"],
+        default="error",
+        help="an image that cannot be read ends the run, or the next one stands in for it",
+    )
+    group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="processes that load images")
+    group.add_argument("-b", "--batch-size", type=int, default=128, metavar="N")
+    group.add_argument("-vb", "--validation-batch-size", type=int, metavar="N")
+    group.add_argument("--pin-mem", action="store_true", help="pin host memory")
+    group.add_argument("--device", default="cuda", help="falls back to cpu where torch has no GPU")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("student")
+    group.add_argument("--model", default="resnet50", metavar="MODEL", help="timm's name")
+    group.add_argument("--pretrained", action="store_true", help="start with timm's weights")
+    group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="start with these weights")
+    group.add_argument("--num-classes", type=int, metavar="N", help="default: those of the data")
+    group.add_argument("--img-size", type=int, metavar="N", help="default: the model's")
+    group.add_argument("--in-chans", type=int, metavar="N")
+    group.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
+    group.add_argument("--crop-pct", type=float, metavar="X", help="of the evaluation")
+    group.add_argument("--mean", type=float, nargs="+", metavar="X")
+    group.add_argument("--std", type=float, nargs="+", metavar="X")
+    group.add_argument("--interpolation", default="", metavar="NAME")
+    group.add_argument("--drop", type=float, default=0.0, metavar="P", help="dropout")
+    group.add_argument("--drop-path", type=float, metavar="P")
+    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
+    group.add_argument("--channels-last", action="store_true")
+    group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
+    group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
+    group.add_argument("--torchcompile-mode", metavar="MODE")
+    group.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    group.add_argument("--amp-dtype", choices=["float16", "bfloat16"], default="float16")
+    group.add_argument("--model-ema", action="store_true", help="average the student's weights")
+    group.add_argument("--model-ema-decay", type=float, default=0.9998, metavar="X")
+    group.add_argument("--model-ema-warmup", action="store_true")
+
+
+def _add_optimization(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--opt", default="sgd", metavar="NAME", help="timm's, or dtoadamw, dtosgd: the fused ones")
+    group.add_argument("--opt-eps", type=float, metavar="X")
+    group.add_argument("--opt-betas", type=float, nargs="+", metavar="X")
+    group.add_argument("--momentum", type=float, default=0.9, metavar="X")
+    group.add_argument("--weight-decay", type=float, default=2e-5, metavar="X")
+    group.add_argument("--layer-decay", type=float, metavar="X")
+    group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
+    group.add_argument("--clip-grad", type=float, metavar="X")
+    group.add_argument("--clip-mode", choices=["norm", "value", "agc"], default="norm")
+    group.add_argument("--grad-accum-steps", type=int, default=1, metavar="N")
+    group.add_argument("--lr", type=float, metavar="X", help="default: lr-base x global batch / lr-base-size")
+    group.add_argument("--lr-base", type=float, default=0.1, metavar="X")
+    group.add_argument("--lr-base-size", type=int, default=256, metavar="N")
+    group.add_argument("--lr-base-scale", choices=["", "linear", "sqrt"], default="", help="default: sqrt for adaptive")
+    group.add_argument("--epochs", type=int, default=300, metavar="N")
+    group.add_argument("--sched", default="cosine", metavar="NAME")
+    group.add_argument("--sched-on-updates", action="store_true")
+    group.add_argument("--warmup-lr", type=float, default=1e-5, metavar="X")
+    group.add_argument("--warmup-epochs", type=int, default=5, metavar="N")
+    group.add_argument("--warmup-prefix", action="store_true")
+    group.add_argument("--min-lr", type=float, default=0.0, metavar="X")
+    group.add_argument("--cooldown-epochs", type=int, default=0, metavar="N")
+    group.add_argument("--decay-epochs", type=float, default=90, metavar="N")
+    group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], metavar="N")
+    group.add_argument("--decay-rate", type=float, default=0.1, metavar="X")
+
+
+def _add_augmentation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("augmentation and loss")
+    group.add_argument("--no-aug", action="store_true")
+    group.add_argument("--train-crop-mode", metavar="NAME")
+    group.add_argument("--scale", type=float, nargs="+", default=[0.08, 1.0], metavar="X")
+    group.add_argument("--ratio", type=float, nargs="+", default=[3 / 4, 4 / 3], metavar="X")
+    group.add_argument("--hflip", type=float, default=0.5, metavar="P")
+    group.add_argument("--vflip", type=float, default=0.0, metavar="P")
+    group.add_argument("--color-jitter", type=float, default=0.4, metavar="X")
+    group.add_argument("--aa", metavar="NAME", help="AutoAugment or RandAugment")
+    group.add_argument("--train-interpolation", default="random", metavar="NAME")
+    group.add_argument("--reprob", type=float, default=0.0, metavar="P", help="random erasing")
+    group.add_argument("--remode", default="pixel", metavar="NAME")
+    group.add_argument("--recount", type=int, default=1, metavar="N")
+    group.add_argument("--mixup", type=float, default=0.0, metavar="X")
+    group.add_argument("--cutmix", type=float, default=0.0, metavar="X")
+    group.add_argument("--cutmix-minmax", type=float, nargs="+", metavar="X")
+    group.add_argument("--mixup-prob", type=float, default=1.0, metavar="P")
+    group.add_argument("--mixup-switch-prob", type=float, default=0.5, metavar="P")
+    group.add_argument("--mixup-mode", choices=["batch", "pair", "elem"], default="batch")
+    group.add_argument("--mixup-off-epoch", type=int, default=0, metavar="N")
+    group.add_argument("--smoothing", type=float, default=0.1, metavar="X")
+    group.add_argument("--bce-loss", action="store_true")
+    group.add_argument("--bce-target-thresh", type=float, metavar="X")
+
+
+def _add_balance(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("balance", "how the objectives' gradients are combined")
+    group.add_argument(
+        "--kd-balance",
+        choices=BALANCES,
+        default="none",
+        metavar="NAME",
+        help=f"none, timm's weighted sum, or a weighting: {', '.join(BALANCES[1:])}",
+    )
+    group.add_argument("--kd-balance-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
+    group.add_argument(
+        "--kd-balance-gram",
+        metavar="SOURCE",
+        help="exact, overlap, lag, probe[:MODULES], feature:MODULE, every:N[:SOURCE], ema:B[:SOURCE]",
+    )
+    group.add_argument(
+        "--kd-balance-params",
+        choices=["shared", "all"],
+        default="shared",
+        help="balance what all objectives reach, or heads and projectors too",
+    )
+    group.add_argument(
+        "--kd-balance-rescale",
+        choices=["none", "sum"],
+        help="none: the paper's 1/L; sum: the scale of a weighted sum; default: none with Adam, else sum",
+    )
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("run")
+    group.add_argument("--seed", type=int, default=42, metavar="N")
+    group.add_argument("--output", type=Path, default=Path("output/train"), metavar="DIR")
+    group.add_argument("--experiment", default="", metavar="NAME", help="folder in it; default: made of the options")
+    group.add_argument("--resume", default="", metavar="auto|FILE", help="go on from the newest checkpoint, or this")
+    group.add_argument("--checkpoint-hist", type=int, default=10, metavar="N", help="checkpoints to keep")
+    group.add_argument("--eval-metric", choices=["top1", "top5", "loss"], default="top1", help="what is best")
+    group.add_argument("--log-interval", type=int, default=50, metavar="N", help="iterations from line to line")
+    group.add_argument("--log-tensorboard", action=argparse.BooleanOptionalAction, default=True)
+
+
+def add_sweep(parser: argparse.ArgumentParser) -> None:
+    """Add what `dtokd sweep` varies."""
+    group = parser.add_argument_group("sweep", "--experiment names its folder; --resume is always auto")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    group.add_argument(
+        "--balances",
+        nargs="+",
+        default=["fixed:0.5", "dto"],
+        metavar="BALANCE",
+        help="fixed:W, timm's sum of W task + (1-W) distill; none, with the weights given; or a weighting, with "
+        "options after a colon: dto:rescale=sum,params=all,gram=overlap,opt=dtoadamw,lr=0.001",
+    )
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Read the options; those of the -c/--config file are defaults.
+
+    Raises:
+        UsageError: the file is not readable, or holds a key that is no option, or a value that the option refuses.
+    """
+    given, _ = _config_parser().parse_known_args(argv)
+    if given.config:
+        parser.set_defaults(**read_config(parser, given.config))
+    return parser.parse_args(argv)
+
+
+def _config_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config")
+    return parser
+
+
+def read_config(parser: argparse.ArgumentParser, path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file, checked as the command line's are.
+
+    Raises:
+        UsageError: as `parse`.
+    """
+    from .. import recipes  # needs YAML, --help does not
+
+    try:
+        name = str(path)
+        values = recipes.load(recipes.path(name.removeprefix("recipe:")) if name.startswith("recipe:") else path)
+    except OSError as error:
+        raise UsageError(f"--config: {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--config: {error}") from error
+    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    checked = {}
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in actions:
+            close = difflib.get_close_matches(name, actions, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "; dtokd train --help lists them"
+            raise UsageError(f"--config: {path}: no option is called {key!r}{hint}")
+        checked[name] = _checked(actions[name], value, f"--config: {path}: {key}")
+    return checked
+
+
+def _checked(action: argparse.Action, value: Any, where: str) -> Any:
+    """A value of a YAML file as the option would have made it of its text."""
+    if value is None or isinstance(action, KeyValues):
+        return {} if value is None and isinstance(action, KeyValues) else value
+    if action.nargs == 0:  # a flag
+        if not isinstance(value, bool):
+            raise UsageError(f"{where} is {value!r}; expected true or false")
+        return value
+    many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
+    if isinstance(action.nargs, str) and many and not isinstance(value, list):
+        value = [value]
+    if many != isinstance(value, list):
+        raise UsageError(f"{where} is {value!r}; expected {'a list' if many else 'one value'}")
+    checked = []
+    for item in value if many else [value]:
+        if isinstance(item, bool) or (action.type is int and isinstance(item, float)):
+            raise UsageError(f"{where} is {value!r}; expected {getattr(action.type, '__name__', 'text')}")
+        try:
+            checked.append(action.type(str(item)) if callable(action.type) else str(item))
+        except ValueError:
+            raise UsageError(f"{where} is {value!r}; expected {getattr(action.type, '__name__', 'text')}") from None
+        if action.choices is not None and checked[-1] not in action.choices:
+            raise UsageError(f"{where} is {value!r}; choose from {', '.join(map(str, action.choices))}")
+    return checked if many else checked[0]
+
+
+def plain(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as YAML and JSON can hold them."""
+    values = {key: value for key, value in vars(options).items() if key != "config"}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def experiment_name(options: argparse.Namespace) -> str:
+    """The same for the same command, so that `--resume auto` finds its run."""
+    import hashlib
+    import json
+
+    told = {key: value for key, value in plain(options).items() if key not in OUTSIDE}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{options.model.replace('/', '_')}-{options.kd_balance}-{digest}"

@@ -1,0 +1,158 @@
+"""Losses -> gradients -> step, in the three ways that `--opt` and `--kd-balance` ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+from timm.utils import dispatch_clip_grad
+from torch import Tensor
+
+import dtokd_kernels as dk
+from dtokd_kernels.optim import Balanced
+from dtokd_kernels.sources import Source
+from dtokd_kernels.types import Balance, Private, Rescale, Weighting
+from dtokd_kernels.weighting import Stateful
+
+Result = dict[str, Any]
+
+
+class Stepper(Protocol):
+    """One micro-batch after the other, then a step."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What the scheduler schedules."""
+
+    @property
+    def balance(self) -> Balance | None:
+        """Of the last step, if it was balanced."""
+
+    def backward(self, result: Result, share: int) -> None:
+        """Add the gradients of a micro-batch, which is one of `share` in this step."""
+
+    def step(self) -> None:
+        """Clip, update, and forget the gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later steps depend on, besides the parameters."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+
+
+class WeightedSum:
+    """`--kd-balance none`: one backward pass of timm's weighted sum, as timm's train.py steps."""
+
+    balance: Balance | None = None
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        clip: Callable[[], None] | None,
+    ) -> None:
+        self.optimizer, self._scaler, self._clip = optimizer, scaler, clip
+
+    def backward(self, result: Result, share: int) -> None:
+        """One pass."""
+        loss = result["loss"]
+        self._scaler.scale(loss / share if share > 1 else loss).backward()
+
+    def step(self) -> None:
+        """Unscale, clip, update."""
+        if self._clip is not None:
+            self._scaler.unscale_(self.optimizer)
+            self._clip()
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of optimizer and scaler."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of optimizer and scaler."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self._scaler.load_state_dict(state["scaler"])
+
+
+class Filled(WeightedSum):
+    """Any optimizer, on gradients that `dtokd_kernels.backward` has balanced."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        clip: Callable[[], None] | None,
+        *,
+        weighting: Weighting,
+        gram: Source | str | None,
+        private: Private,
+        rescale: Rescale,
+    ) -> None:
+        super().__init__(optimizer, scaler, clip)
+        self._weighting, self._gram, self._private, self._rescale = weighting, gram, private, rescale
+
+    def backward(self, result: Result, share: int) -> None:
+        """Balance this micro-batch."""
+        self.balance = dk.backward(
+            _losses(result, share),
+            [p for group in self.optimizer.param_groups for p in group["params"]],
+            self._weighting,
+            gram=self._gram,
+            private=self._private,
+            rescale=self._rescale,
+            scaler=self._scaler,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also of the weighting and of the Gram's source, which an optimizer of ours has in its own."""
+        state = super().state_dict()
+        if isinstance(self._weighting, Stateful):
+            state["weighting"] = self._weighting.state_dict()
+        if isinstance(self._gram, Source):
+            state["gram"] = self._gram.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Also of the weighting and of the Gram's source."""
+        super().load_state_dict(state)
+        if isinstance(self._weighting, Stateful):
+            self._weighting.load_state_dict(state["weighting"])
+        if isinstance(self._gram, Source):
+            self._gram.load_state_dict(state["gram"])
+
+
+class Fused(WeightedSum):
+    """dtoadamw and dtosgd: gradient sets in, weights and update in the step; clipped by the Gram matrix."""
+
+    optimizer: Balanced
+
+    def __init__(self, optimizer: Balanced, scaler: torch.amp.GradScaler) -> None:
+        super().__init__(optimizer, scaler, None)
+
+    @property
+    def balance(self) -> Balance | None:  # type: ignore[override]
+        """Of the last step."""
+        return self.optimizer.balance
+
+    def backward(self, result: Result, share: int) -> None:
+        """One pass per objective, or what the Gram's source says."""
+        losses = _losses(result, share)
+        self.optimizer.backward({name: self._scaler.scale(loss) for name, loss in losses.items()})
+
+
+def _losses(result: Result, share: int) -> dict[str, Tensor]:
+    return {name: loss.float() / share if share > 1 else loss.float() for name, loss in result["objectives"].items()}
+
+
+def clipping(limit: float | None, mode: str, parameters: Iterable[Tensor]) -> Callable[[], None] | None:
+    """Timm's clipping of `.grad`."""
+    if limit is None:
+        return None
+    kept = list(parameters)
+    return lambda: dispatch_clip_grad(kept, limit, mode=mode)

@@ -1,0 +1,196 @@
+"""`dtokd report`, `dtokd eval`, `dtokd sweep`."""
+
+import csv
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from dtokd import sweep
+from dtokd.cli import main
+from dtokd.errors import UsageError
+from dtokd.report.chart import line_chart
+from dtokd.report.page import write_report
+
+from .digits import common, distilling, write_digits, write_teacher
+
+#: timm's reader leaves files to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
+
+
+@pytest.fixture(scope="module")
+def trained(digits, teacher, tmp_path_factory):
+    """Two epochs, with TensorBoard; the last one's EMA is the student."""
+    options = common(digits, tmp_path_factory.mktemp("runs"))
+    options += [*distilling(teacher), "--kd-balance", "dto", "--opt", "dtoadamw", "--log-tensorboard"]
+    assert main(["train", *options, "--experiment", "a<b", "--kd-distill-type", "feature"]) == 0
+    return next(p.parent for p in __import__("pathlib").Path(options[options.index("--output") + 1]).rglob("args.yaml"))
+
+
+class Page(HTMLParser):
+    """Checks the nesting; collects captions, outside references and the numbers of lines."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.captions, self.outside, self.lines = [], [], [], 0
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.outside += [v for k, v in attributes if k in ("src", "href")]
+        self.lines += tag == "polyline"
+        if tag not in ("meta",):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.lines += tag == "polyline"
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "figcaption":
+            self.captions.append(data)
+
+
+def test_report(trained):
+    text = (trained / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert page.outside == []
+    assert "@import" not in text
+    assert "url(" not in text
+    told = " ".join(page.captions)
+    for figure in ("Accuracy", "Losses", "Weights", "Conflict", "Dominance"):
+        assert figure in told
+    assert page.lines >= 10
+    assert "a&lt;b" in text
+    assert "prefers-color-scheme: dark" in text
+    assert 'name="viewport"' in text
+    assert "kd_teacher_path" in text
+    assert torch.__version__ in text
+
+
+def test_report_again(trained, capsys):
+    before = (trained / "report.html").read_text()
+    assert main(["report", str(trained)]) == 0
+    assert (trained / "report.html").read_text() == before
+    assert main(["report", str(trained.parent)]) == 1
+    assert "is no run directory" in capsys.readouterr().err
+
+
+def test_tensorboard(trained):
+    assert list((trained / "tensorboard").glob("events*"))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+@pytest.mark.parametrize("size", ["390,844", "1400,900"])
+def test_report_in_a_browser(trained, tmp_path, size):
+    """It renders, on a phone and on a desk; the picture is not of one colour."""
+    shot = tmp_path / "shot.png"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}"]
+    subprocess.run([*command, f"--screenshot={shot}", (trained / "report.html").as_uri()], check=True, timeout=60)
+    from PIL import Image
+
+    assert len(Image.open(shot).convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_chart():
+    svg = line_chart("a & b", {"one": [(0, 1.0), (1, float("nan")), (2, 100.0)], "none": []}, "x", log=True, mark=1)
+    assert "a &amp; b" in svg
+    assert svg.count("<polyline") == 1
+    assert "nan" not in svg
+    assert line_chart("", {"a": [(0, float("nan"))]}, "x") == ""
+    assert line_chart("", {"a": [(0, 0.0)]}, "x", log=True) == ""
+    assert "<circle" in line_chart("", {"a": [(3, 7.0)]}, "x")
+    long = line_chart("", {"a": [(i, i % 2) for i in range(10_001)]}, "x")
+    assert long.count(",") < 500
+
+
+def test_eval_is_the_runs_own(trained, capsys):
+    assert main(["eval", str(trained), "--workers", "0"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    with (trained / "summary.csv").open(newline="") as file:
+        best = max(csv.DictReader(file), key=lambda row: float(row["eval_top1"]))
+    assert (result["top1"], result["loss"]) == (float(best["eval_top1"]), pytest.approx(float(best["eval_loss"])))
+    assert result["images"] == 30
+
+
+def test_eval_of_weights(trained, teacher, digits, capsys):
+    options = ["eval", "--data-dir", str(digits), "--workers", "0", "--img-size", "32", "--checkpoint", str(teacher)]
+    assert main([*options, "--model", "test_resnet"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 30
+    for more, message in (
+        (["--model", "test_vit"], "does not fit test_vit"),
+        (["--model", "test_resnet", "--val-split", "test"], "has no folder 'test'"),
+        (["--model", "test_resnet", "--num-classes", "11"], "does not fit test_resnet"),
+    ):
+        assert main([*options, *more]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["eval", "--data-dir", str(digits)]) == 1
+    assert "no weights" in capsys.readouterr().err
+
+
+def test_sweep(digits, teacher, tmp_path, capsys, monkeypatch):
+    """Two seeds of three balances; the second call trains nothing, and a missing run is made up for."""
+    options = ["sweep", *common(digits, tmp_path), *distilling(teacher), "--opt", "adamw", "--epochs", "1"]
+    options += ["--seeds", "0", "1", "--balances", "fixed:0.5", "fixed:0.9", "dto:rescale=sum,gram=overlap"]
+    assert main(options) == 0
+    folder = tmp_path / "sweep"
+    table = (folder / "sweep.md").read_text()
+    assert table in capsys.readouterr().out
+    assert table.count("| reference |") == 1
+    with (folder / "sweep.csv").open(newline="") as file:
+        first = list(csv.DictReader(file))
+    assert len(first) == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "train", None)
+        assert main(options) == 0
+    shutil.rmtree(folder / "fixed_0.9" / "seed-1")
+    assert main(options) == 0
+    with (folder / "sweep.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == first
+
+
+def test_compare():
+    lines = sweep.compare({"fixed:0.1": [1.0, 2.0], "fixed:0.5": [3.0, 5.0], "dto": [5.0, 4.0], "none": [0.0, 0.0]})
+    assert [line.balance for line in lines] == ["dto", "fixed:0.5", "fixed:0.1", "none"]
+    dto, reference = lines[:2]
+    assert (dto.mean, dto.difference, dto.won) == (4.5, 0.5, 1)
+    assert dto.error == pytest.approx(1.5)  # differences 2 and -1: deviation 2.1213, over sqrt(2)
+    assert reference.reference
+    assert reference.difference == 0
+    assert [line.balance for line in sweep.compare({"fixed:0": [1.0], "dto": [2.0]}, lower=True)] == ["fixed:0", "dto"]
+    assert "difference" not in sweep.markdown(sweep.compare({"dto": [1.0]}), "top1", [0], 1)
+
+
+@pytest.mark.parametrize("text", ["nobody", "fixed:x", "dto:speed=1", "dto:lr=fast"])
+def test_bad_balances(text):
+    with pytest.raises(UsageError, match="--balances"):
+        sweep.parse_balance(text)
+
+
+def test_report_of_nothing(tmp_path):
+    with pytest.raises(UsageError, match="is no run directory"):
+        write_report(tmp_path)

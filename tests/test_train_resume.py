@@ -1,0 +1,231 @@
+"""`dtokd train --resume`: an interrupted run ends as an undisturbed one, and files are whole or not there."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from dtokd.cli import main
+from dtokd.errors import UsageError
+from dtokd.train import files, run
+from dtokd.train.checkpoint import load_checkpoint, save_checkpoint
+from dtokd.train.rundir import RunDir
+from safetensors.torch import load_file
+
+from .digits import common, distilling, write_digits, write_teacher
+
+#: timm's reader leaves files to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
+
+
+class Died(Exception):
+    """In the place of a kill."""
+
+
+def die_at(monkeypatch, iteration):
+    """In that optimizer step, counted over the process."""
+    step, count = run.Engine._step, [0]
+
+    def dying(self):
+        count[0] += 1
+        if count[0] == iteration:
+            raise Died
+        step(self)
+
+    monkeypatch.setattr(run.Engine, "_step", dying)
+
+
+def differences(a, b, where="state"):
+    """Where two nested states are not the same bits; the order of a dict's keys does not count."""
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [where]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        return [found for key in a for found in differences(a[key], b[key], f"{where}.{key}")]
+    if isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        return [found for i, x in enumerate(a) for found in differences(x, b[i], f"{where}.{i}")]
+    return [] if a == b or a != a else [where]
+
+
+def same_results(a, b):
+    """All that a run leaves, but times and names."""
+    last = max(RunDir(a).checkpoints())
+    first, second = (load_checkpoint(RunDir(p).checkpoints()[last]) for p in (a, b))
+    for state in (first, second):
+        state["options"] = {k: v for k, v in state["options"].items() if k not in ("output", "resume")}
+    assert differences(first, second) == []
+    for name in ("summary.csv", "steps.csv"):
+        if (a / name).exists():
+            rows = [list(csv.DictReader((p / name).open(newline=""))) for p in (a, b)]
+            for row in (*rows[0], *rows[1]):
+                row.pop("seconds", None)
+            assert rows[0] == rows[1], name
+    for name in ("student.safetensors", "student-last.safetensors"):
+        one, two = load_file(a / name), load_file(b / name)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+VARIANTS = {
+    "fused": "--opt dtoadamw --kd-balance famo --model-ema --drop 0.2 --workers 0 --reprob 0.5 --mixup 0.2",
+    "workers": "--opt dtosgd --kd-balance rlw --amp --amp-dtype float16 --aa rand-m5 --workers 2 --reprob 0.5",
+    "filled": "--opt adamw --kd-balance amortized --kd-balance-gram ema:0.9 --kd-distill-type feature --workers 0",
+    "timm": "--opt sgd --sched plateau --cutmix 1 --workers 0",
+}
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumed_run_is_the_undisturbed_one(digits, teacher, tmp_path, monkeypatch, variant):
+    """Killed in the second of three epochs, at its second step; bit for bit, on a CPU."""
+    options = ["train", *common(digits, tmp_path / "a"), *distilling(teacher), *VARIANTS[variant].split()]
+    options += ["--experiment", "x", "--epochs", "3", "--log-interval", "1"]
+    assert main(options) == 0
+    options[options.index(str(tmp_path / "a"))] = str(tmp_path / "b")
+    with monkeypatch.context() as patch:
+        die_at(patch, 6)
+        with pytest.raises(Died):
+            main([*options, "--resume", "auto"])
+    assert list(RunDir(tmp_path / "b" / "x").checkpoints()) == [0, 1]
+    torch.rand(7)  # the new process's generators are elsewhere
+    assert main([*options, "--resume", "auto"]) == 0
+    same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
+
+
+def start(options):
+    # as many threads as here: another number rounds otherwise
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-m", "dtokd", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(path, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path} after {seconds} s"
+        time.sleep(0.01)
+
+
+def test_kill_9(digits, teacher, tmp_path):
+    """A process killed at no chosen moment, and the same command once more."""
+    shared = [*distilling(teacher), "--opt", "dtoadamw", "--kd-balance", "dto", "--epochs", "3", "--log-interval", "1"]
+    assert main(["train", *common(digits, tmp_path / "a"), *shared, "--experiment", "x"]) == 0
+    command = ["train", *common(digits, tmp_path / "b"), *shared, "--experiment", "x", "--resume", "auto"]
+    process = start(command)
+    wait_for(tmp_path / "b" / "x" / "checkpoints" / "epoch-0001.safetensors")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert main(command) == 0
+    same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
+
+
+def test_ctrl_c(digits, teacher, tmp_path):
+    """Exit code 130, a line that says how to go on, workers gone, a checkpoint there."""
+    command = ["train", *common(digits, tmp_path), "--experiment", "x", "--epochs", "200", "--workers", "1"]
+    process = start(command)
+    wait_for(tmp_path / "x" / "checkpoints" / "epoch-0000.safetensors")
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "--resume auto goes on" in told
+    assert RunDir(tmp_path / "x").checkpoints()
+
+
+def test_the_same_command_finds_its_run(digits, tmp_path, capsys):
+    command = ["train", *common(digits, tmp_path)]
+    assert main([*command, "--epochs", "1"]) == 0
+    assert main([*command, "--epochs", "1"]) == 1
+    assert "go on with --resume auto" in capsys.readouterr().err
+    assert main([*command, "--epochs", "1", "--resume", "auto"]) == 0
+    assert len(list(tmp_path.iterdir())) == 1
+    assert main([*command, "--epochs", "1", "--seed", "43"]) == 0
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_checkpoints_kept(digits, tmp_path):
+    """--checkpoint-hist 2, and the best besides."""
+    options = [*common(digits, tmp_path), "--experiment", "x", "--epochs", "5", "--checkpoint-hist", "2", "--lr", "0"]
+    assert main(["train", *options]) == 0
+    best = load_checkpoint(RunDir(tmp_path / "x").checkpoints()[5])["best"]["epoch"] + 1
+    assert list(RunDir(tmp_path / "x").checkpoints()) == sorted({int(best), 4, 5})
+
+
+def test_full_disk(digits, tmp_path, monkeypatch, capsys):
+    """The write of the second epoch's checkpoint fails half-way: an error, and all that was there still is."""
+    options = ["train", *common(digits, tmp_path), "--experiment", "x"]
+    sync, folder = os.fsync, tmp_path / "x" / "checkpoints"
+
+    def full(handle):
+        if os.readlink(f"/proc/self/fd/{handle}").rpartition("/")[2].startswith(".epoch-0002"):
+            raise OSError(28, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    assert main(options) == 1
+    assert "epoch-0002.safetensors cannot be written: No space left on device" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert sorted(path.name for path in folder.iterdir()) == ["epoch-0000.safetensors", "epoch-0001.safetensors"]
+    load_checkpoint(folder / "epoch-0001.safetensors")
+    assert main([*options, "--resume", "auto"]) == 0
+
+
+def test_checkpoint_of_another_model(digits, teacher, tmp_path, capsys):
+    assert main(["train", *common(digits, tmp_path), "--experiment", "x", "--epochs", "1"]) == 0
+    path = str(tmp_path / "x" / "checkpoints" / "epoch-0001.safetensors")
+    options = ["train", *common(digits, tmp_path), "--experiment", "y", "--resume", path]
+    assert main([*options, "--model", "test_vit"]) == 1
+    assert "is of another model (test_resnet; this run trains test_vit)" in capsys.readouterr().err
+    assert main([*options, "--opt", "dtoadamw", "--kd-balance", "famo", *distilling(teacher)]) == 1
+    assert "was written with --opt sgd --kd-balance none" in capsys.readouterr().err
+    damaged = shutil.copy(path, tmp_path / "damaged.safetensors")
+    os.truncate(damaged, 1000)
+    assert main([*options[:-1], str(damaged)]) == 1
+    assert "is damaged or no checkpoint" in capsys.readouterr().err
+    assert main([*options[:-1], str(tmp_path / "x" / "student.safetensors")]) == 1
+    assert "holds weights, but no state of a run" in capsys.readouterr().err
+
+
+def test_state_of_all_kinds(tmp_path):
+    shared = torch.arange(3.0)
+    state = {
+        "a": [1, 2.5, None, True, "x", (1, (2.0, shared))],
+        3: {"b": shared, "inf": float("inf"), "third": 1 / 3},
+        "view": shared[1:],
+        "bf16": torch.ones(2, dtype=torch.bfloat16),
+        "empty": [],
+    }
+    save_checkpoint(tmp_path / "a.safetensors", state)
+    loaded = load_checkpoint(tmp_path / "a.safetensors")
+    assert loaded["a"][:5] == state["a"][:5]
+    assert loaded["a"][5][0] == 1
+    assert isinstance(loaded["a"][5], tuple)
+    assert torch.equal(loaded[3]["b"], shared)
+    assert (loaded[3]["inf"], loaded[3]["third"]) == (float("inf"), 1 / 3)
+    assert torch.equal(loaded["view"], shared[1:])
+    assert torch.equal(loaded["bf16"], state["bf16"])
+    with pytest.raises(TypeError, match="x is a set"):
+        save_checkpoint(tmp_path / "b.safetensors", {"x": {1}})
+    assert not (tmp_path / "b.safetensors").exists()
+    with pytest.raises(UsageError, match="there is no file"):
+        load_checkpoint(tmp_path / "b.safetensors")
