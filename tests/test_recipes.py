@@ -8,20 +8,66 @@ import timm
 import torch
 from dtokd import recipes
 from dtokd.objectives.build import build
-from dtokd.train.options import add_arguments, read_config
+from dtokd.objectives.options import add_arguments
 from safetensors.torch import save_file
 from torch import nn
 
+#: timm's train.py names, and those of the balance.
+OTHERS = {
+    "data_dir",
+    "dataset",
+    "dataset_download",
+    "model",
+    "num_classes",
+    "img_size",
+    "mean",
+    "std",
+    "scale",
+    "ratio",
+    "hflip",
+    "color_jitter",
+    "crop_pct",
+    "smoothing",
+    "batch_size",
+    "grad_accum_steps",
+    "epochs",
+    "opt",
+    "momentum",
+    "weight_decay",
+    "lr",
+    "sched",
+    "decay_milestones",
+    "decay_rate",
+    "warmup_epochs",
+    "warmup_lr",
+    "min_lr",
+    "drop_path",
+    "aa",
+    "train_interpolation",
+    "mixup",
+    "cutmix",
+    "reprob",
+    "amp",
+    "amp_dtype",
+    "clip_grad",
+    "output",
+    "experiment",
+    "kd_balance",
+}
 CIFAR = [name for name in recipes.names() if name.startswith("cifar100") and "teacher" not in name]
 IMAGENET = [name for name in recipes.names() if name.startswith("imagenet")]
 
 
 def namespace(name, **changes):
-    """The recipe's options as `dtokd train` reads them: each known, each value allowed."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    given = read_config(parser, recipes.path(name))
-    return argparse.Namespace(**{**vars(parser.parse_args([])), **given, **changes})
+    loaded = recipes.load(recipes.path(name))
+    kd = vars(parser.parse_args([]))
+    assert set(loaded) <= set(kd) | OTHERS, f"{name}: unknown {set(loaded) - set(kd) - OTHERS}"
+    for action in parser._actions:  # a config's values are not seen by argparse: check them against its choices
+        for value in loaded.get(action.dest) if isinstance(loaded.get(action.dest), list) else []:
+            assert action.choices is None or value in action.choices, (name, action.dest, value)
+    return argparse.Namespace(**{**kd, **loaded, **changes})
 
 
 def train(options, student, classes, size, batch=2, steps=2):

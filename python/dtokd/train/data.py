@@ -195,7 +195,7 @@ def make_loaders(
 
 
 def collate_keyed(batch: Sequence[tuple[Any, int, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Timm's collation of a `KeyedDataset`: its loaders pass on two tensors, so targets [B, 3] hold label, sample, view."""
+    """Timm's collation of a `KeyedDataset`; targets are [B, 3]: label, sample, view."""
     images, labels = fast_collate([(image, label) for image, label, _ in batch])
     return images, torch.cat([labels[:, None], torch.stack([key for _, _, key in batch])], dim=1)
 
