@@ -92,6 +92,7 @@ class Balanced(torch.optim.Optimizer):
         self._skipped_steps: Tensor | None = None
         self._plan: tuple[Any, list[_Bucket]] | None = None
         self._scaled: tuple[Tensor, Tensor] | None = None  # see expect_scaled
+        self._looked = False  # for other ranks
 
     @property
     def weighting(self) -> Weighting:
@@ -147,9 +148,12 @@ class Balanced(torch.optim.Optimizer):
                 logarithm; other objectives than before; a sparse gradient; nothing that the source could measure.
                 Parameters and state are as before.
         """
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not self._looked:
+            self._look(params)
         self._sets.collect(
             losses,
-            [p for group in self.param_groups for p in group["params"]],
+            params,
             self._source,
             self._options,
             balanced=[group["balance"] for group in self.param_groups for _ in group["params"]],
@@ -158,6 +162,15 @@ class Balanced(torch.optim.Optimizer):
             inputs=inputs,
             op=f"{type(self).__name__}.backward",
         )
+
+    def _look(self, params: Sequence[Tensor]) -> None:
+        """Find out, once, whether other ranks train these parameters."""
+        if self._options.ranks is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            from .distributed.attach import find
+
+            ranks = find(params, self._source, f"{type(self).__name__}.backward")
+            self._options = replace(self._options, ranks=ranks)
+        self._looked = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -183,6 +196,11 @@ class Balanced(torch.optim.Optimizer):
             raise RuntimeError(
                 f"{type(self).__name__}.step: there are no gradients; call backward(losses) of this optimizer first "
                 "(not loss.backward())"
+            )
+        if self._options.ranks is not None and self._options.ranks.unsynced:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: the gradients were gathered inside no_sync() and are those of this rank "
+                "alone; call backward outside of it for the last part of the batch"
             )
         loss_scale = self._loss_scale()
         buckets = self._buckets()
@@ -234,6 +252,8 @@ class Balanced(torch.optim.Optimizer):
             set_to_none: False keeps the memory of the sets and fills it with zeros.
         """
         super().zero_grad(set_to_none)
+        if self._options.ranks is not None:
+            self._options.ranks.unsynced = False
         if set_to_none:
             self._sets.clear()
         else:
@@ -308,7 +328,7 @@ class Balanced(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            "_options": self._options,
+            "_options": replace(self._options, ranks=None),  # a copy's parameters are others
             "_source": self._source,
             "_precision": self._precision,
         }

@@ -1,0 +1,117 @@
+"""Telling an optimizer about the other ranks, and finding out that nobody told it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .ranks import Ranks
+from .replicas import BUCKET_BYTES, Replicas
+
+if TYPE_CHECKING:
+    from ..optim import Balanced
+    from ..sources.source import Source
+
+
+def attach(
+    optimizer: Balanced,
+    *modules: DistributedDataParallel,
+    process_group: dist.ProcessGroup | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    static_graph: bool = False,
+) -> Replicas:
+    """Let an optimizer average its gradient sets over the ranks of a process group; call it on all of them.
+
+    From then on `optimizer.backward` reduces the gradients of each objective in buckets, while the pass that makes
+    them goes on, and `step` does the same on all ranks. The modules' own reduction, which knows only the first
+    backward pass of a forward, is switched off for good; they still broadcast their buffers. Parameters of the
+    optimizer that belong to none of the modules (a projector, a plain module) are averaged as well, and are given rank
+    0's values here, as `DistributedDataParallel` does with its own.
+
+    Args:
+        optimizer: `DTOAdamW` or `DTOSGD`.
+        modules: the models that are wrapped in `DistributedDataParallel`. Their `no_sync()` holds here too.
+        process_group: default: that of the modules, or torch's default.
+        bucket_bytes: gradients that are reduced in one all-reduce.
+        static_graph: the parameters that an objective reaches are the same in all steps and on all ranks. Then those
+            that it does not reach are not sent, and on CUDA `backward` does not stall to learn which were reached.
+
+    Returns:
+        The ranks, whose `no_sync()` is for models without a wrapper.
+
+    Raises:
+        TypeError: something else than an optimizer of this package or a wrapped module.
+        ValueError: a module's parameter that requires a gradient is not in the optimizer: nobody would average it.
+        RuntimeError: torch.distributed is not initialized.
+    """
+    from ..optim import Balanced
+
+    if not isinstance(optimizer, Balanced):
+        raise TypeError(f"attach: optimizer is a {type(optimizer).__name__}; pass a DTOAdamW or DTOSGD")
+    for module in modules:
+        if not isinstance(module, DistributedDataParallel):
+            raise TypeError(
+                f"attach: got a {type(module).__name__} beside the optimizer; pass modules that are wrapped in "
+                "DistributedDataParallel (parameters of plain ones are averaged without being told)"
+            )
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("attach: torch.distributed is not initialized; call init_process_group first")
+    if bucket_bytes < 1:
+        raise ValueError(f"attach: bucket_bytes is {bucket_bytes}; pass a positive number, such as {BUCKET_BYTES}")
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for module in modules:
+        for name, p in module.module.named_parameters():
+            if p.requires_grad and id(p) not in known and name not in module.parameters_to_ignore:
+                raise ValueError(
+                    f"attach: the module's parameter {name!r} is not in the optimizer, so nobody would average its "
+                    "gradient; add it to a parameter group, or freeze it with requires_grad_(False)"
+                )
+    wrapped = {id(p) for module in modules for p in module.module.parameters()}
+    groups = {id(m.process_group): m.process_group for m in modules}
+    if process_group is None and groups:
+        if len(groups) > 1:
+            raise ValueError("attach: the modules have different process groups; attach an optimizer to each")
+        process_group = next(iter(groups.values()))
+    ranks = Replicas(
+        process_group,
+        modules,
+        bucket_bytes=bucket_bytes,
+        static_graph=static_graph or any(m.static_graph for m in modules),
+    )
+    ranks.check(optimizer._source, "attach")
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) not in wrapped:
+                dist.broadcast(p.detach(), group_src=0, group=process_group)
+    for module in modules:
+        module._remove_autograd_hooks()
+        module._static_graph_delay_allreduce_enqueued = True  # else a static graph's first pass reduces on its own
+    optimizer._options = replace(optimizer._options, ranks=ranks)
+    return ranks
+
+
+def find(params: Sequence[Tensor], source: Source, op: str) -> Ranks | None:
+    """The ranks that an optimizer was not told of, from its parameters; called once, by the first `backward`.
+
+    Raises:
+        RuntimeError: the parameters belong to a DistributedDataParallel module of several ranks.
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    known = {id(p) for p in params}
+    for item in gc.get_objects():  # the modules' hooks are invisible from the parameters
+        if issubclass(type(item), DistributedDataParallel) and dist.get_world_size(item.process_group) > 1:
+            for p in item.module.parameters():
+                if id(p) in known:
+                    raise RuntimeError(
+                        f"{op}: parameters of the optimizer belong to a DistributedDataParallel module, which reduces "
+                        "the gradients of one backward pass only, so the ranks would drift apart; call "
+                        "dtokd_kernels.distributed.attach(optimizer, module) after both are made"
+                    )
+    return None

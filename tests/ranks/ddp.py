@@ -1,0 +1,102 @@
+"""What each rank does in the tests of DistributedDataParallel; `size` 1 is the one process to compare with."""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dtokd_kernels as dk
+from dtokd_kernels import sources, weighting
+
+SAMPLES = 12
+
+
+class Student(nn.Module):
+    """A trunk, a head that only the task reaches, a projector that only distillation reaches, and an unused layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh())
+        self.projector, self.head, self.unused = nn.Linear(8, 5), nn.Linear(8, 3), nn.Linear(2, 2)
+
+    def forward(self, x):
+        z = self.trunk(x)
+        return self.head(z), self.projector(z), z
+
+
+SOURCES = {
+    "exact": lambda student: "exact",
+    "overlap": lambda student: "overlap",
+    "lag": lambda student: "lag",
+    "probe": lambda student: sources.Probe(student.trunk[2]),
+    "found": lambda student: sources.Probe(),
+    "feature": lambda student: sources.Feature(),
+    "every": lambda student: sources.Every(2),
+    "ema": lambda student: sources.Ema(0.5),
+    "none": lambda student: None,
+}
+WEIGHTINGS = {"dto": weighting.DTO, "amortized": weighting.Amortized, "rlw": weighting.RLW, "pcgrad": weighting.PCGrad}
+
+
+def _batches(steps):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        [torch.randn(SAMPLES, n, dtype=torch.float64, generator=generator) for n in (6, 3, 5)] for _ in range(steps)
+    ]
+
+
+def train(rank, size, options, steps=4):
+    """Steps on this rank's samples; returns the weights and the balances' weights."""
+    torch.manual_seed(3)
+    student = Student().double()
+    if rank and options.get("other_start"):
+        nn.init.ones_(student.head.weight)  # DDP and attach give all ranks what rank 0 has
+    groups = [
+        {"params": [*student.trunk.parameters(), *student.projector.parameters(), *student.unused.parameters()]},
+        {"params": list(student.head.parameters()), "balance": options.get("balance_head", True), "lr": 0.02},
+    ]
+    optimizer = {"adamw": dk.DTOAdamW, "sgd": dk.DTOSGD}[options.get("rule", "adamw")](
+        groups,
+        lr=0.01,
+        weighting=WEIGHTINGS[options.get("weighting", "dto")](),
+        gram=SOURCES[options.get("source", "exact")](student),
+        max_norm=options.get("max_norm"),
+        private=options.get("private", "own"),
+        rescale=options.get("rescale", "none"),
+    )
+    model, sync_off = student, contextlib.nullcontext
+    if size > 1:
+        bucket = options.get("bucket_bytes", 600)
+        static = options.get("static", False)
+        if options.get("wrapped", True):
+            model = DistributedDataParallel(student, find_unused_parameters=options.get("find_unused", False))
+            dk.distributed.attach(optimizer, model, bucket_bytes=bucket, static_graph=static)
+            sync_off = model.no_sync
+        else:
+            sync_off = dk.distributed.attach(optimizer, bucket_bytes=bucket, static_graph=static).no_sync
+    weights = []
+    for step, batch in enumerate(_batches(steps)):
+        parts = options.get("parts", 1)
+        share = SAMPLES // (size * parts)
+        for part in range(parts):
+            begin = (part * size + rank) * share  # so that one process sees the same parts
+            x, y, t = (b[begin : begin + share] for b in batch)
+            with sync_off() if part < parts - 1 else contextlib.nullcontext():
+                out, projected, z = model(x)
+                if options.get("sometimes") and size > 1 and rank == 0:
+                    projected = projected.detach() + 0 * z.sum()  # only other ranks reach the projector
+                task = (out - y).square().sum() / (share * 3)
+                distill = (projected - t).square().sum() / (share * 5)
+                if options.get("sometimes") and size == 1:
+                    # the samples of what was rank 0 do not count for the projector
+                    n = options["sometimes"]
+                    kept = (projected[: SAMPLES // n].detach() + 0 * z.sum(), projected[SAMPLES // n :])
+                    distill = (torch.cat(kept) - t).square().mean()
+                optimizer.backward({"task": task, "distill": distill}, features=[z])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=options.get("to_none", True))
+        weights.append(optimizer.balance.weights.clone())
+    state = [t for p in student.parameters() for t in optimizer.state[p].values()]
+    return [p.detach() for p in student.parameters()], weights, state
