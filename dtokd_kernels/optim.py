@@ -192,6 +192,8 @@ class Balanced(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._sets.losses is None and self._initializes():
+            return loss
         if self._sets.losses is None:
             raise RuntimeError(
                 f"{type(self).__name__}.step: there are no gradients; call backward(losses) of this optimizer first "
@@ -205,6 +207,9 @@ class Balanced(torch.optim.Optimizer):
         loss_scale = self._loss_scale()
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
+        ranks = self._options.ranks
+        if ranks is not None and ranks.shards:
+            lists = [[ranks.local(values) for values in grads] for grads in lists]
         options = self._options if loss_scale is None else replace(self._options, loss_scale=loss_scale)
         record = self._run_at_once(buckets, lists, options)
         if record is None:
@@ -218,6 +223,15 @@ class Balanced(torch.optim.Optimizer):
             self.weighting.commit(record.skipped)
         self._balance = replace(record, names=self._sets.names)
         return loss
+
+    def _initializes(self) -> bool:
+        """Make the state, if `torch.distributed.checkpoint` asks for it: by a step with gradients and lr of zero."""
+        if any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        owners = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for group, p in owners:
+            self._updates(_Bucket(group, Role.SHARED, (0,), [p], [0]), [[p]])
+        return bool(owners)
 
     def expect_scaled(self, inv_scale: Tensor, found_inf: Tensor) -> None:
         """Be told by `amp.GradScaler` that the next step's losses were scaled.
@@ -396,11 +410,13 @@ class Balanced(torch.optim.Optimizer):
 
     def _all_updates(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> list[Update]:
         # last first: the Gram pass has read these gradients most recently, so they may still be in cache
-        return [
+        updates = [
             update
             for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True)
             for update in self._updates(bucket, grads)
         ]
+        ranks = self._options.ranks
+        return updates if ranks is None else [ranks.local_update(update) for update in updates]
 
     def _count(self, skipped: Tensor) -> None:
         if self._skipped_steps is None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from .ranks import ddp
+from .ranks import ddp, fsdp
 from .ranks.pool import Pool
 
 
@@ -23,9 +23,9 @@ def assert_same_bits(answers) -> None:
                 assert torch.equal(a, b)
 
 
-def assert_as_one(answers, options, steps=4) -> None:
+def assert_as_one(answers, options, train=ddp.train) -> None:
     """To rounding: float64, a few hundred additions; AdamW's division of small by small magnifies."""
-    alone = ddp.train(0, 1, options, steps)
+    alone = train(0, 1, options)
     for mine, theirs in zip(answers[0], alone, strict=True):
         assert len(mine) == len(theirs)
         for a, b in zip(mine, theirs, strict=True):
@@ -69,3 +69,99 @@ def test_ddp_is_one_process_on_the_whole_batch(pools, name):
     answers = pools[options.pop("size", 2)].run(ddp.train, options)
     assert_same_bits(answers)
     assert_as_one(answers, options)
+
+
+def test_unattached_module_is_refused(pools):
+    for first, second in pools[2].run(ddp.not_attached):
+        assert "DTOAdamW.backward" in first
+        assert "distributed.attach(optimizer, module)" in first
+        assert "attach" in second
+
+
+def test_plain_backward_is_refused(pools):
+    assert all("optimizer.backward(losses)" in m for m in pools[2].run(ddp.plain_backward))
+
+
+def test_step_on_gradients_of_one_rank_is_refused(pools):
+    assert all("no_sync" in m for m in pools[2].run(ddp.step_in_no_sync))
+
+
+def test_parameter_that_nobody_would_average_is_refused(pools):
+    assert all("'2.weight'" in m and "requires_grad_(False)" in m for m in pools[2].run(ddp.missing_parameter))
+
+
+@pytest.mark.parametrize("source", ["exact", "overlap", "lag"])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_on_one_rank_skips_the_step_on_all(pools, where, source):
+    answers = pools[2].run(ddp.nan_on_one, where, source)
+    assert all(same and skipped == 1 for same, skipped, _ in answers)
+
+
+@pytest.mark.parametrize("what", ["constant", "missing"])
+def test_error_on_one_rank_stops_the_others_at_once(pools, what):
+    messages, weights = zip(*pools[3].run(ddp.error_on_one, what), strict=True)
+    assert "ranks" in messages[0]
+    assert "ranks" in messages[2]
+    if what == "constant":
+        assert "needs no gradient" in messages[1]
+    assert_same_bits([[w] for w in weights])
+
+
+def test_accumulation_communicates_once(pools):
+    """Two steps: in each one small all-reduce and one bucket per objective, for any number of parts."""
+    once, often = (pools[2].run(ddp.many_microbatches_cost, parts)[0] for parts in (1, 3))
+    assert once == often
+    reduced = [n for name, n, _ in once if name == "all_reduce"]
+    assert reduced[:3] == [11, *2 * [reduced[1]]]
+    assert len(reduced) == 3 + 5  # the second step knows what comes last: a bucket more for each objective
+
+
+FSDP_CASES = {
+    "adamw": {},
+    "sgd": {"rule": "sgd"},
+    "three": {"size": 3, "max_norm": 0.1},
+    "root_only": {"blocks": False},
+    "kept_unsharded": {"reshard": False},
+    "plain_head": {"balance_head": False, "private": "balanced"},
+    "parts": {"parts": 2},
+    "feature": {"source": "feature", "size": 3},
+    "every": {"source": "every"},
+    "ema": {"source": "ema"},
+    "amortized": {"source": "none", "weighting": "amortized", "max_norm": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", FSDP_CASES)
+def test_fsdp_is_one_process_on_the_whole_batch(pools, name):
+    options = dict(FSDP_CASES[name])
+    answers = pools[options.pop("size", 2)].run(fsdp.train, options)
+    assert_same_bits(answers)
+    assert_as_one(answers, options, fsdp.train)
+
+
+def test_fsdp_nan_on_one_rank_skips_the_step_on_all(pools):
+    assert pools[3].run(fsdp.nan_on_one) == [(True, 1)] * 3
+
+
+@pytest.mark.parametrize("source", ["overlap", "lag", "probe", "found"])
+def test_fsdp_refuses_sources_that_see_unreduced_gradients(pools, source):
+    assert all("gram='exact'" in message for message in pools[2].run(fsdp.refused, source))
+
+
+def test_fsdp_without_reduction_is_refused(pools):
+    assert all("set_requires_gradient_sync" in message for message in pools[2].run(fsdp.unsynced))
+
+
+def test_fsdp_state_is_divided_by_the_ranks(pools):
+    held, whole, rows = zip(*pools[3].run(fsdp.state_numbers), strict=True)
+    assert sum(held) == whole[0]
+    assert max(held) <= whole[0] / 3 + rows[0]  # a row of each parameter at most
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 2)])
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_fsdp_checkpoint_of_n_ranks_goes_on_with_m(pools, tmp_path, first, second, rule):
+    straight = pools[first].run(fsdp.save, {"rule": rule}, str(tmp_path))
+    resumed = pools[second].run(fsdp.load, {"rule": rule}, str(tmp_path))
+    for a, b in zip(straight[0], resumed[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .ranks import Ranks
 from .replicas import BUCKET_BYTES, Replicas
@@ -64,7 +66,10 @@ def attach(
         raise RuntimeError("attach: torch.distributed is not initialized; call init_process_group first")
     if bucket_bytes < 1:
         raise ValueError(f"attach: bucket_bytes is {bucket_bytes}; pass a positive number, such as {BUCKET_BYTES}")
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(isinstance(p, DTensor) for p in params):
+        raise ValueError("attach: the optimizer's parameters are sharded; it finds that out by itself, without attach")
+    known = {id(p) for p in params}
     for module in modules:
         for name, p in module.module.named_parameters():
             if p.requires_grad and id(p) not in known and name not in module.parameters_to_ignore:
@@ -84,11 +89,10 @@ def attach(
         bucket_bytes=bucket_bytes,
         static_graph=static_graph or any(m.static_graph for m in modules),
     )
-    ranks.check(optimizer._source, "attach")
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if id(p) not in wrapped:
-                dist.broadcast(p.detach(), group_src=0, group=process_group)
+    for p in params:
+        if id(p) not in wrapped:
+            dist.broadcast(p.detach(), group_src=0, group=process_group)
+    ranks.hook(params)
     for module in modules:
         module._remove_autograd_hooks()
         module._static_graph_delay_allreduce_enqueued = True  # else a static graph's first pass reduces on its own
@@ -101,17 +105,51 @@ def find(params: Sequence[Tensor], source: Source, op: str) -> Ranks | None:
 
     Raises:
         RuntimeError: the parameters belong to a DistributedDataParallel module of several ranks.
+        ValueError: sharded parameters in a layout, or with a source of the Gram matrix, that is not supported.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    known = {id(p) for p in params}
-    for item in gc.get_objects():  # the modules' hooks are invisible from the parameters
-        if issubclass(type(item), DistributedDataParallel) and dist.get_world_size(item.process_group) > 1:
-            for p in item.module.parameters():
-                if id(p) in known:
-                    raise RuntimeError(
-                        f"{op}: parameters of the optimizer belong to a DistributedDataParallel module, which reduces "
-                        "the gradients of one backward pass only, so the ranks would drift apart; call "
-                        "dtokd_kernels.distributed.attach(optimizer, module) after both are made"
-                    )
+    if any(isinstance(p, DTensor) for p in params):
+        from .shards import Shards
+
+        ranks = Shards(params, op)
+        ranks.check(source, op)
+        return ranks
+    if _wrapped(params):
+        raise RuntimeError(
+            f"{op}: parameters of the optimizer belong to a DistributedDataParallel module, which reduces the gradients "
+            "of one backward pass only, so the ranks would drift apart; call "
+            "dtokd_kernels.distributed.attach(optimizer, module) after both are made"
+        )
     return None
+
+
+def refuse_wrapped(params: Sequence[Tensor], op: str) -> None:
+    """What cannot be attached must not meet a wrapped module.
+
+    Raises:
+        RuntimeError: the parameters belong to a DistributedDataParallel module of several ranks.
+    """
+    if not params or params[0] in _unwrapped:
+        return
+    if any(isinstance(p, DTensor) for p in params):
+        raise RuntimeError(f"{op}: params are sharded, so a rank sees a part of each gradient; use DTOAdamW or DTOSGD")
+    if _wrapped(params):
+        raise RuntimeError(
+            f"{op}: params belong to a DistributedDataParallel module, which reduces the gradients of one backward pass "
+            "only, so the ranks would drift apart; use DTOAdamW or DTOSGD with "
+            "dtokd_kernels.distributed.attach(optimizer, module)"
+        )
+    _unwrapped[params[0]] = True
+
+
+#: First parameters of lists that were looked up: the search takes tens of milliseconds.
+_unwrapped = WeakIdKeyDictionary()
+
+
+def _wrapped(params: Sequence[Tensor]) -> bool:
+    """Whether one of them belongs to a DistributedDataParallel module of several ranks."""
+    known = {id(p) for p in params}
+    for item in gc.get_objects():  # a module's hooks cannot be seen from its parameters
+        if issubclass(type(item), DistributedDataParallel) and dist.get_world_size(item.process_group) > 1:
+            if any(id(p) in known for p in item.module.parameters()):
+                return True
+    return False

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..types import Role
+from ..types import Role, Update
 
 if TYPE_CHECKING:
     from ..sources.source import Source, Watch
@@ -95,8 +95,12 @@ class Ranks:
         packed = losses.new_zeros(MOST + 3)
         packed[: len(losses)] = losses
         packed[MOST:] = torch.tensor([float(refused), float(kind), float(kind) ** 2], dtype=torch.float64)
-        dist.all_reduce(packed, group=self.group)
-        return packed
+        return self.sum(packed)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over all ranks, in place."""
+        dist.all_reduce(tensor, group=self.group)
+        return tensor
 
     def passing(
         self, i: int, K: int, params: Sequence[Tensor], row: Sequence[Tensor | None], watch: Watch | None
@@ -113,10 +117,16 @@ class Ranks:
 
         The mean loss of all ranks has 1 / n of each rank's gradient at that rank's samples.
         """
-        total = gram / self.size**2
-        dist.all_reduce(total, group=self.group)
-        return total
+        return self.sum(gram / self.size**2)
 
     def total(self, grams: Mapping[Role, Tensor], losses: Tensor) -> tuple[dict[Role, Tensor], Tensor]:
         """Gram matrices over all parameters, from those over this rank's part; and the averaged losses."""
         return dict(grams), losses
+
+    def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's parts of parameters or gradients."""
+        return list(tensors)
+
+    def local_update(self, update: Update) -> Update:
+        """The update of this rank's parts."""
+        return update

@@ -94,7 +94,7 @@ class Replicas(Ranks):
     ) -> Iterator[None]:
         """Reduce the gradients that the backward pass inside writes."""
         leaves = tuple(t for t, p in enumerate(params) if p.requires_grad)
-        self._hook(params)
+        self.hook(params)
         key = (i, K, leaves)
         slots = self._slots_of(key, params)
         self._running = running = _Pass(params, slots, self.syncs, self._reached.get(key))
@@ -113,7 +113,8 @@ class Replicas(Ranks):
             self._reached[key] = frozenset(used)
             del self._slots[key]  # made anew, with what this pass does not reach at the end
 
-    def _hook(self, params: Sequence[Tensor]) -> None:
+    def hook(self, params: Sequence[Tensor]) -> None:
+        """Be told of each gradient that autograd writes, in passes of `optimizer.backward` and outside of them."""
         for t, p in enumerate(params):
             if p.requires_grad and id(p) not in self._hooked:
                 p.register_post_accumulate_grad_hook(self._written)

@@ -100,3 +100,126 @@ def train(rank, size, options, steps=4):
         weights.append(optimizer.balance.weights.clone())
     state = [t for p in student.parameters() for t in optimizer.state[p].values()]
     return [p.detach() for p in student.parameters()], weights, state
+
+
+def _linear(size, **options):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    return model, dk.DTOAdamW(model.parameters(), lr=0.01, **options)
+
+
+def _losses(model, scale=1.0):
+    out = model(torch.ones(3, 4, dtype=torch.float64))
+    return {"task": scale * out.square().mean(), "distill": (out - 1).square().mean()}
+
+
+def _error(kind, function, *args):
+    """The message of the error that a call must raise."""
+    try:
+        function(*args)
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"{function} raised no {kind.__name__}")
+
+
+def not_attached(rank, size):
+    """Both ways to forget it."""
+    model, optimizer = _linear(size)
+    ddp = DistributedDataParallel(model)
+    first = _error(RuntimeError, optimizer.backward, _losses(ddp))
+    second = _error(RuntimeError, dk.backward, _losses(ddp), list(model.parameters()))
+    return first, second
+
+
+def plain_backward(rank, size):
+    """loss.backward() on an attached model."""
+    model, optimizer = _linear(size)
+    ddp = DistributedDataParallel(model)
+    dk.distributed.attach(optimizer, ddp)
+    return _error(RuntimeError, _losses(ddp)["task"].backward)
+
+
+def step_in_no_sync(rank, size):
+    """The last part's backward inside no_sync; then the step is repeated properly."""
+    model, optimizer = _linear(size)
+    ddp = DistributedDataParallel(model)
+    dk.distributed.attach(optimizer, ddp)
+    with ddp.no_sync():
+        optimizer.backward(_losses(ddp))
+    message = _error(RuntimeError, optimizer.step)
+    optimizer.backward(_losses(ddp))
+    optimizer.step()
+    return message
+
+
+def missing_parameter(rank, size):
+    """A parameter of the module that no optimizer of ours has."""
+    model, _ = _linear(size)
+    optimizer = dk.DTOAdamW(model[0].parameters())
+    return _error(ValueError, dk.distributed.attach, optimizer, DistributedDataParallel(model))
+
+
+def nan_on_one(rank, size, where, source="exact"):
+    """Rank 1 sees NaN in its loss or only in a gradient: what changed, how many steps were skipped, then go on."""
+    model, optimizer = _linear(size, gram=source)
+    ddp = DistributedDataParallel(model)
+    dk.distributed.attach(optimizer, ddp, bucket_bytes=64)
+    optimizer.backward(_losses(ddp))
+    optimizer.step()
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = _losses(ddp)
+    if rank == 1 and where == "loss":
+        losses["task"] = losses["task"] * float("nan")
+    if rank == 1 and where == "gradient":
+        model[2].weight.register_hook(lambda g: g * float("nan"))
+    optimizer.backward(losses)
+    optimizer.step()
+    optimizer.zero_grad()
+    same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return same, int(optimizer.skipped_steps), [p.detach().clone() for p in model.parameters()]
+
+
+def error_on_one(rank, size, what):
+    """Rank 1 is given what it must refuse; the next step works."""
+    model, optimizer = _linear(size)
+    ddp = DistributedDataParallel(model)
+    dk.distributed.attach(optimizer, ddp)
+    losses = _losses(ddp)
+    if rank == 1 and what == "constant":
+        losses["distill"] = torch.ones((), dtype=torch.float64)
+    if rank == 1 and what == "missing":
+        del losses["distill"]
+    message = _error((ValueError, RuntimeError), optimizer.backward, losses)
+    optimizer.zero_grad()
+    optimizer.backward(_losses(ddp))
+    optimizer.step()
+    return message, [p.detach().clone() for p in model.parameters()]
+
+
+def many_microbatches_cost(rank, size, parts):
+    """Collectives and bytes of one accumulated step."""
+    with Counter() as counter:
+        train(rank, size, {"parts": parts, "bucket_bytes": 25 << 20}, steps=2)
+    return counter.calls
+
+
+class Counter:
+    """Counts the calls and the elements of torch.distributed's collectives."""
+
+    NAMES = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "broadcast")
+
+    def __enter__(self):
+        self.calls, self._kept = [], {name: getattr(dist, name) for name in self.NAMES}
+        for name, function in self._kept.items():
+
+            def counted(tensor, *args, _name=name, _function=function, **kwargs):
+                self.calls.append((_name, tensor.numel(), str(tensor.dtype)))
+                return _function(tensor, *args, **kwargs)
+
+            setattr(dist, name, counted)
+        return self
+
+    def __exit__(self, *error):
+        for name, function in self._kept.items():
+            setattr(dist, name, function)
