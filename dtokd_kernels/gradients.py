@@ -140,13 +140,14 @@ class GradientSets:
             if watch is not None:
                 watch.start(self.grads, [True] * len(params) if balanced is None else balanced)
             for i, (roots, weights) in enumerate(passes):
-                for p, grad in zip(params, self.grads[i], strict=True):
+                row = self.grads[i]
+                for p, grad in zip(params, row if ranks is None else ranks.start(i, row), strict=True):
                     p.grad = grad
                 last = i == len(passes) - 1
                 with self._around(i, len(passes), params, watch, ranks):
                     torch.autograd.backward(roots, weights, retain_graph=retain_graph or not last, inputs=inputs)
-                self.grads[i][:] = [p.grad for p in params]
-                _check_dense(self.grads[i], names[i] if weighed is None else "the weighted sum", op)
+                row[:] = [p.grad for p in params] if ranks is None else ranks.result(i, params)
+                _check_dense(row, names[i] if weighed is None else "the weighted sum", op)
             if watch is not None:
                 with torch.no_grad():
                     watch.finish()

@@ -75,6 +75,8 @@ class Balanced(torch.optim.Optimizer):
 
     def _zeros(self, p: Tensor) -> Tensor:
         """A moment's start."""
+        if self._options.ranks is not None:
+            return self._options.ranks.zeros(p, self._precision[0])
         return torch.zeros_like(p, dtype=self._precision[0], memory_format=torch.preserve_format)
 
     def _masters(self, params: Sequence[Tensor]) -> dict[str, list[Tensor]]:
@@ -83,7 +85,8 @@ class Balanced(torch.optim.Optimizer):
             return {}
         for p in params:
             if "master" not in self.state[p]:
-                self.state[p]["master"] = p.detach().to(torch.float32, copy=True)
+                ranks = self._options.ranks
+                self.state[p]["master"] = p.detach().to(torch.float32, copy=True) if ranks is None else ranks.master(p)
         return {"masters": [self.state[p]["master"] for p in params]}
 
     def _forget(self) -> None:
@@ -404,8 +407,11 @@ class Balanced(torch.optim.Optimizer):
             return record
         updates = self._all_updates(buckets, lists)
         if self._sets.weighed is None:
-            return replace(self._source.run(updates, applied, options), table=record.table)
-        run_updates(updates, applied, options.backend)
+            record = replace(self._source.run(updates, applied, options), table=record.table)
+        else:
+            run_updates(updates, applied, options.backend)
+        if options.ranks is not None:
+            options.ranks.after_updates()
         return record
 
     def _all_updates(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> list[Update]:

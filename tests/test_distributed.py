@@ -71,6 +71,18 @@ def test_ddp_is_one_process_on_the_whole_batch(pools, name):
     assert_as_one(answers, options)
 
 
+SHARD_CASES = ["adamw", "sgd", "three", "clipped", "balanced", "plain_head", "static", "unwrapped", "parts"]
+SHARD_CASES += ["kept_memory", "two_ranks_reach", "overlap", "overlap_parts", "probe", "feature", "every", "amortized"]
+
+
+@pytest.mark.parametrize("name", SHARD_CASES)
+def test_sharded_is_one_process_on_the_whole_batch(pools, name):
+    options = {**CASES[name], "shard": True}
+    answers = pools[options.pop("size", 2)].run(ddp.train, options)
+    assert_same_bits(answers)
+    assert_as_one(answers, options)
+
+
 def test_unattached_module_is_refused(pools):
     for first, second in pools[2].run(ddp.not_attached):
         assert "DTOAdamW.backward" in first

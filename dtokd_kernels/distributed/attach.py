@@ -27,6 +27,7 @@ def attach(
     process_group: dist.ProcessGroup | None = None,
     bucket_bytes: int = BUCKET_BYTES,
     static_graph: bool = False,
+    shard: bool = False,
 ) -> Replicas:
     """Let an optimizer average its gradient sets over the ranks of a process group; call it on all of them.
 
@@ -43,6 +44,8 @@ def attach(
         bucket_bytes: gradients that are reduced in one all-reduce.
         static_graph: the parameters that an objective reaches are the same in all steps and on all ranks. Then those
             that it does not reach are not sent, and on CUDA `backward` does not stall to learn which were reached.
+        shard: each rank keeps a share of the gradient sets and of the optimizer's state only, updates its share of the
+            parameters and gathers the rest (ZeRO-2); see `Sharded`. Not after steps were taken or a state was loaded.
 
     Returns:
         The ranks, whose `no_sync()` is for models without a wrapper.
@@ -83,12 +86,26 @@ def attach(
         if len(groups) > 1:
             raise ValueError("attach: the modules have different process groups; attach an optimizer to each")
         process_group = next(iter(groups.values()))
-    ranks = Replicas(
-        process_group,
-        modules,
-        bucket_bytes=bucket_bytes,
-        static_graph=static_graph or any(m.static_graph for m in modules),
-    )
+    static_graph = static_graph or any(m.static_graph for m in modules)
+    if shard:
+        from .sharded import Sharded
+
+        for p in params:
+            if not p.is_contiguous():
+                raise ValueError(
+                    f"attach: shard=True cuts parameters into parts, but one {tuple(p.shape)} is not contiguous "
+                    "(channels_last?); use model.to(memory_format=torch.contiguous_format), or shard=False"
+                )
+        if optimizer.state:
+            raise ValueError(
+                "attach: shard=True, but the optimizer has a state already; attach before loading or steps"
+            )
+        ranks: Replicas = Sharded(
+            process_group, modules, device=params[0].device.type, bucket_bytes=bucket_bytes, static_graph=static_graph
+        )
+        ranks.check(optimizer._source, "attach")
+    else:
+        ranks = Replicas(process_group, modules, bucket_bytes=bucket_bytes, static_graph=static_graph)
     for p in params:
         if id(p) not in wrapped:
             dist.broadcast(p.detach(), group_src=0, group=process_group)
@@ -115,8 +132,8 @@ def find(params: Sequence[Tensor], source: Source, op: str) -> Ranks | None:
         return ranks
     if _wrapped(params):
         raise RuntimeError(
-            f"{op}: parameters of the optimizer belong to a DistributedDataParallel module, which reduces the gradients "
-            "of one backward pass only, so the ranks would drift apart; call "
+            f"{op}: parameters of the optimizer belong to a DistributedDataParallel module, which reduces the "
+            "gradients of one backward pass only, so the ranks would drift apart; call "
             "dtokd_kernels.distributed.attach(optimizer, module) after both are made"
         )
     return None
@@ -134,8 +151,8 @@ def refuse_wrapped(params: Sequence[Tensor], op: str) -> None:
         raise RuntimeError(f"{op}: params are sharded, so a rank sees a part of each gradient; use DTOAdamW or DTOSGD")
     if _wrapped(params):
         raise RuntimeError(
-            f"{op}: params belong to a DistributedDataParallel module, which reduces the gradients of one backward pass "
-            "only, so the ranks would drift apart; use DTOAdamW or DTOSGD with "
+            f"{op}: params belong to a DistributedDataParallel module, which reduces the gradients of one backward "
+            "pass only, so the ranks would drift apart; use DTOAdamW or DTOSGD with "
             "dtokd_kernels.distributed.attach(optimizer, module)"
         )
     _unwrapped[params[0]] = True
@@ -148,8 +165,9 @@ _unwrapped = WeakIdKeyDictionary()
 def _wrapped(params: Sequence[Tensor]) -> bool:
     """Whether one of them belongs to a DistributedDataParallel module of several ranks."""
     known = {id(p) for p in params}
-    for item in gc.get_objects():  # a module's hooks cannot be seen from its parameters
-        if issubclass(type(item), DistributedDataParallel) and dist.get_world_size(item.process_group) > 1:
-            if any(id(p) in known for p in item.module.parameters()):
-                return True
-    return False
+    return any(
+        issubclass(type(item), DistributedDataParallel)
+        and dist.get_world_size(item.process_group) > 1
+        and any(id(p) in known for p in item.module.parameters())
+        for item in gc.get_objects()  # a module's hooks cannot be seen from its parameters
+    )

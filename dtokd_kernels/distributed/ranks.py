@@ -102,6 +102,14 @@ class Ranks:
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
+    def start(self, i: int, row: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """What `.grad` of the parameters is when pass i, which adds to this row, begins."""
+        return list(row)
+
+    def result(self, i: int, params: Sequence[Tensor]) -> list[Tensor | None]:
+        """What the row is after the pass."""
+        return [p.grad for p in params]
+
     def passing(
         self, i: int, K: int, params: Sequence[Tensor], row: Sequence[Tensor | None], watch: Watch | None
     ) -> AbstractContextManager[None]:
@@ -122,6 +130,17 @@ class Ranks:
     def total(self, grams: Mapping[Role, Tensor], losses: Tensor) -> tuple[dict[Role, Tensor], Tensor]:
         """Gram matrices over all parameters, from those over this rank's part; and the averaged losses."""
         return dict(grams), losses
+
+    def zeros(self, p: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """A moment's start."""
+        return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+
+    def master(self, p: Tensor) -> Tensor:
+        """A float32 copy of a parameter, for its state."""
+        return p.detach().to(torch.float32, copy=True)
+
+    def after_updates(self) -> None:
+        """The updates of a step are done."""
 
     def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """This rank's parts of parameters or gradients."""

@@ -22,7 +22,7 @@ BUCKET_BYTES = 25 << 20
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """Parameters whose gradients share one all-reduce: of one dtype and device.
 
     The flat tensor holds their gradients and then one number each: whether a rank reached it.
@@ -36,11 +36,11 @@ class _Slot:
 _Key = tuple[int, int, tuple[int, ...]]
 
 
-class _Pass:
+class Pass:
     """What is going on in one backward pass."""
 
     def __init__(
-        self, params: Sequence[Tensor], slots: list[_Slot], syncs: bool, reached: frozenset[int] | None
+        self, params: Sequence[Tensor], slots: list[Slot], syncs: bool, reached: frozenset[int] | None
     ) -> None:
         self.params, self.slots, self.syncs, self.reached = params, slots, syncs, reached
         self.slot_of = {t: b for b, slot in enumerate(slots) for t in slot.positions}
@@ -73,9 +73,9 @@ class Replicas(Ranks):
         self._modules = tuple(modules)
         self._bucket_bytes = bucket_bytes
         self._static = static_graph
-        self._slots: dict[_Key, list[_Slot]] = {}
+        self._slots: dict[_Key, list[Slot]] = {}
         self._reached: dict[_Key, frozenset[int]] = {}
-        self._running: _Pass | None = None
+        self._running: Pass | None = None
         self._hooked: dict[int, tuple[Tensor, int]] = {}
 
     @property
@@ -97,7 +97,7 @@ class Replicas(Ranks):
         self.hook(params)
         key = (i, K, leaves)
         slots = self._slots_of(key, params)
-        self._running = running = _Pass(params, slots, self.syncs, self._reached.get(key))
+        self._running = running = Pass(params, slots, self.syncs, self._reached.get(key))
         try:
             yield
         finally:
@@ -120,7 +120,7 @@ class Replicas(Ranks):
                 p.register_post_accumulate_grad_hook(self._written)
                 self._hooked[id(p)] = p, t
 
-    def _slots_of(self, key: _Key, params: Sequence[Tensor]) -> list[_Slot]:
+    def _slots_of(self, key: _Key, params: Sequence[Tensor]) -> list[Slot]:
         if key not in self._slots:
             leaves, reached = key[2], self._reached.get(key)
             backwards = leaves[::-1]  # about the order in which gradients come
@@ -130,18 +130,18 @@ class Replicas(Ranks):
             self._slots[key] = parts
         return self._slots[key]
 
-    def _cut(self, positions: Sequence[int], params: Sequence[Tensor], early: bool) -> list[_Slot]:
+    def _cut(self, positions: Sequence[int], params: Sequence[Tensor], early: bool) -> list[Slot]:
         """Slots of at most so many bytes, but for a parameter that is larger."""
-        slots: list[_Slot] = []
+        slots: list[Slot] = []
         filling: dict[tuple[torch.dtype, torch.device], list[int]] = {}
         for t in positions:
             members = filling.setdefault((params[t].dtype, params[t].device), [])
             size = sum(params[m].numel() for m in [*members, t]) * params[t].element_size()
             if members and size > self._bucket_bytes:
-                slots.append(_Slot(tuple(members), early))
+                slots.append(Slot(tuple(members), early))
                 members.clear()
             members.append(t)
-        slots += [_Slot(tuple(members), early) for members in filling.values()]
+        slots += [Slot(tuple(members), early) for members in filling.values()]
         return slots
 
     def _written(self, p: Tensor) -> None:
@@ -149,8 +149,8 @@ class Replicas(Ranks):
         running = self._running
         if running is None:
             raise RuntimeError(
-                "loss.backward() reached a parameter whose optimizer is attached to several ranks: nobody would average "
-                "this gradient; call optimizer.backward(losses), with one loss if there is one"
+                "loss.backward() reached a parameter whose optimizer is attached to several ranks: nobody would "
+                "average this gradient; call optimizer.backward(losses), with one loss if there is one"
             )
         t = self._hooked[id(p)][1]
         if not running.syncs or p.grad is None or p.grad.layout is not torch.strided:  # a sparse one is refused below
@@ -176,7 +176,7 @@ class Replicas(Ranks):
                     break
                 self._launch(running)
 
-    def _launch(self, running: _Pass) -> None:
+    def _launch(self, running: Pass) -> None:
         """Reduce the next slot."""
         members = [running.params[t] for t in running.slots[len(running.launched)].positions]
         total = sum(p.numel() for p in members)
@@ -184,17 +184,13 @@ class Replicas(Ranks):
         for p, view in zip(members, _views(flat, members), strict=True):
             if p.grad is None:
                 view.zero_()
-            elif p.grad.layout is not torch.strided:
-                raise ValueError(
-                    f"backward: the gradient of a parameter {tuple(p.shape)} is sparse, which is not supported; build "
-                    "the embedding with sparse=False"
-                )
             else:
+                check_dense(p)
                 torch.div(p.grad, self.size, out=view)  # before the sum, which float16 might not hold
         flat[total:] = torch.tensor([float(p.grad is not None) for p in members], dtype=flat.dtype)
         running.launched.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
 
-    def _unpack(self, running: _Pass, i: int, watch: Watch | None) -> list[int]:
+    def _unpack(self, running: Pass, i: int, watch: Watch | None) -> list[int]:
         """Wait for the slots, one after the other, and let `.grad` be what came. Returns what somebody reached."""
         used: list[int] = []
         for slot, (flat, work) in zip(running.slots, running.launched, strict=True):
@@ -229,6 +225,19 @@ class Replicas(Ranks):
             for (i, t), g, part in zip(where, found, parts, strict=True):
                 result[i][t] = part.view(g.shape)
         return result
+
+
+def check_dense(p: Tensor) -> None:
+    """Refuse a sparse gradient.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if p.grad is not None and p.grad.layout is not torch.strided:
+        raise ValueError(
+            f"backward: the gradient of a parameter {tuple(p.shape)} is sparse, which is not supported; build the "
+            "embedding with sparse=False"
+        )
 
 
 def _views(flat: Tensor, members: Sequence[Tensor]) -> list[Tensor]:

@@ -133,5 +133,3 @@ class Shards(Ranks):
             grads=[self.local(values) for values in update.grads],
             state={name: self.local(values) for name, values in update.state.items()},
         )
-
-

@@ -5,6 +5,7 @@ import contextlib
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dtokd_kernels as dk
@@ -47,6 +48,11 @@ def _batches(steps):
     ]
 
 
+def whole(t, p):
+    """A state tensor in the parameter's shape."""
+    return t.full_tensor().view(p.shape) if isinstance(t, DTensor) else t
+
+
 def train(rank, size, options, steps=4):
     """Steps on this rank's samples; returns the weights and the balances' weights."""
     torch.manual_seed(3)
@@ -69,15 +75,15 @@ def train(rank, size, options, steps=4):
     model, sync_off = student, contextlib.nullcontext
     if size > 1:
         bucket = options.get("bucket_bytes", 600)
-        static = options.get("static", False)
+        told = {"static_graph": options.get("static", False), "shard": options.get("shard", False)}
         if options.get("wrapped", True):
             model = DistributedDataParallel(student, find_unused_parameters=options.get("find_unused", False))
-            dk.distributed.attach(optimizer, model, bucket_bytes=bucket, static_graph=static)
+            dk.distributed.attach(optimizer, model, bucket_bytes=bucket, **told)
             sync_off = model.no_sync
         else:
-            sync_off = dk.distributed.attach(optimizer, bucket_bytes=bucket, static_graph=static).no_sync
+            sync_off = dk.distributed.attach(optimizer, bucket_bytes=bucket, **told).no_sync
     weights = []
-    for step, batch in enumerate(_batches(steps)):
+    for batch in _batches(steps):
         parts = options.get("parts", 1)
         share = SAMPLES // (size * parts)
         for part in range(parts):
@@ -98,7 +104,7 @@ def train(rank, size, options, steps=4):
         optimizer.step()
         optimizer.zero_grad(set_to_none=options.get("to_none", True))
         weights.append(optimizer.balance.weights.clone())
-    state = [t for p in student.parameters() for t in optimizer.state[p].values()]
+    state = [whole(t, p) for p in student.parameters() for t in optimizer.state[p].values()]
     return [p.detach() for p in student.parameters()], weights, state
 
 
