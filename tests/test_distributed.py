@@ -1,10 +1,19 @@
 """Balanced steps on several ranks: the same bits on all of them, and the step of one process on the whole batch."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import dtokd_kernels as dk
+
 from .ranks import ddp, fsdp
-from .ranks.pool import Pool
+from .ranks.pool import Pool, free_port
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +111,10 @@ def test_parameter_that_nobody_would_average_is_refused(pools):
     assert all("'2.weight'" in m and "requires_grad_(False)" in m for m in pools[2].run(ddp.missing_parameter))
 
 
-@pytest.mark.parametrize("source", ["exact", "overlap", "lag"])
+@pytest.mark.parametrize(("source", "shard"), [("exact", False), ("exact", True), ("overlap", False), ("lag", False)])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_nan_on_one_rank_skips_the_step_on_all(pools, where, source):
-    answers = pools[2].run(ddp.nan_on_one, where, source)
+def test_nan_on_one_rank_skips_the_step_on_all(pools, where, source, shard):
+    answers = pools[2].run(ddp.nan_on_one, where, source, shard)
     assert all(same and skipped == 1 for same, skipped, _ in answers)
 
 
@@ -177,3 +186,62 @@ def test_fsdp_checkpoint_of_n_ranks_goes_on_with_m(pools, tmp_path, first, secon
     resumed = pools[second].run(fsdp.load, {"rule": rule}, str(tmp_path))
     for a, b in zip(straight[0], resumed[0], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 2)])
+def test_sharded_checkpoint_of_n_ranks_goes_on_with_m(pools, tmp_path, first, second):
+    straight = pools[first].run(ddp.sharded_checkpoint, str(tmp_path), False)
+    resumed = pools[second].run(ddp.sharded_checkpoint, str(tmp_path), True)
+    for a, b in zip(straight[0][0], resumed[0][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    numbers = sum(p.numel() for p in straight[0][0])
+    for size, answers in ((first, straight), (second, resumed)):
+        assert sum(held for _, held in answers) == numbers
+        assert max(held for _, held in answers) <= numbers / size + 4  # a number of each parameter at most
+
+
+def test_sharded_refuses_what_it_cannot_do(pools):
+    for lag, state, layout in pools[2].run(ddp.sharded_refusals):
+        assert "'overlap'" in lag
+        assert "attach it before" in state
+        assert "contiguous_format" in layout
+
+
+@pytest.mark.parametrize("kind", ["replicate", "shard"])
+def test_rank_that_dies_ends_the_others_and_torchrun_resumes(tmp_path, kind):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]
+    command += [
+        "--master-addr=127.0.0.1",
+        f"--master-port={free_port()}",
+        "-m",
+        "tests.ranks.elastic",
+        str(folder),
+        kind,
+    ]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("life 0 rank 0 begins after step 0") == 1
+    assert "life 1 rank 0 begins after step 2" in ran.stdout  # 3 was half written
+    assert "life 1 rank 1 begins after step 2" in ran.stdout
+    weights = torch.load(folder / "weights.pt")
+    for a, b in zip(weights, elastic_alone(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def elastic_alone():
+    """The weights that one process reaches that never stops."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+    optimizer = dk.DTOAdamW(net.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        out = net(torch.randn(8, 4, dtype=torch.float64, generator=generator))
+        optimizer.backward({"task": out.square().mean(), "distill": (out - 1).square().mean()})
+        optimizer.step()
+        optimizer.zero_grad()
+    return list(net.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 BUCKET_BYTES = 25 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Slot:
     """Parameters whose gradients share one all-reduce: of one dtype and device.
 
@@ -30,10 +30,26 @@ class Slot:
 
     positions: tuple[int, ...]
     early: bool  #: whether it is reduced as soon as all its gradients are there, not after the pass
+    kept: Tensor | None = None  #: the flat tensor, where fresh memory would cost more than copying to it
+
+    def memory(self, like: Tensor, *shape: int) -> Tensor:
+        """Room for what is reduced: the same in each step on the CPU, where the first touch of a page is slow."""
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        if self.kept is None:
+            self.kept = like.new_empty(shape)
+        return self.kept
 
 
 #: Pass, number of passes, and the parameters that require a gradient.
 _Key = tuple[int, int, tuple[int, ...]]
+
+
+class Waits(Protocol):
+    """What a communication that was started returns."""
+
+    def wait(self) -> object:
+        """Until it is done; on CUDA the stream waits, not the host."""
 
 
 class Pass:
@@ -46,7 +62,7 @@ class Pass:
         self.slot_of = {t: b for b, slot in enumerate(slots) for t in slot.positions}
         self.waiting = [len(slot.positions) for slot in slots]
         self.seen: set[int] = set()
-        self.launched: list[tuple[Tensor, dist.Work]] = []
+        self.launched: list[tuple[Tensor, Waits]] = []
 
 
 class Replicas(Ranks):
@@ -178,9 +194,10 @@ class Replicas(Ranks):
 
     def _launch(self, running: Pass) -> None:
         """Reduce the next slot."""
-        members = [running.params[t] for t in running.slots[len(running.launched)].positions]
+        slot = running.slots[len(running.launched)]
+        members = [running.params[t] for t in slot.positions]
         total = sum(p.numel() for p in members)
-        flat = torch.empty(total + len(members), dtype=members[0].dtype, device=members[0].device)
+        flat = slot.memory(members[0].detach(), total + len(members))
         for p, view in zip(members, _views(flat, members), strict=True):
             if p.grad is None:
                 view.zero_()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..sources import Lag
 from ..sources.wrapper import Wrapper
 from ..types import Role, Update
-from .replicas import BUCKET_BYTES, Pass, Replicas, Slot, check_dense
+from .replicas import BUCKET_BYTES, Pass, Replicas, Slot, Waits, check_dense
 
 if TYPE_CHECKING:
     from ..sources.source import Source, Watch
@@ -52,10 +52,12 @@ class Sharded(Replicas):
         super().__init__(group, modules, bucket_bytes=bucket_bytes, static_graph=static_graph)
         self._rank = dist.get_rank(group)
         self._mesh = DeviceMesh.from_group(group or dist.group.WORLD, device)
-        # gloo reduces everything everywhere to scatter a sum; sending each rank its part and adding there is half of it
+        # gloo scatters a sum by reducing everything everywhere, and gathers slowly: send the parts, and add there
         self._adds = dist.get_backend(group) == "gloo"
         self._gathered: dict[tuple[int, ...], list[Slot]] = {}
         self._updated: list[Tensor] = []
+        self._pool: list[Tensor] = []
+        self._sent: list[Tensor] = []  # buckets of this pass
         self._whole: set[int] = set()  # passes whose gradients are this rank's, of whole parameters
         self._earlier: list[Tensor | None] = []
         self._parts: list[Tensor | None] = []
@@ -101,9 +103,10 @@ class Sharded(Replicas):
 
     def _launch(self, running: Pass) -> None:
         """Reduce and scatter the next slot; the whole gradients are given up."""
-        members = [running.params[t] for t in running.slots[len(running.launched)].positions]
+        slot = running.slots[len(running.launched)]
+        members = [running.params[t] for t in slot.positions]
         width = sum(self._cut_of(p.numel())[0] for p in members)
-        flat = torch.empty(self.size, width + len(members), dtype=members[0].dtype, device=members[0].device)
+        flat = self._lend(members[0], width + len(members))
         start = 0
         for p in members:
             chunk = self._cut_of(p.numel())[0]
@@ -119,11 +122,13 @@ class Sharded(Replicas):
         for p in members:
             p.grad = None
         if self._adds:
-            out = torch.empty_like(flat)
-            work = dist.all_to_all_single(out, flat, group=self.group, async_op=True)
+            out = self._lend(members[0], width + len(members))
+            work: Waits = self._exchange_rows(flat, out, len(running.launched))
+            out[self._rank] = flat[self._rank]
         else:
-            out = flat.new_empty(1, flat.shape[1])
-            work = _reduce_scatter(out.view(-1), flat.view(-1), group=self.group, async_op=True)
+            out = slot.memory(flat, width + len(members))
+            work = _reduce_scatter(out, flat.view(-1), group=self.group, async_op=True)
+        self._sent.append(flat)
         running.launched.append((out, work))
 
     def _unpack(self, running: Pass, i: int, watch: Watch | None) -> list[int]:
@@ -132,7 +137,14 @@ class Sharded(Replicas):
         self._parts = list(self._earlier)
         for slot, (out, work) in zip(running.slots, running.launched, strict=True):
             work.wait()
-            sums = out.sum(0).div_(self.size) if self._adds else out[0]
+            sums = out
+            if self._adds:
+                again = any(self._earlier[t] is not None for t in slot.positions)
+                sums = out.new_empty(out.shape[1]) if again else slot.memory(out, out.shape[1])
+                torch.div(out[0], self.size, out=sums)
+                for row in out[1:]:
+                    sums.add_(row, alpha=1 / self.size)
+                self._pool.append(out)
             known = self._static and running.reached is not None
             count = len(slot.positions)
             flags = [1.0] * count if known else sums[len(sums) - count :].tolist()
@@ -146,7 +158,25 @@ class Sharded(Replicas):
                     if watch is not None:
                         watch.ready(i, t, part)
                 start += chunk
+        self._pool += self._sent if self._adds else []
+        self._sent = []
         return used
+
+    def _exchange_rows(self, rows: Tensor, out: Tensor, tag: int) -> Waits:
+        """Send row r to rank r, and write what comes from rank r to row r."""
+        works: list[Any] = []
+        for step in range(1, self.size):
+            to, source = (self._rank + step) % self.size, (self._rank - step) % self.size
+            works.append(dist.isend(rows[to], group=self.group, group_dst=to, tag=tag))
+            works.append(dist.irecv(out[source], group=self.group, group_src=source, tag=tag))
+        return _All(works)
+
+    def _lend(self, like: Tensor, width: int) -> Tensor:
+        """Room for one row per rank; on the CPU what was used before, as the first touch of a page is slow."""
+        for i, held in enumerate(self._pool):
+            if held.shape[1] == width and held.dtype == like.dtype:
+                return self._pool.pop(i)
+        return torch.empty(self.size, width, dtype=like.dtype, device=like.device)
 
     def total(self, grams: Mapping[Role, Tensor], losses: Tensor) -> tuple[dict[Role, Tensor], Tensor]:
         """Gram matrices over all parts, and the averaged losses, in one all-reduce."""
@@ -194,16 +224,21 @@ class Sharded(Replicas):
         if key not in self._gathered:
             self._gathered = {key: self._cut(range(len(params)), params, early=True)}
         running = []
-        for slot in self._gathered[key]:
+        for tag, slot in enumerate(self._gathered[key]):
             members = [params[t] for t in slot.positions]
-            own = members[0].new_zeros(sum(self._cut_of(p.numel())[0] for p in members))
-            start = 0
+            width = sum(self._cut_of(p.numel())[0] for p in members)
+            flat = self._lend(members[0], width)
+            own, start = flat[self._rank], 0
             for p in members:
                 chunk, begin, end = self._cut_of(p.numel())
                 own[start : start + end - begin] = self._part_of(p)
+                own[start + end - begin : start + chunk] = 0
                 start += chunk
-            flat = own.new_empty(self.size, len(own))
-            running.append((members, flat, _all_gather(flat.view(-1), own, group=self.group, async_op=True)))
+            if self._adds:
+                work: Waits = self._exchange_rows(own.expand(self.size, -1), flat, tag)
+            else:
+                work = _all_gather(flat.view(-1), own.clone(), group=self.group, async_op=True)
+            running.append((members, flat, work))
         for members, flat, work in running:
             work.wait()
             start = 0
@@ -211,11 +246,24 @@ class Sharded(Replicas):
                 chunk = self._cut_of(p.numel())[0]
                 _gather(flat, start, chunk, p.detach().view(-1))
                 start += chunk
+            if self._adds:
+                self._pool.append(flat)
 
     def _cut_of(self, n: int) -> tuple[int, int, int]:
         """Length of a chunk of n numbers, and begin and end of this rank's."""
         chunk = -(-n // self.size)
         return chunk, min(self._rank * chunk, n), min((self._rank + 1) * chunk, n)
+
+
+class _All:
+    """Several communications as one."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = works
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
 
 
 def _scatter(flat: Tensor, start: int, chunk: int, values: Tensor) -> None:

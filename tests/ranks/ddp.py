@@ -4,7 +4,9 @@ import contextlib
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -165,11 +167,11 @@ def missing_parameter(rank, size):
     return _error(ValueError, dk.distributed.attach, optimizer, DistributedDataParallel(model))
 
 
-def nan_on_one(rank, size, where, source="exact"):
+def nan_on_one(rank, size, where, source="exact", shard=False):
     """Rank 1 sees NaN in its loss or only in a gradient: what changed, how many steps were skipped, then go on."""
     model, optimizer = _linear(size, gram=source)
     ddp = DistributedDataParallel(model)
-    dk.distributed.attach(optimizer, ddp, bucket_bytes=64)
+    dk.distributed.attach(optimizer, ddp, bucket_bytes=64, shard=shard)
     optimizer.backward(_losses(ddp))
     optimizer.step()
     optimizer.zero_grad()
@@ -229,3 +231,45 @@ class Counter:
     def __exit__(self, *error):
         for name, function in self._kept.items():
             setattr(dist, name, function)
+
+
+def sharded_checkpoint(rank, size, folder, loads):
+    """Two steps and a checkpoint, or loading it; then two steps more. Also how many moments this rank holds."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    optimizer = dk.DTOAdamW(model.parameters(), lr=0.01)
+    ddp = DistributedDataParallel(model)
+    dk.distributed.attach(optimizer, ddp, shard=True, bucket_bytes=600)
+
+    def step(batch):
+        share = SAMPLES // size
+        x, y, _ = (b[rank * share : (rank + 1) * share] for b in batch)
+        out = ddp(x)
+        optimizer.backward({"task": (out - y).square().mean(), "distill": (out - 1).square().mean()})
+        optimizer.step()
+        optimizer.zero_grad()
+
+    batches = _batches(4)
+    if not loads:
+        for batch in batches[:2]:
+            step(batch)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    (dcp.load if loads else dcp.save)(state, checkpoint_id=folder)
+    if loads:
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for batch in batches[2:]:
+        step(batch)
+    held = sum(optimizer.state[p]["exp_avg"].to_local().numel() for p in model.parameters())
+    return [p.detach() for p in model.parameters()], held
+
+
+def sharded_refusals(rank, size):
+    """What attach(shard=True) must not take."""
+    model, lagging = _linear(size, gram="lag")
+    _, trained = _linear(size)
+    p = trained.param_groups[0]["params"][0]
+    trained.state[p]["step"] = torch.ones(())
+    conv = nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
+    optimizers = [lagging, trained, dk.DTOAdamW(conv.parameters())]
+    return [_error(ValueError, lambda o=o: dk.distributed.attach(o, shard=True)) for o in optimizers]
