@@ -98,7 +98,7 @@ def attach(
                 )
         if optimizer.state:
             raise ValueError(
-                "attach: shard=True, but the optimizer has a state already; attach before loading or steps"
+                "attach: shard=True, but the optimizer has a state already; attach it before"
             )
         ranks: Replicas = Sharded(
             process_group, modules, device=params[0].device.type, bucket_bytes=bucket_bytes, static_graph=static_graph

@@ -7,7 +7,7 @@ the parameters' bytes, where averaging K gradients on all ranks takes 2 K.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ..sources.source import Source, Watch
 
 #: torch 2.14 has other names for them
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather: Callable[..., Waits] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Waits] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Sharded(Replicas):
@@ -51,7 +51,9 @@ class Sharded(Replicas):
     ) -> None:
         super().__init__(group, modules, bucket_bytes=bucket_bytes, static_graph=static_graph)
         self._rank = dist.get_rank(group)
-        self._mesh = DeviceMesh.from_group(group or dist.group.WORLD, device)
+        whole = group if group is not None else dist.group.WORLD
+        assert whole is not None
+        self._mesh = DeviceMesh.from_group(whole, device)
         # gloo scatters a sum by reducing everything everywhere, and gathers slowly: send the parts, and add there
         self._adds = dist.get_backend(group) == "gloo"
         self._gathered: dict[tuple[int, ...], list[Slot]] = {}

@@ -266,10 +266,24 @@ def sharded_checkpoint(rank, size, folder, loads):
 
 def sharded_refusals(rank, size):
     """What attach(shard=True) must not take."""
-    model, lagging = _linear(size, gram="lag")
+    _, lagging = _linear(size, gram="lag")
     _, trained = _linear(size)
     p = trained.param_groups[0]["params"][0]
     trained.state[p]["step"] = torch.ones(())
     conv = nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
     optimizers = [lagging, trained, dk.DTOAdamW(conv.parameters())]
     return [_error(ValueError, lambda o=o: dk.distributed.attach(o, shard=True)) for o in optimizers]
+
+
+def logged_lines(rank, size, path):
+    """A balance log that all ranks keep; how many lines there are in the end."""
+    from dtokd.monitor import CSV, BalanceLogger
+
+    model, optimizer = _linear(size)
+    ddp = DistributedDataParallel(model)
+    dk.distributed.attach(optimizer, ddp)
+    with BalanceLogger([CSV(f"{path}/{rank}.csv")], every=2, optimizer=optimizer):
+        for _ in range(3):
+            optimizer.backward(_losses(ddp))
+            optimizer.step()
+            optimizer.zero_grad()
