@@ -222,9 +222,8 @@ def test_rank_that_dies_ends_the_others_and_torchrun_resumes(tmp_path, kind):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     command += ["-m", "tests.ranks.elastic", str(folder), kind]
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **ELASTIC, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120
-    )
+    environment = {**os.environ, **ELASTIC, "PYTHONPATH": path}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.count("life 0 rank 0 begins after step 0") == 1
     assert "life 1 rank 0 begins after step 2" in ran.stdout  # 3 was half written

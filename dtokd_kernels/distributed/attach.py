@@ -97,9 +97,7 @@ def attach(
                     "(channels_last?); use model.to(memory_format=torch.contiguous_format), or shard=False"
                 )
         if optimizer.state:
-            raise ValueError(
-                "attach: shard=True, but the optimizer has a state already; attach it before"
-            )
+            raise ValueError("attach: shard=True, but the optimizer has a state already; attach it before")
         ranks: Replicas = Sharded(
             process_group, modules, device=params[0].device.type, bucket_bytes=bucket_bytes, static_graph=static_graph
         )

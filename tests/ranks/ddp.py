@@ -276,7 +276,7 @@ def sharded_refusals(rank, size):
 
 
 def logged_lines(rank, size, path):
-    """A balance log that all ranks keep; how many lines there are in the end."""
+    """A balance log that all ranks keep."""
     from dtokd.monitor import CSV, BalanceLogger
 
     model, optimizer = _linear(size)
