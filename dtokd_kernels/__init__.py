@@ -3,7 +3,9 @@
 losses --> gradients --> gram --> min_norm_weights, balance --> combine, or an optimizer's fused step
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from . import amp, debug, sources, weighting
 from .accumulate import backward
@@ -11,6 +13,9 @@ from .backends import backend_info, use_backend
 from .ops import balance, combine, gram, min_norm_weights
 from .optim import DTOSGD, DTOAdamW
 from .types import Balance
+
+if TYPE_CHECKING:
+    from . import distributed
 
 try:
     __version__ = version("dtokd-kernels")
@@ -27,9 +32,17 @@ __all__ = [
     "balance",
     "combine",
     "debug",
+    "distributed",
     "gram",
     "min_norm_weights",
     "sources",
     "use_backend",
     "weighting",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`distributed` is imported when it is asked for: it needs torch.distributed, which not every torch has."""
+    if name == "distributed":
+        return import_module(".distributed", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

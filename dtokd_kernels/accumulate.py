@@ -75,6 +75,10 @@ def backward(
             "DTOSGD, or another source, such as 'overlap'"
         )
     params = [p for p in _check_once(check_params("backward", params)) if p.requires_grad]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from .distributed.attach import refuse_wrapped
+
+        refuse_wrapped(params, "backward")
     loss_scale = None
     if scaler is not None and scaler.is_enabled():
         losses, loss_scale = _scaled(losses, scaler)

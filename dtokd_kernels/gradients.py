@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .sources.source import Call, Source, Watch
 from .types import Balance, Options
+
+if TYPE_CHECKING:
+    from .distributed.ranks import Ranks
 
 Losses = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -96,20 +100,24 @@ class GradientSets:
 
         Effects: losses on the CPU are checked here; those on another device are not read, so that nothing stalls.
         """
-        names, values = named_losses(losses, op)
-        for name, value in zip(names, values, strict=True):
-            _check_loss(name, value, options.log_gradients, op)
-        if self.losses is not None and names != self.names:
-            raise ValueError(
-                f"{op}: losses are {_listed(names)}, but the gradients gathered so far belong to "
-                f"{_listed(self.names)}; call step() and zero_grad() before the objectives change"
-            )
-        K = len(values)
-        if K > 8:
-            raise ValueError(f"{op}: losses has {K} objectives, at most 8 are supported; add some of them up")
+        ranks = options.ranks
+        try:
+            names, values = self._checked(losses, options, op)
+        except (TypeError, ValueError):
+            if ranks is not None:
+                ranks.refuse()
+            raise
         current = torch.stack([v.detach().reshape(()).to(values[0].device, torch.float64) for v in values])
         started = self.losses is not None
-        if self.weighed is not None or (not started and source.one_pass(names)):
+        one_pass = self.weighed is not None or (not started and source.one_pass(names))
+        summed = current if self.losses is None else self.losses + current
+        if ranks is not None and ranks.agrees_before(one_pass):
+            agreed = ranks.agree(current if one_pass else summed, names, 1 if one_pass else len(names), op)
+            if one_pass:
+                current, summed = agreed, agreed if self.losses is None else self.losses + agreed
+            else:
+                summed = agreed
+        if one_pass:
             chosen = None if features is None else [features] if isinstance(features, Tensor) else list(features)
             unclipped = replace(options, max_norm=None)  # the sum's norm is known when its gradient is
             with torch.no_grad():
@@ -132,13 +140,14 @@ class GradientSets:
             if watch is not None:
                 watch.start(self.grads, [True] * len(params) if balanced is None else balanced)
             for i, (roots, weights) in enumerate(passes):
-                for p, grad in zip(params, self.grads[i], strict=True):
+                row = self.grads[i]
+                for p, grad in zip(params, row if ranks is None else ranks.start(i, row), strict=True):
                     p.grad = grad
                 last = i == len(passes) - 1
-                with _watched(watch, params, i, len(passes)):
+                with self._around(i, len(passes), params, watch, ranks):
                     torch.autograd.backward(roots, weights, retain_graph=retain_graph or not last, inputs=inputs)
-                self.grads[i][:] = [p.grad for p in params]
-                _check_dense(self.grads[i], names[i] if weighed is None else "the weighted sum", op)
+                row[:] = [p.grad for p in params] if ranks is None else ranks.result(i, params)
+                _check_dense(row, names[i] if weighed is None else "the weighted sum", op)
             if watch is not None:
                 with torch.no_grad():
                     watch.finish()
@@ -150,9 +159,33 @@ class GradientSets:
         finally:
             for p, grad in zip(params, users, strict=True):
                 p.grad = grad
-        self.losses = current if self.losses is None else self.losses + current
+        self.losses = summed
         self.names, self.weighed, self.watch = names, weighed, watch
         self.calls += 1
+
+    def _checked(self, losses: Losses, options: Options, op: str) -> tuple[tuple[str, ...], list[Tensor]]:
+        names, values = named_losses(losses, op)
+        for name, value in zip(names, values, strict=True):
+            _check_loss(name, value, op)
+            if options.ranks is None:  # else what counts is the mean over ranks; if it is bad, all skip the step
+                _check_value(name, value, options.log_gradients, op)
+        if self.losses is not None and names != self.names:
+            raise ValueError(
+                f"{op}: losses are {_listed(names)}, but the gradients gathered so far belong to "
+                f"{_listed(self.names)}; call step() and zero_grad() before the objectives change"
+            )
+        K = len(values)
+        if K > 8:
+            raise ValueError(f"{op}: losses has {K} objectives, at most 8 are supported; add some of them up")
+        return names, values
+
+    def _around(
+        self, i: int, K: int, params: Sequence[Tensor], watch: Watch | None, ranks: Ranks | None
+    ) -> AbstractContextManager[None]:
+        """What goes on around pass i of K."""
+        if ranks is None:
+            return _watched(watch, params, i, K)
+        return ranks.passing(i, K, params, self.grads[i], watch if watch and watch.watches(i, K) else None)
 
 
 @contextmanager
@@ -210,7 +243,7 @@ def named_losses(losses: Losses, op: str) -> tuple[tuple[str, ...], list[Tensor]
     return names, values
 
 
-def _check_loss(name: str, loss: Tensor, positive: bool, op: str) -> None:
+def _check_loss(name: str, loss: Tensor, op: str) -> None:
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"{op}: losses[{name!r}] is a {type(loss).__name__}; pass the loss tensor itself, before .item()"
@@ -226,6 +259,9 @@ def _check_loss(name: str, loss: Tensor, positive: bool, op: str) -> None:
             f"{op}: losses[{name!r}] needs no gradient; compute it from the parameters, outside no_grad, "
             "without detach()"
         )
+
+
+def _check_value(name: str, loss: Tensor, positive: bool, op: str) -> None:
     if loss.device.type != "cpu":
         return
     value = loss.item()

@@ -86,7 +86,8 @@ def solve(groups: Mapping[Role, Sequence[Group]], losses: Tensor, weighting: Wei
     """
     devices = {lists[0][0].device for same_role in groups.values() for _, lists in same_role}
     module = backends.select(next(iter(devices), losses.device), options.backend)
-    if len(devices) == 1 and options.loss_scale is None and hasattr(module, "gram_balance"):
+    sharded = options.ranks is not None and options.ranks.shards
+    if len(devices) == 1 and options.loss_scale is None and not sharded and hasattr(module, "gram_balance"):
         return module.gram_balance(
             groups,
             losses,
@@ -95,7 +96,10 @@ def solve(groups: Mapping[Role, Sequence[Group]], losses: Tensor, weighting: Wei
             rescale=options.rescale,
             loss_floor=options.loss_floor,
         )
-    return balance_grams(grams_by_role(groups, len(losses), options.backend), losses, weighting, options)
+    grams = grams_by_role(groups, len(losses), options.backend)
+    if options.ranks is not None:
+        grams, losses = options.ranks.total(grams, losses)
+    return balance_grams(grams, losses, weighting, options)
 
 
 def grams_by_role(groups: Mapping[Role, Sequence[Group]], K: int, backend: str | None) -> dict[Role, Tensor]:
@@ -261,7 +265,8 @@ def combine(
 
 def runs_steps(device: torch.device, options: Options) -> bool:
     """Whether the backend has a function `run_step`, which may do `solve` and `run_updates` at once."""
-    return options.loss_scale is None and hasattr(backends.select(device, options.backend), "run_step")
+    sharded = options.ranks is not None and options.ranks.shards
+    return options.loss_scale is None and not sharded and hasattr(backends.select(device, options.backend), "run_step")
 
 
 def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Balance | None:

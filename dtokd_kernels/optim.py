@@ -75,6 +75,8 @@ class Balanced(torch.optim.Optimizer):
 
     def _zeros(self, p: Tensor) -> Tensor:
         """A moment's start."""
+        if self._options.ranks is not None:
+            return self._options.ranks.zeros(p, self._precision[0])
         return torch.zeros_like(p, dtype=self._precision[0], memory_format=torch.preserve_format)
 
     def _masters(self, params: Sequence[Tensor]) -> dict[str, list[Tensor]]:
@@ -83,7 +85,8 @@ class Balanced(torch.optim.Optimizer):
             return {}
         for p in params:
             if "master" not in self.state[p]:
-                self.state[p]["master"] = p.detach().to(torch.float32, copy=True)
+                ranks = self._options.ranks
+                self.state[p]["master"] = p.detach().to(torch.float32, copy=True) if ranks is None else ranks.master(p)
         return {"masters": [self.state[p]["master"] for p in params]}
 
     def _forget(self) -> None:
@@ -92,6 +95,7 @@ class Balanced(torch.optim.Optimizer):
         self._skipped_steps: Tensor | None = None
         self._plan: tuple[Any, list[_Bucket]] | None = None
         self._scaled: tuple[Tensor, Tensor] | None = None  # see expect_scaled
+        self._looked = False  # for other ranks
 
     @property
     def weighting(self) -> Weighting:
@@ -147,9 +151,12 @@ class Balanced(torch.optim.Optimizer):
                 logarithm; other objectives than before; a sparse gradient; nothing that the source could measure.
                 Parameters and state are as before.
         """
+        params = [p for group in self.param_groups for p in group["params"]]
+        if not self._looked:
+            self._look(params)
         self._sets.collect(
             losses,
-            [p for group in self.param_groups for p in group["params"]],
+            params,
             self._source,
             self._options,
             balanced=[group["balance"] for group in self.param_groups for _ in group["params"]],
@@ -158,6 +165,15 @@ class Balanced(torch.optim.Optimizer):
             inputs=inputs,
             op=f"{type(self).__name__}.backward",
         )
+
+    def _look(self, params: Sequence[Tensor]) -> None:
+        """Find out, once, whether other ranks train these parameters."""
+        if self._options.ranks is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            from .distributed.attach import find
+
+            ranks = find(params, self._source, f"{type(self).__name__}.backward")
+            self._options = replace(self._options, ranks=ranks)
+        self._looked = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -179,14 +195,24 @@ class Balanced(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._sets.losses is None and self._initializes():
+            return loss
         if self._sets.losses is None:
             raise RuntimeError(
                 f"{type(self).__name__}.step: there are no gradients; call backward(losses) of this optimizer first "
                 "(not loss.backward())"
             )
+        if self._options.ranks is not None and self._options.ranks.unsynced:
+            raise RuntimeError(
+                f"{type(self).__name__}.step: the gradients were gathered inside no_sync() and are those of this rank "
+                "alone; call backward outside of it for the last part of the batch"
+            )
         loss_scale = self._loss_scale()
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
+        ranks = self._options.ranks
+        if ranks is not None and ranks.shards:
+            lists = [[ranks.local(values) for values in grads] for grads in lists]
         options = self._options if loss_scale is None else replace(self._options, loss_scale=loss_scale)
         record = self._run_at_once(buckets, lists, options)
         if record is None:
@@ -200,6 +226,15 @@ class Balanced(torch.optim.Optimizer):
             self.weighting.commit(record.skipped)
         self._balance = replace(record, names=self._sets.names)
         return loss
+
+    def _initializes(self) -> bool:
+        """Make the state, if `torch.distributed.checkpoint` asks for it: by a step with gradients and lr of zero."""
+        if any(group["lr"] != 0 for group in self.param_groups):
+            return False
+        owners = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for group, p in owners:
+            self._updates(_Bucket(group, Role.SHARED, (0,), [p], [0]), [[p]])
+        return bool(owners)
 
     def expect_scaled(self, inv_scale: Tensor, found_inf: Tensor) -> None:
         """Be told by `amp.GradScaler` that the next step's losses were scaled.
@@ -234,6 +269,8 @@ class Balanced(torch.optim.Optimizer):
             set_to_none: False keeps the memory of the sets and fills it with zeros.
         """
         super().zero_grad(set_to_none)
+        if self._options.ranks is not None:
+            self._options.ranks.unsynced = False
         if set_to_none:
             self._sets.clear()
         else:
@@ -308,7 +345,7 @@ class Balanced(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            "_options": self._options,
+            "_options": replace(self._options, ranks=None),  # a copy's parameters are others
             "_source": self._source,
             "_precision": self._precision,
         }
@@ -370,17 +407,22 @@ class Balanced(torch.optim.Optimizer):
             return record
         updates = self._all_updates(buckets, lists)
         if self._sets.weighed is None:
-            return replace(self._source.run(updates, applied, options), table=record.table)
-        run_updates(updates, applied, options.backend)
+            record = replace(self._source.run(updates, applied, options), table=record.table)
+        else:
+            run_updates(updates, applied, options.backend)
+        if options.ranks is not None:
+            options.ranks.after_updates()
         return record
 
     def _all_updates(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> list[Update]:
         # last first: the Gram pass has read these gradients most recently, so they may still be in cache
-        return [
+        updates = [
             update
             for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True)
             for update in self._updates(bucket, grads)
         ]
+        ranks = self._options.ranks
+        return updates if ranks is None else [ranks.local_update(update) for update in updates]
 
     def _count(self, skipped: Tensor) -> None:
         if self._skipped_steps is None:

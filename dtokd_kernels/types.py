@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from types import ModuleType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .distributed.ranks import Ranks
 
 Rescale = Literal["none", "sum"]
 Private = Literal["own", "balanced"]
@@ -26,6 +29,7 @@ class Options:
     Attributes:
         loss_scale: scalar float64, what the losses of this step were multiplied with before the backward passes (by a
             GradScaler): the balance is that of the unscaled losses. None: they were not.
+        ranks: the other processes that train the same model; None if there are none.
         The others are as the arguments of `DTOAdamW`.
     """
 
@@ -36,6 +40,7 @@ class Options:
     loss_floor: float
     backend: str | None = None
     loss_scale: Tensor | None = None
+    ranks: Ranks | None = None
 
     @property
     def log_gradients(self) -> bool:

@@ -69,6 +69,8 @@ class Feature(Source):
                 )
         groups = [group for group, _ in ops.group_rows(list(zip(*rows, strict=True))).values()]
         gram = ops.gram_of_groups(groups, len(rows), options.backend)
+        if options.ranks is not None:
+            gram = options.ranks.sample_gram(gram)
         self._output = None
         return ops.balance_grams({Role.SHARED: gram}, call.losses, weighting, options)
 

@@ -23,8 +23,8 @@ class Overlap(Source):
 
     Cost: K backward passes; one read of K - 1 gradients from memory inside the last of them, in each call of
     `backward` (under accumulation all but the last call's products are thrown away). Weights: exact, with products
-    summed in another order. Wrappers that reduce gradients over ranks after these hooks, such as
-    DistributedDataParallel, need "exact": here each rank would see its own gradients.
+    summed in another order. On several ranks (`dtokd_kernels.distributed`) the products are taken when the last pass's
+    gradients have been reduced, while later buckets are on their way.
     """
 
     def watch(self, options: Options) -> Watch | None:
@@ -42,7 +42,10 @@ class Overlap(Source):
     ) -> Balance:
         """The balance of the products that the backward passes left."""
         assert isinstance(watch, _Products)
-        return ops.balance_grams(watch.by_role(len(losses)), losses, weighting, options)
+        grams = watch.by_role(len(losses))
+        if options.ranks is not None:
+            grams, losses = options.ranks.total(grams, losses)
+        return ops.balance_grams(grams, losses, weighting, options)
 
 
 class _Products:

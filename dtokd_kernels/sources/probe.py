@@ -58,7 +58,10 @@ class Probe(Source):
     def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
         """Weights from the probe's gradients."""
         probe = self._among(call)
-        rows = zip(*(_gradients(value, probe) for value in call.values), strict=True)
+        gradients = [_gradients(value, probe) for value in call.values]
+        if options.ranks is not None:
+            gradients = options.ranks.average(gradients)
+        rows = zip(*gradients, strict=True)
         shared = [row for row in rows if all(g is not None for g in row)]
         if not shared:
             raise ValueError(
@@ -154,5 +157,5 @@ def _parameters(of: nn.Module | Tensor | Iterable[nn.Module | Tensor]) -> list[T
     return list(found.values())
 
 
-def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    return torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    return list(torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True))

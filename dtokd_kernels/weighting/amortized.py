@@ -35,7 +35,7 @@ class Amortized(Stateful):
     the coefficients by their sum (`rescale="sum"` of the optimizers) and whose code uses Adam with coupled decay.
 
     Memory: "learned" (w), AdamW's state; for "famo" also "log_losses" [K] and "pending", whether those still wait for
-    what came of them. With several ranks, average the losses first, or the ranks' weights drift apart.
+    what came of them. On several ranks give `observe` averaged losses; those of `backward` are averaged there.
 
     Args:
         reading: what the logits descend.

@@ -81,7 +81,8 @@ class BalanceLogger:
 
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         assert isinstance(optimizer, Balanced)
-        assert optimizer.balance is not None
+        if optimizer.balance is None:  # a step of torch.distributed.checkpoint, which only makes the state
+            return
         self.log(optimizer.balance)
 
     @torch.no_grad()
@@ -115,7 +116,9 @@ class BalanceLogger:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is kept, now."""
+        """Write what is kept, now; on several ranks the first one does, as all take the same steps."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+            self._kept.clear()
         if not self._kept:
             return
         values = torch.stack(self._kept).cpu().double().tolist()  # the one copy, and the one wait

@@ -1,0 +1,14 @@
+"""Balanced steps on many ranks: the gradients of all objectives are averaged, so that all ranks take the same step.
+
+optimizer = dk.DTOAdamW(model.parameters())
+model = DistributedDataParallel(model)
+dk.distributed.attach(optimizer, model)        # from here on as on one device
+
+`docs/distributed.md` says how it works and what it costs.
+"""
+
+from .attach import attach
+from .ranks import Ranks
+from .replicas import Replicas
+
+__all__ = ["Ranks", "Replicas", "attach"]

@@ -1,0 +1,171 @@
+"""Telling an optimizer about the other ranks, and finding out that nobody told it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .ranks import Ranks
+from .replicas import BUCKET_BYTES, Replicas
+
+if TYPE_CHECKING:
+    from ..optim import Balanced
+    from ..sources.source import Source
+
+
+def attach(
+    optimizer: Balanced,
+    *modules: DistributedDataParallel,
+    process_group: dist.ProcessGroup | None = None,
+    bucket_bytes: int = BUCKET_BYTES,
+    static_graph: bool = False,
+    shard: bool = False,
+) -> Replicas:
+    """Let an optimizer average its gradient sets over the ranks of a process group; call it on all of them.
+
+    From then on `optimizer.backward` reduces the gradients of each objective in buckets, while the pass that makes
+    them goes on, and `step` does the same on all ranks. The modules' own reduction, which knows only the first
+    backward pass of a forward, is switched off for good; they still broadcast their buffers. Parameters of the
+    optimizer that belong to none of the modules (a projector, a plain module) are averaged as well, and are given rank
+    0's values here, as `DistributedDataParallel` does with its own.
+
+    Args:
+        optimizer: `DTOAdamW` or `DTOSGD`.
+        modules: the models that are wrapped in `DistributedDataParallel`. Their `no_sync()` holds here too.
+        process_group: default: that of the modules, or torch's default.
+        bucket_bytes: gradients that are reduced in one all-reduce.
+        static_graph: the parameters that an objective reaches are the same in all steps and on all ranks. Then those
+            that it does not reach are not sent, and on CUDA `backward` does not stall to learn which were reached.
+        shard: each rank keeps a share of the gradient sets and of the optimizer's state only, updates its share of the
+            parameters and gathers the rest (ZeRO-2); see `Sharded`. Not after steps were taken or a state was loaded.
+
+    Returns:
+        The ranks, whose `no_sync()` is for models without a wrapper.
+
+    Raises:
+        TypeError: something else than an optimizer of this package or a wrapped module.
+        ValueError: a module's parameter that requires a gradient is not in the optimizer: nobody would average it.
+        RuntimeError: torch.distributed is not initialized.
+    """
+    from ..optim import Balanced
+
+    if not isinstance(optimizer, Balanced):
+        raise TypeError(f"attach: optimizer is a {type(optimizer).__name__}; pass a DTOAdamW or DTOSGD")
+    for module in modules:
+        if not isinstance(module, DistributedDataParallel):
+            raise TypeError(
+                f"attach: got a {type(module).__name__} beside the optimizer; pass modules that are wrapped in "
+                "DistributedDataParallel (parameters of plain ones are averaged without being told)"
+            )
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("attach: torch.distributed is not initialized; call init_process_group first")
+    if bucket_bytes < 1:
+        raise ValueError(f"attach: bucket_bytes is {bucket_bytes}; pass a positive number, such as {BUCKET_BYTES}")
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(isinstance(p, DTensor) for p in params):
+        raise ValueError("attach: the optimizer's parameters are sharded; it finds that out by itself, without attach")
+    known = {id(p) for p in params}
+    for module in modules:
+        for name, p in module.module.named_parameters():
+            if p.requires_grad and id(p) not in known and name not in module.parameters_to_ignore:
+                raise ValueError(
+                    f"attach: the module's parameter {name!r} is not in the optimizer, so nobody would average its "
+                    "gradient; add it to a parameter group, or freeze it with requires_grad_(False)"
+                )
+    wrapped = {id(p) for module in modules for p in module.module.parameters()}
+    groups = {id(m.process_group): m.process_group for m in modules}
+    if process_group is None and groups:
+        if len(groups) > 1:
+            raise ValueError("attach: the modules have different process groups; attach an optimizer to each")
+        process_group = next(iter(groups.values()))
+    static_graph = static_graph or any(m.static_graph for m in modules)
+    if shard:
+        from .sharded import Sharded
+
+        for p in params:
+            if not p.is_contiguous():
+                raise ValueError(
+                    f"attach: shard=True cuts parameters into parts, but one {tuple(p.shape)} is not contiguous "
+                    "(channels_last?); use model.to(memory_format=torch.contiguous_format), or shard=False"
+                )
+        if optimizer.state:
+            raise ValueError("attach: shard=True, but the optimizer has a state already; attach it before")
+        ranks: Replicas = Sharded(
+            process_group, modules, device=params[0].device.type, bucket_bytes=bucket_bytes, static_graph=static_graph
+        )
+        ranks.check(optimizer._source, "attach")
+    else:
+        ranks = Replicas(process_group, modules, bucket_bytes=bucket_bytes, static_graph=static_graph)
+    for p in params:
+        if id(p) not in wrapped:
+            dist.broadcast(p.detach(), group_src=0, group=process_group)
+    ranks.hook(params)
+    for module in modules:
+        module._remove_autograd_hooks()
+        module._static_graph_delay_allreduce_enqueued = True  # else a static graph's first pass reduces on its own
+    optimizer._options = replace(optimizer._options, ranks=ranks)
+    return ranks
+
+
+def find(params: Sequence[Tensor], source: Source, op: str) -> Ranks | None:
+    """The ranks that an optimizer was not told of, from its parameters; called once, by the first `backward`.
+
+    Raises:
+        RuntimeError: the parameters belong to a DistributedDataParallel module of several ranks.
+        ValueError: sharded parameters in a layout, or with a source of the Gram matrix, that is not supported.
+    """
+    if any(isinstance(p, DTensor) for p in params):
+        from .shards import Shards
+
+        ranks = Shards(params, op)
+        ranks.check(source, op)
+        return ranks
+    if _wrapped(params):
+        raise RuntimeError(
+            f"{op}: parameters of the optimizer belong to a DistributedDataParallel module, which reduces the "
+            "gradients of one backward pass only, so the ranks would drift apart; call "
+            "dtokd_kernels.distributed.attach(optimizer, module) after both are made"
+        )
+    return None
+
+
+def refuse_wrapped(params: Sequence[Tensor], op: str) -> None:
+    """What cannot be attached must not meet a wrapped module.
+
+    Raises:
+        RuntimeError: the parameters belong to a DistributedDataParallel module of several ranks.
+    """
+    if not params or params[0] in _unwrapped:
+        return
+    if any(isinstance(p, DTensor) for p in params):
+        raise RuntimeError(f"{op}: params are sharded, so a rank sees a part of each gradient; use DTOAdamW or DTOSGD")
+    if _wrapped(params):
+        raise RuntimeError(
+            f"{op}: params belong to a DistributedDataParallel module, which reduces the gradients of one backward "
+            "pass only, so the ranks would drift apart; use DTOAdamW or DTOSGD with "
+            "dtokd_kernels.distributed.attach(optimizer, module)"
+        )
+    _unwrapped[params[0]] = True
+
+
+#: First parameters of lists that were looked up: the search takes tens of milliseconds.
+_unwrapped = WeakIdKeyDictionary()
+
+
+def _wrapped(params: Sequence[Tensor]) -> bool:
+    """Whether one of them belongs to a DistributedDataParallel module of several ranks."""
+    known = {id(p) for p in params}
+    return any(
+        issubclass(type(item), DistributedDataParallel)
+        and dist.get_world_size(item.process_group) > 1
+        and any(id(p) in known for p in item.module.parameters())
+        for item in gc.get_objects()  # a module's hooks cannot be seen from its parameters
+    )

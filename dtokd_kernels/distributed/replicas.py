@@ -1,0 +1,270 @@
+"""DistributedDataParallel: every rank holds all parameters, and each objective's gradients are averaged in buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from .ranks import Ranks
+
+if TYPE_CHECKING:
+    from ..sources.source import Watch
+
+#: As DistributedDataParallel's: large enough for bandwidth, small enough to start while the pass goes on.
+BUCKET_BYTES = 25 << 20
+
+
+@dataclass(eq=False)
+class Slot:
+    """Parameters whose gradients share one all-reduce: of one dtype and device.
+
+    The flat tensor holds their gradients and then one number each: whether a rank reached it.
+    """
+
+    positions: tuple[int, ...]
+    early: bool  #: whether it is reduced as soon as all its gradients are there, not after the pass
+    kept: Tensor | None = None  #: the flat tensor, where fresh memory would cost more than copying to it
+
+    def memory(self, like: Tensor, *shape: int) -> Tensor:
+        """Room for what is reduced: the same in each step on the CPU, where the first touch of a page is slow."""
+        if like.device.type != "cpu":
+            return like.new_empty(shape)
+        if self.kept is None:
+            self.kept = like.new_empty(shape)
+        return self.kept
+
+
+#: Pass, number of passes, and the parameters that require a gradient.
+_Key = tuple[int, int, tuple[int, ...]]
+
+
+class Waits(Protocol):
+    """What a communication that was started returns."""
+
+    def wait(self) -> object:
+        """Until it is done; on CUDA the stream waits, not the host."""
+
+
+class Pass:
+    """What is going on in one backward pass."""
+
+    def __init__(
+        self, params: Sequence[Tensor], slots: list[Slot], syncs: bool, reached: frozenset[int] | None
+    ) -> None:
+        self.params, self.slots, self.syncs, self.reached = params, slots, syncs, reached
+        self.slot_of = {t: b for b, slot in enumerate(slots) for t in slot.positions}
+        self.waiting = [len(slot.positions) for slot in slots]
+        self.seen: set[int] = set()
+        self.launched: list[tuple[Tensor, Waits]] = []
+
+
+class Replicas(Ranks):
+    """Ranks with a copy of all parameters each.
+
+    While pass i runs, a hook on each parameter counts what is there, and a bucket is reduced as soon as it is
+    complete and those before it are on their way; the rest follows after the pass. So all ranks reduce the same
+    buckets in the same order, whatever each has reached. A gradient that another rank has and this one has not counts
+    as zeros; one that no rank has stays None. Which those are travels with the gradients.
+
+    The first step learns what each objective reaches (a head, a projector): what it does not comes last from then on,
+    so that no bucket waits for it.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        modules: Sequence[DistributedDataParallel] = (),
+        *,
+        bucket_bytes: int = BUCKET_BYTES,
+        static_graph: bool = False,
+    ) -> None:
+        super().__init__(group)
+        self._modules = tuple(modules)
+        self._bucket_bytes = bucket_bytes
+        self._static = static_graph
+        self._slots: dict[_Key, list[Slot]] = {}
+        self._reached: dict[_Key, frozenset[int]] = {}
+        self._running: Pass | None = None
+        self._hooked: dict[int, tuple[Tensor, int]] = {}
+
+    @property
+    def syncs(self) -> bool:
+        """Whether the next backward passes reduce gradients; not inside a `no_sync`, ours or a module's."""
+        open_ = [module.require_backward_grad_sync for module in self._modules]
+        if any(open_) and not all(open_):
+            raise RuntimeError(
+                "backward: some of the attached modules are inside no_sync() and some are not; enter it for all"
+            )
+        return super().syncs and all(open_)
+
+    @contextmanager
+    def passing(
+        self, i: int, K: int, params: Sequence[Tensor], row: Sequence[Tensor | None], watch: Watch | None
+    ) -> Iterator[None]:
+        """Reduce the gradients that the backward pass inside writes."""
+        leaves = tuple(t for t, p in enumerate(params) if p.requires_grad)
+        self.hook(params)
+        key = (i, K, leaves)
+        slots = self._slots_of(key, params)
+        self._running = running = Pass(params, slots, self.syncs, self._reached.get(key))
+        try:
+            yield
+        finally:
+            self._running = None
+        self.unsynced = not running.syncs
+        if self.unsynced:
+            return
+        with torch.no_grad():
+            while len(running.launched) < len(slots):
+                self._launch(running)
+            used = self._unpack(running, i, watch)
+        if key not in self._reached:
+            self._reached[key] = frozenset(used)
+            del self._slots[key]  # made anew, with what this pass does not reach at the end
+
+    def hook(self, params: Sequence[Tensor]) -> None:
+        """Be told of each gradient that autograd writes, in passes of `optimizer.backward` and outside of them."""
+        for t, p in enumerate(params):
+            if p.requires_grad and id(p) not in self._hooked:
+                p.register_post_accumulate_grad_hook(self._written)
+                self._hooked[id(p)] = p, t
+
+    def _slots_of(self, key: _Key, params: Sequence[Tensor]) -> list[Slot]:
+        if key not in self._slots:
+            leaves, reached = key[2], self._reached.get(key)
+            backwards = leaves[::-1]  # about the order in which gradients come
+            first = [t for t in backwards if reached is None or t in reached]
+            rest = [] if self._static or reached is None else [t for t in backwards if t not in reached]
+            parts = self._cut(first, params, early=True) + self._cut(rest, params, early=False)
+            self._slots[key] = parts
+        return self._slots[key]
+
+    def _cut(self, positions: Sequence[int], params: Sequence[Tensor], early: bool) -> list[Slot]:
+        """Slots of at most so many bytes, but for a parameter that is larger."""
+        slots: list[Slot] = []
+        filling: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        for t in positions:
+            members = filling.setdefault((params[t].dtype, params[t].device), [])
+            size = sum(params[m].numel() for m in [*members, t]) * params[t].element_size()
+            if members and size > self._bucket_bytes:
+                slots.append(Slot(tuple(members), early))
+                members.clear()
+            members.append(t)
+        slots += [Slot(tuple(members), early) for members in filling.values()]
+        return slots
+
+    def _written(self, p: Tensor) -> None:
+        """Autograd has written the gradient of a parameter."""
+        running = self._running
+        if running is None:
+            raise RuntimeError(
+                "loss.backward() reached a parameter whose optimizer is attached to several ranks: nobody would "
+                "average this gradient; call optimizer.backward(losses), with one loss if there is one"
+            )
+        t = self._hooked[id(p)][1]
+        if not running.syncs or p.grad is None or p.grad.layout is not torch.strided:  # a sparse one is refused below
+            return
+        b = running.slot_of.get(t)
+        if t in running.seen:
+            if b is not None and b < len(running.launched):
+                raise RuntimeError(
+                    f"backward: parameter {t} {tuple(p.shape)} got a second part of its gradient after the first was "
+                    "reduced; use checkpoint(..., use_reentrant=False)"
+                )
+            return
+        running.seen.add(t)
+        if b is None:
+            raise RuntimeError(
+                f"backward: an objective reached parameter {t} {tuple(p.shape)} for the first time, but the optimizer "
+                "was attached with static_graph=True; attach it with static_graph=False"
+            )
+        running.waiting[b] -= 1
+        with torch.no_grad():
+            while (b := len(running.launched)) < len(running.slots):
+                if running.waiting[b] or not running.slots[b].early:
+                    break
+                self._launch(running)
+
+    def _launch(self, running: Pass) -> None:
+        """Reduce the next slot."""
+        slot = running.slots[len(running.launched)]
+        members = [running.params[t] for t in slot.positions]
+        total = sum(p.numel() for p in members)
+        flat = slot.memory(members[0].detach(), total + len(members))
+        for p, view in zip(members, _views(flat, members), strict=True):
+            if p.grad is None:
+                view.zero_()
+            else:
+                check_dense(p)
+                torch.div(p.grad, self.size, out=view)  # before the sum, which float16 might not hold
+        flat[total:] = torch.tensor([float(p.grad is not None) for p in members], dtype=flat.dtype)
+        running.launched.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
+
+    def _unpack(self, running: Pass, i: int, watch: Watch | None) -> list[int]:
+        """Wait for the slots, one after the other, and let `.grad` be what came. Returns what somebody reached."""
+        used: list[int] = []
+        for slot, (flat, work) in zip(running.slots, running.launched, strict=True):
+            work.wait()
+            members = [running.params[t] for t in slot.positions]
+            known = self._static and running.reached is not None
+            flags = [1.0] * len(members) if known else flat[len(flat) - len(members) :].tolist()
+            for t, p, view, flag in zip(slot.positions, members, _views(flat, members), flags, strict=True):
+                p.grad = view if flag else None
+                if flag:
+                    used.append(t)
+                    if watch is not None:
+                        watch.ready(i, t, view)
+        return used
+
+    def average(self, rows: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
+        """Gradients from `torch.autograd.grad`, averaged: one all-reduce per dtype and device.
+
+        What is None must be None on all ranks.
+        """
+        result: list[list[Tensor | None]] = [list(row) for row in rows]
+        kinds: dict[tuple[torch.dtype, torch.device], list[tuple[int, int]]] = {}
+        for i, row in enumerate(rows):
+            for t, g in enumerate(row):
+                if g is not None:
+                    kinds.setdefault((g.dtype, g.device), []).append((i, t))
+        for where in kinds.values():
+            found = [g for g in (rows[i][t] for i, t in where) if g is not None]
+            flat = torch.cat([g.reshape(-1) for g in found]).div_(self.size)
+            dist.all_reduce(flat, group=self.group)
+            parts = flat.split([g.numel() for g in found])
+            for (i, t), g, part in zip(where, found, parts, strict=True):
+                result[i][t] = part.view(g.shape)
+        return result
+
+
+def check_dense(p: Tensor) -> None:
+    """Refuse a sparse gradient.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if p.grad is not None and p.grad.layout is not torch.strided:
+        raise ValueError(
+            f"backward: the gradient of a parameter {tuple(p.shape)} is sparse, which is not supported; build the "
+            "embedding with sparse=False"
+        )
+
+
+def _views(flat: Tensor, members: Sequence[Tensor]) -> list[Tensor]:
+    """A flat tensor's parts, each with the shape and strides that autograd gives a gradient of the member."""
+    views, start = [], 0
+    for p in members:
+        if p.is_contiguous():
+            views.append(flat[start : start + p.numel()].view(p.shape))
+        else:
+            strides = torch.empty_like(p, device="meta").stride()
+            views.append(flat.as_strided(p.shape, strides, start))
+        start += p.numel()
+    return views

@@ -1,0 +1,135 @@
+"""FSDP2 (`fully_shard`): every rank holds a shard of each parameter, gradient and moment, as DTensors.
+
+FSDP's own hooks reduce-scatter the gradients of each backward pass. So a rank's Gram matrix is over its shards, and
+the sum over ranks is the Gram matrix of the averaged gradients: a few numbers in one all-reduce, which also averages
+the losses.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from ..sources import Lag, Overlap, Probe
+from ..sources.wrapper import Wrapper
+from ..types import Role, Update
+from .ranks import Ranks
+
+if TYPE_CHECKING:
+    from ..sources.source import Source, Watch
+
+
+class Shards(Ranks):
+    """Ranks with a shard of every parameter each, on one device mesh: FSDP, or with a second dimension HSDP.
+
+    Raises:
+        ValueError: parameters that are not all sharded alike over one mesh dimension.
+    """
+
+    shards = True
+
+    def __init__(self, params: Sequence[Tensor], op: str) -> None:
+        layouts = set()
+        for p in params:
+            if not isinstance(p, DTensor):
+                raise ValueError(
+                    f"{op}: some parameters are sharded, but one of shape {tuple(p.shape)} is not, so nobody averages "
+                    "its gradient; call fully_shard on its module too, before the optimizer is made"
+                )
+            layouts.add((p.device_mesh, tuple(type(placement) for placement in p.placements)))
+        if len(layouts) > 1:
+            raise ValueError(f"{op}: parameters lie on {len(layouts)} meshes or in several layouts; shard them alike")
+        mesh, kinds = layouts.pop()
+        if list(kinds).count(Shard) != 1 or any(kind not in (Shard, Replicate) for kind in kinds):
+            names = ", ".join(kind.__name__ for kind in kinds)
+            raise ValueError(
+                f"{op}: parameters are laid out as ({names}); sharding over one mesh dimension is supported, alone or "
+                "with replicas over others"
+            )
+        super().__init__(mesh.get_group(kinds.index(Shard)))
+        self._replicas = [mesh.get_group(d) for d, kind in enumerate(kinds) if kind is Replicate]
+        self.size = mesh.size()
+        known = {id(p) for p in params}
+        modules = [m for m in gc.get_objects() if issubclass(type(m), FSDPModule)]
+        self._modules = [m for m in modules if any(id(p) in known for p in m.parameters())]
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Nothing to do: FSDP has no place for K sets of unreduced gradients, so each part of a batch is reduced."""
+        yield
+
+    def agrees_before(self, one_pass: bool) -> bool:
+        """Only if the pass needs the losses; else they travel with the Gram matrices."""
+        return one_pass
+
+    def check(self, source: Source, op: str) -> None:
+        """Refuse sources that look at gradients before FSDP has reduced them.
+
+        Raises:
+            ValueError: it is one.
+        """
+        while isinstance(source, Wrapper):
+            source = source.inner
+        if isinstance(source, (Overlap, Lag, Probe)):
+            raise ValueError(
+                f"{op}: gram={source!r} looks at gradients before FSDP has reduced them over the ranks; use "
+                "gram='exact', sources.Feature(), or Every or Ema of these"
+            )
+
+    def refuse(self) -> None:
+        """Nobody waits."""
+
+    @contextmanager
+    def passing(
+        self, i: int, K: int, params: Sequence[Tensor], row: Sequence[Tensor | None], watch: Watch | None
+    ) -> Iterator[None]:
+        """FSDP reduces by itself; unless it was told not to, when it would add up the gradients of all objectives."""
+        for module in self._modules:
+            state = module._get_fsdp_state()
+            if any(not group.reduce_grads for group in getattr(state, "_fsdp_param_groups", ())):
+                raise RuntimeError(
+                    "backward: set_requires_gradient_sync(False) makes FSDP add up the unreduced gradients of all "
+                    "objectives; leave it True, each part of an accumulated batch is reduced"
+                )
+        yield
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the whole mesh, in place."""
+        super().sum(tensor)
+        for group in self._replicas:
+            dist.all_reduce(tensor, group=group)
+        return tensor
+
+    def total(self, grams: Mapping[Role, Tensor], losses: Tensor) -> tuple[dict[Role, Tensor], Tensor]:
+        """Gram matrices of all shards, and the averaged losses: one all-reduce (and one of K numbers over replicas)."""
+        K = len(losses)
+        device = next((gram.device for gram in grams.values()), losses.device)
+        packed = torch.cat([*(grams[role].flatten() for role in sorted(grams)), losses.to(device)])
+        dist.all_reduce(packed, group=self.group)
+        *parts, mean = packed.split([K * K] * len(grams) + [K])
+        for group in self._replicas:
+            dist.all_reduce(mean, group=group)
+        whole = {role: part.view(K, K) for role, part in zip(sorted(grams), parts, strict=True)}
+        return whole, (mean / self.size).to(losses.device)
+
+    def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """This rank's parts, which share memory with the whole."""
+        return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+    def local_update(self, update: Update) -> Update:
+        """The update of this rank's parts."""
+        return replace(
+            update,
+            params=self.local(update.params),
+            grads=[self.local(values) for values in update.grads],
+            state={name: self.local(values) for name, values in update.state.items()},
+        )

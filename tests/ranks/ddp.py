@@ -1,0 +1,289 @@
+"""What each rank does in the tests of DistributedDataParallel; `size` 1 is the one process to compare with."""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import dtokd_kernels as dk
+from dtokd_kernels import sources, weighting
+
+SAMPLES = 12
+
+
+class Student(nn.Module):
+    """A trunk, a head that only the task reaches, a projector that only distillation reaches, and an unused layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh())
+        self.projector, self.head, self.unused = nn.Linear(8, 5), nn.Linear(8, 3), nn.Linear(2, 2)
+
+    def forward(self, x):
+        z = self.trunk(x)
+        return self.head(z), self.projector(z), z
+
+
+SOURCES = {
+    "exact": lambda student: "exact",
+    "overlap": lambda student: "overlap",
+    "lag": lambda student: "lag",
+    "probe": lambda student: sources.Probe(student.trunk[2]),
+    "found": lambda student: sources.Probe(),
+    "feature": lambda student: sources.Feature(),
+    "every": lambda student: sources.Every(2),
+    "ema": lambda student: sources.Ema(0.5),
+    "none": lambda student: None,
+}
+WEIGHTINGS = {"dto": weighting.DTO, "amortized": weighting.Amortized, "rlw": weighting.RLW, "pcgrad": weighting.PCGrad}
+
+
+def _batches(steps):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        [torch.randn(SAMPLES, n, dtype=torch.float64, generator=generator) for n in (6, 3, 5)] for _ in range(steps)
+    ]
+
+
+def whole(t, p):
+    """A state tensor in the parameter's shape."""
+    return t.full_tensor().view(p.shape) if isinstance(t, DTensor) else t
+
+
+def train(rank, size, options, steps=4):
+    """Steps on this rank's samples; returns the weights and the balances' weights."""
+    torch.manual_seed(3)
+    student = Student().double()
+    if rank and options.get("other_start"):
+        nn.init.ones_(student.head.weight)  # DDP and attach give all ranks what rank 0 has
+    groups = [
+        {"params": [*student.trunk.parameters(), *student.projector.parameters(), *student.unused.parameters()]},
+        {"params": list(student.head.parameters()), "balance": options.get("balance_head", True), "lr": 0.02},
+    ]
+    optimizer = {"adamw": dk.DTOAdamW, "sgd": dk.DTOSGD}[options.get("rule", "adamw")](
+        groups,
+        lr=0.01,
+        weighting=WEIGHTINGS[options.get("weighting", "dto")](),
+        gram=SOURCES[options.get("source", "exact")](student),
+        max_norm=options.get("max_norm"),
+        private=options.get("private", "own"),
+        rescale=options.get("rescale", "none"),
+    )
+    model, sync_off = student, contextlib.nullcontext
+    if size > 1:
+        bucket = options.get("bucket_bytes", 600)
+        told = {"static_graph": options.get("static", False), "shard": options.get("shard", False)}
+        if options.get("wrapped", True):
+            model = DistributedDataParallel(student, find_unused_parameters=options.get("find_unused", False))
+            dk.distributed.attach(optimizer, model, bucket_bytes=bucket, **told)
+            sync_off = model.no_sync
+        else:
+            sync_off = dk.distributed.attach(optimizer, bucket_bytes=bucket, **told).no_sync
+    weights = []
+    for batch in _batches(steps):
+        parts = options.get("parts", 1)
+        share = SAMPLES // (size * parts)
+        for part in range(parts):
+            begin = (part * size + rank) * share  # so that one process sees the same parts
+            x, y, t = (b[begin : begin + share] for b in batch)
+            with sync_off() if part < parts - 1 else contextlib.nullcontext():
+                out, projected, z = model(x)
+                if options.get("sometimes") and size > 1 and rank == 0:
+                    projected = projected.detach() + 0 * z.sum()  # only other ranks reach the projector
+                task = (out - y).square().sum() / (share * 3)
+                distill = (projected - t).square().sum() / (share * 5)
+                if options.get("sometimes") and size == 1:
+                    # the samples of what was rank 0 do not count for the projector
+                    n = options["sometimes"]
+                    kept = (projected[: SAMPLES // n].detach() + 0 * z.sum(), projected[SAMPLES // n :])
+                    distill = (torch.cat(kept) - t).square().mean()
+                optimizer.backward({"task": task, "distill": distill}, features=[z])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=options.get("to_none", True))
+        weights.append(optimizer.balance.weights.clone())
+    state = [whole(t, p) for p in student.parameters() for t in optimizer.state[p].values()]
+    return [p.detach() for p in student.parameters()], weights, state
+
+
+def _linear(size, **options):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    return model, dk.DTOAdamW(model.parameters(), lr=0.01, **options)
+
+
+def _losses(model, scale=1.0):
+    out = model(torch.ones(3, 4, dtype=torch.float64))
+    return {"task": scale * out.square().mean(), "distill": (out - 1).square().mean()}
+
+
+def _error(kind, function, *args):
+    """The message of the error that a call must raise."""
+    try:
+        function(*args)
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"{function} raised no {kind.__name__}")
+
+
+def not_attached(rank, size):
+    """Both ways to forget it."""
+    model, optimizer = _linear(size)
+    ddp = DistributedDataParallel(model)
+    first = _error(RuntimeError, optimizer.backward, _losses(ddp))
+    second = _error(RuntimeError, dk.backward, _losses(ddp), list(model.parameters()))
+    return first, second
+
+
+def plain_backward(rank, size):
+    """loss.backward() on an attached model."""
+    model, optimizer = _linear(size)
+    ddp = DistributedDataParallel(model)
+    dk.distributed.attach(optimizer, ddp)
+    return _error(RuntimeError, _losses(ddp)["task"].backward)
+
+
+def step_in_no_sync(rank, size):
+    """The last part's backward inside no_sync; then the step is repeated properly."""
+    model, optimizer = _linear(size)
+    ddp = DistributedDataParallel(model)
+    dk.distributed.attach(optimizer, ddp)
+    with ddp.no_sync():
+        optimizer.backward(_losses(ddp))
+    message = _error(RuntimeError, optimizer.step)
+    optimizer.backward(_losses(ddp))
+    optimizer.step()
+    return message
+
+
+def missing_parameter(rank, size):
+    """A parameter of the module that no optimizer of ours has."""
+    model, _ = _linear(size)
+    optimizer = dk.DTOAdamW(model[0].parameters())
+    return _error(ValueError, dk.distributed.attach, optimizer, DistributedDataParallel(model))
+
+
+def nan_on_one(rank, size, where, source="exact", shard=False):
+    """Rank 1 sees NaN in its loss or only in a gradient: what changed, how many steps were skipped, then go on."""
+    model, optimizer = _linear(size, gram=source)
+    ddp = DistributedDataParallel(model)
+    dk.distributed.attach(optimizer, ddp, bucket_bytes=64, shard=shard)
+    optimizer.backward(_losses(ddp))
+    optimizer.step()
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = _losses(ddp)
+    if rank == 1 and where == "loss":
+        losses["task"] = losses["task"] * float("nan")
+    if rank == 1 and where == "gradient":
+        model[2].weight.register_hook(lambda g: g * float("nan"))
+    optimizer.backward(losses)
+    optimizer.step()
+    optimizer.zero_grad()
+    same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return same, int(optimizer.skipped_steps), [p.detach().clone() for p in model.parameters()]
+
+
+def error_on_one(rank, size, what):
+    """Rank 1 is given what it must refuse; the next step works."""
+    model, optimizer = _linear(size)
+    ddp = DistributedDataParallel(model)
+    dk.distributed.attach(optimizer, ddp)
+    losses = _losses(ddp)
+    if rank == 1 and what == "constant":
+        losses["distill"] = torch.ones((), dtype=torch.float64)
+    if rank == 1 and what == "missing":
+        del losses["distill"]
+    message = _error((ValueError, RuntimeError), optimizer.backward, losses)
+    optimizer.zero_grad()
+    optimizer.backward(_losses(ddp))
+    optimizer.step()
+    return message, [p.detach().clone() for p in model.parameters()]
+
+
+def many_microbatches_cost(rank, size, parts):
+    """Collectives and bytes of one accumulated step."""
+    with Counter() as counter:
+        train(rank, size, {"parts": parts, "bucket_bytes": 25 << 20}, steps=2)
+    return counter.calls
+
+
+class Counter:
+    """Counts the calls and the elements of torch.distributed's collectives."""
+
+    NAMES = ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor", "broadcast")
+
+    def __enter__(self):
+        self.calls, self._kept = [], {name: getattr(dist, name) for name in self.NAMES}
+        for name, function in self._kept.items():
+
+            def counted(tensor, *args, _name=name, _function=function, **kwargs):
+                self.calls.append((_name, tensor.numel(), str(tensor.dtype)))
+                return _function(tensor, *args, **kwargs)
+
+            setattr(dist, name, counted)
+        return self
+
+    def __exit__(self, *error):
+        for name, function in self._kept.items():
+            setattr(dist, name, function)
+
+
+def sharded_checkpoint(rank, size, folder, loads):
+    """Two steps and a checkpoint, or loading it; then two steps more. Also how many moments this rank holds."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)).double()
+    optimizer = dk.DTOAdamW(model.parameters(), lr=0.01)
+    ddp = DistributedDataParallel(model)
+    dk.distributed.attach(optimizer, ddp, shard=True, bucket_bytes=600)
+
+    def step(batch):
+        share = SAMPLES // size
+        x, y, _ = (b[rank * share : (rank + 1) * share] for b in batch)
+        out = ddp(x)
+        optimizer.backward({"task": (out - y).square().mean(), "distill": (out - 1).square().mean()})
+        optimizer.step()
+        optimizer.zero_grad()
+
+    batches = _batches(4)
+    if not loads:
+        for batch in batches[:2]:
+            step(batch)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    (dcp.load if loads else dcp.save)(state, checkpoint_id=folder)
+    if loads:
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for batch in batches[2:]:
+        step(batch)
+    held = sum(optimizer.state[p]["exp_avg"].to_local().numel() for p in model.parameters())
+    return [p.detach() for p in model.parameters()], held
+
+
+def sharded_refusals(rank, size):
+    """What attach(shard=True) must not take."""
+    _, lagging = _linear(size, gram="lag")
+    _, trained = _linear(size)
+    p = trained.param_groups[0]["params"][0]
+    trained.state[p]["step"] = torch.ones(())
+    conv = nn.Conv2d(2, 2, 3).to(memory_format=torch.channels_last)
+    optimizers = [lagging, trained, dk.DTOAdamW(conv.parameters())]
+    return [_error(ValueError, lambda o=o: dk.distributed.attach(o, shard=True)) for o in optimizers]
+
+
+def logged_lines(rank, size, path):
+    """A balance log that all ranks keep."""
+    from dtokd.monitor import CSV, BalanceLogger
+
+    model, optimizer = _linear(size)
+    ddp = DistributedDataParallel(model)
+    dk.distributed.attach(optimizer, ddp)
+    with BalanceLogger([CSV(f"{path}/{rank}.csv")], every=2, optimizer=optimizer):
+        for _ in range(3):
+            optimizer.backward(_losses(ddp))
+            optimizer.step()
+            optimizer.zero_grad()

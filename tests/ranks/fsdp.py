@@ -1,0 +1,122 @@
+"""What each rank does in the tests of FSDP2; `size` 1 is the one process to compare with."""
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import dtokd_kernels as dk
+
+from .ddp import SAMPLES, SOURCES, WEIGHTINGS, Student, _batches, _error
+
+
+def _make(size, options):
+    torch.manual_seed(3)
+    student = Student().double()
+    if size > 1:
+        mesh = init_device_mesh("cpu", (size,))
+        keep = {"reshard_after_forward": options.get("reshard", True), "mesh": mesh}
+        if options.get("blocks", True):
+            for block in (student.trunk, student.head, student.projector):
+                fully_shard(block, **keep)
+        fully_shard(student, **keep)
+    groups = [
+        {"params": [*student.trunk.parameters(), *student.projector.parameters(), *student.unused.parameters()]},
+        {"params": list(student.head.parameters()), "balance": options.get("balance_head", True), "lr": 0.02},
+    ]
+    optimizer = {"adamw": dk.DTOAdamW, "sgd": dk.DTOSGD}[options.get("rule", "adamw")](
+        groups,
+        lr=0.01,
+        weighting=WEIGHTINGS[options.get("weighting", "dto")](),
+        gram=SOURCES[options.get("source", "exact")](student),
+        max_norm=options.get("max_norm"),
+        private=options.get("private", "own"),
+        **({"momentum": 0.9} if options.get("rule") == "sgd" else {}),
+    )
+    return student, optimizer
+
+
+def _step(rank, size, student, optimizer, batch, parts=1, spoil=False):
+    share = SAMPLES // (size * parts)
+    for part in range(parts):
+        begin = (part * size + rank) * share
+        x, y, t = (b[begin : begin + share] for b in batch)
+        out, projected, z = student(x)
+        task = (out - y).square().mean() * (float("nan") if spoil else 1.0)
+        optimizer.backward({"task": task, "distill": (projected - t).square().mean()}, features=[z])
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def _whole(tensor):
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach().clone()
+
+
+def train(rank, size, options, steps=4):
+    """Steps on this rank's samples; the whole weights, the balances' weights and the whole state."""
+    student, optimizer = _make(size, options)
+    weights = []
+    for batch in _batches(steps):
+        _step(rank, size, student, optimizer, batch, options.get("parts", 1))
+        weights.append(optimizer.balance.weights.clone())
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [_whole(p) for p in params], weights, [_whole(t) for p in params for t in optimizer.state[p].values()]
+
+
+def nan_on_one(rank, size):
+    student, optimizer = _make(size, {})
+    first, second = _batches(2)
+    _step(rank, size, student, optimizer, first)
+    before = [_whole(p) for p in student.parameters()]
+    _step(rank, size, student, optimizer, second, spoil=rank == 1)
+    same = all(torch.equal(a, _whole(b)) for a, b in zip(before, student.parameters(), strict=True))
+    return same, int(optimizer.skipped_steps)
+
+
+def save(rank, size, options, folder):
+    """Two steps, a checkpoint, and two steps more."""
+    student, optimizer = _make(size, options)
+    batches = _batches(4)
+    for batch in batches[:2]:
+        _step(rank, size, student, optimizer, batch)
+    model_state, optimizer_state = get_state_dict(student, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    for batch in batches[2:]:
+        _step(rank, size, student, optimizer, batch)
+    return [_whole(p) for p in student.parameters()]
+
+
+def load(rank, size, options, folder):
+    """The two steps that follow the checkpoint, on another number of ranks."""
+    student, optimizer = _make(size, options)
+    model_state, optimizer_state = get_state_dict(student, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    # a layer that no objective reached has no state there
+    dcp.load(state, checkpoint_id=folder, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    set_state_dict(student, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    for batch in _batches(4)[2:]:
+        _step(rank, size, student, optimizer, batch)
+    return [_whole(p) for p in student.parameters()]
+
+
+def refused(rank, size, source):
+    student, optimizer = _make(size, {"source": source})
+    return _error(ValueError, _step, rank, size, student, optimizer, _batches(1)[0])
+
+
+def unsynced(rank, size):
+    student, optimizer = _make(size, {})
+    student.set_requires_gradient_sync(False)
+    return _error(RuntimeError, _step, rank, size, student, optimizer, _batches(1)[0])
+
+
+def state_numbers(rank, size):
+    """How many numbers this rank's moments and parameters hold."""
+    student, optimizer = _make(size, {})
+    _step(rank, size, student, optimizer, _batches(1)[0])
+    params = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
+    assert all(isinstance(optimizer.state[p]["exp_avg"], DTensor) for p in params)
+    held = sum(optimizer.state[p]["exp_avg"].to_local().numel() for p in params)
+    return held, sum(p.numel() for p in params), max(p.numel() // p.shape[0] for p in params) * len(params)

@@ -1,0 +1,247 @@
+"""Balanced steps on several ranks: the same bits on all of them, and the step of one process on the whole batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dtokd_kernels as dk
+
+from .ranks import ddp, fsdp
+from .ranks.pool import Pool
+
+ROOT = Path(__file__).parents[1]
+#: With the store of torchrun's rendezvous, gloo of torch 2.14 finds the addresses of the processes before a restart.
+ELASTIC = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+@pytest.fixture(scope="module")
+def pools():
+    made = {size: Pool(size) for size in (2, 3)}
+    yield made
+    for pool in made.values():
+        pool.close()
+
+
+def assert_same_bits(answers) -> None:
+    first = answers[0]
+    for other in answers[1:]:
+        for mine, theirs in zip(first, other, strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                assert torch.equal(a, b)
+
+
+def assert_as_one(answers, options, train=ddp.train) -> None:
+    """To rounding: float64, a few hundred additions; AdamW's division of small by small magnifies."""
+    alone = train(0, 1, options)
+    for mine, theirs in zip(answers[0], alone, strict=True):
+        assert len(mine) == len(theirs)
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+CASES = {
+    "adamw": {},
+    "sgd": {"rule": "sgd", "rescale": "sum"},
+    "three": {"size": 3},
+    "one_bucket": {"bucket_bytes": 25 << 20},
+    "clipped": {"max_norm": 0.1},
+    "balanced": {"private": "balanced"},
+    "plain_head": {"balance_head": False},
+    "static": {"static": True},
+    "unwrapped": {"wrapped": False, "other_start": True, "size": 3},
+    "find_unused": {"find_unused": True},
+    "kept_memory": {"to_none": False},
+    "parts": {"parts": 2},
+    "parts_unwrapped": {"parts": 2, "wrapped": False},
+    "parts_feature": {"parts": 2, "source": "feature"},
+    "one_rank_reaches": {"sometimes": 2},
+    "two_ranks_reach": {"sometimes": 3, "size": 3},
+    "overlap": {"source": "overlap"},
+    "overlap_parts": {"source": "overlap", "parts": 2, "size": 3},
+    "lag": {"source": "lag"},
+    "probe": {"source": "probe"},
+    "found_probe": {"source": "found", "size": 3},
+    "feature": {"source": "feature"},
+    "every": {"source": "every"},
+    "ema": {"source": "ema", "size": 3},
+    "amortized": {"source": "none", "weighting": "amortized", "size": 3},
+    "random": {"source": "none", "weighting": "rlw"},
+    "pcgrad": {"weighting": "pcgrad"},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ddp_is_one_process_on_the_whole_batch(pools, name):
+    options = dict(CASES[name])
+    answers = pools[options.pop("size", 2)].run(ddp.train, options)
+    assert_same_bits(answers)
+    assert_as_one(answers, options)
+
+
+SHARD_CASES = ["adamw", "sgd", "three", "clipped", "balanced", "plain_head", "static", "unwrapped", "parts"]
+SHARD_CASES += ["kept_memory", "two_ranks_reach", "overlap", "overlap_parts", "probe", "feature", "every", "amortized"]
+
+
+@pytest.mark.parametrize("name", SHARD_CASES)
+def test_sharded_is_one_process_on_the_whole_batch(pools, name):
+    options = {**CASES[name], "shard": True}
+    answers = pools[options.pop("size", 2)].run(ddp.train, options)
+    assert_same_bits(answers)
+    assert_as_one(answers, options)
+
+
+def test_unattached_module_is_refused(pools):
+    for first, second in pools[2].run(ddp.not_attached):
+        assert "DTOAdamW.backward" in first
+        assert "distributed.attach(optimizer, module)" in first
+        assert "attach" in second
+
+
+def test_plain_backward_is_refused(pools):
+    assert all("optimizer.backward(losses)" in m for m in pools[2].run(ddp.plain_backward))
+
+
+def test_step_on_gradients_of_one_rank_is_refused(pools):
+    assert all("no_sync" in m for m in pools[2].run(ddp.step_in_no_sync))
+
+
+def test_parameter_that_nobody_would_average_is_refused(pools):
+    assert all("'2.weight'" in m and "requires_grad_(False)" in m for m in pools[2].run(ddp.missing_parameter))
+
+
+@pytest.mark.parametrize(("source", "shard"), [("exact", False), ("exact", True), ("overlap", False), ("lag", False)])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_on_one_rank_skips_the_step_on_all(pools, where, source, shard):
+    answers = pools[2].run(ddp.nan_on_one, where, source, shard)
+    assert all(same and skipped == 1 for same, skipped, _ in answers)
+
+
+@pytest.mark.parametrize("what", ["constant", "missing"])
+def test_error_on_one_rank_stops_the_others_at_once(pools, what):
+    messages, weights = zip(*pools[3].run(ddp.error_on_one, what), strict=True)
+    assert "ranks" in messages[0]
+    assert "ranks" in messages[2]
+    if what == "constant":
+        assert "needs no gradient" in messages[1]
+    assert_same_bits([[w] for w in weights])
+
+
+def test_balance_is_logged_once(pools, tmp_path):
+    pools[2].run(ddp.logged_lines, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["0.csv"]
+    assert len((tmp_path / "0.csv").read_text().splitlines()) == 1 + 3
+
+
+def test_accumulation_communicates_once(pools):
+    """Two steps: in each one small all-reduce and one bucket per objective, for any number of parts."""
+    once, often = (pools[2].run(ddp.many_microbatches_cost, parts)[0] for parts in (1, 3))
+    assert once == often
+    reduced = [n for name, n, _ in once if name == "all_reduce"]
+    assert reduced[:3] == [11, *2 * [reduced[1]]]
+    assert len(reduced) == 3 + 5  # the second step knows what comes last: a bucket more for each objective
+
+
+FSDP_CASES = {
+    "adamw": {},
+    "sgd": {"rule": "sgd"},
+    "three": {"size": 3, "max_norm": 0.1},
+    "root_only": {"blocks": False},
+    "kept_unsharded": {"reshard": False},
+    "plain_head": {"balance_head": False, "private": "balanced"},
+    "parts": {"parts": 2},
+    "feature": {"source": "feature", "size": 3},
+    "every": {"source": "every"},
+    "ema": {"source": "ema"},
+    "amortized": {"source": "none", "weighting": "amortized", "max_norm": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", FSDP_CASES)
+def test_fsdp_is_one_process_on_the_whole_batch(pools, name):
+    options = dict(FSDP_CASES[name])
+    answers = pools[options.pop("size", 2)].run(fsdp.train, options)
+    assert_same_bits(answers)
+    assert_as_one(answers, options, fsdp.train)
+
+
+def test_fsdp_nan_on_one_rank_skips_the_step_on_all(pools):
+    assert pools[3].run(fsdp.nan_on_one) == [(True, 1)] * 3
+
+
+@pytest.mark.parametrize("source", ["overlap", "lag", "probe", "found"])
+def test_fsdp_refuses_sources_that_see_unreduced_gradients(pools, source):
+    assert all("gram='exact'" in message for message in pools[2].run(fsdp.refused, source))
+
+
+def test_fsdp_without_reduction_is_refused(pools):
+    assert all("set_requires_gradient_sync" in message for message in pools[2].run(fsdp.unsynced))
+
+
+def test_fsdp_state_is_divided_by_the_ranks(pools):
+    held, whole, rows = zip(*pools[3].run(fsdp.state_numbers), strict=True)
+    assert sum(held) == whole[0]
+    assert max(held) <= whole[0] / 3 + rows[0]  # a row of each parameter at most
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 2)])
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_fsdp_checkpoint_of_n_ranks_goes_on_with_m(pools, tmp_path, first, second, rule):
+    straight = pools[first].run(fsdp.save, {"rule": rule}, str(tmp_path))
+    resumed = pools[second].run(fsdp.load, {"rule": rule}, str(tmp_path))
+    for a, b in zip(straight[0], resumed[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 2)])
+def test_sharded_checkpoint_of_n_ranks_goes_on_with_m(pools, tmp_path, first, second):
+    straight = pools[first].run(ddp.sharded_checkpoint, str(tmp_path), False)
+    resumed = pools[second].run(ddp.sharded_checkpoint, str(tmp_path), True)
+    for a, b in zip(straight[0][0], resumed[0][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    numbers = sum(p.numel() for p in straight[0][0])
+    for size, answers in ((first, straight), (second, resumed)):
+        assert sum(held for _, held in answers) == numbers
+        assert max(held for _, held in answers) <= numbers / size + 4  # a number of each parameter at most
+
+
+def test_sharded_refuses_what_it_cannot_do(pools):
+    for lag, state, layout in pools[2].run(ddp.sharded_refusals):
+        assert "'overlap'" in lag
+        assert "attach it before" in state
+        assert "contiguous_format" in layout
+
+
+@pytest.mark.parametrize("kind", ["replicate", "shard"])
+def test_rank_that_dies_ends_the_others_and_torchrun_resumes(tmp_path, kind):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command += ["-m", "tests.ranks.elastic", str(folder), kind]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, **ELASTIC, "PYTHONPATH": path}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("life 0 rank 0 begins after step 0") == 1
+    assert "life 1 rank 0 begins after step 2" in ran.stdout  # 3 was half written
+    assert "life 1 rank 1 begins after step 2" in ran.stdout
+    weights = torch.load(folder / "weights.pt")
+    for a, b in zip(weights, elastic_alone(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def elastic_alone():
+    """The weights that one process reaches that never stops."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)).double()
+    optimizer = dk.DTOAdamW(net.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        out = net(torch.randn(8, 4, dtype=torch.float64, generator=generator))
+        optimizer.backward({"task": out.square().mean(), "distill": (out - 1).square().mean()})
+        optimizer.step()
+        optimizer.zero_grad()
+    return list(net.parameters())
