@@ -15,7 +15,7 @@ from .optim import DTOSGD, DTOAdamW
 from .types import Balance
 
 if TYPE_CHECKING:
-    from . import distributed
+    from . import distributed as distributed
 
 try:
     __version__ = version("dtokd-kernels")
@@ -32,7 +32,6 @@ __all__ = [
     "balance",
     "combine",
     "debug",
-    "distributed",
     "gram",
     "min_norm_weights",
     "sources",

@@ -245,3 +245,21 @@ def elastic_alone():
         optimizer.step()
         optimizer.zero_grad()
     return list(net.parameters())
+
+
+def test_one_process_imports_nothing_of_it():
+    """A torch without torch.distributed can train."""
+    script = """if True:
+        import sys, torch
+        torch.distributed.is_available = lambda: False
+        import dtokd_kernels as dk
+        w = torch.nn.Parameter(torch.ones(3))
+        optimizer = dk.DTOSGD([w], lr=0.1)
+        optimizer.backward([w.square().sum() + 1, (w - 2).square().sum() + 1])
+        optimizer.step()
+        dk.backward([w.square().sum() + 1, (w - 2).square().sum() + 1], [w])
+        assert not [name for name in sys.modules if name.startswith("dtokd_kernels.distributed")]
+        """
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert ran.returncode == 0, ran.stderr.decode()

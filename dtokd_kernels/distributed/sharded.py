@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ..sources.source import Source, Watch
 
 #: torch 2.14 has other names for them
-_all_gather: Callable[..., Waits] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # type: ignore[assignment]
-_reduce_scatter: Callable[..., Waits] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # type: ignore[assignment]
+_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Sharded(Replicas):
