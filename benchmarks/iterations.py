@@ -11,20 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import dtokd_kernels as dk
 from dtokd_kernels.sources import Every, Feature, Probe
 from dtokd_kernels.weighting import NAMES, Amortized, from_name
 
-from .cases import LR, MAX_NORM, MODELS, Case, Competitor, Shapes, dtokd, fill, fused, nothing
+from .cases import LR, MAX_NORM, Case, Competitor, Shapes, dtokd, fill, fused, nothing
+from .pair import Pair
 from .record import Measurement
 from .timing import Quiet, seconds_of, time_rounds
 
-TEMPERATURE = 4.0
 SUM = "weighted sum, torch's fused AdamW"
 
 
@@ -53,13 +51,9 @@ class Iteration:
     """
 
     def __init__(self, student: str, teacher: str, batch: int, size: int) -> None:
-        torch.manual_seed(0)
-        self._student = timm.create_model(MODELS.get(student, student))
-        self._teacher = timm.create_model(MODELS.get(teacher, teacher)).eval()
-        self._images = torch.rand(batch, 3, size, size)
-        self._labels = torch.arange(batch)
-        self._params = list(self._student.parameters())
-        *_, last = self._student.get_submodule("blocks").children()
+        self._pair = Pair(student, teacher, batch, size)
+        self._params = list(self._pair.student.parameters())
+        *_, last = self._pair.student.get_submodule("blocks").children()
         self.ways: dict[str, Way] = {
             SUM: self._sum(),
             "exact": self._balanced(gram="exact"),
@@ -67,7 +61,7 @@ class Iteration:
             "lag": self._balanced(gram="lag"),
             "probe, last block": self._balanced(gram=Probe(last)),
             "feature, last block's output": self._balanced(gram=Feature(last)),
-            "every 4": self._balanced(gram=Every(4)),
+            "every n, between measurements": self._balanced(gram=Every(1 << 30)),
             "amortized, famo": self._balanced(weighting=Amortized()),
             "TorchJD MGDA": self._torchjd("MGDA"),
             "TorchJD UPGrad": self._torchjd("UPGrad"),
@@ -102,11 +96,7 @@ class Iteration:
         losses: dict[str, Tensor] = {}
 
         def forward() -> None:
-            with torch.no_grad():
-                target = F.softmax(self._teacher(self._images) / TEMPERATURE, 1)
-            logits = self._student(self._images)
-            distill = F.kl_div(F.log_softmax(logits / TEMPERATURE, 1), target, reduction="batchmean")
-            losses.update(task=F.cross_entropy(logits, self._labels), distill=distill)
+            losses.update(self._pair.losses(self._pair.teach()))
 
         seconds = {
             "forward": seconds_of(forward),
@@ -131,7 +121,7 @@ def measure_iterations(
     """Milliseconds of the parts, and ratios to the iteration of the weighted sum in the same round."""
     iteration = Iteration(student, teacher, batch, size)
     chosen = list(iteration.ways if names is None else [SUM, *names])
-    for name in chosen:  # `every 4` must have measured once
+    for name in chosen:  # warms up, and makes the one measurement of `Every`
         iteration.run(name)
     shuffle, quiet = random.Random(seed), Quiet(quiet_limit)
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}

@@ -9,19 +9,16 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import dtokd_kernels as dk
 
 from . import report
-from .cases import LR, MAX_NORM, MODELS, fill
+from .cases import LR, MAX_NORM, fill
+from .pair import Pair
 from .record import Measurement, write
 from .timing import Quiet, seconds_of
-
-TEMPERATURE = 4.0
 
 STATIC_BACKWARD = "static distillation: backward of the sum"
 STATIC_STEP = "static distillation: torch's fused AdamW"
@@ -41,12 +38,8 @@ class Iteration:
     """
 
     def __init__(self, student: str, teacher: str, batch: int, size: int) -> None:
-        torch.manual_seed(0)
-        self._student = timm.create_model(MODELS.get(student, student))
-        self._teacher = timm.create_model(MODELS.get(teacher, teacher)).eval()
-        self._images = torch.rand(batch, 3, size, size)
-        self._labels = torch.arange(batch)
-        self._params = list(self._student.parameters())
+        self._pair = Pair(student, teacher, batch, size)
+        self._params = list(self._pair.student.parameters())
         native, reference = (
             dk.DTOAdamW(self._params, lr=LR, max_norm=MAX_NORM, backend=name) for name in ("cpu", "reference")
         )
@@ -62,14 +55,12 @@ class Iteration:
             STATIC_STEP: torch.optim.AdamW(self._params, lr=LR, fused=True).step,
         }
 
-    @torch.no_grad()
     def _teacher_forward(self) -> None:
-        self._target = F.softmax(self._teacher(self._images) / TEMPERATURE, 1)
+        self._target = self._pair.teach()
 
     def _student_forward(self) -> None:
-        logits = self._student(self._images)
-        self._task = F.cross_entropy(logits, self._labels)
-        self._distill = F.kl_div(F.log_softmax(logits / TEMPERATURE, 1), self._target, reduction="batchmean")
+        losses = self._pair.losses(self._target)
+        self._task, self._distill = losses["task"], losses["distill"]
         self._grads: list[list[Tensor]] = []
 
     def _backward(self, loss: Tensor) -> None:

@@ -16,7 +16,7 @@ from .cases import shapes_of
 from .record import Measurement, Row, read, write
 
 #: Ways that take one full backward pass, compared at a larger batch too.
-ONE_PASS = ("probe, last block", "feature, last block's output", "every 4", "amortized, famo")
+ONE_PASS = ("probe, last block", "feature, last block's output", "every n, between measurements", "amortized, famo")
 #: The parts by the name of what they measure.
 NAMED = {"step left": "steps", "iteration": "iterations", "balance": "weightings", "closeness": "closeness"}
 PARTS = ("steps", "iterations", "weightings", "closeness")

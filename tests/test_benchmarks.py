@@ -137,13 +137,6 @@ def test_sources_measures_what_is_asked(tmp_path, monkeypatch, capsys):
     assert all(f"| {name} |" in text for name in closeness.TRAINED)
 
 
-def test_overlap_trains_as_exact():
-    """What is compared in the documents is comparable: two names for the same rule end at the same accuracy."""
-    lesson = closeness.Lesson.prepare(0, 2)
-    same = [closeness.final_accuracy(lesson, "feature", name, 3) for name in (closeness.EXACT, "overlap")]
-    assert same[0] == same[1]
-
-
 def test_steps_of_the_sources_are_right():
     """Two steps of what is timed equal two exact ones: gradients stay, so weights that lag by a step are the same."""
     gate.check({"dtokd overlap": iterations.STEPS["overlap"], "dtokd lag": iterations.STEPS["lag"]})
