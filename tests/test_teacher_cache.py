@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from dtokd.objectives import cache as caching
+from dtokd import files
 from dtokd.objectives.build import build, use_cache
 from dtokd.objectives.cache import KeyedDataset, TeacherCache
 from dtokd.objectives.options import add_arguments
@@ -113,7 +113,7 @@ def test_a_write_that_fails_leaves_the_old_shards(tmp_path, monkeypatch):
 
     cache(teacher, *[batch_of(data, [2])[0]], TAPS, batch_of(data, [2])[1])
     with monkeypatch.context() as patch:
-        patch.setattr(caching.os, "fsync", full)
+        patch.setattr(files.os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             cache.flush()
     assert len(list(cache.directory.iterdir())) == 2  # key.json and the first shard

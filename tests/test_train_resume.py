@@ -10,32 +10,21 @@ import time
 
 import pytest
 import torch
+from dtokd import files
 from dtokd.cli import main
 from dtokd.errors import UsageError
-from dtokd.train import files, run
+from dtokd.train import run
 from dtokd.train.checkpoint import load_checkpoint, save_checkpoint
 from dtokd.train.rundir import RunDir
 from safetensors.torch import load_file
 
-from .digits import common, distilling, write_digits, write_teacher
+from .digits import common, distilling
 
 #: timm's reader leaves files to the garbage collector
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp("digits"))
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 class Died(Exception):

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from .errors import UsageError
-from .train.files import write_text
+from .files import write_text
 from .train.options import BALANCES
 from .train.progress import Progress
 from .train.run import train

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import uuid
 import weakref
@@ -15,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..files import write_tensors, write_text
 from .taps import Outputs, Taps
 from .teacher import Teacher
 
@@ -114,8 +114,7 @@ class TeacherCache:
         }
         text = json.dumps(described, indent=1, sort_keys=True)
         self.directory = Path(directory) / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.directory.mkdir(parents=True, exist_ok=True)
-        _write(self.directory / "key.json", text.encode())
+        write_text(self.directory / "key.json", text)
         self.shard, self.taps = shard, taps
         self.hits = self.misses = 0
         self._rows: dict[tuple[int, int], tuple[dict[str, Tensor], int]] = {}
@@ -167,18 +166,6 @@ class TeacherCache:
 def _flush(directory: Path, pending: list[tuple[tuple[int, int], dict[str, Tensor]]]) -> None:
     if pending:
         names = pending[0][1]
-        columns = {n: torch.stack([row[n] for _, row in pending]).contiguous() for n in names}
-        _write(directory / f"{uuid.uuid4().hex}.safetensors", save(columns))
+        columns = {n: torch.stack([row[n] for _, row in pending]) for n in names}
+        write_tensors(directory / f"{uuid.uuid4().hex}.safetensors", columns)
         pending.clear()
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -52,7 +52,7 @@ def write_report(run: Path) -> Path:
     """
     import yaml
 
-    from ..train.files import write_text
+    from ..files import write_text
     from ..train.images import skipped
 
     if not (run / "args.yaml").exists():

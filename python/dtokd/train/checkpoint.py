@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UsageError
-from .files import write_tensors
+from ..files import write_tensors
 
 FORMAT = 1
 

@@ -20,8 +20,8 @@ from torch import Tensor
 import dtokd_kernels
 
 from ..errors import UsageError
+from ..files import sync_folder, write_tensors, write_text
 from .checkpoint import load_checkpoint, save_checkpoint
-from .files import sync_folder, write_tensors, write_text
 from .options import plain
 
 _CHECKPOINT = re.compile(r"epoch-(\d+)\.safetensors")
