@@ -91,6 +91,28 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A folder of images for `dtokd train`."""
+    from .digits import write_digits  # needs more than the kernels' tests
+
+    return write_digits(tmp_path_factory.mktemp("digits"))
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """Weights of a teacher of theirs."""
+    from .digits import write_teacher
+
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
+
+
+@pytest.fixture
+def one_thread():
+    """Another number rounds otherwise; `reproducible` puts it back."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def reproducible(monkeypatch):
     """Fixed seeds; no backend chosen from outside; fresh memory is NaN, so that nobody reads it unnoticed."""

@@ -8,66 +8,20 @@ import timm
 import torch
 from dtokd import recipes
 from dtokd.objectives.build import build
-from dtokd.objectives.options import add_arguments
+from dtokd.train.options import add_arguments, read_config
 from safetensors.torch import save_file
 from torch import nn
 
-#: timm's train.py names, and those of the balance.
-OTHERS = {
-    "data_dir",
-    "dataset",
-    "dataset_download",
-    "model",
-    "num_classes",
-    "img_size",
-    "mean",
-    "std",
-    "scale",
-    "ratio",
-    "hflip",
-    "color_jitter",
-    "crop_pct",
-    "smoothing",
-    "batch_size",
-    "grad_accum_steps",
-    "epochs",
-    "opt",
-    "momentum",
-    "weight_decay",
-    "lr",
-    "sched",
-    "decay_milestones",
-    "decay_rate",
-    "warmup_epochs",
-    "warmup_lr",
-    "min_lr",
-    "drop_path",
-    "aa",
-    "train_interpolation",
-    "mixup",
-    "cutmix",
-    "reprob",
-    "amp",
-    "amp_dtype",
-    "clip_grad",
-    "output",
-    "experiment",
-    "kd_balance",
-}
 CIFAR = [name for name in recipes.names() if name.startswith("cifar100") and "teacher" not in name]
 IMAGENET = [name for name in recipes.names() if name.startswith("imagenet")]
 
 
 def namespace(name, **changes):
+    """The recipe's options as `dtokd train` reads them: each known, each value allowed."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    loaded = recipes.load(recipes.path(name))
-    kd = vars(parser.parse_args([]))
-    assert set(loaded) <= set(kd) | OTHERS, f"{name}: unknown {set(loaded) - set(kd) - OTHERS}"
-    for action in parser._actions:  # a config's values are not seen by argparse: check them against its choices
-        for value in loaded.get(action.dest) if isinstance(loaded.get(action.dest), list) else []:
-            assert action.choices is None or value in action.choices, (name, action.dest, value)
-    return argparse.Namespace(**{**kd, **loaded, **changes})
+    given = read_config(parser, recipes.path(name))
+    return argparse.Namespace(**{**vars(parser.parse_args([])), **given, **changes})
 
 
 def train(options, student, classes, size, batch=2, steps=2):
@@ -103,8 +57,9 @@ def test_cifar_recipe_trains(name, tmp_path):
     torch.manual_seed(1)
     if options.kd_model_name:
         path = tmp_path / "teacher.safetensors"
-        save_file(timm.create_model(options.kd_model_name, num_classes=100).state_dict(), path)
-        options.kd_teacher_path = str(path)
+        (teacher,) = options.kd_model_name
+        save_file(timm.create_model(teacher, num_classes=100).state_dict(), path)
+        options.kd_teacher_path = [str(path)]
     student = timm.create_model(options.model, num_classes=options.num_classes)
     _, objectives = train(options, student, 100, 32)
     assert objectives == OBJECTIVES[name.rsplit("_", 1)[1]]
@@ -125,12 +80,12 @@ def test_imagenet_recipe_trains(name, tmp_path):
     assert real.num_classes == 1000
     variant = name.rsplit("_", 1)[1]
     if variant != "none":
-        assert options.kd_model_name == "regnety_160.deit_in1k"
-        teacher = timm.create_model(options.kd_model_name, device="meta")
+        assert options.kd_model_name == ["regnety_160.deit_in1k"]
+        teacher = timm.create_model(*options.kd_model_name, device="meta")
         assert (teacher.num_classes, teacher.num_features) == (1000, 3024)
         path = tmp_path / "teacher.safetensors"
         save_file(timm.create_model("test_resnet", num_classes=1000).state_dict(), path)
-        options.kd_model_name, options.kd_teacher_path = "test_resnet", str(path)
+        options.kd_model_name, options.kd_teacher_path = ["test_resnet"], [str(path)]
     student = timm.create_model(options.model, num_classes=1000, depth=1, drop_path_rate=options.drop_path)
     task, objectives = train(options, student, 1000, 224, steps=1)
     assert objectives == [{"kl": "token"}.get(o, o) for o in OBJECTIVES[variant]]

@@ -26,25 +26,13 @@ from timm.utils import dispatch_clip_grad, random_seed
 
 from dtokd_kernels import weighting
 
-from .digits import common, distilling, write_digits, write_teacher
+from .digits import common, distilling, write_teacher
 
 #: timm's reader leaves files to the garbage collector
-pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    return write_digits(tmp_path_factory.mktemp("digits"))
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def run(digits, output, *more):

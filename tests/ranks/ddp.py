@@ -55,17 +55,13 @@ def whole(t, p):
     return t.full_tensor().view(p.shape) if isinstance(t, DTensor) else t
 
 
-def train(rank, size, options, steps=4):
-    """Steps on this rank's samples; returns the weights and the balances' weights."""
-    torch.manual_seed(3)
-    student = Student().double()
-    if rank and options.get("other_start"):
-        nn.init.ones_(student.head.weight)  # DDP and attach give all ranks what rank 0 has
+def optimizer_of(student, options, **more):
+    """What all cases share."""
     groups = [
         {"params": [*student.trunk.parameters(), *student.projector.parameters(), *student.unused.parameters()]},
         {"params": list(student.head.parameters()), "balance": options.get("balance_head", True), "lr": 0.02},
     ]
-    optimizer = {"adamw": dk.DTOAdamW, "sgd": dk.DTOSGD}[options.get("rule", "adamw")](
+    return {"adamw": dk.DTOAdamW, "sgd": dk.DTOSGD}[options.get("rule", "adamw")](
         groups,
         lr=0.01,
         weighting=WEIGHTINGS[options.get("weighting", "dto")](),
@@ -73,7 +69,17 @@ def train(rank, size, options, steps=4):
         max_norm=options.get("max_norm"),
         private=options.get("private", "own"),
         rescale=options.get("rescale", "none"),
+        **more,
     )
+
+
+def train(rank, size, options, steps=4):
+    """Steps on this rank's samples; returns the weights and the balances' weights."""
+    torch.manual_seed(3)
+    student = Student().double()
+    if rank and options.get("other_start"):
+        nn.init.ones_(student.head.weight)  # DDP and attach give all ranks what rank 0 has
+    optimizer = optimizer_of(student, options)
     model, sync_off = student, contextlib.nullcontext
     if size > 1:
         bucket = options.get("bucket_bytes", 600)

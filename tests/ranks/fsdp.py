@@ -7,9 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-import dtokd_kernels as dk
-
-from .ddp import SAMPLES, SOURCES, WEIGHTINGS, Student, _batches, _error
+from .ddp import SAMPLES, Student, _batches, _error, optimizer_of
 
 
 def _make(size, options):
@@ -22,20 +20,8 @@ def _make(size, options):
             for block in (student.trunk, student.head, student.projector):
                 fully_shard(block, **keep)
         fully_shard(student, **keep)
-    groups = [
-        {"params": [*student.trunk.parameters(), *student.projector.parameters(), *student.unused.parameters()]},
-        {"params": list(student.head.parameters()), "balance": options.get("balance_head", True), "lr": 0.02},
-    ]
-    optimizer = {"adamw": dk.DTOAdamW, "sgd": dk.DTOSGD}[options.get("rule", "adamw")](
-        groups,
-        lr=0.01,
-        weighting=WEIGHTINGS[options.get("weighting", "dto")](),
-        gram=SOURCES[options.get("source", "exact")](student),
-        max_norm=options.get("max_norm"),
-        private=options.get("private", "own"),
-        **({"momentum": 0.9} if options.get("rule") == "sgd" else {}),
-    )
-    return student, optimizer
+    momentum = {"momentum": 0.9} if options.get("rule") == "sgd" else {}
+    return student, optimizer_of(student, options, **momentum)
 
 
 def _step(rank, size, student, optimizer, batch, parts=1, spoil=False):
