@@ -86,7 +86,7 @@ class Iteration:
             jac_to_grad(self._params, aggregator)
             optimizer.step()
 
-        # one pass after the other: for all at once, the default, torch has no batched attention on a CPU, and warns of it
+        # one pass after the other: the default, all at once, has no batched attention on a CPU (torch warns of it)
         return Way(lambda losses: backward(list(losses.values()), parallel_chunk_size=1), step, optimizer.zero_grad)
 
     def run(self, name: str) -> dict[str, float]:
