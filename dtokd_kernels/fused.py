@@ -52,6 +52,12 @@ def register_gram_step_fakes(namespace: str) -> None:
     torch.library.register_fake(f"{namespace}::gram_sgd_step_", lambda *args, **kwargs: products(args[3]))
 
 
+def register_solver_fakes(namespace: str) -> None:
+    """The same for solvers of weightings: from [K, K] to [K]."""
+    for name in ("dual_cone_weights", "cagrad_weights", "nash_weights", "pcgrad_weights"):
+        torch.library.register_fake(f"{namespace}::{name}", lambda gram, *args: gram.new_empty(len(gram)))
+
+
 def values_size(K: int) -> int:
     """How many numbers an operation `balance` returns for K objectives."""
     return 5 * K + K * K + 1

@@ -5,6 +5,7 @@ The functions here have the names and meanings of those in `reference`; `fused` 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor
 
 from . import fused, reference
+from .solvers import solved_by
 from .types import Balance, Rescale, Weighting
 from .weighting import DTO
+from .weighting._random import signed
 
 
 def load(name: str, needs: str) -> str | None:
@@ -41,6 +44,7 @@ missing: str | None = load("_C", "C++ compiler")
 if missing is None:
     fused.register_fakes("dtokd")
     fused.register_gram_step_fakes("dtokd")
+    fused.register_solver_fakes("dtokd")
 
 
 def instructions() -> str:
@@ -67,6 +71,26 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
     return torch.ops.dtokd.min_norm_weights.default(gram.double().contiguous(), clamp, present)
 
 
+def dual_cone_weights(gram: Tensor, each: bool) -> Tensor:
+    """The solver of this name (`solvers`), of `UPGrad` and `DualProj`."""
+    return torch.ops.dtokd.dual_cone_weights.default(gram.contiguous(), each)
+
+
+def cagrad_weights(gram: Tensor, c: float) -> Tensor:
+    """The solver of this name."""
+    return torch.ops.dtokd.cagrad_weights.default(gram.contiguous(), c)
+
+
+def nash_weights(gram: Tensor) -> Tensor:
+    """The solver of this name."""
+    return torch.ops.dtokd.nash_weights.default(gram.contiguous())
+
+
+def pcgrad_weights(gram: Tensor, step: Tensor, seed: int) -> Tensor:
+    """The solver of this name; its random orders are those of the one in Python."""
+    return torch.ops.dtokd.pcgrad_weights.default(gram.contiguous(), step, signed(seed % 2**64))
+
+
 def balance(
     gram: Tensor,
     losses: Tensor,
@@ -84,7 +108,8 @@ def balance(
     logarithmic = getattr(weighting, "log_gradients", True)
     weights = None
     if type(weighting) is not DTO:
-        weights = reference.weigh(weighting, gram, losses, loss_floor).contiguous()
+        with solved_by(sys.modules[__name__]):
+            weights = reference.weigh(weighting, gram, losses, loss_floor).contiguous()
     values, flags = torch.ops.dtokd.balance.default(
         gram,
         private_gram,

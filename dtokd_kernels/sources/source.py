@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from .. import backends, ops, reference
+from ..solvers import solved_by
 from ..types import Balance, Group, Options, Role, Update, Weighting
-from ..weighting import DTO
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,6 @@ class Given:
 
 def weights_of(weighting: Weighting, gram: Tensor, losses: Tensor, backend: str | None) -> Tensor:
     """What a weighting makes of the Gram matrix that it asks for, not of the raw one."""
-    if type(weighting) is DTO:  # one kernel instead of many small operations
-        module = backends.select(gram.device, backend)
-        return module.min_norm_weights(gram, weighting.clamp, gram.diagonal() > 0)
-    weights: Tensor = weighting(gram, losses) if reference.takes_losses(weighting) else weighting(gram)
+    with solved_by(backends.select(gram.device, backend)):
+        weights: Tensor = weighting(gram, losses) if reference.takes_losses(weighting) else weighting(gram)
     return weights

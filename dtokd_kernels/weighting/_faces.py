@@ -29,26 +29,3 @@ def solve_on_faces(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     identity = torch.eye(K, dtype=matrix.dtype, device=matrix.device)
     systems = torch.where(inside[:, :, None] & inside[:, None, :], matrix, identity)
     return solve_systems(systems, torch.where(inside[:, :, None], right, 0.0), EQUAL)
-
-
-def project_on_dual_cone(gram: Tensor, lower: Tensor) -> Tensor:
-    """For each row u of `lower` the weights v >= u of the shortest combination: argmin v^T G v.
-
-    sum_i v_i g_i is the projection of sum_i u_i g_i on the directions that conflict with no gradient.
-
-    Source: UPGrad (Quinton and Rey, 2024), Proposition 1; GEM (Lopez-Paz and Ranzato, NeurIPS 2017), Eq. 11.
-
-    Args:
-        gram: [K, K] float64, whose gradients have length 1 or 0.
-        lower: [R, K], not negative.
-
-    Returns:
-        [R, K]; the entry of a zero gradient stays as it is.
-    """
-    # v = u + x: x >= 0, and where x_i > 0 the combination is orthogonal to g_i; then v^T G v = u^T G u - right^T x
-    right = -gram @ lower.T
-    x, solvable = solve_on_faces(gram, right)
-    allowed = solvable[:, None] & (x >= 0).all(1)
-    gains = (right * x).sum(1)  # [2^K, R]
-    best = gains.where(allowed, -torch.inf).argmax(0)  # [R]
-    return lower + x[best, :, torch.arange(len(lower), device=gram.device)]

@@ -24,14 +24,14 @@ def uniform(seed: int, step: Tensor, count: int) -> Tensor:
         count: how many; the same in every step.
     """
     index = step * count + torch.arange(1, count + 1, device=step.device)
-    state = index * _signed(_INCREMENT) + _signed(_mixed(seed))
+    state = index * signed(_INCREMENT) + signed(_mixed(seed))
     bits = _mix(state)
     return (_shifted(bits, 11).double() + 0.5) * 2.0**-53
 
 
 def _mix(z: Tensor) -> Tensor:
-    z = (z ^ _shifted(z, 30)) * _signed(_FIRST)
-    z = (z ^ _shifted(z, 27)) * _signed(_SECOND)
+    z = (z ^ _shifted(z, 30)) * signed(_FIRST)
+    z = (z ^ _shifted(z, 27)) * signed(_SECOND)
     return z ^ _shifted(z, 31)
 
 
@@ -47,6 +47,6 @@ def _mixed(seed: int) -> int:
     return z ^ (z >> 31)
 
 
-def _signed(bits: int) -> int:
+def signed(bits: int) -> int:
     """The int64 of these 64 bits; torch's products wrap around."""
     return bits - 2**64 if bits >= 2**63 else bits

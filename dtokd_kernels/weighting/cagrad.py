@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..solvers import solver
 from ._faces import solve_on_faces
 from ._units import unit_gram
 
@@ -52,22 +53,28 @@ class CAGrad:
         Returns:
             [K] float64, at least 1 / K each.
         """
-        cosines, norms, inverse = unit_gram(gram)
-        mean = norms / len(gram)  # g_0, of unit gradients
-        products = cosines @ mean
-        distance2 = self.c**2 * (mean @ products).clamp(min=0)
-        # for unit gradients lambda 1 becomes lambda / ||g_i||, and what is solved for is t w_i ||g_i||
-        solutions, solvable = solve_on_faces(cosines, torch.stack([inverse, products], dim=1))
-        y, z = solutions.unbind(2)  # [2^K, K]
-        a, b = y @ inverse, z @ inverse
-        length2 = z @ products
-        radicand = b * b - a * (length2 - distance2)
-        largest = torch.where(a > 0, (b + radicand.clamp(min=0).sqrt()) / a, 0.0)[:, None]
-        steps = torch.stack([largest * y - z, -z])  # [2, 2^K, K]
-        within = torch.stack([radicand >= 0, length2 <= distance2])
-        allowed = solvable & within & (steps >= 0).all(2)
-        along_y, along_z = ((cosines * v[:, None, :]).sum(2) for v in (y, z))
-        gains = norms * (products + torch.stack([largest * along_y - along_z, -along_z]))  # <g_i, d>
-        worst = torch.where(norms > 0, gains, torch.inf).amin(2)
-        best = torch.where(allowed, worst, -torch.inf).flatten().argmax(0, keepdim=True)  # [1]: a scalar would be read
-        return 1 / len(gram) + steps.flatten(0, 1)[best][0] * inverse
+        return cagrad_weights(gram, self.c)
+
+
+@solver
+def cagrad_weights(gram: Tensor, c: float) -> Tensor:
+    """Weights [K] of a Gram matrix [K, K] float64, at most c from the mean; in C++ csrc/include/dtokd/cagrad.h."""
+    cosines, norms, inverse = unit_gram(gram)
+    mean = norms / len(gram)  # g_0, of unit gradients
+    products = cosines @ mean
+    distance2 = c**2 * (mean @ products).clamp(min=0)
+    # for unit gradients lambda 1 becomes lambda / ||g_i||, and what is solved for is t w_i ||g_i||
+    solutions, solvable = solve_on_faces(cosines, torch.stack([inverse, products], dim=1))
+    y, z = solutions.unbind(2)  # [2^K, K]
+    a, b = y @ inverse, z @ inverse
+    length2 = z @ products
+    radicand = b * b - a * (length2 - distance2)
+    largest = torch.where(a > 0, (b + radicand.clamp(min=0).sqrt()) / a, 0.0)[:, None]
+    steps = torch.stack([largest * y - z, -z])  # [2, 2^K, K]
+    within = torch.stack([radicand >= 0, length2 <= distance2])
+    allowed = solvable & within & (steps >= 0).all(2)
+    along_y, along_z = ((cosines * v[:, None, :]).sum(2) for v in (y, z))
+    gains = norms * (products + torch.stack([largest * along_y - along_z, -along_z]))  # <g_i, d>
+    worst = torch.where(norms > 0, gains, torch.inf).amin(2)
+    best = torch.where(allowed, worst, -torch.inf).flatten().argmax(0, keepdim=True)  # [1]: a scalar would be read
+    return 1 / len(gram) + steps.flatten(0, 1)[best][0] * inverse

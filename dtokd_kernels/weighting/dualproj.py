@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ._faces import project_on_dual_cone
-from ._units import unit_gram
+from ._dual_cone import dual_cone_weights
 
 
 @dataclass(frozen=True)
@@ -33,5 +32,4 @@ class DualProj:
         Returns:
             [K] float64, at least 1 / K each where there is a gradient.
         """
-        cosines, norms, inverse = unit_gram(gram)
-        return project_on_dual_cone(cosines, norms[None] / len(gram))[0] * inverse
+        return dual_cone_weights(gram, False)

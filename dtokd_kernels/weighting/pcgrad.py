@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..solvers import solver
 from . import _random
 from .stateful import Memory, Stateful
 
@@ -37,18 +38,31 @@ class PCGrad(Stateful):
 
     def advance(self, memory: Memory, gram: Tensor, losses: Tensor) -> tuple[Tensor, Memory]:
         """The weights and the memory after them."""
-        K = len(gram)
-        everyone = torch.arange(K, device=gram.device)
-        squares = gram.diagonal()
-        inverse = torch.where(squares > 0, 1 / squares, 0.0)
-        rows = torch.eye(K, dtype=torch.float64, device=gram.device)
-        for partners in self.orders(memory, K).unbind(1):
-            product = (gram[partners] * rows).sum(1)  # [K], <the projected g_i, g_partner>
-            conflict = (product < 0) & (partners != everyone)
-            subtracted = torch.where(conflict, product * inverse[partners], 0.0)
-            rows = rows - subtracted[:, None] * (partners[:, None] == everyone)
-        return rows.sum(0), {"step": memory["step"] + 1}
+        return pcgrad_weights(gram, memory["step"], self.seed), {"step": memory["step"] + 1}
 
-    def orders(self, memory: Memory, K: int) -> Tensor:
-        """[K, K] int64: in which order row i meets the objectives (itself among them, which changes nothing)."""
-        return _random.uniform(self.seed, memory["step"], K * K).view(K, K).argsort(1)
+
+@solver
+def pcgrad_weights(gram: Tensor, step: Tensor, seed: int) -> Tensor:
+    """Weights [K] of a Gram matrix [K, K] float64; in C++ csrc/include/dtokd/pcgrad.h.
+
+    Args:
+        gram: [K, K] float64.
+        step: scalar int64; with the seed it decides the orders.
+        seed: any integer.
+    """
+    K = len(gram)
+    everyone = torch.arange(K, device=gram.device)
+    squares = gram.diagonal()
+    inverse = torch.where(squares > 0, 1 / squares, 0.0)
+    rows = torch.eye(K, dtype=torch.float64, device=gram.device)
+    for partners in orders(seed, step, K).unbind(1):
+        product = (gram[partners] * rows).sum(1)  # [K], <the projected g_i, g_partner>
+        conflict = (product < 0) & (partners != everyone)
+        subtracted = torch.where(conflict, product * inverse[partners], 0.0)
+        rows = rows - subtracted[:, None] * (partners[:, None] == everyone)
+    return rows.sum(0)
+
+
+def orders(seed: int, step: Tensor, K: int) -> Tensor:
+    """[K, K] int64: in which order row i meets the objectives (itself among them, which changes nothing)."""
+    return _random.uniform(seed, step, K * K).view(K, K).argsort(1)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ._faces import project_on_dual_cone
-from ._units import unit_gram
+from ._dual_cone import dual_cone_weights
 
 
 @dataclass(frozen=True)
@@ -36,5 +34,4 @@ class UPGrad:
         Returns:
             [K] float64, at least 1 / K each.
         """
-        cosines, norms, inverse = unit_gram(gram)
-        return (project_on_dual_cone(cosines, torch.diag(norms)) * inverse).mean(0)
+        return dual_cone_weights(gram, True)
