@@ -68,7 +68,7 @@ class Engine:
                     input = input.contiguous(memory_format=torch.channels_last)
                 share = count - last_group if index >= last_group else accumulate
                 # of cached teachers, see `data.collate_keyed`
-                keys = (target[:, 1:],) if self.options.kd_cache_teacher else ()
+                keys = (target[:, 1:],) if getattr(self.options, "kd_cache_teacher", None) else ()
                 with self._autocast():
                     result = self.task(input, target[:, 0] if keys else target, *keys)
                 self.stepper.backward(result, share)

@@ -62,19 +62,25 @@ def _value(text: str) -> Any:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all options of `dtokd train`."""
+    add_config(parser)
+    add_data(parser)
+    _add_model(parser)
+    add_numerics(parser)
+    add_optimization(parser)
+    _add_augmentation(parser)
+    objectives.add_arguments(parser)
+    add_balance(parser)
+    add_run(parser)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """The file of options."""
     parser.add_argument(
         "-c",
         "--config",
         metavar="FILE",
         help="YAML file of options, or recipe:NAME of the package's; the command line overrides it",
     )
-    add_data(parser)
-    _add_model(parser)
-    _add_optimization(parser)
-    _add_augmentation(parser)
-    objectives.add_arguments(parser)
-    _add_balance(parser)
-    _add_run(parser)
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -115,10 +121,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--drop", type=float, default=0.0, metavar="P", help="dropout")
     group.add_argument("--drop-path", type=float, metavar="P")
     group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
-    group.add_argument("--channels-last", action="store_true")
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
     group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
     group.add_argument("--torchcompile-mode", metavar="MODE")
+
+
+def add_numerics(parser: argparse.ArgumentParser) -> None:
+    """Precision, memory format, and the average of the weights."""
+    group = parser.add_argument_group("precision and average")
+    group.add_argument("--channels-last", action="store_true")
     group.add_argument("--amp", action="store_true", help="automatic mixed precision")
     group.add_argument("--amp-dtype", choices=["float16", "bfloat16"], default="float16")
     group.add_argument("--model-ema", action="store_true", help="average the student's weights")
@@ -126,7 +137,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model-ema-warmup", action="store_true")
 
 
-def _add_optimization(parser: argparse.ArgumentParser) -> None:
+def add_optimization(parser: argparse.ArgumentParser) -> None:
+    """Optimizer, clipping, learning rate and its schedule."""
     group = parser.add_argument_group("optimization")
     group.add_argument("--opt", default="sgd", metavar="NAME", help="timm's, or dtoadamw, dtosgd: the fused ones")
     group.add_argument("--opt-eps", type=float, metavar="X")
@@ -181,7 +193,8 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bce-target-thresh", type=float, metavar="X")
 
 
-def _add_balance(parser: argparse.ArgumentParser) -> None:
+def add_balance(parser: argparse.ArgumentParser) -> None:
+    """How the objectives' gradients are combined."""
     group = parser.add_argument_group("balance", "how the objectives' gradients are combined")
     group.add_argument(
         "--kd-balance",
@@ -209,14 +222,15 @@ def _add_balance(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
+def add_run(parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "top5", "loss")) -> None:
+    """Where a run goes, how it goes on, and which of the metrics is best; the first is the default."""
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=int, default=42, metavar="N")
     group.add_argument("--output", type=Path, default=Path("output/train"), metavar="DIR")
     group.add_argument("--experiment", default="", metavar="NAME", help="folder in it; default: made of the options")
     group.add_argument("--resume", default="", metavar="auto|FILE", help="go on from the newest checkpoint, or this")
     group.add_argument("--checkpoint-hist", type=int, default=10, metavar="N", help="checkpoints to keep")
-    group.add_argument("--eval-metric", choices=["top1", "top5", "loss"], default="top1", help="what is best")
+    group.add_argument("--eval-metric", choices=list(metrics), default=metrics[0], help="what is best")
     group.add_argument("--log-interval", type=int, default=50, metavar="N", help="iterations from line to line")
     group.add_argument("--log-tensorboard", action=argparse.BooleanOptionalAction, default=True)
 
@@ -274,7 +288,7 @@ def read_config(parser: argparse.ArgumentParser, path: str | Path) -> dict[str, 
         name = str(key).replace("-", "_")
         if name not in actions:
             close = difflib.get_close_matches(name, actions, n=1)
-            hint = f"; did you mean {close[0]}?" if close else "; dtokd train --help lists them"
+            hint = f"; did you mean {close[0]}?" if close else "; --help lists them"
             raise UsageError(f"--config: {path}: no option is called {key!r}{hint}")
         checked[name] = _checked(actions[name], value, f"--config: {path}: {key}")
     return checked

@@ -77,6 +77,29 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
     student.pretrained_cfg = {**student.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
     loaders = data.make_loaders(options, train_images, validation_images, config, student.num_classes, device)
     task = _make_task(options, student, loaders, device, config["input_size"])
+    return fit(options, run, task, loaders, device, progress)
+
+
+def fit(
+    options: argparse.Namespace,
+    run: RunDir,
+    task: TrainingTask,
+    loaders: data.Data,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> Outcome:
+    """What all kinds of tasks have in common: optimizer, schedule, epochs, evaluation, checkpoints, report.
+
+    Args:
+        options: of `train.options`, but those of data, student and teacher.
+        run: the directory.
+        task: student, teacher and losses; its `create_evaluator()` judges the student.
+        loaders: of (input, target), on `device`.
+        device: of the student.
+        progress: what the user sees.
+
+    Raises, Effects: as `train`.
+    """
     if options.channels_last:
         task.to(memory_format=torch.channels_last)
     stepper = make_stepper(options, task, device)
@@ -88,7 +111,7 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
         **{**scheduler_kwargs(options, decreasing_metric=options.eval_metric == "loss"), "num_epochs": options.epochs},
         updates_per_epoch=per_epoch,
     )
-    if options.torchcompile:
+    if getattr(options, "torchcompile", None):
         _compile(options, task)
     progress = progress or Progress(epochs)
     progress.epochs = epochs
