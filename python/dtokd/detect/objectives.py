@@ -146,7 +146,7 @@ class Tokens(Objective):
             layers = min(projected.neck.shape[1], teacher.neck.shape[1])
             for i in range(1, layers + 1):  # the last ones
                 terms.append(self._tokens(projected.neck[:, -i], teacher.neck[:, -i], pairs))
-        total = torch.stack(terms).sum()
+        total = torch.stack(terms).sum().clamp_min(0)  # a cosine of equal rows may round below
         return (total + EPS**2).sqrt() - EPS if self.root else total
 
     def _tokens(self, student: Tensor, teacher: Tensor, pairs: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -169,7 +169,8 @@ class Predictions(Objective):
 
     With w the teacher's highest class probability: (sum w KL(classes) + sum w D(boxes)) / sum w. KL is that of
     Bernoulli variables, one per class: its infimum is 0 (a cross-entropy's is the teacher's entropy). D: of dense
-    detectors smooth L1 between what the box coder decodes, and the KL of the centerness; of queries 5 L1 + 2 (1 - GIoU).
+    detectors smooth L1 between what the box coder decodes, and the KL of the centerness; of queries
+    5 L1 + 2 (1 - GIoU).
 
     Source: Du et al., *Distilling Object Detectors with Feature Richness*, NeurIPS 2021, Eq. 5 and 6, for the weights.
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.io import write_jpeg
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes
 
@@ -45,7 +44,8 @@ def draw_pictures(folder: Path, detector: Any, loader: Any, names: Sequence[str]
                 return written
             height, width = target["size"]
             path = folder / f"{target['image_id']}.jpg"
-            write_jpeg(_draw(pixels[:, :height, :width].cpu(), target, detections, names), str(path), quality=85)
+            image = _draw(pixels[:, :height, :width].cpu(), target, detections, names)
+            F.to_pil_image(image).save(path, quality=85)
             written.append(path)
     return written
 

@@ -73,8 +73,10 @@ def _make(name: str, classes: int, changes: dict[str, Any], option: str, **more:
         body = make_backbone(backbone, weights, more.get("image_size"))
         try:
             return Dense(kind, body, classes, freeze_norm=more.get("freeze_norm", False), **changes)
-        except TypeError as error:
-            raise UsageError(f"{option}-kwargs: {error}; known are width, score_thresh, nms_thresh") from error
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"{option}, its kwargs: {error}; known are width (a multiple of 32), score_thresh, nms_thresh"
+            ) from error
     if name in deformable.SIZES:
         given = {key: more[key] for key in ("pretrained", "backbone") if more.get(key)}
         return deformable.make(name, classes, changes, **given)
