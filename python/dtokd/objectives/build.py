@@ -78,7 +78,7 @@ def build(
             size=teachers.choose_size(model, options.kd_teacher_img_size),
         )
         lessons.append((made, [_objective(kind, label, options, student, model) for kind in types]))
-    task_weight, weights = _weights(options, [o.name for _, several in lessons for o in several])
+    task_weight, weights = weights_of(options, [o.name for _, several in lessons for o in several])
     return DistillationTask(
         student, criterion, lessons, task_weight=task_weight, weights=weights, device=device, dtype=dtype
     )
@@ -197,7 +197,12 @@ def _stages(given: Any) -> list[int] | None:
     return None if given is None else _as_list(given)
 
 
-def _weights(options: argparse.Namespace, names: Sequence[str]) -> tuple[float, dict[str, float]]:
+def weights_of(options: argparse.Namespace, names: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """The weights of the task and of each objective in the sum, as timm's train.py reads --task-loss-weight.
+
+    Raises:
+        ValueError: weights for another number of objectives.
+    """
     task, distill = options.task_loss_weight, _as_list(options.distill_loss_weight)
     if not distill:
         shared = 1.0 if task is None else (1.0 - task) / len(names)

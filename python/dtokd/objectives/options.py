@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 #: What a student can imitate, and the name of the objective in logs.
@@ -37,14 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the student imitates; several: one objective each",
     )
     add("--kd-loss-type", choices=["kl"], default="kl", help="loss between logits")
-    add("--task-loss-weight", type=float, help="weight of the task loss")
-    add(
-        "--distill-loss-weight",
-        type=float,
-        nargs="+",
-        help="weight of the distillation objectives: one for all or one each. Only the task's given: 1 - it, shared; "
-        "none given: 1 each. Unused where --kd-balance finds the weights",
-    )
+    add_weights(group)
     add("--kd-temperature", type=float, default=4.0, help="softmax temperature of logit, token (soft) and dkd")
     add("--kd-token-distill-type", choices=["soft", "hard"], default="soft", help="soft: KL; hard: teacher's argmax")
     add(
@@ -57,19 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="width of the teacher's pooled features (default: asked of the model)",
     )
-    add(
-        "--kd-projector",
-        choices=["linear", "orthogonal"],
-        default="linear",
-        help="from the student's features to the teacher's width; linear: none where the widths agree, as in timm",
-    )
-    add(
-        "--kd-feature-norm",
-        choices=["none", "layernorm", "standardize"],
-        default="none",
-        help="layernorm: of the teacher's features, over channels; standardize: both sides, per channel over the batch",
-    )
-    add("--kd-feature-loss", choices=["mse", "smooth_l1", "cosine"], default="mse", help="distance between features")
+    add_projection(group)
     add(
         "--kd-feature-pool",
         choices=["head", "mean"],
@@ -112,3 +94,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with the cache: augmentations per sample, epoch modulo N; 0: another in each epoch (for repeated runs)",
     )
+
+
+def add_weights(group: argparse._ArgumentGroup) -> None:
+    """Weights of the objectives in the sum; also of `dtokd detect`."""
+    add = group.add_argument
+    add("--task-loss-weight", type=float, help="weight of the task loss")
+    add(
+        "--distill-loss-weight",
+        type=float,
+        nargs="+",
+        help="weight of the distillation objectives: one for all or one each. Only the task's given: 1 - it, shared; "
+        "none given: 1 each. Unused where --kd-balance finds the weights",
+    )
+
+
+def add_projection(group: argparse._ArgumentGroup, distances: Sequence[str] = ("mse", "smooth_l1", "cosine")) -> None:
+    """How features are compared; also of `dtokd detect`."""
+    add = group.add_argument
+    add(
+        "--kd-projector",
+        choices=["linear", "orthogonal"],
+        default="linear",
+        help="from the student's features to the teacher's width; linear: none where the widths agree, as in timm",
+    )
+    add(
+        "--kd-feature-norm",
+        choices=["none", "layernorm", "standardize"],
+        default="none",
+        help="layernorm: of the teacher's features, over channels; standardize: both sides, per channel over the batch",
+    )
+    add("--kd-feature-loss", choices=list(distances), default=distances[0], help="distance between features")

@@ -54,56 +54,16 @@ class Trainable(nn.Module):
         return lambda name: layers.get(name.removeprefix("student."), last) if name.startswith("student.") else last
 
 
-class DistillationTask(TrainingTask):
-    """Task loss and objectives of one or several teachers, each on its own and as a weighted sum.
+class StudentTask(TrainingTask):
+    """What tasks with a `Trainable` have in common.
 
-    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}, the
-    task alone without a teacher. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the
-    student, `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
-
-    Args:
-        student: a timm model.
-        criterion: of (logits, target).
-        lessons: pairs of a teacher and its objectives.
-        task_weight: in the sum.
-        weights: in the sum, by objective.
-        device, dtype: of the task.
-        verbose: as timm's.
+    `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the student, `get_task_state()` the
+    heads' state, as in timm's tasks.
     """
 
-    def __init__(
-        self,
-        student: nn.Module,
-        criterion: nn.Module,
-        lessons: Sequence[tuple[Teacher, Sequence[Objective]]] = (),
-        *,
-        task_weight: float = 1.0,
-        weights: dict[str, float] | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        verbose: bool = False,
-    ) -> None:
-        super().__init__(device=device, dtype=dtype, verbose=verbose)
-        self.lessons = [(teacher, list(objectives)) for teacher, objectives in lessons]
-        objectives = [o for _, several in self.lessons for o in several]
-        heads = {o.name: o.head.to(self.device) for o in objectives if o.head is not None}
-        taps = merge([o.student for o in objectives]) if objectives else Taps(logits=True)
-        self._views = {o.name: _stages_of(o.student, taps) for o in objectives}
-        self.trainable_module: Any = Trainable(student, _with_views(heads, self._views), taps)
-        self.criterion = criterion.to(self.device)
-        self.task_loss_weight = task_weight
-        self.distill_loss_weights = dict(weights or {o.name: 1.0 for o in objectives})
-        self.caches: list[TeacherCache | None] = [None] * len(self.lessons)
-        for teacher, _ in self.lessons:
-            teacher.to(self.device)
+    trainable_module: Any
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> DistillationTask:
-        super()._apply(fn, *args, **kwargs)
-        for teacher, _ in self.lessons:
-            teacher.to(self.device)
-        return self
-
-    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> DistillationTask:
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> StudentTask:
         """Wrap the student and the heads in DistributedDataParallel."""
         self.trainable_module = nn.parallel.DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
@@ -158,6 +118,56 @@ class DistillationTask(TrainingTask):
         assert trainable is not None
         student = list(trainable.student.parameters())
         return [*(student[:-2] if exclude_head else student), *trainable.heads.parameters()]
+
+
+class DistillationTask(StudentTask):
+    """Task loss and objectives of one or several teachers, each on its own and as a weighted sum.
+
+    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}, the
+    task alone without a teacher. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the
+    student, `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
+
+    Args:
+        student: a timm model.
+        criterion: of (logits, target).
+        lessons: pairs of a teacher and its objectives.
+        task_weight: in the sum.
+        weights: in the sum, by objective.
+        device, dtype: of the task.
+        verbose: as timm's.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        criterion: nn.Module,
+        lessons: Sequence[tuple[Teacher, Sequence[Objective]]] = (),
+        *,
+        task_weight: float = 1.0,
+        weights: dict[str, float] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = False,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        self.lessons = [(teacher, list(objectives)) for teacher, objectives in lessons]
+        objectives = [o for _, several in self.lessons for o in several]
+        heads = {o.name: o.head.to(self.device) for o in objectives if o.head is not None}
+        taps = merge([o.student for o in objectives]) if objectives else Taps(logits=True)
+        self._views = {o.name: _stages_of(o.student, taps) for o in objectives}
+        self.trainable_module: Any = Trainable(student, _with_views(heads, self._views), taps)
+        self.criterion = criterion.to(self.device)
+        self.task_loss_weight = task_weight
+        self.distill_loss_weights = dict(weights or {o.name: 1.0 for o in objectives})
+        self.caches: list[TeacherCache | None] = [None] * len(self.lessons)
+        for teacher, _ in self.lessons:
+            teacher.to(self.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> DistillationTask:
+        super()._apply(fn, *args, **kwargs)
+        for teacher, _ in self.lessons:
+            teacher.to(self.device)
+        return self
 
     def forward(self, input: Tensor, target: Tensor, key: Tensor | None = None) -> dict[str, Any]:
         """The losses of a batch.

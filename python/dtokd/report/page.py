@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import json
 import math
@@ -33,6 +34,7 @@ polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .legend i { display: inline-block; width: 1.1em; height: .25em; margin-right: .4em; vertical-align: middle; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+.pictures { display: flex; flex-wrap: wrap; gap: .6rem; } .pictures img { max-width: 100%; border-radius: 4px; }
 td { overflow-wrap: anywhere; } summary { cursor: pointer; margin-top: 2rem; font-weight: 600; }
 """ + "".join(f"polyline.s{i} {{ stroke: var(--s{i}); }} circle.s{i} {{ fill: var(--s{i}); }} "
               f".legend i.s{i} {{ background: var(--s{i}); }}\n" for i in range(6))  # fmt: skip
@@ -66,6 +68,7 @@ def write_report(run: Path) -> Path:
         f"<h1>{escape(run.name)}</h1>",
         f"<p>{_headline(settings, epochs)}</p>",
         f'<div class="grid-of">{"".join(_charts(epochs, steps))}</div>',
+        _pictures(run / "pictures"),
         _details("Epochs", _rows(epochs), opened=False),
         "<h2>Settings</h2>",
         _table([("option", "value"), *((k, _text(v)) for k, v in settings.items() if v not in (None, "", {}))]),
@@ -83,6 +86,19 @@ def write_report(run: Path) -> Path:
     )
     write_text(run / "report.html", page)
     return run / "report.html"
+
+
+def _pictures(folder: Path) -> str:
+    """Detection's: the files are in the page."""
+    files = sorted(folder.glob("*.jpg"))
+    if not files:
+        return ""
+    data = {f.stem: base64.b64encode(f.read_bytes()).decode() for f in files}
+    images = "".join(f'<img alt="image {name}" src="data:image/jpeg;base64,{d}">' for name, d in data.items())
+    return (
+        "<h2>Validation images, best student</h2><p>Objects in green, detections above 0.3 in orange.</p>"
+        f'<div class="pictures">{images}</div>'
+    )
 
 
 def read_columns(path: Path) -> dict[str, list[float]]:
@@ -135,6 +151,9 @@ def _charts(epochs: Mapping[str, list[float]], steps: Mapping[str, list[float]])
 
     accuracy = {name: points for name, points in over_epochs("eval_").items() if "top" in name}
     yield line_chart("Accuracy, validation, percent", accuracy, "epoch")
+    precision = {n: p for n, p in over_epochs("eval_").items() if n.removeprefix("ema_").startswith("ap")}
+    yield line_chart("COCO's average precision, validation", precision, "epoch")
+    yield line_chart("Errors: points of AP50 each kind costs (paper: Fig. 4)", over_epochs("eval_error_"), "epoch")
     losses = {f"training: {name}": points for name, points in over_epochs("train_").items()}
     losses |= {f"validation: {name}": p for name, p in over_epochs("eval_").items() if name.endswith("loss")}
     yield line_chart("Losses", losses, "epoch")

@@ -42,6 +42,7 @@ class RunDir:
         self.bad_images = path / "bad_images.txt"
         self.student = path / "student.safetensors"
         self.last_student = path / "student-last.safetensors"
+        self.pictures = path / "pictures"
         self.report = path / "report.html"
 
     def checkpoints(self) -> dict[int, Path]:

@@ -1,0 +1,1 @@
+"""`dtokd detect`: COCO-format data, detectors, objectives -> the loop of `dtokd train` -> run directory."""

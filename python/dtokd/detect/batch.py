@@ -1,0 +1,83 @@
+"""What detectors take and give: padded images, targets, outputs to distil, detections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+#: One image's: "boxes" [n, 4] x0 y0 x1 y1 in pixels of the resized image, "labels" [n] int64 from 0, and for the
+#: evaluation "image_id", "size" (height, width of the resized image), "original" (of the file's).
+Target = dict[str, Any]
+
+
+@dataclass
+class Images:
+    """Images of one batch, padded at the right and below to one size.
+
+    Attributes:
+        pixels: [B, 3, H, W] in [0, 1], 0 where padded.
+        mask: [B, H, W] bool, False where padded.
+        sizes: height and width of each without padding.
+    """
+
+    pixels: Tensor
+    mask: Tensor
+    sizes: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def to(self, device: torch.device) -> Images:
+        """On a device."""
+        return replace(
+            self, pixels=self.pixels.to(device, non_blocking=True), mask=self.mask.to(device, non_blocking=True)
+        )
+
+    def contiguous(self, memory_format: torch.memory_format) -> Images:
+        """In another memory format."""
+        return replace(self, pixels=self.pixels.contiguous(memory_format=memory_format))
+
+    def pin_memory(self) -> Images:
+        """For `torch.utils.data.DataLoader`."""
+        return replace(self, pixels=self.pixels.pin_memory(), mask=self.mask.pin_memory())
+
+
+class Outputs(NamedTuple):
+    """What can be distilled; N predictions per image: queries, or places of all levels.
+
+    Attributes:
+        logits: [B, N, classes].
+        boxes: [B, N, 4]; of queries centre, width and height relative to the image, of dense detectors what their
+            box coder decodes.
+        quality: [B, N] logits of FCOS's centerness.
+        maps: [B, width, H, W] each, fine to coarse: FPN levels, or patch tokens on their grids.
+        body: [B, N, width] detection tokens after their first look at the image.
+        neck: [B, layers, N, width] detection tokens after each later layer.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    quality: Tensor | None = None
+    maps: tuple[Tensor, ...] = ()
+    body: Tensor | None = None
+    neck: Tensor | None = None
+
+    def detach(self) -> Outputs:
+        """Float32, outside any graph."""
+
+        def plain(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.detach().float()
+
+        maps = tuple(m.detach().float() for m in self.maps)
+        logits, boxes = self.logits.detach().float(), self.boxes.detach().float()
+        return Outputs(logits, boxes, plain(self.quality), maps, plain(self.body), plain(self.neck))
+
+
+@dataclass
+class Detections:
+    """Of one batch: per image "boxes" [n, 4] as in `Target`, "scores" [n], falling, and "labels" [n]."""
+
+    images: list[dict[str, Tensor]]

@@ -1,0 +1,136 @@
+"""From the options to a task."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from ..objectives.build import weights_of
+from .annotations import Annotations
+from .detectors.base import Detector
+from .detectors.build import columns, make_teacher
+from .evaluate import CocoEvaluator
+from .objectives import Features, Objective, Predictions, Tokens
+from .task import DetectionTask
+
+
+def build(
+    options: argparse.Namespace,
+    student: Detector,
+    train: Annotations,
+    validation: Annotations | None,
+    device: torch.device,
+) -> DetectionTask:
+    """The task that the options describe.
+
+    Raises:
+        UsageError: options that contradict each other, or do not fit student, teacher or data.
+    """
+    check_queries(student, train, options.model)
+
+    def evaluator() -> CocoEvaluator:
+        assert validation is not None
+        return CocoEvaluator(validation)
+
+    if not options.kd_model_name:
+        if options.kd_teacher_path or options.kd_share_queries:
+            raise UsageError("--kd-teacher-path, --kd-share-queries: there is no teacher; pass --kd-model-name")
+        return DetectionTask(student, evaluator, device=device)
+    classes = list(train.categories.values())
+    teacher = make_teacher(options, classes)
+    if teacher.dense != student.dense:
+        raise UsageError(
+            f"--kd-model-name: {options.kd_model_name} and the student {options.model} are of two kinds, one has "
+            "queries and one has not; take two of one kind"
+        )
+    known = columns(teacher, classes)
+    if options.kd_share_queries:
+        share_queries(student, teacher)
+    match = options.kd_match
+    by_index = match == "index" or (match == "auto" and options.kd_share_queries)
+    if by_index and not student.dense and student.queries != teacher.queries:
+        raise UsageError(
+            f"--kd-match index: the student has {student.queries} queries, the teacher {teacher.queries}; take "
+            "--kd-match hungarian, or as many (--model-kwargs num_queries)"
+        )
+    kinds = options.kd_distill_type or (["feature", "prediction"] if student.dense else ["token"])
+    if len(set(kinds)) != len(kinds):
+        raise UsageError(f"--kd-distill-type: {' '.join(kinds)}; pass different ones")
+    objectives = [_objective(kind, options, student, teacher, known) for kind in kinds]
+    try:
+        task_weight, weights = weights_of(options, [o.name for o in objectives])
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return DetectionTask(
+        student,
+        evaluator,
+        teacher,
+        objectives,
+        columns=known,
+        # only what belongs to a query needs a partner
+        matched=not student.dense and not by_index and bool({"token", "prediction"} & set(kinds)),
+        task_weight=task_weight,
+        weights=weights,
+        device=device,
+    )
+
+
+def check_queries(student: Detector, annotations: Annotations, name: str) -> None:
+    """Raises UsageError: an image has more objects than the student has queries."""
+    if student.queries is not None and annotations.most > student.queries:
+        raise UsageError(
+            f"--model: {name} has {student.queries} queries, but an image of {annotations.path} has "
+            f"{annotations.most} objects, and each query finds one; pass --model-kwargs num_queries={annotations.most} "
+            "or more"
+        )
+
+
+def share_queries(student: Detector, teacher: Detector) -> None:
+    """Start the student with the teacher's query embeddings and reference points: number i means the same for both.
+
+    Raises:
+        UsageError: not both have such queries, or of different number or width.
+    """
+    pairs: list[tuple[Any, Any]] = []
+    for name in ("query_position_embeddings", "reference_points"):
+        own, theirs = (getattr(getattr(getattr(d, "net", None), "model", None), name, None) for d in (student, teacher))
+        if own is None or theirs is None or own.weight.shape != theirs.weight.shape:
+            raise UsageError(
+                "--kd-share-queries: student and teacher need learned queries of one number and width (num_queries, "
+                "d_model), as the vidt detectors have them"
+            )
+        pairs.append((own, theirs))
+    with torch.no_grad():
+        for own, theirs in pairs:
+            for p, q in zip(own.parameters(), theirs.parameters(), strict=True):
+                p.copy_(q)
+
+
+def _objective(
+    kind: str, options: argparse.Namespace, student: Detector, teacher: Detector, known: torch.Tensor | None
+) -> Objective:
+    count = min(len(student.widths), len(teacher.widths))
+    widths = list(zip(student.widths[-count:], teacher.widths[-count:], strict=True))
+    norm, projector = options.kd_feature_norm, options.kd_projector
+    if kind == "feature":
+        return Features(kind, projector, widths, norm, options.kd_feature_loss)
+    if kind == "token":
+        if student.token_width is None or teacher.token_width is None:
+            raise UsageError(
+                f"--kd-distill-type token: {options.model} has no detection tokens; take feature and prediction"
+            )
+        both = (student.token_width, teacher.token_width)
+        return Tokens(kind, projector, widths, both, norm, options.kd_feature_loss, options.kd_token_root)
+    if known is None:
+        raise UsageError(
+            f"--kd-distill-type prediction: the teacher {options.kd_model_name} does not know all classes of the data; "
+            "take token or feature"
+        )
+    if not student.sigmoid:
+        raise UsageError(
+            f"--kd-distill-type prediction: the student {options.model} has a softmax over its classes; take token"
+        )
+    return Predictions(kind, student.dense, known)

@@ -1,0 +1,218 @@
+"""COCO-format splits: torchvision's data set and transforms v2, batches padded to one size."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+from torchvision.datasets import CocoDetection, VisionDataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from ..errors import UsageError
+from ..train.data import Data, worker_seed
+from ..train.images import CheckedImages
+from .annotations import Annotations, read_annotations, usable
+from .batch import Images, Target
+
+#: Sizes of padded batches are multiples of it, as backbones of stride 32 like them.
+MULTIPLE = 32
+
+
+class CocoImages(CocoDetection):
+    """torchvision's CocoDetection, with targets as detectors take them.
+
+    Items are an image [3, H, W] float32 in [0, 1] and a `batch.Target`; an image without boxes has empty ones.
+
+    Args:
+        root: folder of the images.
+        annotations: of `read_annotations`.
+        transforms: of torchvision's v2, on image and target.
+    """
+
+    def __init__(self, root: Path, annotations: Annotations, transforms: Any) -> None:
+        VisionDataset.__init__(self, root, transforms)  # CocoDetection would read the file once more
+        self.coco = index(annotations.content)
+        self.ids = sorted(self.coco.imgs)
+        self._labels = annotations.label_of
+
+    def filename(self, index: int) -> str:
+        """For messages."""
+        return str(self.coco.imgs[self.ids[index]]["file_name"])
+
+    def _load_target(self, id: int) -> Any:
+        image = self.coco.imgs[id]
+        size = (image["height"], image["width"])
+        kept = [a for a in super()._load_target(id) if usable(a)]
+        boxes = torch.tensor([a["bbox"] for a in kept], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "labels": torch.tensor([self._labels[a["category_id"]] for a in kept], dtype=torch.int64),
+            "image_id": id,
+            "original": size,
+        }
+
+
+def index(content: dict[str, Any]) -> Any:
+    """Pycocotools' COCO of a file's content; it prints, which nobody needs."""
+    from pycocotools.coco import COCO
+
+    with redirect_stdout(StringIO()):
+        coco = COCO()
+        coco.dataset = content
+        coco.createIndex()
+    return coco
+
+
+class RandomSizeCrop(v2.Transform):
+    """Crop to a random height and width between two sizes, or the image's own where that is smaller (DETR)."""
+
+    def __init__(self, low: int, high: int) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Where and how large."""
+        height, width = v2.query_size(flat_inputs)
+
+        def between(low: int, high: int) -> int:
+            return int(torch.randint(low, high + 1, ()))
+
+        h = between(min(self.low, height), min(self.high, height))
+        w = between(min(self.low, width), min(self.high, width))
+        return {"top": between(0, height - h), "left": between(0, width - w), "height": h, "width": w}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Of an image or its boxes."""
+        return F.crop(inpt, **params)
+
+
+def make_transforms(options: argparse.Namespace, training: bool) -> v2.Transform:
+    """Resize, and in training scales, crops, flips and colours."""
+    size, most = options.img_size, options.max_size
+    if options.square:
+        resize: list[v2.Transform] = [v2.Resize((size, size), antialias=True)]
+    else:
+        scales = options.scales if training and options.scales else [size]
+        resize = [v2.RandomShortestSize(scales, most, antialias=True)]
+    if not training:
+        return v2.Compose([v2.ToImage(), *resize, v2.ToDtype(torch.float32, scale=True)])
+    steps: list[v2.Transform] = [v2.ToImage()]
+    if options.color_jitter:
+        steps.append(v2.ColorJitter(*[options.color_jitter] * 3))
+    if options.hflip:
+        steps.append(v2.RandomHorizontalFlip(options.hflip))
+    if options.crop:
+        # as DETR and ViDT: half of the images are cropped after a resize of their own
+        middle = v2.RandomShortestSize([size // 2, size * 5 // 8, size * 3 // 4], antialias=True)
+        crop = v2.Compose([middle, RandomSizeCrop(size * 12 // 25, size * 3 // 4)])
+        steps.append(v2.RandomApply([crop], p=0.5))
+    steps += [*resize, v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
+    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True)])
+
+
+def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[Images, list[Target]]:
+    """Pad at the right and below to the largest image, and to a multiple of 32."""
+    images, targets = zip(*batch, strict=True)
+    sizes = [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
+    height, width = (-(-max(s[d] for s in sizes) // MULTIPLE) * MULTIPLE for d in (0, 1))
+    pixels = torch.zeros(len(images), 3, height, width)
+    mask = torch.zeros(len(images), height, width, dtype=torch.bool)
+    for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
+        pixels[i, :, :h, :w] = image
+        mask[i, :h, :w] = True
+    plain = [{**t, "boxes": t["boxes"].as_subclass(Tensor), "size": s} for t, s in zip(targets, sizes, strict=True)]
+    return Images(pixels, mask, sizes), plain
+
+
+class OnDevice:
+    """A loader whose batches are on the device."""
+
+    def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
+        self.loader, self.device = loader, device
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Images, list[Target]]]:
+        for images, targets in self.loader:
+            moved = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
+            yield images.to(self.device), moved
+
+
+def read_splits(options: argparse.Namespace) -> tuple[Annotations, Annotations | None]:
+    """Annotations of the training and the validation split.
+
+    Raises:
+        UsageError: as `read_annotations`, or the splits have different categories.
+    """
+    if options.data_dir is None or not options.data_dir.is_dir():
+        raise UsageError(f"--data-dir: {options.data_dir} is no folder; pass the one with images and annotations")
+    train = _read(options, options.train_split)
+    validation = _read(options, options.val_split) if options.val_split else None
+    if validation is not None and validation.categories != train.categories:
+        only = sorted(set(train.categories.items()) ^ set(validation.categories.items()))[0]
+        raise UsageError(
+            f"--annotations: the categories of {train.path} and {validation.path} differ, first in {only}; labels "
+            "would not mean the same"
+        )
+    return train, validation
+
+
+def _read(options: argparse.Namespace, split: str) -> Annotations:
+    path = options.data_dir / options.annotations.replace("{split}", split)
+    return read_annotations(path, options.data_dir / split)
+
+
+def make_loaders(
+    options: argparse.Namespace,
+    train: Annotations,
+    validation: Annotations | None,
+    device: torch.device,
+    record: Path | None = None,
+) -> Data:
+    """Loaders of both splits; random numbers are torch's own, so that a checkpoint of them resumes the order.
+
+    Raises:
+        UsageError: fewer images than one batch takes.
+    """
+    size = options.batch_size
+    if len(train.content["images"]) < size:
+        raise UsageError(
+            f"--batch-size: {size}, but {options.train_split!r} holds {len(train.content['images'])} images; pass a "
+            "smaller one"
+        )
+
+    def loader(annotations: Annotations, split: str, training: bool) -> OnDevice:
+        images = CocoImages(options.data_dir / split, annotations, make_transforms(options, training))
+        checked = CheckedImages(images, split, options.on_bad_image == "skip", record)
+        return OnDevice(
+            DataLoader(
+                checked,
+                batch_size=size if training else options.validation_batch_size or size,
+                shuffle=training,
+                drop_last=training,
+                num_workers=options.workers,
+                collate_fn=collate,
+                pin_memory=options.pin_mem,
+                worker_init_fn=_start_worker if options.workers else None,
+            ),
+            device,
+        )
+
+    checked = None if validation is None else loader(validation, options.val_split, False)
+    return Data(loader(train, options.train_split, True), checked, None)
+
+
+def _start_worker(number: int) -> None:
+    """Torch has seeded it; Ctrl-C is the main process's."""
+    worker_seed(torch.utils.data.get_worker_info())

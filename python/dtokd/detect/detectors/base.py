@@ -1,0 +1,67 @@
+"""What the engine and the objectives ask of a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Detections, Images, Outputs, Target
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: Detections of one image that COCO's evaluation counts.
+MOST = 100
+
+
+class Detector(nn.Module):
+    """Images to detections.
+
+    Attributes:
+        dense: predictions belong to places of feature maps; otherwise to queries.
+        queries: how many, or None.
+        sigmoid: classes are scored one by one; otherwise a softmax with "no object" as last class.
+        classes: without "no object".
+        widths: channels of `Outputs.maps`.
+        token_width: of detection tokens, or None.
+    """
+
+    dense: bool
+    queries: int | None = None
+    sigmoid: bool = True
+    classes: int
+    widths: list[int]
+    token_width: int | None = None
+
+    def __init__(self, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> None:
+        super().__init__()
+        # not in the state: a checkpoint's weights are the network's
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def normalised(self, images: Images) -> Tensor:
+        """Pixels with the detector's own mean and deviation; padding is 0 after it."""
+        return (images.pixels - self.mean) / self.std * images.mask[:, None]
+
+    def losses(self, images: Images, targets: list[Target]) -> tuple[Tensor, Outputs]:
+        """The detector's own training loss, a scalar, and its outputs."""
+        raise NotImplementedError
+
+    def observe(self, images: Images) -> Outputs:
+        """Its outputs."""
+        raise NotImplementedError
+
+    def detect(self, outputs: Outputs, images: Images) -> Detections:
+        """At most 100 boxes per image, in pixels of the resized image."""
+        raise NotImplementedError
+
+    def forward(self, images: Images) -> Detections:
+        """In evaluation."""
+        return self.detect(self.observe(images), images)
+
+    def probabilities(self, outputs: Outputs) -> Tensor:
+        """[B, N, classes] in [0, 1]."""
+        logits = outputs.logits.float()
+        return logits.sigmoid() if self.sigmoid else logits.softmax(-1)[..., :-1]

@@ -1,0 +1,122 @@
+"""From a name to a detector: vidt_SIZE, fcos:BACKBONE, retinanet:BACKBONE, a directory of transformers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from torch import Tensor
+
+from ...errors import UsageError
+from . import deformable
+from .base import Detector
+from .dense import Dense, make_backbone
+from .hf import HFDetector, load_folder
+
+DENSE = ("fcos", "retinanet")
+
+
+def make_student(options: argparse.Namespace, classes: int) -> Detector:
+    """The student that the options name, with its first weights.
+
+    Raises:
+        UsageError: no such detector, or weights that are not there or do not fit.
+    """
+    student = _make(
+        options.model,
+        classes,
+        options.model_kwargs,
+        "--model",
+        pretrained=options.pretrained,
+        backbone=options.backbone_checkpoint,
+        freeze_norm=options.freeze_bn,
+        image_size=options.img_size,
+    )
+    if student.classes != classes:
+        raise UsageError(
+            f"--model: {options.model} has {student.classes} classes, the data {classes}; a checkpoint directory "
+            "serves as student for its own classes only, and as teacher for any"
+        )
+    if options.initial_checkpoint:
+        _load(student, options.initial_checkpoint, "--initial-checkpoint", options.model)
+    return student
+
+
+def make_teacher(options: argparse.Namespace, classes: Sequence[str]) -> Detector:
+    """The teacher, frozen, in evaluation mode; its classes are put into the data's order.
+
+    Raises:
+        UsageError: as `make_student`, or there are no weights.
+    """
+    name = options.kd_model_name
+    if not options.kd_teacher_path and not Path(name).is_dir():
+        raise UsageError(f"--kd-teacher-path: missing; pass the weights of the teacher {name}")
+    teacher = _make(name, len(classes), options.kd_model_kwargs, "--kd-model-name", image_size=options.img_size)
+    if options.kd_teacher_path:
+        _load(teacher, options.kd_teacher_path, "--kd-teacher-path", name)
+    return teacher.eval().requires_grad_(False)
+
+
+def _make(name: str, classes: int, changes: dict[str, Any], option: str, **more: Any) -> Detector:
+    kind, _, backbone = name.partition(":")
+    if kind in DENSE and backbone:
+        weights: dict[str, Any] = {"pretrained": bool(more.get("pretrained") or more.get("backbone"))}
+        if more.get("backbone"):
+            if not Path(more["backbone"]).is_file():
+                raise UsageError(f"--backbone-checkpoint: there is no file {more['backbone']}")
+            weights["pretrained_cfg_overlay"] = {"file": more["backbone"]}
+        body = make_backbone(backbone, weights, more.get("image_size"))
+        try:
+            return Dense(kind, body, classes, freeze_norm=more.get("freeze_norm", False), **changes)
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"{option}, its kwargs: {error}; known are width (a multiple of 32), score_thresh, nms_thresh"
+            ) from error
+    if name in deformable.SIZES:
+        given = {key: more[key] for key in ("pretrained", "backbone") if more.get(key)}
+        return deformable.make(name, classes, changes, **given)
+    if Path(name).is_dir():
+        return load_folder(Path(name), option)
+    raise UsageError(
+        f"{option}: {name!r} is neither {', '.join(deformable.SIZES)}, nor fcos: or retinanet: and a timm backbone "
+        "(fcos:resnet18), nor a checkpoint directory of transformers"
+    )
+
+
+def _load(detector: Detector, path: str, option: str, name: str) -> None:
+    if not Path(path).is_file():
+        raise UsageError(f"{option}: there is no file {path}")
+    try:
+        state: dict[str, Tensor] = load_state_dict(path, use_ema=False, weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise UsageError(f"{option}: {path} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    try:
+        detector.load_state_dict(state)
+    except RuntimeError as error:
+        raise UsageError(
+            f"{option}: {path} does not hold weights of {name} for these classes: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def columns(teacher: Detector, classes: Sequence[str]) -> Tensor | None:
+    """Which of the teacher's classes are the data's.
+
+    Args:
+        teacher: a checkpoint directory names its classes; any other was trained with the data's.
+        classes: the data's names.
+
+    Returns:
+        [classes] indices; None if the teacher does not know all of them.
+    """
+    if not isinstance(teacher, HFDetector):
+        return torch.arange(len(classes)) if teacher.classes == len(classes) else None
+    names = {name.lower(): index for index, name in teacher.class_names.items()}
+    if all(name.lower() in names for name in classes):
+        return torch.tensor([names[name.lower()] for name in classes])
+    ours = {f"label_{i}" for i in range(len(classes))}
+    return torch.arange(len(classes)) if set(names) == ours else None

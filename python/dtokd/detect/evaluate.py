@@ -1,0 +1,65 @@
+"""COCO's average precision, by pycocotools, and the split of the errors."""
+
+from __future__ import annotations
+
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .annotations import Annotations
+from .batch import Detections, Target
+from .data import index
+from .errors import split_errors
+
+#: pycocotools' first six numbers.
+METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+
+
+class CocoEvaluator:
+    """Collects detections of a split, then judges them; timm's evaluators have the same two methods.
+
+    Args:
+        annotations: of the split.
+    """
+
+    def __init__(self, annotations: Annotations) -> None:
+        self._truth = index(annotations.content)
+        self._ids = list(annotations.categories)
+        self._rows: list[np.ndarray[Any, Any]] = []
+        self._seen: set[int] = set()
+
+    def update(self, detections: Detections, targets: list[Target]) -> None:
+        """Boxes go back to the pixels of the files. An image that comes twice counts once."""
+        for found, target in zip(detections.images, targets, strict=True):
+            if target["image_id"] in self._seen:
+                continue
+            self._seen.add(target["image_id"])
+            (h, w), (height, width) = target["size"], target["original"]
+            boxes = _numbers(found["boxes"]) * np.array([width / w, height / h] * 2)
+            boxes[:, 2:] -= boxes[:, :2]
+            ids = np.array(self._ids)[_numbers(found["labels"]).astype(int)]
+            image = np.full(len(boxes), target["image_id"])
+            self._rows.append(np.column_stack([image, boxes, _numbers(found["scores"]), ids]))
+
+    def compute(self) -> dict[str, float]:
+        """AP in [0, 1], as COCO prints it, -1 as NaN where there is nothing of that size; see `split_errors` too."""
+        rows = np.concatenate(self._rows) if self._rows else np.zeros((0, 7))
+        errors = {f"error_{name}": value for name, value in split_errors(self._truth, rows).items()}
+        if not len(rows):
+            return dict.fromkeys(METRICS, 0.0) | errors
+        from pycocotools.cocoeval import COCOeval
+
+        with redirect_stdout(StringIO()):
+            judged = COCOeval(self._truth, self._truth.loadRes(rows), "bbox")
+            judged.evaluate()
+            judged.accumulate()
+            judged.summarize()
+        values = {name: float(v) for name, v in zip(METRICS, judged.stats, strict=False)}
+        return {name: v if v >= 0 else float("nan") for name, v in values.items()} | errors
+
+
+def _numbers(x: Tensor) -> np.ndarray[Any, Any]:
+    return x.detach().cpu().double().numpy()

@@ -1,0 +1,121 @@
+"""The options of `dtokd detect`; those of optimizer, balance and run are `dtokd train`'s. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..train import options as shared
+
+DISTILL_TYPES = ("token", "feature", "prediction")
+#: What the best epoch is chosen by.
+METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+#: What differs from `dtokd train`.
+DEFAULTS = {
+    "opt": "adamw",
+    "lr": 1e-4,
+    "weight_decay": 1e-4,
+    "epochs": 50,
+    "clip_grad": 0.1,
+    "warmup_epochs": 0,
+    "batch_size": 2,
+    "output": Path("output/detect"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all options of `dtokd detect`."""
+    shared.add_config(parser)
+    _add_data(parser)
+    _add_student(parser)
+    shared.add_numerics(parser)
+    shared.add_optimization(parser)
+    _add_distillation(parser)
+    shared.add_balance(parser)
+    shared.add_run(parser, METRICS)
+    parser.add_argument("--pictures", type=int, default=12, metavar="N", help="of the validation split, in the report")
+    demo = parser.add_argument_group("demo", "uses --output, --seed and --epochs; everything else is its own")
+    demo.add_argument(
+        "--demo", action="store_true", help="on scenes of real digits, in minutes: what distillation does"
+    )
+    parser.set_defaults(**DEFAULTS)
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data-dir", type=Path, metavar="DIR", help="folder with a folder of images per split, and the annotations")
+    add("--annotations", default="annotations/instances_{split}.json", metavar="PATTERN", help="COCO's JSON, in it")
+    add("--train-split", default="train2017", metavar="NAME")
+    add("--val-split", default="val2017", metavar="NAME", help="'' for no evaluation")
+    add(
+        "--on-bad-image",
+        choices=["error", "skip"],
+        default="error",
+        help="an image that cannot be read ends the run, or the next one stands in for it",
+    )
+    add("-j", "--workers", type=int, default=4, metavar="N", help="processes that load images")
+    add("-b", "--batch-size", type=int, metavar="N")
+    add("-vb", "--validation-batch-size", type=int, metavar="N")
+    add("--pin-mem", action="store_true", help="pin host memory")
+    add("--device", default="cuda", help="falls back to cpu where torch has no GPU")
+    add("--img-size", type=int, default=800, metavar="N", help="shorter side of the images")
+    add("--max-size", type=int, default=1333, metavar="N", help="longer side at most")
+    add("--square", action="store_true", help="resize to img-size x img-size: no padding, as RT-DETR wants it")
+    add("--scales", type=int, nargs="+", metavar="N", help="shorter sides to choose from in training")
+    add("--crop", action="store_true", help="crop half of the training images at random, as DETR and ViDT do")
+    add("--hflip", type=float, default=0.5, metavar="P")
+    add("--color-jitter", type=float, default=0.0, metavar="X")
+
+
+def _add_student(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("student")
+    add = group.add_argument
+    add(
+        "--model",
+        default="vidt_nano",
+        metavar="MODEL",
+        help="vidt_nano, _tiny, _small, _base; fcos:BACKBONE or retinanet:BACKBONE with a timm backbone; a directory "
+        "that transformers wrote",
+    )
+    add(
+        "--model-kwargs",
+        nargs="*",
+        default={},
+        action=shared.KeyValues,
+        metavar="K=V",
+        help="vidt: of DeformableDetrConfig (encoder_layers, num_queries, ...), with backbone_ of SwinConfig; "
+        "fcos, retinanet: width, score_thresh, nms_thresh",
+    )
+    add("--pretrained", action="store_true", help="start the backbone with published ImageNet weights")
+    add("--backbone-checkpoint", default="", metavar="PATH", help="or with these: a timm file, a directory with a Swin")
+    add("--initial-checkpoint", default="", metavar="FILE", help="start the whole detector with these weights")
+    add("--freeze-bn", action="store_true", help="the backbone's batch norms keep their statistics (fcos, retinanet)")
+
+
+def _add_distillation(parser: argparse.ArgumentParser) -> None:
+    from ..objectives.options import add_projection, add_weights
+
+    group = parser.add_argument_group("knowledge distillation")
+    add = group.add_argument
+    add("--kd-model-name", metavar="MODEL", help="teacher: as --model")
+    add("--kd-teacher-path", metavar="FILE", help="its weights; not for a directory that transformers wrote")
+    add("--kd-model-kwargs", nargs="*", default={}, action=shared.KeyValues, metavar="K=V", help="as --model-kwargs")
+    add(
+        "--kd-distill-type",
+        nargs="+",
+        choices=DISTILL_TYPES,
+        metavar="TYPE",
+        help="token: ViDT's token matching; feature: maps; prediction: classes and boxes; several: one objective each "
+        "(default: token, for fcos and retinanet feature and prediction)",
+    )
+    add_weights(group)
+    add_projection(group, distances=("mse", "smooth_l1", "cosine", "norm"))
+    add("--kd-token-root", action="store_true", help="the root of the token loss, as in ViDT's code")
+    add(
+        "--kd-match",
+        choices=["auto", "hungarian", "index"],
+        default="auto",
+        help="pair queries by their predictions or by number; auto: by number if they are shared",
+    )
+    add("--kd-share-queries", action="store_true", help="the student starts with the teacher's queries")

@@ -1,0 +1,68 @@
+"""`dtokd detect`: from the options to a run directory, by the loop of `dtokd train`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from timm.models import load_state_dict
+from timm.utils import random_seed
+
+from ..report.page import write_report
+from ..train.options import experiment_name
+from ..train.progress import Progress
+from ..train.run import Outcome, fit
+from ..train.rundir import RunDir
+from .annotations import Annotations
+from .build import build
+from .data import make_loaders, read_splits
+from .detectors.build import make_student
+from .pictures import draw_pictures
+
+
+def detect(options: argparse.Namespace, progress: Progress | None = None) -> Outcome:
+    """Train a detector, or go on training, as the options say.
+
+    Args:
+        options: of `detect.options`.
+        progress: what the user sees.
+
+    Raises, Effects: as `dtokd.train.run.train`.
+    """
+    run = RunDir(options.output / (options.experiment or experiment_name(options).replace(":", "-")))
+    device = torch.device(options.device if options.device != "cuda" or torch.cuda.is_available() else "cpu")
+    progress = progress or Progress(options.epochs)
+    train, validation = read_splits(options)
+    for split in filter(None, (train, validation)):
+        progress.say(_told(split))
+    random_seed(options.seed, 0)
+    student = make_student(options, len(train.categories)).to(device)
+    task = build(options, student, train, validation, device)
+    loaders = make_loaders(options, train, validation, device, run.bad_images)
+    outcome = fit(options, run, task, loaders, device, progress)
+    if options.pictures and loaders.validation is not None and run.student.exists() and not outcome.interrupted:
+        student.load_state_dict(load_state_dict(str(run.student)))
+        names = list(train.categories.values())
+        draw_pictures(run.pictures, student, loaders.validation, names, options.pictures)
+        write_report(run.path)
+    return outcome
+
+
+def _told(split: Annotations) -> str:
+    content = split.content
+    parts = [f"{len(content['images'])} images, {len(split.categories)} categories"]
+    parts += [f"{split.empty} images without a box"] if split.empty else []
+    parts += [f"{split.crowds} crowd regions, ignored"] if split.crowds else []
+    parts += [f"{split.degenerate} boxes without area, not learned"] if split.degenerate else []
+    return f"{split.path.name}: {', '.join(parts)}"
+
+
+def main(options: argparse.Namespace) -> int:
+    """The command. Returns its exit code."""
+    if options.demo:
+        from .demo import run as demo
+
+        return demo(options)
+    signal: Any = detect(options).interrupted
+    return 128 + signal if signal else 0

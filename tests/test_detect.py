@@ -1,0 +1,504 @@
+"""`dtokd detect`: detectors, objectives between them, runs."""
+
+import csv
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from dtokd.cli import main
+from dtokd.detect import objectives
+from dtokd.detect.batch import Images, Outputs
+from dtokd.detect.build import share_queries
+from dtokd.detect.detectors import deformable
+from dtokd.detect.detectors.build import columns
+from dtokd.detect.detectors.dense import Dense, make_backbone
+from dtokd.detect.detectors.hf import KINDS, HFDetector, load_folder
+from dtokd.detect.matching import match_queries, pick
+from dtokd.errors import UsageError
+from dtokd.train.checkpoint import load_checkpoint
+from dtokd.train.options import _value
+from safetensors.torch import load_file, save_file
+from torchvision.models.detection import FCOS, RetinaNet
+from transformers.models.deformable_detr.image_processing_deformable_detr import DeformableDetrImageProcessor
+
+from .coco import FCOS as FCOS_OPTIONS
+from .coco import TINY, VIDT, common, write_coco
+from .test_train_resume import Died, die_at, same_results
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+]
+KWARGS = {key: _value(value) for key, value in (text.split("=") for text in TINY)}
+
+
+def images(seed=0, size=(64, 96)):
+    """Two, of which the second is padded on the right by a third."""
+    height, width = size
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(2, height, width, dtype=torch.bool)
+    mask[1, :, width * 2 // 3 :] = False
+    pixels = torch.rand(2, 3, height, width, generator=generator) * mask[:, None]
+    return Images(pixels, mask, [(height, width), (height, width * 2 // 3)])
+
+
+def targets():
+    """The second image has no box."""
+    two = {"boxes": torch.tensor([[5.0, 5, 30, 30], [40, 40, 60, 60]]), "labels": torch.tensor([0, 2])}
+    return [two, {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}]
+
+
+def dense(kind="fcos", width=32, seed=0):
+    torch.manual_seed(seed)
+    return Dense(kind, make_backbone("test_resnet", {}, None), 3, width=width)
+
+
+def vidt(seed=0, **changes):
+    torch.manual_seed(seed)
+    return deformable.make("vidt_nano", 3, {**KWARGS, **changes})
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("coco") / "data")
+
+
+# detectors
+
+
+@pytest.mark.parametrize(("kind", "original"), [("fcos", FCOS), ("retinanet", RetinaNet)])
+def test_dense_is_torchvisions(kind, original):
+    """Losses, gradients' reach and detections, from the same weights on images that need no resize."""
+    detector = dense(kind).train()
+    # without BatchNorm's updates between the two passes
+    detector.net.backbone.body.eval()
+    pixels = images(size=(64, 64)).pixels
+    whole = Images(pixels, torch.ones(2, 64, 64, dtype=torch.bool), [(64, 64)] * 2)
+    net = original(
+        detector.net.backbone, 3, min_size=64, max_size=64, score_thresh=0.05, detections_per_img=100,
+        anchor_generator=detector.net.anchor_generator, image_mean=detector.mean.flatten().tolist(),
+        image_std=detector.std.flatten().tolist(),
+    )  # fmt: skip
+    net.load_state_dict(detector.net.state_dict())
+    net.train()
+    net.backbone.body.eval()
+    loss, _ = detector.losses(whole, targets())
+    expected = net(list(pixels), targets())
+    torch.testing.assert_close(loss, sum(expected.values()))
+    detector.eval(), net.eval()
+    with torch.no_grad():
+        detector.net.score_thresh = net.score_thresh = 0.001
+        for ours, theirs in zip(detector(whole).images, net(list(pixels)), strict=True):
+            assert len(theirs["scores"]) == 100
+            assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_swin_pyramid():
+    """A timm backbone with channels last."""
+    torch.manual_seed(0)
+    body = make_backbone("swin_tiny_patch4_window7_224", {}, 64)
+    detector = Dense("fcos", body, 2, width=32)
+    outputs = detector.observe(images(size=(64, 64)))
+    assert [m.shape[1:] for m in outputs.maps] == [(32, n, n) for n in (8, 4, 2, 1, 1)]
+
+
+def backbone(**more):
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1] * 4}
+    return {"use_timm_backbone": False, "use_pretrained_backbone": False} | {
+        "backbone_config": transformers.ResNetConfig(**sizes, out_features=["stage4"], **more)
+    }
+
+
+def configuration(kind):
+    """A small one of each kind."""
+    shared = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 7, "num_labels": 3}
+    shared |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    shared |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32)
+    if kind == "yolos":
+        sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "image_size": [64, 96]}
+        return transformers.YolosConfig(hidden_size=32, **sizes, num_detection_tokens=7, num_labels=3)
+    if kind in ("rt_detr", "rt_detr_v2", "d_fine"):
+        sizes = {"embedding_size": 16, "hidden_sizes": [16, 24, 32, 40], "depths": [1] * 4, "layer_type": "basic"}
+        net = transformers.RTDetrResNetConfig(**sizes, out_features=["stage2", "stage3", "stage4"])
+        name = {"rt_detr": "RTDetrConfig", "rt_detr_v2": "RTDetrV2Config", "d_fine": "DFineConfig"}[kind]
+        shared |= {"encoder_hidden_dim": 32, "encoder_in_channels": [24, 32, 40], "decoder_in_channels": [32] * 3}
+        return getattr(transformers, name)(backbone_config=net, num_denoising=4, **shared)
+    name = {"detr": "Detr", "conditional_detr": "ConditionalDetr", "dab-detr": "DabDetr", "deformable_detr": None}[kind]
+    if name is None:
+        return vidt().net.config
+    if kind == "dab-detr":
+        shared["hidden_size"] = shared.pop("d_model")
+    return getattr(transformers, f"{name}Config")(**backbone(), **shared)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_detr_family(kind, tmp_path):
+    """From a checkpoint directory: outputs, a loss with a gradient, at most 100 boxes inside the image."""
+    torch.manual_seed(0)
+    net = transformers.AutoModelForObjectDetection.from_config(configuration(kind))
+    net.save_pretrained(tmp_path)
+    detector = load_folder(tmp_path, "--model")
+    assert detector.kind == kind
+    batch = images()
+    loss, outputs = detector.train().losses(batch, targets())
+    loss.backward()
+    assert loss.isfinite()
+    assert detector.probabilities(outputs).shape == (2, detector.queries, 3)
+    assert outputs.boxes.shape == (2, detector.queries, 4)
+    assert [m.shape[1] for m in outputs.maps] == detector.widths
+    tokens = [t for t in (outputs.body, outputs.neck) if t is not None]
+    assert tokens
+    assert all(t.shape[-2:] == (detector.queries, detector.token_width) for t in tokens)
+    with torch.no_grad():
+        again = detector.eval().observe(batch)
+        for size, found in zip(batch.sizes, detector.detect(again, batch).images, strict=True):
+            assert len(found["scores"]) == min(100, 3 * detector.queries)
+            assert (found["boxes"] >= 0).all()
+            assert (found["boxes"] <= torch.tensor([size[1], size[0]] * 2)).all()
+
+
+def test_detections_are_transformers(tmp_path):
+    detector, batch = vidt().eval(), images()
+    processor = DeformableDetrImageProcessor()
+    with torch.no_grad():
+        result = detector._run(batch)
+        theirs = processor.post_process_object_detection(result, 0.0, torch.tensor(batch.sizes), top_k=30)
+        ours = detector(batch).images
+    for size, a, b in zip(batch.sizes, ours, theirs, strict=True):
+        assert torch.equal(a["scores"], b["scores"])
+        assert torch.equal(a["labels"], b["labels"])
+        inside = torch.tensor([size[1], size[0]] * 2)
+        torch.testing.assert_close(a["boxes"], torch.minimum(b["boxes"].clamp_min(0), inside))
+
+
+@pytest.mark.parametrize(("size", "millions"), [("nano", 15.0), ("base", 96.6)])
+def test_sizes(size, millions):
+    """Parameters with 80 classes; ViDT's own have 16 and 100 million."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    detector = deformable.make(f"vidt_{size}", 80, {})
+    assert sum(p.numel() for p in detector.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
+    assert (detector.queries, len(detector.widths), detector.token_width) == (100, 4, 256)
+
+
+def test_padding_does_not_reach_the_image():
+    """More of it changes nothing but rounding: the backbone's convolutions see zeros either way."""
+    detector, batch = vidt(encoder_layers=1).eval(), images()
+    wider = Images(F.pad(batch.pixels, (0, 32)), F.pad(batch.mask, (0, 32)), batch.sizes)
+    with torch.no_grad():
+        assert (detector.normalised(wider)[..., 96:] == 0).all()
+        a, b = detector(batch).images[1], detector(wider).images[1]
+    assert (a["boxes"] <= 64).all()
+    assert (b["boxes"] <= 64).all()
+
+
+def test_class_names(tmp_path):
+    net = transformers.AutoModelForObjectDetection.from_config(configuration("detr"))
+    net.config.id2label = {0: "N/A", 1: "Person", 2: "cat"}
+    detector = HFDetector(net)
+    assert columns(detector, ["cat", "person"]).tolist() == [2, 1]
+    assert columns(detector, ["cat", "dog"]) is None
+    assert columns(vidt(), ["a", "b", "c"]).tolist() == [0, 1, 2]
+    with pytest.raises(UsageError, match="is no checkpoint of transformers"):
+        load_folder(tmp_path, "--kd-model-name")
+    transformers.BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="holds a bert; known are"):
+        load_folder(tmp_path, "--kd-model-name")
+
+
+# matching and objectives
+
+
+def boxes(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    centre, size = torch.rand(2, n, 2, generator=generator), torch.rand(2, n, 2, generator=generator) * 0.5 + 0.1
+    return torch.cat([centre, size], -1)
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 4), (3, 5), (5, 3)])
+def test_matching_is_the_best_of_all(n, m):
+    """Against all assignments, cost by cost."""
+    from torchvision.ops import box_convert, generalized_box_iou
+
+    student = boxes(n, 0), torch.rand(2, n, 3)
+    teacher = boxes(m, 1), torch.rand(2, m, 3)
+    own, theirs = match_queries(student, teacher)
+    assert own.shape == theirs.shape == (2, min(n, m))
+    for b in range(2):
+        corners = [box_convert(x[0][b], "cxcywh", "xyxy") for x in (student, teacher)]
+        cost = 5 * torch.cdist(student[0][b], teacher[0][b], p=1) - 2 * generalized_box_iou(*corners)
+        cost += 2 * torch.cdist(student[1][b], teacher[1][b], p=1).clamp_max(1)
+        short, long = sorted((n, m))
+        table = cost if n <= m else cost.T
+        best = min(sum(float(table[i, p[i]]) for i in range(short)) for p in itertools.permutations(range(long), short))
+        assert float(cost[own[b], theirs[b]].sum()) == pytest.approx(best, rel=1e-5)
+
+
+def shuffled(outputs, order):
+    """The same outputs with queries in another order."""
+    return outputs._replace(
+        logits=outputs.logits[:, order],
+        boxes=outputs.boxes[:, order],
+        body=outputs.body[:, order],
+        neck=outputs.neck[:, :, order],
+    )
+
+
+@pytest.fixture(scope="module")
+def seen():
+    with torch.no_grad():
+        return vidt().eval().observe(images())
+
+
+TOKEN_VARIANTS = list(itertools.product(["norm", "smooth_l1", "mse", "cosine"], ["none", "standardize"], [False, True]))
+
+
+@pytest.mark.parametrize(("distance", "norm", "root"), TOKEN_VARIANTS)
+def test_tokens_of_equal_detectors(seen, distance, norm, root):
+    """0 with a finite gradient, whatever the order of the teacher's queries; by index another order costs."""
+    widths = [(32, 32)] * 4
+    objective = objectives.Tokens("token", "linear", widths, (32, 32), norm, distance, root)
+    maps = tuple(m.clone().requires_grad_() for m in seen.maps)
+    student = seen._replace(maps=maps, body=seen.body.clone().requires_grad_())
+    order = torch.randperm(10)
+    teacher = shuffled(seen, order)
+    pairs = match_queries((seen.boxes, seen.logits.sigmoid()), (teacher.boxes, teacher.logits.sigmoid()))
+    assert torch.equal(order[pairs[1][0]], pairs[0][0])
+    loss = objective.loss(student, objective.head(student), teacher, pairs)
+    assert 0 <= loss.item() < (2e-3 if root else 1e-5)  # the root of what float32 leaves
+    loss.backward()
+    assert all(t.grad.isfinite().all() for t in (*maps, student.body))
+    by_index = objective.loss(student, objective.head(student), teacher, None)
+    assert by_index.item() > 50 * loss.item()
+
+
+def test_tokens_are_vidts():
+    """The formula of field.md 3.3, term by term, and its root."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def outputs():
+        maps = (random(2, 8, 4, 4), random(2, 8, 2, 2))
+        return Outputs(random(2, 5, 3), random(2, 5, 4), maps=maps, body=random(2, 5, 8), neck=random(2, 3, 5, 8))
+
+    s, t = outputs(), outputs()
+    expected = sum((a - b).norm(dim=1).mean() for a, b in zip(s.maps, t.maps, strict=True))
+    expected = expected + (s.body - t.body).norm(dim=-1).mean() + 3 * (s.neck - t.neck).norm(dim=-1).mean()
+    for root in (False, True):
+        objective = objectives.Tokens("token", "linear", [(8, 8)] * 2, (8, 8), "none", "norm", root)
+        loss = objective.loss(s, objective.head(s), t, None)
+        torch.testing.assert_close(loss, expected.sqrt() if root else expected)
+
+
+@pytest.mark.parametrize("projector", ["linear", "orthogonal"])
+def test_tokens_of_other_widths(projector):
+    """Another width, fewer levels, other grids, more layers and queries on the teacher's side."""
+    student, batch = vidt(), images()
+    config = configuration("rt_detr_v2")
+    torch.manual_seed(1)
+    for key, value in {"num_queries": 12, "decoder_layers": 3}.items():
+        setattr(config, key, value)
+    teacher = HFDetector(transformers.AutoModelForObjectDetection.from_config(config)).eval()
+    with torch.no_grad():
+        taught = teacher.observe(batch)
+    loss, outputs = student.losses(batch, targets())
+    widths = list(zip(student.widths[-3:], teacher.widths[-3:], strict=True))
+    both = (student.token_width, teacher.token_width)
+    objective = objectives.Tokens("token", projector, widths, both, "standardize", "smooth_l1", False)
+    pairs = match_queries((outputs.boxes, None), (taught.boxes, None))
+    assert pairs[0].shape == (2, 10)
+    loss = objective.loss(outputs, objective.head(outputs), taught.detach(), pairs)
+    loss.backward()
+    assert sum(p.grad is not None and bool(p.grad.any()) for p in student.parameters()) > 30
+    if projector == "orthogonal":
+        assert all(p.grad is not None for p in objective.head.parameters())
+
+
+def test_bernoulli_kl():
+    a, b = torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Bernoulli(logits=b), torch.distributions.Bernoulli(logits=a)
+    )
+    torch.testing.assert_close(objectives.bernoulli_kl(a, b), expected)
+    far = torch.tensor([80.0, -80.0], requires_grad=True)
+    objectives.bernoulli_kl(far, torch.tensor([-80.0, -80.0])).sum().backward()
+    assert far.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["fcos", "vidt"])
+def test_predictions(kind):
+    """0 for equal detectors; a student that follows its gradient nears the teacher."""
+    make = vidt if kind == "vidt" else lambda seed=0: dense(kind, seed=seed)
+    student, teacher, batch = make(0).eval(), make(1).eval(), images()
+    objective = objectives.Predictions("prediction", kind != "vidt", torch.arange(3))
+    with torch.no_grad():
+        taught = teacher.observe(batch).detach()
+        own = student.observe(batch)
+        assert objective.loss(own, None, own.detach(), None).abs() < 1e-6
+    optimizer = torch.optim.Adam(student.parameters(), 1e-3)
+    values = []
+    for _ in range(8):
+        loss = objective.loss(student.observe(batch), None, taught, None)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert min(values) < 0.92 * values[0]
+
+
+def test_dense_features():
+    student, teacher, batch = dense(width=32), dense(width=64, seed=1).eval(), images()
+    objective = objectives.Features("feature", "linear", [(32, 64)] * 5, "standardize", "mse")
+    outputs = student.observe(batch)
+    with torch.no_grad():
+        taught = teacher.observe(batch).detach()
+    loss = objective.loss(outputs, objective.head(outputs), taught, None)
+    loss.backward()
+    assert 0.1 < loss.item() < 4  # of standardised values: 2 where they have nothing to do with each other
+    assert all(p.grad.any() for p in objective.head.maps[0].parameters() if p.ndim == 2)
+
+
+def test_shared_queries():
+    student, teacher = vidt(0), vidt(1, backbone_embed_dim=24)
+    share_queries(student, teacher)
+    for name in ("query_position_embeddings", "reference_points"):
+        assert torch.equal(getattr(student.net.model, name).weight, getattr(teacher.net.model, name).weight)
+    with pytest.raises(UsageError, match="--kd-share-queries"):
+        share_queries(student, vidt(1, num_queries=11))
+    with pytest.raises(UsageError, match="--kd-share-queries"):
+        share_queries(dense(), dense())
+
+
+def test_pick():
+    tokens = torch.arange(24).view(2, 3, 4)
+    assert torch.equal(pick(tokens, torch.tensor([[2], [0]]))[:, 0], torch.stack([tokens[0, 2], tokens[1, 0]]))
+
+
+# runs
+
+
+@pytest.fixture(scope="module")
+def vidt_teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "vidt.safetensors"
+    save_file({k: v.clone() for k, v in vidt(7).state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fcos_teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "fcos.safetensors"
+    save_file(dense(seed=7).state_dict(), path)
+    return path
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def distilling(kind, path):
+    name, kwargs = ("vidt_nano", TINY) if kind == "vidt" else ("fcos:test_resnet", ["width=32"])
+    options = VIDT if kind == "vidt" else FCOS_OPTIONS
+    return [*options, "--kd-model-name", name, "--kd-model-kwargs", *kwargs, "--kd-teacher-path", str(path)]
+
+
+VARIANTS = {
+    "fcos": "--opt dtoadamw --kd-balance dto --clip-grad 1 --model-ema --crop --color-jitter 0.3",
+    "vidt": "--opt adamw --kd-balance amortized --kd-feature-norm standardize --kd-feature-loss smooth_l1 --workers 1",
+}
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_resumed_run_is_the_undisturbed_one(coco, tmp_path, monkeypatch, request, kind):
+    """Killed in the second epoch, at its second step; bit for bit. Pictures and figures are in the report."""
+    teacher = request.getfixturevalue(f"{kind}_teacher")
+    options = ["detect", *common(coco, tmp_path / "a"), *distilling(kind, teacher), *VARIANTS[kind].split()]
+    options += ["--experiment", "x", "--log-interval", "1", "--pictures", "2"]
+    assert main(options) == 0
+    options[options.index(str(tmp_path / "a"))] = str(tmp_path / "b")
+    with monkeypatch.context() as patch:
+        die_at(patch, 6)
+        with pytest.raises(Died):
+            main([*options, "--resume", "auto"])
+    torch.rand(7)
+    assert main([*options, "--resume", "auto"]) == 0
+    same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
+    told = rows(tmp_path / "a" / "x" / "summary.csv")[-1]
+    names = ["feature", "prediction"] if kind == "fcos" else ["token"]
+    assert sum(float(told[f"weight_{name}"]) for name in ["task", *names]) == pytest.approx(1)
+    assert all(float(told[f"train_{name}"]) > 0 for name in names)
+    page = (tmp_path / "a" / "x" / "report.html").read_text()
+    assert page.count("<img") == 2
+    assert "average precision" in page
+    assert "Fig. 4" in page
+    state = load_checkpoint(tmp_path / "a" / "x" / "checkpoints" / "epoch-0002.safetensors")
+    assert not any("teacher" in name for name in state["weights"])
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        "--kd-distill-type token prediction --kd-balance dto --opt dtoadamw --kd-projector orthogonal",
+        "--kd-distill-type token feature --kd-match index --kd-feature-loss norm --kd-token-root "
+        "--distill-loss-weight 4 4",
+        "--kd-share-queries --kd-feature-norm standardize --kd-balance dto --opt dtosgd --lr 1e-4",
+        "--amp --amp-dtype bfloat16 --kd-balance dto --opt dtoadamw --grad-accum-steps 2",
+    ],
+)
+def test_vidt_variants(coco, tmp_path, vidt_teacher, texts):
+    options = [*common(coco, tmp_path), *distilling("vidt", vidt_teacher), *texts.split()]
+    assert main(["detect", *options, "--experiment", "x", "--epochs", "1", "--pictures", "0"]) == 0
+    (row,) = rows(tmp_path / "x" / "summary.csv")
+    assert float(row["train_loss"]) > 0
+    assert 0 <= float(row["eval_ap"]) <= 1
+
+
+def test_directory_teaches_and_student_loads(coco, tmp_path):
+    """A softmax detector of transformers with a class of its own teaches; the student's file starts another run."""
+    config = configuration("detr")
+    config.id2label = {0: "ninety", 1: "N/A", 2: "seven", 3: "three"}
+    torch.manual_seed(0)
+    transformers.AutoModelForObjectDetection.from_config(config).save_pretrained(tmp_path / "detr")
+    options = [*common(coco, tmp_path), *VIDT, "--epochs", "1", "--pictures", "0"]
+    teaching = ["--kd-model-name", str(tmp_path / "detr"), "--kd-distill-type", "token", "prediction"]
+    assert main(["detect", *options, *teaching, "--experiment", "x"]) == 0
+    (row,) = rows(tmp_path / "x" / "summary.csv")
+    assert float(row["train_prediction"]) > 0
+    start = ["--initial-checkpoint", str(tmp_path / "x" / "student.safetensors")]
+    assert main(["detect", *options, *start, "--experiment", "y", "--lr", "0"]) == 0
+    first, second = (load_file(tmp_path / name / "student.safetensors") for name in "xy")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("--kd-model-name fcos:test_resnet --kd-model-kwargs width=64", "does not hold weights of fcos:test_resnet"),
+        ("--kd-model-name vidt_nano --kd-teacher-path {vidt}", "are of two kinds"),
+        ("--kd-model-name fcos:test_resnet --kd-distill-type token", "has no detection tokens"),
+        ("--kd-model-name fcos:test_resnet --kd-share-queries", "--kd-share-queries: student and teacher need"),
+        ("--kd-model-name fcos:test_resnet --distill-loss-weight 1 2 3", "--distill-loss-weight: got 3"),
+        ("--kd-model-name fcos:test_resnet --kd-teacher-path absent", "--kd-teacher-path: there is no file absent"),
+    ],
+)
+def test_bad_teachers(coco, tmp_path, capsys, fcos_teacher, vidt_teacher, texts, message):
+    options = [*common(coco, tmp_path / "runs"), *FCOS_OPTIONS]
+    options += ["--kd-model-kwargs", "width=32", "--kd-teacher-path", str(fcos_teacher)]
+    more = texts.format(vidt=vidt_teacher).split()
+    more += ["--kd-model-kwargs", *TINY] if "vidt" in texts else []
+    assert main(["detect", *options, *more]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_queries_by_index_must_be_as_many(coco, tmp_path, capsys, vidt_teacher):
+    options = [*common(coco, tmp_path), *distilling("vidt", vidt_teacher), "--kd-match", "index"]
+    i = options.index("num_queries=10")
+    options[i] = "num_queries=11"
+    assert main(["detect", *options]) == 1
+    assert "the student has 11 queries, the teacher 10" in capsys.readouterr().err
