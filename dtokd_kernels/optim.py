@@ -327,6 +327,11 @@ class Balanced(torch.optim.Optimizer):
             copy.copy(weighting).load_state_dict(state_dict["weighting"])  # refuses before anything has changed
         super().load_state_dict({**state_dict, "param_groups": groups})
         self._restore_precision(state_dict)
+        if (ranks := self._options.ranks) is not None:
+            for p, state in self.state.items():
+                for name, value in state.items():
+                    if name != "step" and isinstance(value, Tensor):
+                        state[name] = ranks.part(value, p)
         if isinstance(weighting, Stateful):
             weighting.load_state_dict(state_dict["weighting"])
         self._source.load_state_dict(state_dict.get("gram", {}))

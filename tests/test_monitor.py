@@ -269,7 +269,7 @@ def test_csv_goes_on_or_starts_anew(tmp_path):
 class Writer:
     """Stands for tensorboard's."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, purge_step=None):
         self.directory, self.scalars, self.closed = directory, [], False
 
     def add_scalar(self, name, value, step):
@@ -296,6 +296,17 @@ def test_tensorboard(tmp_path):
     with BalanceLogger([TensorBoard(tmp_path)], every=2) as logger:
         train(2, each=logger.log)
     assert list(tmp_path.glob("events.out.tfevents.*"))
+
+
+def test_tensorboard_shows_each_step_once(tmp_path):
+    """A process wrote four steps and ended; the next one goes on with the second."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    for first in (0, 1):
+        with BalanceLogger([TensorBoard(tmp_path, first)], every=1, step=first) as logger:
+            train(4 - first, each=logger.log)
+    shown = events.EventAccumulator(str(tmp_path)).Reload()
+    for name in ("dto/norm", "dto_mean/norm"):
+        assert [event.step for event in shown.Scalars(name)] == [0, 1, 2, 3]
 
 
 class Run:

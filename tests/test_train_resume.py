@@ -15,6 +15,7 @@ from dtokd.cli import main
 from dtokd.errors import UsageError
 from dtokd.train import run
 from dtokd.train.checkpoint import load_checkpoint, save_checkpoint
+from dtokd.train.images import CheckedImages
 from dtokd.train.rundir import RunDir
 from safetensors.torch import load_file
 
@@ -99,6 +100,73 @@ def test_resumed_run_is_the_undisturbed_one(digits, teacher, tmp_path, monkeypat
     torch.rand(7)  # the new process's generators are elsewhere
     assert main([*options, "--resume", "auto"]) == 0
     same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
+
+
+def signal_at(monkeypatch, iterations):
+    """SIGTERM in these optimizer steps, counted over the test's processes."""
+    step, count = run.Engine._step, [0]
+
+    def signalled(self):
+        count[0] += 1
+        if count[0] in iterations:
+            os.kill(os.getpid(), signal.SIGTERM)
+        step(self)
+
+    monkeypatch.setattr(run.Engine, "_step", signalled)
+
+
+STOPS = {
+    # before each worker had a batch, after that, in two iterations in a row, at the end of an epoch, in the next one
+    "fused": ([1, 6, 7, 8, 11], VARIANTS["fused"]),
+    "workers": ([1, 4, 13], VARIANTS["workers"]),
+    "filled": ([1, 4, 5], VARIANTS["filled"] + " --grad-accum-steps 3"),
+    "timm": ([7, 9, 15], VARIANTS["timm"] + " --aug-repeats 2"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
+@pytest.mark.parametrize("variant", STOPS)
+def test_stopped_run_goes_on_in_the_middle_of_an_epoch(digits, teacher, tmp_path, monkeypatch, variant):
+    """Two epochs of eight iterations; bit for bit, on a CPU."""
+    stops, more = STOPS[variant]
+    options = ["train", *common(digits, tmp_path / "a"), *distilling(teacher), *more.split()]
+    options += ["--experiment", "x", "-b", "8", "--log-interval", "2"]
+    assert main(options) == 0
+    options[options.index(str(tmp_path / "a"))] = str(tmp_path / "b")
+    signal_at(monkeypatch, stops)
+    for _ in stops:
+        assert main([*options, "--resume", "auto"]) == 143
+        torch.rand(7)  # the new process's generators are elsewhere
+    assert RunDir(tmp_path / "b" / "x").stopped.exists()
+    assert main([*options, "--resume", "auto"]) == 0
+    assert not RunDir(tmp_path / "b" / "x").stopped.exists()
+    same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
+
+
+def test_batches_that_were_seen_are_not_read_again(digits, tmp_path, monkeypatch):
+    """Of four in an epoch."""
+    options = ["train", *common(digits, tmp_path), "--experiment", "x", "--epochs", "1", "--val-split", ""]
+    signal_at(monkeypatch, [3])
+    assert main(options) == 143
+    read, inner = [], CheckedImages.__getitem__
+    monkeypatch.setattr(CheckedImages, "__getitem__", lambda self, index: read.append(index) or inner(self, index))
+    assert main([*options, "--resume", "auto"]) == 0
+    assert len(read) == 16
+
+
+def test_stopped_run_and_another_way_on(digits, tmp_path, monkeypatch, capsys):
+    """From an earlier checkpoint what was done since is forgotten; other workers are no obstacle."""
+    options = ["train", *common(digits, tmp_path), "--experiment", "x"]
+    signal_at(monkeypatch, [6])
+    assert main(options) == 143
+    run_dir = RunDir(tmp_path / "x")
+    kept = str(shutil.copy(run_dir.stopped, tmp_path / "stopped.safetensors"))
+    assert main(options) == 1
+    assert "go on with --resume auto" in capsys.readouterr().err
+    assert main([*options, "--resume", str(run_dir.checkpoints()[1])]) == 0
+    assert not run_dir.stopped.exists()
+    assert main([*options, "--resume", kept, "--workers", "2"]) == 0
+    assert "after epoch 1 and 2 iterations" in capsys.readouterr().out
 
 
 def start(options):

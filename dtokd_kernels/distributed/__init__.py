@@ -10,5 +10,6 @@ dk.distributed.attach(optimizer, model)        # from here on as on one device
 from .attach import attach
 from .ranks import Ranks
 from .replicas import Replicas
+from .state import whole_state
 
-__all__ = ["Ranks", "Replicas", "attach"]
+__all__ = ["Ranks", "Replicas", "attach", "whole_state"]

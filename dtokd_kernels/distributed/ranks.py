@@ -139,6 +139,10 @@ class Ranks:
         """A float32 copy of a parameter, for its state."""
         return p.detach().to(torch.float32, copy=True)
 
+    def part(self, whole: Tensor, p: Tensor) -> Tensor:
+        """What this rank keeps of a whole moment of a parameter."""
+        return whole
+
     def after_updates(self) -> None:
         """The updates of a step are done."""
 

@@ -198,6 +198,13 @@ class Sharded(Replicas):
         """A float32 copy of this rank's part of a parameter."""
         return self._whole_of(self._part_of(p).to(torch.float32, copy=True), p)
 
+    def part(self, whole: Tensor, p: Tensor) -> Tensor:
+        """This rank's part of a moment that was loaded whole; one that was loaded in parts stays."""
+        if isinstance(whole, DTensor):
+            return whole
+        _, begin, end = self._cut_of(p.numel())
+        return self._whole_of(whole.reshape(-1)[begin:end].clone(), p)
+
     def _whole_of(self, part: Tensor, p: Tensor) -> Tensor:
         return DTensor.from_local(
             part, self._mesh, [Shard(0)], run_check=False, shape=torch.Size([p.numel()]), stride=(1,)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .detect import options as detect_options
-from .errors import UsageError
+from .errors import ToldElsewhere, UsageError
 from .train import options as train_options
 
 
@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             options = parser.parse_args(argv)
         return _run(command, options)
+    except ToldElsewhere:
+        return 1
     except UsageError as error:
         # one raised in a worker process comes with its traceback in the text
         print(f"dtokd {command}: error: {str(error).rpartition('UsageError: ')[2].rstrip()}", file=sys.stderr)

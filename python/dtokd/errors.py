@@ -3,3 +3,7 @@
 
 class UsageError(ValueError):
     """The user can remedy it: names the option, what it got, and how."""
+
+
+class ToldElsewhere(UsageError):
+    """As on another rank, which tells the user."""

@@ -230,17 +230,18 @@ class TensorBoard:
 
     Args:
         directory: of the run.
+        first: the first step to come; what an earlier process wrote of this step and later ones is hidden.
 
     Raises:
         ImportError: tensorboard is not installed.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, first: int | None = None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("TensorBoard: the package is not installed; pip install tensorboard") from error
-        self._writer: Any = SummaryWriter(str(directory))
+        self._writer: Any = SummaryWriter(str(directory), purge_step=first)
 
     def write(self, rows: Sequence[Row], means: Row) -> None:
         """Add the scalars at their steps."""

@@ -26,7 +26,7 @@ from .teacher import Normalisation, Teacher
 #: Types that read the teacher's logits: it must know the same classes.
 OF_LOGITS = ("logit", "token", "dkd")
 #: Options of the training loop under which an image is no function of (sample, view).
-MIXING = ("mixup", "cutmix", "reprob")
+MIXING = ("mixup", "cutmix", "reprob", "aug_repeats")
 
 
 def build(
@@ -137,7 +137,7 @@ def _check(
             f"--kd-distill-type token: the student {type(bare).__name__} has no distillation head; pass a distilled "
             "model such as deit_tiny_distilled_patch16_224, or --kd-distill-type logit"
         )
-    mixing = [f"--{name} {value}" for name in MIXING if (value := getattr(options, name, 0))]
+    mixing = [f"--{name.replace('_', '-')} {value}" for name in MIXING if (value := getattr(options, name, 0))]
     if options.kd_cache_teacher and mixing:
         raise ValueError(
             f"--kd-cache-teacher: with {', '.join(mixing)} an image depends on more than its sample and view; set "

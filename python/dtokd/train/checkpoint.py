@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UsageError
 from ..files import write_tensors
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -91,35 +88,6 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_unpack(item, tensors) for item in held)
     return {key: _unpack(item, tensors) for key, item in held}
-
-
-def random_state() -> dict[str, Any]:
-    """Of Python, numpy and torch, on the CPU and on all GPUs."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()  # the legacy generator, which Mixup draws from
-    version, words, next_gauss = random.getstate()
-    return {
-        "python": [version, list(words), next_gauss],
-        "numpy": {
-            "kind": str(kind),
-            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "gauss": float(gauss),
-        },
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Go on as from `random_state()`."""
-    version, words, next_gauss = state["python"]
-    random.setstate((version, tuple(words), next_gauss))
-    n = state["numpy"]
-    np.random.set_state((n["kind"], n["keys"].numpy().astype(np.uint32), n["position"], n["has_gauss"], n["gauss"]))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def check_fits(path: Path, weights: dict[str, Tensor], own: dict[str, Tensor], model: str, saved_model: str) -> None:

@@ -13,23 +13,34 @@ from typing import Any
 import torch
 from timm.data import FastCollateMixup, create_dataset, create_loader
 from timm.data.dataset_factory import _search_split
+from timm.data.distributed_sampler import RepeatAugSampler
 from timm.data.loader import fast_collate
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import UsageError
 from ..objectives.cache import KeyedDataset
+from .batches import Batches
 from .images import CheckedImages
 
 
 @dataclass
 class Data:
-    """What an epoch reads, and the Mixup that its collation does."""
+    """What an epoch reads, and what it does with it.
+
+    Attributes:
+        train: of (input, target).
+        validation: likewise, if there is a split for it.
+        mixup: of the collation.
+        keyed: samples by their numbers, for a cached teacher.
+        batches: under `train`, to go on in the middle of an epoch; None for a stream.
+    """
 
     train: Any
     validation: Any | None
     mixup: FastCollateMixup | None
     keyed: KeyedDataset | None = None
+    batches: Batches | None = None
 
 
 def open_dataset(options: argparse.Namespace, split: str, record: Path | None = None) -> Any:
@@ -127,12 +138,30 @@ def make_loaders(
     config: dict[str, Any],
     num_classes: int,
     device: Any,
+    distributed: bool = False,
 ) -> Data:
     """Timm's loaders for the student's input, with Mixup in the collation as timm's train.py has it.
 
+    Args:
+        options: of `train.options`.
+        train: the split to learn from.
+        validation: the one to be judged by.
+        config: timm's data configuration.
+        num_classes: of the student.
+        device: of the batches.
+        distributed: whether this rank takes its share of the samples; as timm does, an epoch's order is then drawn
+            from its number.
+
     Raises:
-        UsageError: there are fewer images than one batch takes, or an odd batch with Mixup.
+        UsageError: there are fewer images than one batch takes, or an odd batch with Mixup, or a stream where samples
+            need numbers.
     """
+    stream = isinstance(train, IterableDataset)
+    if stream and (distributed or options.aug_repeats):
+        wanted = "--aug-repeats" if options.aug_repeats else "torchrun"
+        raise UsageError(f"{wanted}: --dataset {options.dataset} is a stream, whose samples have no number")
+    if options.aug_repeats and options.aug_repeats < 1:
+        raise UsageError(f"--aug-repeats: {options.aug_repeats:g}; pass 0, or a number from 1 on, such as 3")
     mixup = None
     if options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None:
         if options.batch_size % 2:
@@ -160,12 +189,13 @@ def make_loaders(
     }
     keyed = None
     if options.kd_cache_teacher:
-        if isinstance(train, IterableDataset):
+        if stream:
             raise UsageError(
                 f"--kd-cache-teacher: --dataset {options.dataset} is a stream, whose samples have no number"
             )
         described = f"{options.dataset} {options.data_dir} {options.train_split}"
         train = keyed = KeyedDataset(train, options.seed, options.kd_cache_views, described)
+    repeats = int(options.aug_repeats) if options.aug_repeats == int(options.aug_repeats) else options.aug_repeats
     loader = create_loader(
         train,
         batch_size=options.batch_size,
@@ -183,15 +213,22 @@ def make_loaders(
         auto_augment=options.aa,
         interpolation=options.train_interpolation,
         collate_fn=mixup if keyed is None else collate_keyed,
+        distributed=distributed,
+        num_aug_repeats=repeats if distributed else 0,
         **shared,
     )
-    if not isinstance(train, IterableDataset) and len(loader) == 0:
-        raise UsageError(
-            f"--batch-size: {options.batch_size}, but {options.train_split!r} holds {len(train)} images; pass a "
-            "smaller one"
-        )
-    checked = None if validation is None else validation_loader(options, validation, config, device)
-    return Data(loader, checked, mixup, keyed)
+    batches = None
+    if not stream:
+        # timm repeats over ranks only; here the copies of an image are in one batch
+        alone = RepeatAugSampler(train, 1, 0, num_repeats=repeats) if repeats and not distributed else None
+        loader.loader = batches = Batches(loader.loader, alone)
+        if len(loader) == 0:
+            raise UsageError(
+                f"--batch-size: {options.batch_size}, but {options.train_split!r} holds {len(train)} images"
+                f"{', of which each rank has a part' if distributed else ''}; pass a smaller one"
+            )
+    checked = None if validation is None else validation_loader(options, validation, config, device, distributed)
+    return Data(loader, checked, mixup, keyed, batches)
 
 
 def collate_keyed(batch: Sequence[tuple[Any, int, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -200,8 +237,10 @@ def collate_keyed(batch: Sequence[tuple[Any, int, Tensor]]) -> tuple[Tensor, Ten
     return images, torch.cat([labels[:, None], torch.stack([key for _, _, key in batch])], dim=1)
 
 
-def validation_loader(options: argparse.Namespace, images: Any, config: dict[str, Any], device: Any) -> Any:
-    """Timm's loader without augmentation."""
+def validation_loader(
+    options: argparse.Namespace, images: Any, config: dict[str, Any], device: Any, distributed: bool = False
+) -> Any:
+    """Timm's loader without augmentation; of this rank's share of the samples, if there are several."""
     return create_loader(
         images,
         input_size=config["input_size"],
@@ -214,6 +253,7 @@ def validation_loader(options: argparse.Namespace, images: Any, config: dict[str
         num_workers=options.workers,
         pin_memory=options.pin_mem,
         device=device,
+        distributed=distributed,
         persistent_workers=False,
         worker_seeding=worker_seed,
     )

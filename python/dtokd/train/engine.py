@@ -5,21 +5,33 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
+from timm.task.evaluator import evaluation_sample_limit
 from torch import Tensor
 
 from ..monitor import BalanceLogger
 from .progress import Progress
 from .steps import Stepper
+from .world import World
 
 
 class Stopped(Exception):
-    """Ctrl-C, or a signal that ends the process, between two iterations."""
+    """A signal that ends the process, between two steps.
+
+    Attributes:
+        signal: its number.
+        batches: those of this epoch that were used.
+        means: the losses so far, for `Engine.train_epoch`.
+    """
+
+    def __init__(self, signal: int, batches: int = 0, means: dict[str, Any] | None = None) -> None:
+        super().__init__(f"signal {signal}")
+        self.signal, self.batches, self.means = signal, batches, means
 
 
 @dataclass
@@ -34,8 +46,9 @@ class Engine:
         device: of the student.
         log: of the balanced steps.
         progress: what the user sees.
-        stopped: whether the user wants out.
+        stopped: the number of the signal with which the user wants out, or 0.
         updates: optimizer steps so far.
+        world: the processes that train together.
     """
 
     task: TrainingTask
@@ -45,11 +58,20 @@ class Engine:
     device: torch.device
     log: BalanceLogger | None
     progress: Progress
-    stopped: Callable[[], bool]
+    stopped: Callable[[], int]
     updates: int = 0
+    world: World = field(default_factory=World)
 
-    def train_epoch(self, loader: Any, epoch: int) -> dict[str, float]:
+    def train_epoch(
+        self, loader: Any, epoch: int, begin: int = 0, means: dict[str, Any] | None = None
+    ) -> dict[str, float]:
         """One pass over the data, as timm's train.py makes it.
+
+        Args:
+            loader: of (input, target).
+            epoch: its number, from 0.
+            begin: batches that were used before; the loader leaves them out, but counts them.
+            means: of these, from `Stopped`.
 
         Returns:
             Mean losses: "loss", the weighted sum, and each objective by its name.
@@ -61,27 +83,29 @@ class Engine:
         self.stepper.optimizer.zero_grad()
         count, accumulate = len(loader), self.options.grad_accum_steps
         last_group = count - (count % accumulate or accumulate)  # where the last, perhaps shorter, accumulation begins
-        means = _Means()
-        with self.progress.epoch(epoch, count) as shown:
-            for index, (input, target) in enumerate(loader):
+        sums = _Means(self.world, means)
+        with self.progress.epoch(epoch, count, begin) as shown:
+            for index, (input, target) in enumerate(loader, start=begin):
                 if self.options.channels_last:
                     input = input.contiguous(memory_format=torch.channels_last)
                 share = count - last_group if index >= last_group else accumulate
                 # of cached teachers, see `data.collate_keyed`
                 keys = (target[:, 1:],) if getattr(self.options, "kd_cache_teacher", None) else ()
-                with self._autocast():
-                    result = self.task(input, target[:, 0] if keys else target, *keys)
-                self.stepper.backward(result, share)
-                means.add({"loss": result["loss"], **result["objectives"]}, len(input))
-                if (index + 1) % accumulate == 0 or index + 1 == count:
+                steps = (index + 1) % accumulate == 0 or index + 1 == count
+                with nullcontext() if steps else self.task.no_sync():
+                    with self._autocast():
+                        result = self.task(input, target[:, 0] if keys else target, *keys)
+                    self.stepper.backward(result, share)
+                sums.add({"loss": result["loss"], **result["objectives"]}, len(input))
+                if steps:
                     self._step()
                 if (index + 1) % self.options.log_interval == 0 or index + 1 == count:
-                    shown.line(index + 1, means.compute(), self.stepper.optimizer.param_groups[0]["lr"])
+                    shown.line(index + 1, sums.compute(), self.stepper.optimizer.param_groups[0]["lr"])
                 else:
                     shown.advance(index + 1)
-                if self.stopped() and index + 1 < count:
-                    raise Stopped
-        return means.compute()
+                if (signal := self.stopped()) and steps and index + 1 < count:
+                    raise Stopped(signal, index + 1, sums.state_dict())
+        return sums.compute()
 
     def _step(self) -> None:
         self.stepper.step()
@@ -96,7 +120,12 @@ class Engine:
     def evaluate(self, loader: Any, ema: bool = False) -> dict[str, float]:
         """The student on the validation split: loss, top1, top5 (percent)."""
         model = self.task.get_eval_model(ema=ema)
-        return evaluate(model, loader, self.task.create_evaluator(), self._autocast, self.options.channels_last)
+        # several ranks see a sample twice where their number does not divide that of the samples
+        limit = evaluation_sample_limit(loader)
+        evaluator = self.task.create_evaluator(**({} if limit is None else {"max_samples": limit}))
+        return evaluate(
+            model, loader, evaluator, self._autocast, self.options.channels_last, distributed=self.world.joined
+        )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if not self.options.amp:
@@ -111,6 +140,7 @@ def evaluate(
     evaluator: Any,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     channels_last: bool = False,
+    distributed: bool = False,
 ) -> dict[str, float]:
     """A classifier over a loader.
 
@@ -120,6 +150,7 @@ def evaluate(
         evaluator: timm's; it adds up on the device.
         autocast: makes the context of the forward pass.
         channels_last: memory format of the input.
+        distributed: whether the loader has a part of the samples, and other ranks the others.
 
     Returns:
         The evaluator's metrics.
@@ -131,25 +162,31 @@ def evaluate(
         with autocast():
             output = model(input)
         evaluator.update(output[0] if isinstance(output, (tuple, list)) else output, target)
-    return dict(evaluator.compute())
+    return dict(evaluator.compute(distributed=True) if distributed else evaluator.compute())
 
 
 class _Means:
-    """Means over samples, added up on the device."""
+    """Means over the samples of all ranks, added up on the device."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
+    def __init__(self, world: World, state: dict[str, Any] | None = None) -> None:
+        self._world = world
+        self._sums: dict[str, Tensor] = dict(state["sums"]) if state else {}
+        self._count: int = state["count"] if state else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """To go on from."""
+        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "count": self._count}
 
     @torch.no_grad()
     def add(self, values: dict[str, Tensor], n: int) -> None:
         for name, value in values.items():
             if name not in self._sums:
                 self._sums[name] = torch.zeros((), dtype=torch.float64, device=value.device)
-            self._sums[name] += value.detach() * n
+            self._sums[name] = self._sums[name].to(value.device).add_(value.detach() * n)
         self._count += n
 
     def compute(self) -> dict[str, float]:
-        """One copy to the host."""
-        values = torch.stack(list(self._sums.values())).tolist()
-        return {name: value / self._count for name, value in zip(self._sums, values, strict=True)}
+        """Over all ranks, with one copy to the host."""
+        values = torch.stack([*self._sums.values(), next(iter(self._sums.values())).new_tensor(self._count)])
+        *sums, count = self._world.sum(values).tolist()
+        return {name: value / count for name, value in zip(self._sums, sums, strict=True)}

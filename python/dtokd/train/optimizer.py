@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
@@ -19,13 +20,14 @@ from dtokd_kernels.types import Rescale
 from .. import timm_optim  # noqa: F401  registers dtoadamw and dtosgd
 from ..errors import UsageError
 from .steps import Filled, Fused, Stepper, WeightedSum, clipping
+from .world import World
 
 
-def learning_rate(options: argparse.Namespace) -> float:
-    """--lr, or --lr-base scaled with the batch as timm's train.py scales it."""
+def learning_rate(options: argparse.Namespace, ranks: int = 1) -> float:
+    """--lr, or --lr-base scaled with the batch of all ranks as timm's train.py scales it."""
     if options.lr is not None:
         return float(options.lr)
-    ratio = options.batch_size * options.grad_accum_steps / options.lr_base_size
+    ratio = ranks * options.batch_size * options.grad_accum_steps / options.lr_base_size
     scale = options.lr_base_scale
     if not scale:
         adaptive = any(name in options.opt.lower() for name in ("ada", "lamb", "lion"))
@@ -33,8 +35,16 @@ def learning_rate(options: argparse.Namespace) -> float:
     return float(options.lr_base * (ratio**0.5 if scale == "sqrt" else ratio))
 
 
-def make_stepper(options: argparse.Namespace, task: TrainingTask, device: torch.device) -> Stepper:
+def make_stepper(
+    options: argparse.Namespace, task: TrainingTask, device: torch.device, world: World | None = None
+) -> Stepper:
     """The optimizer over timm's parameter groups of the task's trainable module, and its step.
+
+    Args:
+        options: of `train.options`.
+        task: student, teacher, losses.
+        device: of the student.
+        world: the processes that train together; default: this one alone.
 
     Raises:
         UsageError: an unknown optimizer or option, or two that do not go together.
@@ -42,7 +52,10 @@ def make_stepper(options: argparse.Namespace, task: TrainingTask, device: torch.
     ours = options.opt.lower() in ("dtoadamw", "dtosgd")
     balanced = options.kd_balance != "none"
     _check(options, ours, balanced)
-    keywords = {**optimizer_kwargs(argparse.Namespace(**{**vars(options), "lr": learning_rate(options)}))}
+    world = world or World()
+    _check_ranks(options, ours, balanced, device, world)
+    lr = learning_rate(options, world.size)
+    keywords = {**optimizer_kwargs(argparse.Namespace(**{**vars(options), "lr": lr}))}
     keywords |= options.opt_kwargs
     balancing = _balancing(options, task) if balanced else {}
     if ours:
@@ -79,6 +92,42 @@ def _check(options: argparse.Namespace, ours: bool, balanced: bool) -> None:
     for name in ("gram", "kwargs", "rescale"):
         if not balanced and getattr(options, f"kd_balance_{name}"):
             raise UsageError(f"--kd-balance-{name}: nothing is balanced; choose --kd-balance, such as dto")
+
+
+def _check_ranks(options: argparse.Namespace, ours: bool, balanced: bool, device: torch.device, world: World) -> None:
+    shard = getattr(options, "kd_shard", False)
+    if shard and not ours:
+        raise UsageError(
+            f"--kd-shard: --opt {options.opt} has a state of its own on each rank; choose dtoadamw or dtosgd and a "
+            "--kd-balance, or leave --kd-shard out"
+        )
+    if not world.joined:
+        if shard:
+            raise UsageError("--kd-shard: there is one process; start several with torchrun, or leave it out")
+        return
+    if balanced and not ours:
+        raise UsageError(
+            f"--opt: {options.opt} with --kd-balance {options.kd_balance} balances the gradients of one rank alone, "
+            "and several would drift apart; choose dtoadamw or dtosgd"
+        )
+    if options.sync_bn and device.type == "cpu":
+        raise UsageError("--sync-bn: torch has it on GPUs only; leave it out, or keep --dist-bn reduce")
+
+
+def distribute(task: TrainingTask, stepper: Stepper, options: argparse.Namespace, device: torch.device) -> None:
+    """Wrap what is trained in DistributedDataParallel, and tell a balanced optimizer of it. All ranks call it.
+
+    Raises:
+        UsageError: what the optimizer cannot do over ranks.
+    """
+    if options.sync_bn:
+        task.trainable_module = convert_sync_batchnorm(task.get_trainable_module())
+    task.prepare_distributed([device.index] if device.type == "cuda" else None, broadcast_buffers=not options.no_ddp_bb)
+    if isinstance(stepper, Fused):
+        try:
+            stepper.attach(task.get_trainable_module(), options.kd_shard)
+        except ValueError as error:
+            raise UsageError(f"--kd-shard: {error}") from error
 
 
 def _balancing(options: argparse.Namespace, task: TrainingTask) -> dict[str, Any]:

@@ -34,7 +34,10 @@ BALANCES = (
     "upgrad",
 )
 #: What does not change a run's results, or only names it: not part of an experiment's name.
-OUTSIDE = ("config", "output", "experiment", "resume", "workers", "log_interval", "log_tensorboard", "checkpoint_hist")
+OUTSIDE = (
+    *("config", "output", "experiment", "resume", "workers", "log_interval", "log_tensorboard", "checkpoint_hist"),
+    "dist_timeout",
+)
 
 
 class KeyValues(argparse.Action):
@@ -70,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_augmentation(parser)
     objectives.add_arguments(parser)
     add_balance(parser)
+    _add_ranks(parser)
     add_run(parser)
 
 
@@ -177,6 +181,13 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--vflip", type=float, default=0.0, metavar="P")
     group.add_argument("--color-jitter", type=float, default=0.4, metavar="X")
     group.add_argument("--aa", metavar="NAME", help="AutoAugment or RandAugment")
+    group.add_argument(
+        "--aug-repeats",
+        type=float,
+        default=0,
+        metavar="N",
+        help="each image N times in other augmentations, so that an epoch sees one in N of them",
+    )
     group.add_argument("--train-interpolation", default="random", metavar="NAME")
     group.add_argument("--reprob", type=float, default=0.0, metavar="P", help="random erasing")
     group.add_argument("--remode", default="pixel", metavar="NAME")
@@ -219,6 +230,24 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
         "--kd-balance-rescale",
         choices=["none", "sum"],
         help="none: the paper's 1/L; sum: the scale of a weighted sum; default: none with Adam, else sum",
+    )
+
+
+def _add_ranks(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes", "started with torchrun; --batch-size is that of each")
+    group.add_argument(
+        "--kd-shard", action="store_true", help="each rank keeps a part of the optimizer's state (dtoadamw, dtosgd)"
+    )
+    group.add_argument("--sync-bn", action="store_true", help="batch normalization over all ranks, on GPUs")
+    group.add_argument(
+        "--dist-bn",
+        choices=["reduce", "broadcast", ""],
+        default="reduce",
+        help="statistics of batch normalization after each epoch: averaged, the first rank's, or each its own",
+    )
+    group.add_argument("--no-ddp-bb", action="store_true", help="no broadcast of buffers before each forward pass")
+    group.add_argument(
+        "--dist-timeout", type=float, default=600, metavar="SECONDS", help="how long ranks wait for each other"
     )
 
 

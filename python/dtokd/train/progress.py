@@ -37,21 +37,22 @@ class Progress:
         self.console.print(text, markup=False)
 
     @contextmanager
-    def epoch(self, epoch: int, count: int) -> Iterator[_Epoch]:
-        """One epoch's iterations."""
+    def epoch(self, epoch: int, count: int, begin: int = 0) -> Iterator[_Epoch]:
+        """One epoch's iterations, of which `begin` were done by an earlier process."""
         label = f"epoch {epoch + 1}/{self.epochs}"
         if not self.console.is_terminal:
-            yield _Epoch(self, label, count, None, None)
+            yield _Epoch(self, label, count, begin, None, None)
             return
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         columns += [TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[losses]}")]
         with Bar(*columns, console=self.console, transient=True) as bar:
-            yield _Epoch(self, label, count, bar, bar.add_task(label, total=count, losses=""))
+            yield _Epoch(self, label, count, begin, bar, bar.add_task(label, total=count, completed=begin, losses=""))
 
 
 class _Epoch:
-    def __init__(self, progress: Progress, label: str, count: int, bar: Any, task: Any) -> None:
+    def __init__(self, progress: Progress, label: str, count: int, begin: int, bar: Any, task: Any) -> None:
         self._progress, self._label, self._count, self._bar, self._task = progress, label, count, bar, task
+        self._begin = begin
         self._start = time.monotonic()
 
     def advance(self, done: int) -> None:
@@ -65,7 +66,7 @@ class _Epoch:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, losses=text)
             return
-        rate = done / max(time.monotonic() - self._start, 1e-9)
+        rate = (done - self._begin) / max(time.monotonic() - self._start, 1e-9)
         left = (self._count - done) / rate
         self._progress.say(
             f"{self._label}  {done}/{self._count}  {text}  lr {lr:.3g}  {rate:.3g} it/s"

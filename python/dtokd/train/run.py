@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from timm.models import load_checkpoint as load_weights
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import TrainingTask, create_classification_loss
-from timm.utils import random_seed, unwrap_model
+from timm.utils import distribute_bn, random_seed, unwrap_model
 from torch import Tensor, nn
 
 from .. import networks as _networks  # noqa: F401  registers CIFAR's with timm
@@ -27,14 +27,16 @@ from ..errors import UsageError
 from ..monitor import CSV, BalanceLogger, Row, Sink, TensorBoard, means_of
 from ..objectives.build import build, check_teachers, use_cache
 from ..report.page import write_report
-from . import data
-from .checkpoint import check_fits, random_state, set_random_state
+from . import data, state
+from .checkpoint import load_checkpoint
 from .engine import Engine, Stopped
 from .images import skipped
-from .optimizer import make_stepper
-from .options import OUTSIDE, experiment_name, plain
+from .optimizer import distribute, make_stepper
+from .options import experiment_name
 from .progress import Progress
 from .rundir import RunDir
+from .state import Position
+from .world import World, join, under_torchrun
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Outcome:
 
 
 def train(options: argparse.Namespace, progress: Progress | None = None) -> Outcome:
-    """Train, or go on training, as the options say.
+    """Train, or go on training, as the options say; under torchrun together with the other processes.
 
     Args:
         options: of `train.options`.
@@ -61,23 +63,42 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
 
     Raises:
         UsageError: an option, the data, a model or a checkpoint is of no use, or the disk is full.
+        RuntimeError: another process has ended, or does not answer.
 
     Effects: seeds the random generators of Python, numpy and torch; writes the run's directory; while it runs,
-        Ctrl-C and SIGTERM end it after the current iteration.
+        Ctrl-C and SIGTERM end it after the current step.
     """
-    run = RunDir(options.output / (options.experiment or experiment_name(options)))
-    device = torch.device(options.device if options.device != "cuda" or torch.cuda.is_available() else "cpu")
-    train_images = data.open_dataset(options, options.train_split, run.bad_images)
-    validation_images = data.open_dataset(options, options.val_split, run.bad_images) if options.val_split else None
-    classes = data.number_of_classes(options, train_images, validation_images)
-    random_seed(options.seed, 0)
-    student: Any = make_student(options, classes).to(device)
-    config = resolve_data_config(vars(options), model=student)
-    # timm's tasks translate the student's normalization into the teacher's: it has to be the one in use
-    student.pretrained_cfg = {**student.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
-    loaders = data.make_loaders(options, train_images, validation_images, config, student.num_classes, device)
-    task = _make_task(options, student, loaders, device, config["input_size"])
-    return fit(options, run, task, loaders, device, progress)
+    with join(options.device, options.dist_timeout) as world:
+        run = RunDir(options.output / (options.experiment or experiment_name(options)))
+        with world.agreed():
+            device = world.device(options.device)
+            train_images, validation_images = _open(options, run, world)
+            classes = data.number_of_classes(options, train_images, validation_images)
+            random_seed(options.seed, world.rank)
+            student: Any = make_student(options, classes).to(device)
+            config = resolve_data_config(vars(options), model=student)
+            # timm's tasks translate the student's normalization into the teacher's: it has to be the one in use
+            student.pretrained_cfg = {**student.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
+            loaders = data.make_loaders(
+                options, train_images, validation_images, config, student.num_classes, device, world.joined
+            )
+            task = _make_task(options, student, loaders, device, config["input_size"])
+        return fit(options, run, task, loaders, device, progress, world)
+
+
+def _open(options: argparse.Namespace, run: RunDir, world: World) -> tuple[Any, Any]:
+    """Both splits; of each machine's processes one downloads them, before the others look."""
+    waits = options.dataset_download and world.local_rank != 0
+    if waits:
+        world.barrier()
+    try:
+        train_images = data.open_dataset(options, options.train_split, run.bad_images)
+        return train_images, data.open_dataset(
+            options, options.val_split, run.bad_images
+        ) if options.val_split else None
+    finally:
+        if options.dataset_download and not waits:
+            world.barrier()
 
 
 def fit(
@@ -87,6 +108,7 @@ def fit(
     loaders: data.Data,
     device: torch.device,
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> Outcome:
     """What all kinds of tasks have in common: optimizer, schedule, epochs, evaluation, checkpoints, report.
 
@@ -97,12 +119,15 @@ def fit(
         loaders: of (input, target), on `device`.
         device: of the student.
         progress: what the user sees.
+        world: the processes that train together; default: this one alone.
 
     Raises, Effects: as `train`.
     """
+    world = world or World()
     if options.channels_last:
         task.to(memory_format=torch.channels_last)
-    stepper = make_stepper(options, task, device)
+    with world.agreed():
+        stepper = make_stepper(options, task, device, world)
     if options.model_ema:
         task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
     per_epoch = -(-len(loaders.train) // options.grad_accum_steps)
@@ -113,40 +138,65 @@ def fit(
     )
     if getattr(options, "torchcompile", None):
         _compile(options, task)
+    if world.joined:
+        distribute(task, stepper, options, device)
     progress = progress or Progress(epochs)
     progress.epochs = epochs
-    found = run.begin(options)
+    if not world.first:
+        progress.console.quiet = True
+    found = _begin(run, options, world)
     with ExitStack() as stack:
-        stopped = stack.enter_context(_signals())
-        engine = Engine(task, stepper, scheduler, options, device, None, progress, lambda: bool(stopped[0]))
-        first, best = _resume(engine, *found, progress) if found else (0, None)
+        noted = stack.enter_context(_signals())
+        engine = Engine(
+            task, stepper, scheduler, options, device, None, progress, lambda: world.vote(noted[0]), world=world
+        )
+        with world.agreed():
+            at = state.restore(engine, loaders, *found) if found else Position(0)
         collected = _Collected()
         if options.kd_balance != "none":
-            sinks: list[Sink] = [CSV(run.steps, append=True), collected]
-            if options.log_tensorboard and (board := _tensorboard(run, progress)):
+            sinks: list[Sink] = [CSV(run.steps, append=True), collected] if world.first else []
+            if world.first and options.log_tensorboard and (board := _tensorboard(run, progress, engine.updates)):
                 sinks.append(board)
             engine.log = stack.enter_context(BalanceLogger(sinks, options.log_interval, step=engine.updates))
-        progress.say(f"{run.path}: {options.model}, {epochs - first} of {epochs} epochs, on {device}")
+        collected.rows = list(at.rows)
+        ranks = f" of {world.size} processes" if world.joined else ""
+        progress.say(f"{run.path}: {options.model}, {epochs - at.epoch} of {epochs} epochs, on {device}{ranks}")
         if found is None:
-            run.save(0, _state(engine, 0, None), 0, options.checkpoint_hist)
+            _save(run, engine, loaders, at)
         try:
-            for epoch in range(first, epochs):
-                if stopped[0]:
-                    raise Stopped
-                best = _epoch(run, engine, loaders, collected, epoch, best)
-        except Stopped:
-            last = max(run.checkpoints())
-            progress.say(f"stopped; {last} finished epochs are saved: the same command with --resume auto goes on")
-            return Outcome(run.path, best, stopped[0])
+            while at.epoch < epochs:
+                if number := engine.stopped():
+                    raise Stopped(number)
+                if not at.batches:
+                    lr = stepper.optimizer.param_groups[0]["lr"]
+                    at = replace(at, updates=engine.updates, lr=lr)
+                at = _epoch(run, engine, loaders, collected, at)
+        except Stopped as stop:
+            return _stop(run, engine, loaders, collected, at, stop)
         finally:
-            if run.summary.exists():
+            if world.first and run.summary.exists():
                 write_report(run.path)
             for line in skipped(run.bad_images):
                 progress.say(f"skipped image: {line}")
-    if best is not None:
+    if at.best is not None:
         name = _metric(options)
-        progress.say(f"best {name} {best[name]:.4g} in epoch {best['epoch'] + 1:.0f}: {run.student}")
-    return Outcome(run.path, best)
+        progress.say(f"best {name} {at.best[name]:.4g} in epoch {at.best['epoch'] + 1:.0f}: {run.student}")
+    return Outcome(run.path, at.best)
+
+
+def _begin(run: RunDir, options: argparse.Namespace, world: World) -> tuple[Path, dict[str, Any]] | None:
+    """The run's directory, made by the first rank, and the checkpoint to go on from, read by all."""
+    found: list[tuple[Path, dict[str, Any]]] = []
+
+    def begin() -> Path | None:
+        found.extend(filter(None, [run.begin(options)]))
+        return found[0][0] if found else None
+
+    path = world.first_does(begin)
+    with world.agreed():
+        if path is not None and not found:
+            found.append((path, load_checkpoint(path)))
+    return found[0] if found else None
 
 
 def make_student(options: argparse.Namespace, classes: int | None) -> Any:
@@ -226,9 +276,9 @@ def _compile(options: argparse.Namespace, task: TrainingTask) -> None:
     task.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
 
 
-def _tensorboard(run: RunDir, progress: Progress) -> TensorBoard | None:
+def _tensorboard(run: RunDir, progress: Progress, step: int) -> TensorBoard | None:
     try:
-        return TensorBoard(run.path / "tensorboard")
+        return TensorBoard(run.path / "tensorboard", first=step)
     except ImportError as error:
         progress.say(f"--log-tensorboard: {error}")
         return None
@@ -253,27 +303,22 @@ class _Collected:
         return {key: value for key, value in means_of(rows).items() if key != "step"} if rows else {}
 
 
-def _epoch(
-    run: RunDir,
-    engine: Engine,
-    loaders: data.Data,
-    collected: _Collected,
-    epoch: int,
-    best: dict[str, float] | None,
-) -> dict[str, float] | None:
+def _epoch(run: RunDir, engine: Engine, loaders: data.Data, collected: _Collected, at: Position) -> Position:
     """Train, evaluate, and have it all on disk: the checkpoint last, so that it vouches for the rest."""
-    options, task = engine.options, engine.task
+    options, task, epoch = engine.options, engine.task, at.epoch
     if loaders.mixup is not None and options.mixup_off_epoch and epoch >= options.mixup_off_epoch:
-        loaders.train.mixup_enabled = False
+        loaders.mixup.mixup_enabled = False
     if loaders.keyed is not None:
         loaders.keyed.set_epoch(epoch)
-    start, lr = time.monotonic(), engine.stepper.optimizer.param_groups[0]["lr"]
-    losses = engine.train_epoch(loaders.train, epoch)
-    for cache in getattr(task, "caches", ()):
-        if cache is not None:
-            cache.flush()
-    if engine.log is not None:
-        engine.log.flush()
+    sampler: Any = getattr(loaders.train, "sampler", None)
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    start = time.monotonic()
+    losses = engine.train_epoch(loaders.train, epoch, at.batches, at.means)
+    _flush(engine)
+    if engine.world.size > 1 and options.dist_bn:
+        for module in state.modules(task).values():
+            distribute_bn(module, engine.world.size, options.dist_bn == "reduce")
     metrics: dict[str, float] = {}
     if loaders.validation is not None:
         metrics = engine.evaluate(loaders.validation)
@@ -284,25 +329,62 @@ def _epoch(
         engine.scheduler.step(epoch + 1, metrics.get(_metric(options)))
     row = {"epoch": epoch} | {f"train_{name}": value for name, value in losses.items()}
     row |= {f"eval_{name}": value for name, value in metrics.items()}
-    run.add_summary({**row, "lr": lr, **collected.take(), "seconds": round(time.monotonic() - start, 3)})
+    row |= {"lr": at.lr, **collected.take(), "seconds": round(time.monotonic() - start, 3)}
     if metrics:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         engine.progress.say(f"epoch {epoch + 1}/{engine.progress.epochs}  evaluation  {shown}")
-    name = _metric(options)
+    name, best = _metric(options), at.best
     better = best is None or (metrics[name] < best[name] if name.endswith("loss") else metrics[name] > best[name])
     if metrics and better:
         best = {"epoch": epoch, **metrics}
-        run.export(run.student, _student(task, ema=task.has_ema()))
-    run.export(run.last_student, _student(task, ema=task.has_ema()))
-    if not metrics:
-        run.export(run.student, _student(task, ema=task.has_ema()))
-    run.save(
-        epoch + 1,
-        _state(engine, epoch + 1, best),
-        -1 if best is None else int(best["epoch"]) + 1,
-        options.checkpoint_hist,
-    )
-    return best
+    weights = _student(task, ema=task.has_ema())
+
+    def write() -> None:
+        run.add_summary(row)
+        if better or not metrics:
+            run.export(run.student, weights)
+        run.export(run.last_student, weights)
+
+    engine.world.first_does(write)
+    at = Position(epoch + 1, best)
+    _save(run, engine, loaders, at)
+    return at
+
+
+def _flush(engine: Engine) -> None:
+    for cache in getattr(engine.task, "caches", ()):
+        if cache is not None:
+            cache.flush()
+    if engine.log is not None:
+        engine.log.flush()
+
+
+def _save(run: RunDir, engine: Engine, loaders: data.Data, at: Position) -> None:
+    """A checkpoint, by the first rank; in the middle of an epoch under a name of its own."""
+    collected = state.collect(engine, loaders, at)
+    best = -1 if at.best is None else int(at.best["epoch"]) + 1
+    keep = engine.options.checkpoint_hist
+
+    def write() -> None:
+        if at.batches:
+            run.save_stopped(collected)
+        else:
+            run.save(at.epoch, collected, best, keep)
+
+    engine.world.first_does(write)
+
+
+def _stop(
+    run: RunDir, engine: Engine, loaders: data.Data, collected: _Collected, at: Position, stop: Stopped
+) -> Outcome:
+    """Save where the run is, and say how it goes on."""
+    _flush(engine)
+    saved = f"{at.epoch} finished epochs"
+    if loaders.batches is not None and stop.batches:
+        _save(run, engine, loaders, replace(at, batches=stop.batches, means=stop.means, rows=collected.rows))
+        saved += f" and {stop.batches} iterations"
+    engine.progress.say(f"stopped; {saved} are saved: the same command with --resume auto goes on")
+    return Outcome(run.path, at.best, stop.signal)
 
 
 def _metric(options: argparse.Namespace) -> str:
@@ -316,74 +398,12 @@ def _student(task: TrainingTask, ema: bool) -> dict[str, Tensor]:
     return weights
 
 
-def _state(engine: Engine, epoch: int, best: dict[str, float] | None) -> dict[str, Any]:
-    """All that the rest of the run depends on."""
-    task, scheduler = engine.task, engine.scheduler
-    state: dict[str, Any] = {
-        "model": engine.options.model,
-        "options": plain(engine.options),
-        "epoch": epoch,
-        "updates": engine.updates,
-        "best": best,
-        "weights": dict(unwrap_model(task.get_trainable_module()).state_dict()),
-        "stepper": engine.stepper.state_dict(),
-        "scheduler": None if scheduler is None else _scheduler_state(scheduler),
-        "random": random_state(),
-    }
-    if task.has_ema():
-        ema = task.get_trainable_module(ema=True)
-        state["ema"] = {"weights": dict(ema.module.state_dict()), "random": ema._sr_generator.get_state()}
-    return state
-
-
-def _scheduler_state(scheduler: Any) -> dict[str, Any]:
-    """Timm's schedulers are functions of the epoch; only the plateau's remembers, in torch's scheduler."""
-    inner = getattr(scheduler, "lr_scheduler", None)
-    if inner is None:
-        return {"metric": scheduler.metric}
-    return {key: value for key, value in vars(inner).items() if isinstance(value, (int, float, str, list))}
-
-
-def _resume(
-    engine: Engine, path: Path, state: dict[str, Any], progress: Progress
-) -> tuple[int, dict[str, float] | None]:
-    """Load a checkpoint into the run.
-
-    Raises:
-        UsageError: it is of another model or optimizer; nothing has changed then.
-    """
-    task, options = engine.task, engine.options
-    module = unwrap_model(task.get_trainable_module())
-    check_fits(path, state["weights"], module.state_dict(), options.model, state["model"])
-    if task.has_ema() and "ema" not in state:
-        raise UsageError(f"--resume: {path} holds no averaged weights; leave --model-ema out, or start anew")
-    now = plain(options)
-    for key, value in state["options"].items():
-        if now.get(key) != value and key not in OUTSIDE:
-            progress.say(f"--resume: {key} was {value!r}, is now {now.get(key)!r}")
-    try:
-        engine.stepper.load_state_dict(state["stepper"])
-    except (KeyError, ValueError) as error:
-        raise UsageError(
-            f"--resume: {path} was written with --opt {state['options'].get('opt')} --kd-balance "
-            f"{state['options'].get('kd_balance')}, which does not fit: {error}; give these, or start anew"
-        ) from error
-    module.load_state_dict(state["weights"])
-    if task.has_ema():
-        ema = task.get_trainable_module(ema=True)
-        ema.module.load_state_dict(state["ema"]["weights"])
-        ema._sr_generator.set_state(state["ema"]["random"])
-    if engine.scheduler is not None and state["scheduler"] is not None:
-        vars(getattr(engine.scheduler, "lr_scheduler", engine.scheduler)).update(state["scheduler"])
-    engine.updates = state["updates"]
-    set_random_state(state["random"])
-    progress.say(f"going on after epoch {state['epoch']} from {path}")
-    return state["epoch"], state["best"]
-
-
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM is noted in the list, a second one ends the process as usual."""
+    """The first Ctrl-C or SIGTERM is noted in the list, a second one ends the process as usual.
+
+    Not under torchrun: it sends on the signal that a terminal gives to all, and ends us itself if we take too long.
+    """
     noted = [0]
     if threading.current_thread() is not threading.main_thread():
         yield noted
@@ -392,8 +412,9 @@ def _signals() -> Iterator[list[int]]:
 
     def note(number: int, frame: Any) -> None:
         noted[0] = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        if not under_torchrun():
+            for each, handler in before.items():
+                signal.signal(each, handler)
 
     for number in before:
         signal.signal(number, note)

@@ -44,6 +44,7 @@ class RunDir:
         self.last_student = path / "student-last.safetensors"
         self.pictures = path / "pictures"
         self.report = path / "report.html"
+        self.stopped = path / "checkpoints" / "stopped.safetensors"
 
     def checkpoints(self) -> dict[int, Path]:
         """From the number of finished epochs to the file, in order."""
@@ -65,9 +66,7 @@ class RunDir:
         there = self.checkpoints()
         found: tuple[Path, dict[str, Any]] | None = None
         if options.resume == "auto":
-            if there:
-                newest = there[max(there)]
-                found = newest, load_checkpoint(newest)
+            found = self._newest(there)
         elif options.resume:
             found = Path(options.resume), load_checkpoint(Path(options.resume))
         elif there:
@@ -87,18 +86,33 @@ class RunDir:
         for number, path in there.items():
             if number > epochs:  # of the run that went on from here before
                 path.unlink()
+        if found is None or found[0].resolve() != self.stopped.resolve():
+            self.stopped.unlink(missing_ok=True)
         return found
+
+    def _newest(self, there: Mapping[int, Path]) -> tuple[Path, dict[str, Any]] | None:
+        newest = max(there, default=0)
+        if self.stopped.exists():
+            held = load_checkpoint(self.stopped)
+            if held["epoch"] >= newest:
+                return self.stopped, held
+        return (there[newest], load_checkpoint(there[newest])) if there else None
 
     def save(self, epoch: int, state: Mapping[str, Any], best: int, keep: int) -> Path:
         """Write a checkpoint, then remove those beyond `keep`; the best stays."""
         path = self.path / "checkpoints" / f"epoch-{epoch:04d}.safetensors"
         save_checkpoint(path, dict(state))
+        self.stopped.unlink(missing_ok=True)
         numbers = list(self.checkpoints())
         for number in numbers[: -max(keep, 1)]:
             if number != best:
                 self.checkpoints()[number].unlink()
         sync_folder(path.parent)
         return path
+
+    def save_stopped(self, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint in the middle of an epoch; the next `save` removes it."""
+        save_checkpoint(self.stopped, dict(state))
 
     def export(self, path: Path, student: Mapping[str, Tensor]) -> None:
         """The student's weights alone, as timm.create_model(..., checkpoint_path=...) reads them."""

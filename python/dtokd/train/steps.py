@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 import dtokd_kernels as dk
 from dtokd_kernels.optim import Balanced
@@ -36,7 +37,7 @@ class Stepper(Protocol):
         """Clip, update, and forget the gradients."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that later steps depend on, besides the parameters."""
+        """All that later steps depend on, besides the parameters; several ranks call it together."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
@@ -134,16 +135,29 @@ class Fused(WeightedSum):
 
     def __init__(self, optimizer: Balanced, scaler: torch.amp.GradScaler) -> None:
         super().__init__(optimizer, scaler, None)
+        self._attached = False
 
     @property
     def balance(self) -> Balance | None:  # type: ignore[override]
         """Of the last step."""
         return self.optimizer.balance
 
+    def attach(self, module: DistributedDataParallel, shard: bool) -> None:
+        """Average gradient sets over ranks; with `shard` each keeps a part of them and of the state."""
+        dk.distributed.attach(self.optimizer, module, shard=shard)
+        self._attached = True
+
     def backward(self, result: Result, share: int) -> None:
         """One pass per objective, or what the Gram's source says."""
         losses = _losses(result, share)
         self.optimizer.backward({name: self._scaler.scale(loss) for name, loss in losses.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of one process, whatever the ranks: another number of them can go on."""
+        state = super().state_dict()
+        if self._attached:
+            state["optimizer"] = dk.distributed.whole_state(self.optimizer)
+        return state
 
 
 def _losses(result: Result, share: int) -> dict[str, Tensor]:

@@ -1,0 +1,171 @@
+"""The processes that train one model under torchrun: who writes, and how they agree."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from ..errors import ToldElsewhere, UsageError
+
+T = TypeVar("T")
+
+
+class World:
+    """A process among others that train the same model, or alone.
+
+    What it offers is a collective operation, where it says nothing else: all ranks call it, in the same order.
+
+    Args:
+        control: a gloo group, whose messages nothing on a device waits for; None: alone.
+        local_rank: number of this process on its machine.
+
+    Attributes:
+        joined: whether there is a process group, be it of one rank.
+        rank, size: of the process group.
+        first: whether this rank speaks and writes for all.
+    """
+
+    def __init__(self, control: dist.ProcessGroup | None = None, local_rank: int = 0) -> None:
+        self._control, self.local_rank = control, local_rank
+        self.joined = control is not None
+        self.rank = dist.get_rank() if self.joined else 0
+        self.size = dist.get_world_size() if self.joined else 1
+        self.first = self.rank == 0
+        self._vote: tuple[Tensor, Any] | None = None
+
+    def device(self, name: str) -> torch.device:
+        """`--device`, or the CPU where torch has no GPU; of several GPUs this process's. No collective.
+
+        Raises:
+            UsageError: there are more processes than GPUs.
+        """
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            return torch.device("cpu")
+        if not self.joined or name == "cpu":
+            return torch.device(name)
+        kind = torch.device(name).type
+        if kind == "cuda":
+            if self.local_rank >= torch.cuda.device_count():
+                raise UsageError(
+                    f"--device: process {self.local_rank} of this machine has no GPU of its own, there are "
+                    f"{torch.cuda.device_count()}; pass torchrun --nproc-per-node {torch.cuda.device_count()}"
+                )
+            torch.cuda.set_device(self.local_rank)
+        return torch.device(kind, self.local_rank)
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.joined:
+            dist.barrier(group=self._control)
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """What a UsageError on one rank says is an error on all, and the first one tells the user.
+
+        Raises:
+            UsageError: on the first rank, the message of the lowest rank that had one.
+            ToldElsewhere: on the others.
+        """
+        error: UsageError | None = None
+        try:
+            yield
+        except UsageError as raised:
+            if not self.joined:
+                raise
+            error = raised
+        found = [text for text in self._all(None if error is None else str(error)) if text is not None]
+        if found:
+            raise UsageError(found[0]) if self.first else ToldElsewhere(found[0]) from error
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """What the first rank returns from this, which it alone does. Raises as `agreed`."""
+        result: list[Any] = [None]
+        with self.agreed():
+            if self.first:
+                result[0] = work()
+        if self.joined:
+            dist.broadcast_object_list(result, 0, group=self._control)
+        return result[0]
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks in order, on the first; on the others an empty list."""
+        if not self.joined:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.gather_object(value, values if self.first else None, 0, group=self._control)
+        return values if self.first else []
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over all ranks, in place; on the tensor's device."""
+        if self.joined:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def vote(self, number: int) -> int:
+        """The greatest number that a rank gave in the call before; alone: this one.
+
+        So all ranks see it at the same iteration, and none waits but for those that are more than one behind.
+        """
+        if not self.joined:
+            return number
+        before, given = self._vote, torch.tensor(number)
+        self._vote = given, dist.all_reduce(given, dist.ReduceOp.MAX, group=self._control, async_op=True)
+        if before is None:
+            return 0
+        before[1].wait()
+        return int(before[0])
+
+    def _all(self, value: str | None) -> list[str | None]:
+        values: list[str | None] = [value] * self.size
+        if self.joined:
+            dist.all_gather_object(values, value, group=self._control)
+        return values
+
+
+@contextmanager
+def join(device: str, timeout: float) -> Iterator[World]:
+    """Meet the other processes that torchrun has started; alone without it. A process group that is there is used.
+
+    Args:
+        device: nccl connects GPUs, gloo CPUs.
+        timeout: seconds after which a rank that waits for another one gives up.
+
+    Raises:
+        RuntimeError: the others did not come.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield World(_control(timeout), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
+        return
+    if not (dist.is_available() and under_torchrun()):
+        yield World()
+        return
+    limit = timedelta(seconds=timeout)
+    store, rank, size = next(rendezvous("env://", timeout=limit))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # gloo of torch 2.14 would find the addresses of the processes before a restart; agents of several machines may
+        # count restarts differently
+        store = PrefixStore(f"life {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if device.startswith("cuda") and torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+    yield World(_control(timeout), int(os.environ.get("LOCAL_RANK", 0)))
+    dist.destroy_process_group()  # after an error the process ends, and the others see its connections break
+
+
+def _control(timeout: float) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of several that were started to work together."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
