@@ -77,7 +77,9 @@ def run(options: argparse.Namespace) -> int:
     if not (data / "annotations" / "instances_val.json").exists():
         write_scenes(data, Scenes(seed=options.seed))
     weights = root / "mobilenetv2_100.safetensors"
-    write_tensors(weights, imagenet_weights())
+    # the classifier and the layers before it are no part of a backbone
+    backbone = {k: v for k, v in imagenet_weights().items() if not k.startswith(("conv_head.", "bn2.", "classifier."))}
+    write_tensors(weights, backbone)
     for name, (title, texts) in RUNS.items():
         console.rule(title)
         argv = [*SHARED.split(), *texts.split(), "--epochs", str(epochs), "--seed", str(options.seed)]
