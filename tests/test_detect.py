@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import json
 
 import pytest
 import torch
@@ -458,8 +459,8 @@ def test_vidt_variants(coco, tmp_path, vidt_teacher, texts):
     assert 0 <= float(row["eval_ap"]) <= 1
 
 
-def test_directory_teaches_and_student_loads(coco, tmp_path):
-    """A softmax detector of transformers with a class of its own teaches; the student's file starts another run."""
+def test_directory_teaches_and_student_loads(coco, tmp_path, capsys):
+    """A softmax detector of transformers with a class of its own teaches; the student is judged, and starts a run."""
     config = configuration("detr")
     config.id2label = {0: "ninety", 1: "N/A", 2: "seven", 3: "three"}
     torch.manual_seed(0)
@@ -469,6 +470,13 @@ def test_directory_teaches_and_student_loads(coco, tmp_path):
     assert main(["detect", *options, *teaching, "--experiment", "x"]) == 0
     (row,) = rows(tmp_path / "x" / "summary.csv")
     assert float(row["train_prediction"]) > 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "x")]) == 0
+    judged = json.loads(capsys.readouterr().out)
+    assert judged["images"] == 4
+    assert {key: judged[key] for key in ("ap", "ap50")} == {key: float(row[f"eval_{key}"]) for key in ("ap", "ap50")}
+    assert main(["eval", str(tmp_path / "x"), "--checkpoint", str(tmp_path / "absent")]) == 1
+    assert "--checkpoint: there is no file" in capsys.readouterr().err
     start = ["--initial-checkpoint", str(tmp_path / "x" / "student.safetensors")]
     assert main(["detect", *options, *start, "--experiment", "y", "--lr", "0"]) == 0
     first, second = (load_file(tmp_path / name / "student.safetensors") for name in "xy")

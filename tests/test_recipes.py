@@ -48,7 +48,7 @@ OBJECTIVES = {
 def test_the_tables_are_whole():
     assert len(CIFAR) == 6 * 4
     assert len(IMAGENET) == 2 * 4
-    assert len(recipes.names()) == 24 + 8 + 4
+    assert len([name for name in recipes.names() if not name.startswith("coco_")]) == 24 + 8 + 4
 
 
 @pytest.mark.parametrize("name", CIFAR)
@@ -65,7 +65,7 @@ def test_cifar_recipe_trains(name, tmp_path):
     assert objectives == OBJECTIVES[name.rsplit("_", 1)[1]]
 
 
-@pytest.mark.parametrize("name", [n for n in recipes.names() if "teacher" in n])
+@pytest.mark.parametrize("name", [n for n in recipes.names() if n.startswith("cifar100_teacher")])
 def test_teacher_recipe_builds(name):
     options = namespace(name)
     assert options.kd_model_name is None

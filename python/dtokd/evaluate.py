@@ -1,4 +1,4 @@
-"""`dtokd eval`: a student's accuracy on a split, with timm's preprocessing."""
+"""`dtokd eval`: a student's accuracy on a split, with timm's preprocessing; a detector's AP."""
 
 from __future__ import annotations
 
@@ -32,7 +32,12 @@ def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, floa
     Raises:
         UsageError: no such run, model, weights or data, or they do not fit each other.
     """
-    settings = argparse.Namespace(**{**defaults, **_of_run(options), **_given(options)})
+    told = _of_run(options)
+    if "annotations" in told:
+        from .detect.judge import judge
+
+        return judge(told, _given(options))
+    settings = argparse.Namespace(**{**defaults, **told, **_given(options)})
     weights = options.checkpoint
     if weights is None and options.run_dir is not None:
         weights = options.run_dir / "student.safetensors"

@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import UsageError
-from ..train.data import Data, worker_seed
+from ..train.data import worker_seed
 from ..train.images import CheckedImages
 from .annotations import Annotations, read_annotations, usable
 from .batch import Images, Target
@@ -153,12 +153,10 @@ def read_splits(options: argparse.Namespace) -> tuple[Annotations, Annotations |
     """Annotations of the training and the validation split.
 
     Raises:
-        UsageError: as `read_annotations`, or the splits have different categories.
+        UsageError: as `read_split`, or the splits have different categories.
     """
-    if options.data_dir is None or not options.data_dir.is_dir():
-        raise UsageError(f"--data-dir: {options.data_dir} is no folder; pass the one with images and annotations")
-    train = _read(options, options.train_split)
-    validation = _read(options, options.val_split) if options.val_split else None
+    train = read_split(options, options.train_split)
+    validation = read_split(options, options.val_split) if options.val_split else None
     if validation is not None and validation.categories != train.categories:
         only = sorted(set(train.categories.items()) ^ set(validation.categories.items()))[0]
         raise UsageError(
@@ -168,49 +166,57 @@ def read_splits(options: argparse.Namespace) -> tuple[Annotations, Annotations |
     return train, validation
 
 
-def _read(options: argparse.Namespace, split: str) -> Annotations:
+def read_split(options: argparse.Namespace, split: str) -> Annotations:
+    """Annotations of one split.
+
+    Raises:
+        UsageError: no such folder, or as `read_annotations`.
+    """
+    if options.data_dir is None or not options.data_dir.is_dir():
+        raise UsageError(f"--data-dir: {options.data_dir} is no folder; pass the one with images and annotations")
     path = options.data_dir / options.annotations.replace("{split}", split)
     return read_annotations(path, options.data_dir / split)
 
 
-def make_loaders(
+def make_loader(
     options: argparse.Namespace,
-    train: Annotations,
-    validation: Annotations | None,
+    annotations: Annotations,
+    split: str,
+    *,
+    training: bool,
     device: torch.device,
     record: Path | None = None,
-) -> Data:
-    """Loaders of both splits; random numbers are torch's own, so that a checkpoint of them resumes the order.
+) -> OnDevice:
+    """A split's batches; random numbers are torch's own, so that a checkpoint of them resumes the order.
+
+    Args:
+        options: of `detect.options`.
+        annotations: of the split.
+        split: its name.
+        training: augmented and shuffled, whole batches only.
+        device: of the batches.
+        record: where images that are skipped are noted.
 
     Raises:
-        UsageError: fewer images than one batch takes.
+        UsageError: fewer images than one training batch takes.
     """
     size = options.batch_size
-    if len(train.content["images"]) < size:
+    if training and len(annotations.content["images"]) < size:
         raise UsageError(
-            f"--batch-size: {size}, but {options.train_split!r} holds {len(train.content['images'])} images; pass a "
-            "smaller one"
+            f"--batch-size: {size}, but {split!r} holds {len(annotations.content['images'])} images; pass a smaller one"
         )
-
-    def loader(annotations: Annotations, split: str, training: bool) -> OnDevice:
-        images = CocoImages(options.data_dir / split, annotations, make_transforms(options, training))
-        checked = CheckedImages(images, split, options.on_bad_image == "skip", record)
-        return OnDevice(
-            DataLoader(
-                checked,
-                batch_size=size if training else options.validation_batch_size or size,
-                shuffle=training,
-                drop_last=training,
-                num_workers=options.workers,
-                collate_fn=collate,
-                pin_memory=options.pin_mem,
-                worker_init_fn=_start_worker if options.workers else None,
-            ),
-            device,
-        )
-
-    checked = None if validation is None else loader(validation, options.val_split, False)
-    return Data(loader(train, options.train_split, True), checked, None)
+    images = CocoImages(options.data_dir / split, annotations, make_transforms(options, training))
+    loader = DataLoader(
+        CheckedImages(images, split, options.on_bad_image == "skip", record),
+        batch_size=size if training else options.validation_batch_size or size,
+        shuffle=training,
+        drop_last=training,
+        num_workers=options.workers,
+        collate_fn=collate,
+        pin_memory=options.pin_mem,
+        worker_init_fn=_start_worker if options.workers else None,
+    )
+    return OnDevice(loader, device)
 
 
 def _start_worker(number: int) -> None:

@@ -10,13 +10,14 @@ from timm.models import load_state_dict
 from timm.utils import random_seed
 
 from ..report.page import write_report
+from ..train.data import Data
 from ..train.options import experiment_name
 from ..train.progress import Progress
 from ..train.run import Outcome, fit
 from ..train.rundir import RunDir
 from .annotations import Annotations
 from .build import build
-from .data import make_loaders, read_splits
+from .data import make_loader, read_splits
 from .detectors.build import make_student
 from .pictures import draw_pictures
 
@@ -39,7 +40,12 @@ def detect(options: argparse.Namespace, progress: Progress | None = None) -> Out
     random_seed(options.seed, 0)
     student = make_student(options, len(train.categories)).to(device)
     task = build(options, student, train, validation, device)
-    loaders = make_loaders(options, train, validation, device, run.bad_images)
+    shared: dict[str, Any] = {"device": device, "record": run.bad_images}
+    loaders = Data(
+        make_loader(options, train, options.train_split, training=True, **shared),
+        make_loader(options, validation, options.val_split, training=False, **shared) if validation else None,
+        None,
+    )
     outcome = fit(options, run, task, loaders, device, progress)
     if options.pictures and loaders.validation is not None and run.student.exists() and not outcome.interrupted:
         student.load_state_dict(load_state_dict(str(run.student)))
@@ -64,5 +70,5 @@ def main(options: argparse.Namespace) -> int:
         from .demo import run as demo
 
         return demo(options)
-    signal: Any = detect(options).interrupted
+    signal = detect(options).interrupted
     return 128 + signal if signal else 0

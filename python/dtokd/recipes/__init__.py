@@ -1,4 +1,7 @@
-"""Recipes: YAML files of options, one per number of the paper's Tables 1 and 2. docs/recipes.md maps them.
+"""Recipes: YAML files of options, one per number of the paper's tables.
+
+Those of classification (docs/recipes.md) are for `dtokd train`, those that begin with coco_ (docs/detect.md) for
+`dtokd detect`.
 
 A recipe may say `extends: NAME` or `extends: [NAME, NAME]`: options of these come first, later ones win, its own last.
 Names with a leading underscore are parts that others extend.

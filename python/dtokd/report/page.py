@@ -68,35 +68,39 @@ def write_report(run: Path) -> Path:
         f"<h1>{escape(run.name)}</h1>",
         f"<p>{_headline(settings, epochs)}</p>",
         f'<div class="grid-of">{"".join(_charts(epochs, steps))}</div>',
-        _pictures(run / "pictures"),
+        pictures(run / "pictures", "Validation images, best student"),
         _details("Epochs", _rows(epochs), opened=False),
         "<h2>Settings</h2>",
-        _table([("option", "value"), *((k, _text(v)) for k, v in settings.items() if v not in (None, "", {}))]),
+        table([("option", "value"), *((k, _text(v)) for k, v in settings.items() if v not in (None, "", {}))]),
         "<h2>Environment</h2>",
-        _table([("what", "value"), *((k, _text(v)) for k, v in environment.items())]),
+        table([("what", "value"), *((k, _text(v)) for k, v in environment.items())]),
     ]
     if names := skipped(run / "bad_images.txt"):
-        parts += [f"<h2>{len(names)} skipped images</h2>", _table([("image",), *((name,) for name in names)])]
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(run.name)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
-    )
-    write_text(run / "report.html", page)
+        parts += [f"<h2>{len(names)} skipped images</h2>", table([("image",), *((name,) for name in names)])]
+    write_text(run / "report.html", document(run.name, parts))
     return run / "report.html"
 
 
-def _pictures(folder: Path) -> str:
-    """Detection's: the files are in the page."""
-    files = sorted(folder.glob("*.jpg"))
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page of this style."""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def pictures(folder: Path, title: str, most: int | None = None) -> str:
+    """Those that `dtokd detect` drew; the files are in the page."""
+    files = sorted(folder.glob("*.jpg"))[:most]
     if not files:
         return ""
     data = {f.stem: base64.b64encode(f.read_bytes()).decode() for f in files}
     images = "".join(f'<img alt="image {name}" src="data:image/jpeg;base64,{d}">' for name, d in data.items())
     return (
-        "<h2>Validation images, best student</h2><p>Objects in green, detections above 0.3 in orange.</p>"
+        f"<h2>{escape(title)}</h2><p>Objects in green, detections above 0.3 in orange.</p>"
         f'<div class="pictures">{images}</div>'
     )
 
@@ -175,10 +179,11 @@ def _rows(columns: Mapping[str, list[float]]) -> list[tuple[str, ...]]:
 
 
 def _details(title: str, rows: list[tuple[str, ...]], opened: bool) -> str:
-    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{_table(rows)}</details>"
+    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{table(rows)}</details>"
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: list[tuple[str, ...]]) -> str:
+    """The first row is the head."""
     head, *body = rows
     lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
     heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)

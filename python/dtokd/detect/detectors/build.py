@@ -43,7 +43,7 @@ def make_student(options: argparse.Namespace, classes: int) -> Detector:
             "serves as student for its own classes only, and as teacher for any"
         )
     if options.initial_checkpoint:
-        _load(student, options.initial_checkpoint, "--initial-checkpoint", options.model)
+        load_weights(student, options.initial_checkpoint, "--initial-checkpoint", options.model)
     return student
 
 
@@ -58,7 +58,7 @@ def make_teacher(options: argparse.Namespace, classes: Sequence[str]) -> Detecto
         raise UsageError(f"--kd-teacher-path: missing; pass the weights of the teacher {name}")
     teacher = _make(name, len(classes), options.kd_model_kwargs, "--kd-model-name", image_size=options.img_size)
     if options.kd_teacher_path:
-        _load(teacher, options.kd_teacher_path, "--kd-teacher-path", name)
+        load_weights(teacher, options.kd_teacher_path, "--kd-teacher-path", name)
     return teacher.eval().requires_grad_(False)
 
 
@@ -88,7 +88,12 @@ def _make(name: str, classes: int, changes: dict[str, Any], option: str, **more:
     )
 
 
-def _load(detector: Detector, path: str, option: str, name: str) -> None:
+def load_weights(detector: Detector, path: str, option: str, name: str) -> None:
+    """Load a run's `student.safetensors`, or another file of the same weights; nothing pickled runs.
+
+    Raises:
+        UsageError: no such file, or it does not fit; `option` is what the user gave it by.
+    """
     if not Path(path).is_file():
         raise UsageError(f"{option}: there is no file {path}")
     try:

@@ -22,6 +22,10 @@ SIZES: dict[str, tuple[int, tuple[int, ...], tuple[int, ...], str]] = {
 }
 
 
+#: Of the classification loss, in ViDT and in Deformable DETR.
+CLASS_WEIGHT = 2.0
+
+
 def make(
     name: str, classes: int, changes: dict[str, Any], *, pretrained: bool = False, backbone: str = ""
 ) -> HFDetector:
@@ -59,7 +63,7 @@ def make(
             num_labels=classes,
             **neck,
         )
-        detector = HFDetector(DeformableDetrForObjectDetection(config))
+        detector = HFDetector(DeformableDetrForObjectDetection(config), class_weight=CLASS_WEIGHT)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--model {name}, --model-kwargs {changes}: {error}") from error
     if pretrained and not backbone and not hub:

@@ -26,12 +26,14 @@ class HFDetector(Detector):
     Args:
         net: with `config.model_type` one of `KINDS`.
         mean, std: of its images.
+        class_weight: of the classification loss in the sum, which transformers has at 1.
     """
 
     dense = False
 
-    def __init__(self, net: Any, mean: Any = MEAN, std: Any = STD) -> None:
+    def __init__(self, net: Any, mean: Any = MEAN, std: Any = STD, class_weight: float = 1.0) -> None:
         super().__init__(mean, std)
+        self.class_weight = class_weight
         self.net, config = net, net.config
         self.kind: str = config.model_type
         self.sigmoid = self.kind not in SOFTMAX
@@ -62,7 +64,11 @@ class HFDetector(Detector):
             for t, size in zip(targets, images.sizes, strict=True)
         ]
         result = self._run(images, labels=labels)
-        return result.loss, self._outputs(result, images)
+        loss = result.loss
+        if self.class_weight != 1:
+            classes = [value for name, value in result.loss_dict.items() if name.startswith("loss_ce")]
+            loss = loss + (self.class_weight - 1) * torch.stack(classes).sum()
+        return loss, self._outputs(result, images)
 
     def _outputs(self, result: Any, images: Images) -> Outputs:
         """In training RT-DETR has denoising queries before its own."""

@@ -1,0 +1,47 @@
+"""`dtokd eval` on a run of `dtokd detect`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import UsageError
+from ..train.engine import evaluate
+from .data import make_loader, read_split
+from .detectors.build import load_weights, make_student
+from .evaluate import CocoEvaluator
+
+
+def judge(run: dict[str, Any], given: dict[str, Any]) -> dict[str, float]:
+    """Evaluate, print one JSON line, and return it.
+
+    Args:
+        run: the run's args.yaml.
+        given: of the command line: run_dir, and perhaps checkpoint, data_dir, val_split, batch_size, workers, device.
+
+    Raises:
+        UsageError: no such weights or data, or they do not fit.
+    """
+    options = argparse.Namespace(**{**run, **given, "pretrained": False, "backbone_checkpoint": ""})
+    options.initial_checkpoint = ""
+    if not options.val_split:
+        raise UsageError("dtokd eval: the run has no validation split; pass --val-split")
+    weights = given.get("checkpoint") or Path(given["run_dir"]) / "student.safetensors"
+    split = read_split(options, options.val_split)
+    device = torch.device(options.device if options.device != "cuda" or torch.cuda.is_available() else "cpu")
+    student = make_student(options, len(split.categories))
+    load_weights(student, str(weights), "--checkpoint", options.model)
+    loader = make_loader(options, split, options.val_split, training=False, device=device)
+
+    def autocast() -> Any:
+        return torch.autocast(device.type, getattr(torch, options.amp_dtype)) if options.amp else nullcontext()
+
+    metrics = evaluate(student.to(device), loader, CocoEvaluator(split), autocast)
+    result = {**metrics, "images": len(split.content["images"])}
+    print(json.dumps({"model": options.model, "weights": str(weights), **result}))
+    return result

@@ -1,0 +1,80 @@
+"""Every recipe for COCO loads, builds its student and teacher, and runs steps on a small set, at reduced sizes."""
+
+import argparse
+import csv
+
+import pytest
+from dtokd import recipes
+from dtokd.cli import main
+from dtokd.detect import options as detect_options
+from dtokd.detect.detectors import deformable
+from dtokd.train.options import read_config
+from safetensors.torch import save_file
+
+from .coco import TINY, common, write_coco
+from .test_detect import vidt
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+NAMES = [name for name in recipes.names() if name.startswith("coco_")]
+DISTILLED = [name for name in NAMES if "teacher" not in name and "none" not in name]
+
+
+def options(name):
+    """As `dtokd detect` reads them: each known, each value allowed."""
+    parser = argparse.ArgumentParser()
+    detect_options.add_arguments(parser)
+    return argparse.Namespace(**{**vars(parser.parse_args([])), **read_config(parser, recipes.path(name))})
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("coco") / "data")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "vidt.safetensors"
+    save_file({k: v.clone() for k, v in vidt(7).state_dict().items()}, path)
+    return path
+
+
+def test_the_tables_are_whole():
+    """Two teachers, five pairs of three methods, and the ablation's four others."""
+    assert len(NAMES) == 2 + 5 * 3 + 1 + 3
+    for name in NAMES:
+        told = options(name)
+        assert told.model in deformable.SIZES
+        assert told.experiment == name
+        assert (told.epochs, told.lr, told.weight_decay) == (50, 1e-4, 1e-4)
+        assert told.batch_size * told.grad_accum_steps == 16
+        # only the path of COCO is missing; Swin-nano has no published weights
+        assert told.pretrained == (told.model != "vidt_nano")
+    for name in DISTILLED:
+        told = options(name)
+        assert told.kd_model_name in name
+        assert told.kd_teacher_path == f"runs/coco_teacher_{told.kd_model_name}/student.safetensors"
+        assert (told.kd_balance == "dto") == name.endswith(("dto", "balance", "unclipped"))
+        assert (told.clip_grad is None) == name.endswith(("projector", "balance", "unclipped"))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "_small_vidt" not in n and "base_vidt_small" not in n])
+def test_recipe_trains(name, coco, teacher, tmp_path):
+    """With small detectors in place of the real ones; those of the other pairs differ in the size alone."""
+    texts = ["--config", f"recipe:{name}", *common(coco, tmp_path), "--grad-accum-steps", "2", "--scales", "40", "48"]
+    texts += ["--model", "vidt_nano", "--model-kwargs", *TINY, "--epochs", "1", "--val-split", ""]
+    if name in DISTILLED:
+        texts += ["--kd-model-name", "vidt_nano", "--kd-model-kwargs", *TINY, "--kd-teacher-path", str(teacher)]
+    if options(name).pretrained:
+        texts = ["--config", str(without_weights(name, tmp_path)), *texts[2:]]
+    assert main(["detect", *texts]) == 0
+    with (tmp_path / name / "summary.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert ("train_token" in row) == (name in DISTILLED)
+    assert ("weight_token" in row) == (options(name).kd_balance == "dto")
+
+
+def without_weights(name, folder):
+    """The recipe, but for the download."""
+    file = folder / "changed.yaml"
+    file.write_text(f"extends: {name}\npretrained: false\n")
+    return file
