@@ -139,7 +139,8 @@ def fit(
     if getattr(options, "torchcompile", None):
         _compile(options, task)
     if world.joined:
-        distribute(task, stepper, options, device)
+        with world.agreed():
+            distribute(task, stepper, options, device)
     progress = progress or Progress(epochs)
     progress.epochs = epochs
     if not world.first:
