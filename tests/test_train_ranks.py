@@ -192,3 +192,13 @@ def test_one_process_has_nothing_to_shard(digits, teacher, tmp_path, capsys):
     options = ["train", *common(digits, tmp_path), *distilling(teacher), "--kd-balance", "dto", "--opt", "dtosgd"]
     assert main([*options, "--kd-shard"]) == 1
     assert "start several with torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_other_commands_are_for_one_process(monkeypatch, capsys, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == (
+        "" if rank == "1" else "dtokd doctor: error: torchrun has started 2 processes, which only dtokd train needs\n"
+    )
