@@ -12,6 +12,7 @@ import torch.distributed as dist
 from dtokd.cli import main
 from dtokd.train.checkpoint import load_checkpoint
 from dtokd.train.rundir import RunDir
+from safetensors.torch import load_file
 
 from .digits import common, distilling, write_digits
 from .ranks import training
@@ -164,6 +165,15 @@ def test_rank_that_dies_and_torchrun_goes_on(pools, digits, teacher, tmp_path):
     assert ran.stdout.count("of 2 processes") == 2
     assert "going on after epoch 1 from" in ran.stdout
     same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
+
+
+def test_ranks_share_the_teachers_outputs(pools, digits, teacher, tmp_path):
+    """In the second epoch a rank has the samples of the other one; the teacher sees each once."""
+    options = ["train", *common(digits, tmp_path), *distilling(teacher), "--opt", "dtosgd", "--kd-balance", "dto"]
+    options += ["--experiment", "x", "-b", "8", "--kd-cache-teacher", str(tmp_path / "cache")]
+    same_weights(succeeded(pools[2].run(training.train, options)))
+    keys = torch.cat([load_file(path)["key"] for path in (tmp_path / "cache").glob("*/*.safetensors")])
+    assert sorted(keys.tolist()) == [[sample, 0] for sample in range(64)]
 
 
 REFUSED = {
