@@ -1,9 +1,9 @@
 """Bytes and time of balanced steps on several ranks: measured here with gloo, and a model for more.
 
-    python -m benchmarks.distributed            two gloo processes: bytes against the model, times side by side
+    python -m benchmarks.distributed            gloo processes: bytes against the model, times side by side
     python -m benchmarks.distributed model      analytic: bytes and seconds per step for 8 to 1024 GPUs
 
-docs/distributed.md names the assumptions.
+docs/distributed.md names the assumptions and shows both tables.
 """
 
 from __future__ import annotations
@@ -17,31 +17,16 @@ import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from . import report
+from .record import Measurement, write
 
 K = 2
 WAYS = ("naive", "replicas", "sharded")
 #: What is sent per rank and step, in units of (n - 1) / n times the bytes of the parameters.
 UNITS = {"naive": 2 * K, "replicas": 2 * K, "sharded": K + 1}
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured of one way to take a balanced step of two objectives.
-
-    Attributes:
-        way: one of `WAYS`.
-        sent: bytes per rank and step; the median over steps.
-        model: the same as the model has it.
-        seconds: of the slowest rank; the median over steps.
-        of_naive: their ratio to "naive" in the same round; the median over rounds.
-    """
-
-    way: str
-    sent: float
-    model: float
-    seconds: float
-    of_naive: float
 
 
 def sent_bytes() -> int:
@@ -137,8 +122,8 @@ def _rank(rank: int, size: int, port: int, width: int, depth: int, steps: int, a
     dist.destroy_process_group()
 
 
-def measure(size: int, width: int, depth: int, steps: int) -> list[Row]:
-    """Rows of the measurement: one for each way to take a balanced step of two objectives.
+def measure(size: int, width: int, depth: int, steps: int) -> list[Measurement]:
+    """Each way to take a balanced step of two objectives, side by side.
 
     Args:
         size: how many processes.
@@ -147,7 +132,8 @@ def measure(size: int, width: int, depth: int, steps: int) -> list[Row]:
         steps: that are counted.
 
     Returns:
-        A row for each way.
+        Of each way "sent", bytes per rank, measured and as the model has them; "time" of the slowest rank and its
+        "ratio" to "naive" in the same round, unless there are more processes than cores.
     """
     spawn = multiprocessing.get_context("spawn")
     with socket.socket() as s:
@@ -160,14 +146,22 @@ def measure(size: int, width: int, depth: int, steps: int) -> list[Row]:
     found = [answers.get(timeout=300) for _ in ranks]
     for process in ranks:
         process.join()
-    rows = []
     slowest = {name: [max(times) for times in zip(*(f[2][name] for f in found), strict=True)] for name in WAYS}
+    mode, numbers = f"{size} ranks", found[0][3]
+    model = f"{numbers / 4e6:.1f} M float32 parameters"
+
+    def of(way: str, metric: str, unit: str, values: list[float], evidence: str = "measured-cpu") -> Measurement:
+        return Measurement("ranks", way, mode, metric, unit, model, values, 1, f"{steps} steps", evidence)
+
+    results = []
     for name in WAYS:
-        sent = statistics.mean(statistics.median(f[1][name]) for f in found)
-        expected = UNITS[name] * (size - 1) / size * found[0][3]
-        ratios = [a / b for a, b in zip(slowest[name], slowest["naive"], strict=True)]
-        rows.append(Row(name, sent, expected, statistics.median(slowest[name]), statistics.median(ratios)))
-    return rows
+        sent = [statistics.mean(values) / 1e6 for values in zip(*(f[1][name] for f in found), strict=True)]
+        expected = UNITS[name] * (size - 1) / size * numbers / 1e6
+        results += [of(name, "sent", "MB", sent), of(name, "model", "MB", [expected], "counted")]
+        if size <= len(os.sched_getaffinity(0)):
+            ratios = [a / b for a, b in zip(slowest[name], slowest["naive"], strict=True)]
+            results += [of(name, "time", "ms", [1e3 * s for s in slowest[name]]), of(name, "ratio", "", ratios)]
+    return results
 
 
 @dataclass(frozen=True)
@@ -226,30 +220,34 @@ def modelled(
     return {way: {"sent": UNITS[way] * (n - 1) / n * size, "exposed": times[way]} for way in WAYS}
 
 
+def model_table(parameters: float = 86e6, backward: float = 0.06) -> str:
+    """Markdown: `modelled` for 8 to 1024 GPUs."""
+    lines = ["| GPUs | naive and `attach`, MB | ms | `shard=True`, MB | ms |", "|---|---|---|---|---|"]
+    for n in (8, 16, 32, 64, 128, 256, 512, 1024):
+        ways = modelled(n, parameters, backward, Machine())
+        cells = [f"{ways[w]['sent'] / 1e6:.0f} | {1e3 * ways[w]['exposed']:.1f}" for w in ("replicas", "sharded")]
+        lines.append(f"| {n} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=("measure", "model"), default="measure")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--depth", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2], help="processes, one group after the other")
+    parser.add_argument("--width", type=int, default=1024, help="of a layer")
+    parser.add_argument("--depth", type=int, default=8, help="layers")
+    parser.add_argument("--steps", type=int, default=15, help="that are measured")
+    parser.add_argument("--csv", type=Path, default=Path("runs/benchmarks/distributed.csv"), help="for the results")
     parser.add_argument("--parameters", type=float, default=86e6, help="of the model (ViT-B: 86e6)")
     parser.add_argument("--backward", type=float, default=0.06, help="seconds of one backward pass")
     args = parser.parse_args()
-    if args.what == "measure":
-        for row in measure(args.ranks, args.width, args.depth, args.steps):
-            print(
-                f"{row.way:9} sent {row.sent / 1e6:8.2f} MB per rank and step, model {row.model / 1e6:8.2f} MB "
-                f"({row.sent / row.model - 1:+.2%}); {1e3 * row.seconds:7.1f} ms, {row.of_naive:.2f} of naive"
-            )
+    if args.what == "model":
+        print(f"{args.parameters:.3g} parameters, {1e3 * args.backward:.0f} ms per backward pass, {Machine()}\n")
+        print(model_table(args.parameters, args.backward))
         return
-    print(f"{args.parameters:.3g} parameters, {1e3 * args.backward:.0f} ms per backward pass, {Machine()}")
-    for n in (8, 16, 32, 64, 128, 256, 512, 1024):
-        ways = modelled(n, args.parameters, args.backward, Machine())
-        print(
-            f"{n:5} "
-            + "   ".join(f"{w} {ways[w]['sent'] / 1e6:6.0f} MB {1e3 * ways[w]['exposed']:7.2f} ms" for w in WAYS)
-        )
+    results = [m for ranks in args.ranks for m in measure(ranks, args.width, args.depth, args.steps)]
+    print(report.ranks_table(write(args.csv, results)))
 
 
 if __name__ == "__main__":

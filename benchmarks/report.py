@@ -47,6 +47,25 @@ def share_table(rows: Sequence[Row]) -> str:
     return "\n".join([_machine(rows[0]), rows[0]["extra_benchmark_config_str"] + ".", "", *lines])
 
 
+def ranks_table(rows: Sequence[Row]) -> str:
+    """Markdown: bytes sent per rank and step beside the model's; times, where processes had a core each."""
+    names = {"naive": "naive", "replicas": "`attach`", "sharded": "`attach(shard=True)`"}
+    lines = [
+        "| ranks | way | sent, MB | model, MB | difference | ms per step | of naive |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for mode in _distinct(rows, "kernel_operation_mode"):
+        for way in _distinct(rows, "kernel_provider"):
+            of = {r["metric_name"]: r for r in _select(rows, kernel_operation_mode=mode, kernel_provider=way)}
+            sent, model = (float(of[metric]["y_value_50"]) for metric in ("sent", "model"))
+            cells = [mode.split()[0], names[way], f"{sent:.2f}", f"{model:.2f}", f"{sent / model - 1:+.2%}"]
+            cells += [_value(of["time"], ".0f"), _value(of["ratio"], ".2f")] if "time" in of else ["", ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(
+        [f"{_machine(rows[0])} {rows[0]['x_value']}; {rows[0]['extra_benchmark_config_str']}.", "", *lines]
+    )
+
+
 def sources_tables(rows: Sequence[Row]) -> str:
     """Markdown: what the sources of the Gram matrix cost, and how close they come; of the parts that were measured.
 

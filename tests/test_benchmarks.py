@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, closeness, gate, gpu, iterations, memory, report, run, share, sources
+from benchmarks import cases, closeness, distributed, gate, gpu, iterations, memory, report, run, share, sources
 from benchmarks.cases import COMPETITORS, Case, Competitor
 from benchmarks.record import read
 from dtokd_kernels.weighting import NAMES
@@ -100,6 +100,29 @@ def test_documented_numbers_are_those_of_the_csv_files():
     for name, table in report.sources_parts(read(results / "sources.csv")).items():
         assert table, f"{name} was not measured"
         assert table in text
+
+
+def test_documented_numbers_of_ranks():
+    text = (ROOT / "docs" / "distributed.md").read_text()
+    assert distributed.model_table() in text
+    measured = ROOT / "benchmarks" / "results" / "distributed.csv"
+    if not measured.exists():
+        pytest.skip("python -m benchmarks.distributed --ranks 2 3 --steps 40 --csv benchmarks/results/distributed.csv")
+    assert report.ranks_table(read(measured)) in text
+
+
+def test_ranks_send_what_the_model_says(tmp_path, monkeypatch, capsys):
+    """Within 2 %, of a model whose parameters are most of what is sent."""
+    command = ["distributed", "--ranks", "2", "--width", "256", "--depth", "2", "--steps", "3"]
+    monkeypatch.setattr("sys.argv", [*command, "--csv", str(tmp_path / "distributed.csv")])
+    distributed.main()
+    rows = read(tmp_path / "distributed.csv")
+    for way in distributed.WAYS:
+        sent, model = (
+            float(of(rows, kernel_provider=way, metric_name=name)[0]["y_value_50"]) for name in ("sent", "model")
+        )
+        assert sent == pytest.approx(model, rel=0.02)
+    assert report.ranks_table(rows) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model", cases.MODELS)

@@ -208,6 +208,13 @@ def test_sharded_checkpoint_of_n_ranks_goes_on_with_m(pools, tmp_path, first, se
         assert max(held for _, held in answers) <= numbers / size + 4  # a number of each parameter at most
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_three_ranks_repeat_their_bits_after_a_checkpoint(pools, shard):
+    """float32; three numbers are added up in an order that depends on the buckets, which the first step changes."""
+    straight, stopped = (pools[3].run(ddp.resumed, shard, stop) for stop in (False, True))
+    assert_same_bits([[answer] for answer in (*straight, *stopped)])
+
+
 def test_sharded_refuses_what_it_cannot_do(pools):
     for lag, state, layout in pools[2].run(ddp.sharded_refusals):
         assert "'overlap'" in lag

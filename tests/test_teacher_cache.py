@@ -1,7 +1,9 @@
 """The teacher's outputs on disk: the same numbers, no forward pass, and never another teacher's or image's."""
 
 import argparse
+import gc
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -88,6 +90,20 @@ def test_the_same_numbers_without_a_forward_pass(tmp_path):
     got = again(teacher, images, TAPS, keys)
     torch.testing.assert_close(got.logits, teacher(images, TAPS).logits)
     assert (again.hits, again.misses) == (2, 2)
+
+
+def test_what_is_written_leaves_memory_and_another_process_finds_it(tmp_path):
+    data, teacher = KeyedDataset(Noisy()), make_teacher()
+    first, second = (TeacherCache(tmp_path, teacher, TAPS, data) for _ in range(2))
+    images, keys = batch_of(data, range(3))
+    expected = first(teacher, images, TAPS, keys)
+    computed = weakref.ref(first._rows[0, 0][0]["logits"])
+    first.flush()
+    gc.collect()
+    assert computed() is None
+    second.refresh()
+    for cache in (first, second):
+        assert torch.equal(cache(None, images, TAPS, keys).logits, expected.logits)
 
 
 def test_shards_are_whole_and_what_is_pending_is_written_at_the_end(tmp_path):

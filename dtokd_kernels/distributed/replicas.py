@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -128,6 +128,18 @@ class Replicas(Ranks):
         if key not in self._reached:
             self._reached[key] = frozenset(used)
             del self._slots[key]  # made anew, with what this pass does not reach at the end
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned of who reaches what, and so the order in which gradients are added up.
+
+        Where three ranks or more go on from a checkpoint with it, they repeat the bits of those that were not stopped.
+        """
+        return {"reached": [[i, K, list(leaves), sorted(to)] for (i, K, leaves), to in self._reached.items()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`, on any number of ranks."""
+        self._reached = {(i, K, tuple(leaves)): frozenset(to) for i, K, leaves, to in state["reached"]}
+        self._slots = {}
 
     def hook(self, params: Sequence[Tensor]) -> None:
         """Be told of each gradient that autograd writes, in passes of `optimizer.backward` and outside of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str | None, options: argparse.Namespace) -> int:
+    if command != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        message = f"torchrun has started {os.environ['WORLD_SIZE']} processes, which only dtokd train needs"
+        raise UsageError(message) if os.environ.get("RANK", "0") == "0" else ToldElsewhere(message)
     # imported only now: --help need not wait for timm and matplotlib
     if command == "train":
         from .train.run import train

@@ -270,6 +270,35 @@ def sharded_checkpoint(rank, size, folder, loads):
     return [p.detach() for p in model.parameters()], held
 
 
+def resumed(rank, size, shard, stop):
+    """Four steps, if asked with a new model and optimizer after the second; the weights."""
+    torch.manual_seed(3)
+
+    def make():
+        model = Student().float()
+        optimizer = dk.DTOAdamW(model.parameters(), lr=0.01)
+        ddp = DistributedDataParallel(model)
+        return model, optimizer, ddp, dk.distributed.attach(optimizer, ddp, shard=shard)
+
+    model, optimizer, ddp, ranks = make()
+    share = SAMPLES // size
+    for number, batch in enumerate(_batches(4)):
+        if stop and number == 2:
+            weights, learned = model.state_dict(), ranks.state_dict()
+            everywhere = [dk.distributed.whole_state(optimizer)]
+            dist.broadcast_object_list(everywhere, 0)
+            model, optimizer, ddp, ranks = make()
+            model.load_state_dict(weights)
+            optimizer.load_state_dict(everywhere[0])
+            ranks.load_state_dict(learned)
+        x, y, t = (b[rank * share : (rank + 1) * share].float() for b in batch)
+        out, projected, _ = ddp(x)
+        optimizer.backward({"task": (out - y).square().mean(), "distill": (projected - t).square().mean()})
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in model.parameters()]
+
+
 def sharded_refusals(rank, size):
     """What attach(shard=True) must not take."""
     _, lagging = _linear(size, gram="lag")

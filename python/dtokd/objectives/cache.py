@@ -119,8 +119,8 @@ class TeacherCache:
         self.hits = self.misses = 0
         self._rows: dict[tuple[int, int], tuple[dict[str, Tensor], int]] = {}
         self._pending: list[tuple[tuple[int, int], dict[str, Tensor]]] = []
-        for path in sorted(self.directory.glob("*.safetensors")):
-            self._index(load_file(path))
+        self._files: set[Path] = set()
+        self.refresh()
         weakref.finalize(self, _flush, self.directory, self._pending)  # at exit too
 
     def _index(self, tensors: dict[str, Tensor]) -> None:
@@ -159,13 +159,27 @@ class TeacherCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is new. Called at the end of an epoch it leaves nothing to lose."""
-        _flush(self.directory, self._pending)
+        """Write what is new, which is read from the file from then on. After it there is nothing to lose."""
+        path = _flush(self.directory, self._pending)
+        if path is not None:
+            self._read(path)
+
+    def refresh(self) -> None:
+        """Know what other processes have written since."""
+        for path in sorted(set(self.directory.glob("*.safetensors")) - self._files):
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        self._files.add(path)
+        self._index(load_file(path))  # mapped: what is not asked for stays on disk
 
 
-def _flush(directory: Path, pending: list[tuple[tuple[int, int], dict[str, Tensor]]]) -> None:
-    if pending:
-        names = pending[0][1]
-        columns = {n: torch.stack([row[n] for _, row in pending]) for n in names}
-        write_tensors(directory / f"{uuid.uuid4().hex}.safetensors", columns)
-        pending.clear()
+def _flush(directory: Path, pending: list[tuple[tuple[int, int], dict[str, Tensor]]]) -> Path | None:
+    if not pending:
+        return None
+    names = pending[0][1]
+    columns = {n: torch.stack([row[n] for _, row in pending]) for n in names}
+    path = directory / f"{uuid.uuid4().hex}.safetensors"
+    write_tensors(path, columns)
+    pending.clear()
+    return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dtokd_kernels import amp, sources, weighting
 from dtokd_kernels.optim import Balanced
@@ -122,7 +124,11 @@ def distribute(task: TrainingTask, stepper: Stepper, options: argparse.Namespace
     """
     if options.sync_bn:
         task.trainable_module = convert_sync_batchnorm(task.get_trainable_module())
-    task.prepare_distributed([device.index] if device.type == "cuda" else None, broadcast_buffers=not options.no_ddp_bb)
+    keywords = {}
+    if options.no_ddp_bb:  # torch 2.14 has another name for it
+        names = inspect.signature(DistributedDataParallel).parameters
+        keywords["forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"] = False
+    task.prepare_distributed([device.index] if device.type == "cuda" else None, **keywords)
     if isinstance(stepper, Fused):
         try:
             stepper.attach(task.get_trainable_module(), options.kd_shard)

@@ -139,7 +139,8 @@ def fit(
     if getattr(options, "torchcompile", None):
         _compile(options, task)
     if world.joined:
-        distribute(task, stepper, options, device)
+        with world.agreed():
+            distribute(task, stepper, options, device)
     progress = progress or Progress(epochs)
     progress.epochs = epochs
     if not world.first:
@@ -352,9 +353,13 @@ def _epoch(run: RunDir, engine: Engine, loaders: data.Data, collected: _Collecte
 
 
 def _flush(engine: Engine) -> None:
-    for cache in getattr(engine.task, "caches", ()):
-        if cache is not None:
-            cache.flush()
+    caches = [cache for cache in getattr(engine.task, "caches", ()) if cache is not None]
+    for cache in caches:
+        cache.flush()
+    if caches:
+        engine.world.barrier()
+        for cache in caches:
+            cache.refresh()  # by the outputs of the other ranks' samples
     if engine.log is not None:
         engine.log.flush()
 

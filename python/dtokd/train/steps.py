@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dtokd_kernels as dk
+from dtokd_kernels.distributed import Replicas
 from dtokd_kernels.optim import Balanced
 from dtokd_kernels.sources import Source
 from dtokd_kernels.types import Balance, Private, Rescale, Weighting
@@ -135,7 +136,7 @@ class Fused(WeightedSum):
 
     def __init__(self, optimizer: Balanced, scaler: torch.amp.GradScaler) -> None:
         super().__init__(optimizer, scaler, None)
-        self._attached = False
+        self._ranks: Replicas | None = None
 
     @property
     def balance(self) -> Balance | None:  # type: ignore[override]
@@ -144,8 +145,7 @@ class Fused(WeightedSum):
 
     def attach(self, module: DistributedDataParallel, shard: bool) -> None:
         """Average gradient sets over ranks; with `shard` each keeps a part of them and of the state."""
-        dk.distributed.attach(self.optimizer, module, shard=shard)
-        self._attached = True
+        self._ranks = dk.distributed.attach(self.optimizer, module, shard=shard)
 
     def backward(self, result: Result, share: int) -> None:
         """One pass per objective, or what the Gram's source says."""
@@ -154,10 +154,16 @@ class Fused(WeightedSum):
 
     def state_dict(self) -> dict[str, Any]:
         """As of one process, whatever the ranks: another number of them can go on."""
-        state = super().state_dict()
-        if self._attached:
-            state["optimizer"] = dk.distributed.whole_state(self.optimizer)
-        return state
+        if self._ranks is None:
+            return super().state_dict()
+        optimizer = dk.distributed.whole_state(self.optimizer)
+        return {"optimizer": optimizer, "scaler": self._scaler.state_dict(), "ranks": self._ranks.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of one process or several."""
+        super().load_state_dict(state)
+        if self._ranks is not None and "ranks" in state:
+            self._ranks.load_state_dict(state["ranks"])
 
 
 def _losses(result: Result, share: int) -> dict[str, Tensor]:

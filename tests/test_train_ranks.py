@@ -1,0 +1,214 @@
+"""`dtokd train` on several ranks: one process on the whole batch, the same bits on all, written once, resumable."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from dtokd.cli import main
+from dtokd.train.checkpoint import load_checkpoint
+from dtokd.train.rundir import RunDir
+from safetensors.torch import load_file
+
+from .digits import common, distilling, write_digits
+from .ranks import training
+from .ranks.pool import Pool
+from .test_train_resume import same_results
+
+ROOT = Path(__file__).parents[1]
+#: timm's reader leaves files to the garbage collector
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+
+
+class Alone:
+    """A group of this process."""
+
+    def run(self, work, *args):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            return [work(0, 1, *args)]
+        finally:
+            dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def pools():
+    pool = Pool(2)
+    yield {1: Alone(), 2: pool}
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Of which two ranks cannot have equal numbers for evaluation."""
+    return write_digits(tmp_path_factory.mktemp("uneven"), validation=29)
+
+
+def same_weights(answers):
+    first = answers[0][2]
+    assert first
+    for _, _, weights, _ in answers[1:]:
+        assert weights.keys() == first.keys()
+        assert [name for name in first if not torch.equal(first[name], weights[name])] == []
+
+
+def succeeded(answers):
+    assert [code for code, *_ in answers] == [0] * len(answers), "\n".join(said for _, said, *_ in answers)
+    return answers
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+WAYS = {
+    "sum": "--opt sgd --clip-grad 1",
+    "dto": "--opt dtosgd --kd-balance dto --clip-grad 1",
+    "accumulated": "--opt dtosgd --kd-balance dto --grad-accum-steps 2 --kd-distill-type feature logit",
+    "sharded": "--opt dtosgd --kd-balance amortized --kd-shard --grad-accum-steps 2",
+    "plain_accumulated": "--opt sgd --grad-accum-steps 2 --model-ema --model-ema-decay 0.5",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_with_half_the_batch_are_one_with_the_whole(pools, uneven, teacher, tmp_path, way):
+    """A student without batch normalization and dropout, images without augmentation: equal but for rounding."""
+    shared = [*distilling(teacher), *WAYS[way].split(), "--model", "test_vit", "--no-aug", "--experiment", "x"]
+    found = {}
+    for size, batch in ((1, 16), (2, 8)):
+        options = ["train", *common(uneven, tmp_path / str(size)), *shared, "-b", str(batch), "--log-interval", "1"]
+        found[size] = succeeded(pools[size].run(training.train, options))
+    same_weights(found[2])
+    for name, value in found[1][0][2].items():
+        torch.testing.assert_close(found[2][0][2][name], value, rtol=1e-4, atol=1e-5)
+    alone, together = (tmp_path / str(size) / "x" for size in (1, 2))
+    compared = ["summary.csv", "steps.csv"] if "--kd-balance" in WAYS[way] else ["summary.csv"]
+    for name in compared:
+        for one, two in zip(rows(alone / name), rows(together / name), strict=True):
+            one.pop("seconds", None), two.pop("seconds", None)
+            assert two == pytest.approx(one, rel=1e-3, abs=1e-5, nan_ok=True)
+
+
+STOPPED = {
+    "sum": "--opt sgd --mixup 0.2 --drop 0.2 --model-ema --reprob 0.5 --dist-bn broadcast",
+    "dto": "--opt dtoadamw --kd-balance dto --kd-balance-gram ema:0.9 --drop 0.2 --amp --no-ddp-bb --dist-bn ",
+    "sharded": "--opt dtoadamw --kd-balance dto --kd-shard --aa rand-m5 --model-ema --kd-distill-type feature logit",
+}
+
+
+@pytest.mark.parametrize("way", STOPPED)
+def test_stopped_on_one_rank_and_resumed_on_all(pools, digits, teacher, tmp_path, way):
+    """The second rank gets the signal; all end one step later, and go on with the bits of an undisturbed run."""
+    options = ["train", *common(digits, tmp_path / "a"), *distilling(teacher), *STOPPED[way].split(" ")]
+    options += ["--experiment", "x", "-b", "4", "--log-interval", "3", "--resume", "auto"]
+    undisturbed = succeeded(pools[2].run(training.train, options))
+    if way != "dto":  # there the statistics of batch normalization are each rank's own
+        same_weights(undisturbed)
+    options[options.index(str(tmp_path / "a"))] = str(tmp_path / "b")
+    for step in (2, 7):  # in the first epoch of eight steps, and counted on in the next one
+        answers = pools[2].run(training.train, options, {1: step})
+        assert [code for code, *_ in answers] == [143, 143]
+        assert "the same command with --resume auto goes on" in answers[0][1]
+        assert answers[1][1] == ""
+    assert load_checkpoint(RunDir(tmp_path / "b" / "x").stopped)["batches"] in (2, 3)
+    resumed = succeeded(pools[2].run(training.train, options))
+    for before, after in zip(undisturbed, resumed, strict=True):
+        assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
+        assert before[3] == after[3]
+    same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
+
+
+@pytest.mark.parametrize("shard", [[], ["--kd-shard"]])
+def test_nan_on_one_rank_skips_the_step_on_all(pools, digits, teacher, tmp_path, shard):
+    options = ["train", *common(digits, tmp_path), *distilling(teacher), *shard, "--opt", "dtoadamw"]
+    options += ["--kd-balance", "dto", "--experiment", "x", "--epochs", "1", "-b", "8"]
+    answers = succeeded(pools[2].run(training.train, options, None, {1: 2}))
+    same_weights(answers)
+    assert all(value.isfinite().all() for value in answers[0][2].values())
+    assert [row["skipped"] for row in rows(tmp_path / "x" / "steps.csv")] == [0, 1, 0, 0]
+
+
+def test_another_number_of_ranks_goes_on_with_the_weights(pools, digits, teacher, tmp_path):
+    """Sharded on two ranks, then one process without ranks; in the middle of an epoch it must be as many."""
+    options = ["train", *common(digits, tmp_path), *distilling(teacher), "--opt", "dtoadamw", "--kd-balance", "dto"]
+    options += ["--experiment", "x", "-b", "8"]
+    assert [code for code, *_ in pools[2].run(training.train, [*options, "--kd-shard"], {0: 6})] == [143, 143]
+    saved = RunDir(tmp_path / "x")
+    answers = pools[1].run(training.train, [*options, "--resume", "auto"])
+    assert answers[0][0] == 1
+    assert "in the middle of an epoch of 2 processes, this run has 1" in answers[0][1]
+    answers = pools[1].run(training.train, [*options, "--resume", str(saved.checkpoints()[1]), "--epochs", "3"])
+    assert answers[0][0] == 0
+    assert "written by 2 processes, this run has 1" in answers[0][1]
+    moments = load_checkpoint(saved.checkpoints()[3])["stepper"]["optimizer"]["state"].values()
+    assert {int(held["step"]) for held in moments} == {4 + 16}
+    assert max(held["exp_avg"].dim() for held in moments) == 4
+
+
+def test_rank_that_dies_and_torchrun_goes_on(pools, digits, teacher, tmp_path):
+    """Killed in the second of two epochs; the other one ends with an error, and the second life has the same end."""
+    shared = [*distilling(teacher), "--opt", "dtosgd", "--kd-balance", "dto", "--experiment", "x", "-b", "8"]
+    succeeded(pools[2].run(training.train, ["train", *common(digits, tmp_path / "a"), *shared]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command += ["-m", "tests.ranks.training", "train", *common(digits, tmp_path / "b"), *shared, "--resume", "auto"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "python")))}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("of 2 processes") == 2
+    assert "going on after epoch 1 from" in ran.stdout
+    same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
+
+
+def test_ranks_share_the_teachers_outputs(pools, digits, teacher, tmp_path):
+    """In the second epoch a rank has the samples of the other one; the teacher sees each once."""
+    options = ["train", *common(digits, tmp_path), *distilling(teacher), "--opt", "dtosgd", "--kd-balance", "dto"]
+    options += ["--experiment", "x", "-b", "8", "--kd-cache-teacher", str(tmp_path / "cache")]
+    same_weights(succeeded(pools[2].run(training.train, options)))
+    keys = torch.cat([load_file(path)["key"] for path in (tmp_path / "cache").glob("*/*.safetensors")])
+    assert sorted(keys.tolist()) == [[sample, 0] for sample in range(64)]
+
+
+REFUSED = {
+    "--opt: adamw with --kd-balance dto": "--opt adamw --kd-balance dto",
+    "--kd-shard: --opt adamw": "--opt adamw --kd-shard",
+    "--kd-shard: attach: gram='lag'": "--opt dtoadamw --kd-balance dto --kd-balance-gram lag --kd-shard",
+    "is not contiguous": "--opt dtoadamw --kd-balance dto --channels-last --kd-shard",
+    "--sync-bn: torch has it on GPUs only": "--opt adamw --sync-bn",
+    "of which each rank has a part; pass a smaller one": "--opt adamw -b 33",
+    "holds a run of 1 epochs; go on with --resume auto": "--opt adamw",  # found by the first rank alone
+}
+
+
+@pytest.mark.parametrize("expected", REFUSED)
+def test_what_does_not_go_over_ranks_is_an_error_that_is_told_once(pools, digits, teacher, tmp_path, expected):
+    options = ["train", *common(digits, tmp_path), *distilling(teacher), *REFUSED[expected].split()]
+    if "holds a run" in expected:
+        assert main([*options, "--experiment", "x", "--epochs", "1"]) == 0
+    answers = pools[2].run(training.train, [*options, "--experiment", "x"])
+    assert [code for code, *_ in answers] == [1, 1]
+    assert expected in answers[0][1]
+    assert answers[1][1] == ""
+
+
+def test_one_process_has_nothing_to_shard(digits, teacher, tmp_path, capsys):
+    options = ["train", *common(digits, tmp_path), *distilling(teacher), "--kd-balance", "dto", "--opt", "dtosgd"]
+    assert main([*options, "--kd-shard"]) == 1
+    assert "start several with torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_other_commands_are_for_one_process(monkeypatch, capsys, rank):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == (
+        "" if rank == "1" else "dtokd doctor: error: torchrun has started 2 processes, which only dtokd train needs\n"
+    )
