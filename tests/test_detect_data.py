@@ -188,6 +188,7 @@ BAD = {
     "has no bbox of x, y, width, height": lambda c: c["annotations"][0].update(bbox=[1, 2, 3]),
     "is not as COCO has it: KeyError 'bbox'": lambda c: c["annotations"][0].pop("bbox"),
     "several images of one id": lambda c: c["images"][0].update(id=1),
+    "must be whole numbers": lambda c: c["images"][0].update(width="64"),
     "has no lists images": lambda c: c.pop("images"),
     "has 10 queries, but an image of": lambda c: c["annotations"].extend(
         {"id": 100 + i, "image_id": 0, "category_id": 3, "bbox": [i, i, 9, 9]} for i in range(11)
@@ -243,11 +244,19 @@ def test_bad_image(coco, tmp_path, capsys):
     """An image that cannot be read: an error with its name, or its neighbour twice in training, once in AP."""
     data = tmp_path / "data"
     shutil.copytree(coco, data)
+    (data / "train" / "0.png").write_bytes((coco / "train" / "1.png").read_bytes())
+    assert "it has (64, 48) pixels, the annotations say 48 x 64" in fails(capsys, *common(data, tmp_path / "r"), *FCOS)
+    shutil.copy(coco / "train" / "0.png", data / "train" / "0.png")
     (data / "val" / "3.png").write_bytes(b"no picture")
     assert "image 3.png of 'val' cannot be read" in fails(capsys, *common(data, tmp_path / "runs"), *FCOS)
     options = [*common(data, tmp_path / "skip"), *FCOS, "--on-bad-image", "skip", "--epochs", "1"]
     assert main(["detect", *options]) == 0
     assert "skipped image: val: 3.png" in capsys.readouterr().out
+
+
+def test_one_process(coco, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "trains in one process" in fails(capsys, *common(coco, tmp_path), *FCOS)
 
 
 def test_missing_packages(monkeypatch, capsys):

@@ -64,7 +64,7 @@ def test_imagenet_weights():
 
 def test_demo(tmp_path, monkeypatch, capsys):
     """One epoch of few scenes: a table, a page; the second call finds the runs and says the same."""
-    monkeypatch.setattr(demo, "Scenes", lambda seed: Scenes(train=16, val=6, seed=seed))
+    monkeypatch.setattr(demo, "Scenes", lambda: Scenes(train=16, val=6))
     options = ["detect", "--demo", "--output", str(tmp_path), "--epochs", "1"]
     assert main(options) == 0
     told = capsys.readouterr().out

@@ -77,6 +77,9 @@ def _checked(path: Path, content: dict[str, Any], folder: Path) -> Annotations:
     files = {image["id"]: image["file_name"] for image in content["images"]}
     if len(files) != len(content["images"]):
         raise UsageError(f"--annotations: {path} has several images of one id")
+    sizes = [(image["width"], image["height"]) for image in content["images"]]
+    if not all(isinstance(number, int) for number in (*files, *(n for size in sizes for n in size))):
+        raise UsageError(f"--annotations: {path}: ids, widths and heights of images must be whole numbers")
     if not files:
         raise UsageError(f"--annotations: {path} has no images")
     # one look at each folder, not one at each file

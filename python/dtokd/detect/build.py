@@ -59,6 +59,7 @@ def build(
     kinds = options.kd_distill_type or (["feature", "prediction"] if student.dense else ["token"])
     if len(set(kinds)) != len(kinds):
         raise UsageError(f"--kd-distill-type: {' '.join(kinds)}; pass different ones")
+    options.kd_distill_type = kinds  # for args.yaml and the report
     objectives = [_objective(kind, options, student, teacher, known) for kind in kinds]
     try:
         task_weight, weights = weights_of(options, [o.name for o in objectives])

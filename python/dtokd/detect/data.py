@@ -48,6 +48,13 @@ class CocoImages(CocoDetection):
         """For messages."""
         return str(self.coco.imgs[self.ids[index]]["file_name"])
 
+    def _load_image(self, id: int) -> Any:
+        image = super()._load_image(id)
+        told = self.coco.imgs[id]
+        if image.size != (told["width"], told["height"]):  # boxes would be scaled wrongly
+            raise ValueError(f"it has {image.size} pixels, the annotations say {told['width']} x {told['height']}")
+        return image
+
     def _load_target(self, id: int) -> Any:
         image = self.coco.imgs[id]
         size = (image["height"], image["width"])

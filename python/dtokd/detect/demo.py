@@ -39,7 +39,7 @@ DISTILLED = (
     "--kd-model-name fcos:mobilenetv2_100 --kd-model-kwargs width=64 --kd-distill-type feature prediction "
     "--kd-feature-norm standardize"
 )
-#: By folder: what the tables call it, and its options. Learning rates: docs/detect.md says how they were chosen.
+#: By folder: what the tables call it, and its options. All students have one learning rate, tuned for none of them.
 RUNS = {
     "teacher": ("teacher", TEACHER),
     "alone": ("student alone", f"{STUDENT} --lr 0.002"),
@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
     """Train, compare, report.
 
     Args:
-        options: `output`, `seed`, and `epochs` if it is not the default.
+        options: `output`, `epochs` if it is not the default, and `seed`, of weights and batches: scenes are the same.
 
     Returns:
         0, or 128 and the number of the signal that ended it.
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     root = options.output / "demo"
     data = root / "scenes"
     if not (data / "annotations" / "instances_val.json").exists():
-        write_scenes(data, Scenes(seed=options.seed))
+        write_scenes(data, Scenes())
     weights = root / "mobilenetv2_100.safetensors"
     # the classifier and the layers before it are no part of a backbone
     backbone = {k: v for k, v in imagenet_weights().items() if not k.startswith(("conv_head.", "bn2.", "classifier."))}
