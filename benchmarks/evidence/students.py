@@ -1,0 +1,142 @@
+"""One student: its training, and what is kept of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+from dtokd.demo.models import ROLES, seeded
+from dtokd.demo.train import BATCH, MAX_NORM, WEIGHT_DECAY, accuracy
+from dtokd.objectives.base import Objective
+from dtokd.objectives.taps import Outputs, Taps, in_float32
+from dtokd.objectives.task import Trainable
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import OneCycleLR
+
+from dtokd_kernels import Balance, DTOAdamW
+
+from .data import DataSet
+from .methods import OBJECTIVES, Method
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run left behind. Rates and means are over its iterations; NaN where a method takes no Gram matrix.
+
+    Attributes:
+        validation, test: accuracy of the student at the end, in percent.
+        task_loss, distill_loss: means over the last tenth of the run.
+        weight: mean weight of distillation among the balanced objectives.
+        vertex: share of steps, in percent, in which one weight was exactly 0.
+        conflict: share of steps, in percent, in which the gradients pointed apart.
+        dominance: median of |g distill| / |g task|.
+        cosine: mean cosine between the gradients.
+        skipped: steps that were skipped.
+    """
+
+    validation: float
+    test: float
+    task_loss: float
+    distill_loss: float
+    weight: float
+    vertex: float
+    conflict: float
+    dominance: float
+    cosine: float
+    skipped: int
+
+
+def train(data: DataSet, objective: str | None, method: Method, *, lr: float, seed: int, iterations: int) -> Result:
+    """Train a new student.
+
+    Args:
+        data: what to train on.
+        objective: the kind of distillation loss, of `OBJECTIVES`; None: there is no teacher.
+        method: how the losses are combined.
+        lr: the largest learning rate of the schedule.
+        seed: of the student's parameters, of the order of the images and of what the method draws.
+        iterations: how many batches of 64.
+    """
+    with seeded(seed):
+        student = _student(data)
+        # its projector is drawn from the seed too
+        lesson = None if objective is None else OBJECTIVES[objective](data.features.shape[1])
+    model = Trainable(student, _heads(lesson), lesson.student if lesson is not None else Taps(logits=True))
+    optimizer = DTOAdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, max_norm=MAX_NORM, **_own(method))
+    schedule = OneCycleLR(optimizer, lr, total_steps=iterations, cycle_momentum=False)
+    balances: list[Balance] = []
+    history: list[Tensor] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for index in _batches(len(data.labels), iterations, seed):
+            losses = _losses(model, data, lesson, index)
+            optimizer.backward(method.combine(losses))
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            assert optimizer.balance is not None
+            balances.append(optimizer.balance)
+            history.append(torch.stack(list(losses.values())).detach())
+    return Result(
+        validation=100 * accuracy(student, data.validation),
+        test=100 * accuracy(student, data.test),
+        skipped=sum(int(b.skipped) for b in balances),
+        **_figures(balances, torch.stack(history).double()),
+    )
+
+
+def _student(data: DataSet) -> nn.Module:
+    classes = data.logits.shape[1]
+    return timm.create_model("test_resnet", in_chans=data.images.shape[1], num_classes=classes, **ROLES["student"])
+
+
+def _heads(lesson: Objective | None) -> dict[str, nn.Module]:
+    return {} if lesson is None or lesson.head is None else {lesson.name: lesson.head}
+
+
+def _own(method: Method) -> dict[str, Any]:
+    """The method's options; rules and sources have memories, so each run takes its own."""
+    return copy.deepcopy(method.options)
+
+
+def _batches(images: int, count: int, seed: int) -> Iterator[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        yield torch.randint(images, (BATCH,), generator=generator)
+
+
+def _losses(model: Trainable, data: DataSet, lesson: Objective | None, index: Tensor) -> dict[str, Tensor]:
+    outputs, projected = model(data.images[index])
+    outputs = in_float32(outputs)
+    labels = data.labels[index]
+    assert outputs.logits is not None
+    losses = {"task": nn.functional.cross_entropy(outputs.logits, labels)}
+    if lesson is not None:
+        taught = Outputs(logits=data.logits[index], pooled=data.features[index])
+        losses["distill"] = lesson.loss(outputs, projected.get(lesson.name), taught, labels)
+    return losses
+
+
+def _figures(balances: list[Balance], losses: Tensor) -> dict[str, float]:
+    last = losses[-max(1, len(losses) // 10) :].mean(0)
+    figures = {"task_loss": float(last[0]), "distill_loss": float("nan")}
+    figures |= dict.fromkeys(("weight", "vertex", "conflict", "dominance", "cosine"), float("nan"))
+    if losses.shape[1] > 1:
+        figures["distill_loss"] = float(last[1])
+    if balances[0].weights.numel() > 1:
+        figures["weight"] = _mean([b.weights[1] for b in balances])
+        cosine = torch.stack([b.cosine[0, 1] for b in balances]).double()
+        if bool(cosine.isfinite().all()):  # one pass tells nothing of the Gram matrix
+            figures["cosine"] = float(cosine.mean())
+            figures["vertex"] = 100 * _mean([b.vertex for b in balances])
+            figures["conflict"] = 100 * _mean([b.conflict for b in balances])
+            figures["dominance"] = float(torch.stack([b.dominance for b in balances]).median())
+    return figures
+
+
+def _mean(values: list[Tensor]) -> float:
+    return float(torch.stack(values).double().mean())

@@ -1,0 +1,34 @@
+"""A process that trains students."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from . import data
+from .methods import METHODS, NONE
+from .protocol import Run
+from .students import Result, train
+
+_BY_TITLE = {method.title: method for method in (NONE, *METHODS)}
+_folder = Path()
+
+
+def start(folder: Path) -> None:
+    """Prepare this process; `folder` holds the data sets."""
+    global _folder
+    torch.set_num_threads(1)
+    _folder = folder
+
+
+def carry_out(run: Run) -> Result:
+    """Train one student."""
+    method = _BY_TITLE[run.method]
+    return train(_load(run.data), run.objective or None, method, lr=run.lr, seed=run.seed, iterations=run.iterations)
+
+
+@cache
+def _load(name: str) -> data.DataSet:
+    return data.load(name, _folder)
