@@ -71,6 +71,7 @@ CASES = {
     "amortized": {"source": "none", "weighting": "amortized", "size": 3},
     "random": {"source": "none", "weighting": "rlw"},
     "pcgrad": {"weighting": "pcgrad"},
+    "scaled": {"scaled": True, "max_norm": 0.1},
 }
 
 
@@ -83,7 +84,17 @@ def test_ddp_is_one_process_on_the_whole_batch(pools, name):
 
 
 SHARD_CASES = ["adamw", "sgd", "three", "clipped", "balanced", "plain_head", "static", "unwrapped", "parts"]
-SHARD_CASES += ["kept_memory", "two_ranks_reach", "overlap", "overlap_parts", "probe", "feature", "every", "amortized"]
+SHARD_CASES += [
+    "kept_memory",
+    "two_ranks_reach",
+    "overlap",
+    "overlap_parts",
+    "probe",
+    "feature",
+    "every",
+    "amortized",
+    "scaled",
+]
 
 
 @pytest.mark.parametrize("name", SHARD_CASES)
@@ -118,6 +129,36 @@ def test_parameter_that_nobody_would_average_is_refused(pools):
 def test_nan_on_one_rank_skips_the_step_on_all(pools, where, source, shard):
     answers = pools[2].run(ddp.nan_on_one, where, source, shard)
     assert all(same and skipped == 1 for same, skipped, _ in answers)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_overflow_on_one_rank_lowers_the_scale_on_all(pools, shard):
+    assert pools[2].run(ddp.overflow_on_one, shard) == [(True, 1, 512.0)] * 2
+
+
+PRECISIONS = {
+    "rounded": {},
+    "moments": {"state_dtype": torch.float32},
+    "masters": {"state_dtype": torch.float32, "master_weights": True},
+}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_precision_of_the_state_is_kept_in_parts(pools, name):
+    """bfloat16 parameters on two ranks: shards and FSDP have dtypes and numbers of replicas, but for its roundings."""
+    # SGD: AdamW divides small by small, where a rounding may turn a sign around
+    options = {"dtype": torch.bfloat16, "precision": PRECISIONS[name], "rule": "sgd", "momentum": True}
+    expected = pools[2].run(ddp.train, options)[0]
+    for found in (pools[2].run(ddp.train, {**options, "shard": True}), pools[2].run(fsdp.train, options)):
+        assert_same_bits(found)
+        for values, wanted in zip(found[0], expected, strict=True):
+            for a, b in zip(values, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-8)
+        if name == "masters":
+            state = iter(found[0][2])
+            masters = [t for t in state if t.dtype == torch.float32 and t.dim()]
+            assert masters
+            assert not all(torch.equal(t, t.bfloat16().float()) for t in masters)
 
 
 @pytest.mark.parametrize("what", ["constant", "missing"])
@@ -168,8 +209,35 @@ def test_fsdp_is_one_process_on_the_whole_batch(pools, name):
     assert_as_one(answers, options, fsdp.train)
 
 
+HSDP_CASES = {
+    "adamw": {"max_norm": 0.1},
+    "parts": {"parts": 3, "rule": "sgd"},
+    "feature": {"source": "feature"},
+    "amortized": {"source": "none", "weighting": "amortized"},
+}
+
+
+@pytest.fixture(scope="module")
+def four():
+    pool = Pool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.mark.parametrize("name", HSDP_CASES)
+def test_two_replicas_of_two_shards_are_one_process_on_the_whole_batch(four, name):
+    options = {**HSDP_CASES[name], "replicas": 2}
+    answers = four.run(fsdp.train, options)
+    assert_same_bits(answers)
+    assert_as_one(answers, options, fsdp.train)
+
+
+def test_two_replicas_of_two_shards_skip_together(four):
+    assert four.run(fsdp.nan_on_one, {"replicas": 2}) == [(True, 1)] * 4
+
+
 def test_fsdp_nan_on_one_rank_skips_the_step_on_all(pools):
-    assert pools[3].run(fsdp.nan_on_one) == [(True, 1)] * 3
+    assert pools[3].run(fsdp.nan_on_one, {}) == [(True, 1)] * 3
 
 
 @pytest.mark.parametrize("source", ["overlap", "lag", "probe", "found"])
@@ -208,11 +276,12 @@ def test_sharded_checkpoint_of_n_ranks_goes_on_with_m(pools, tmp_path, first, se
         assert max(held for _, held in answers) <= numbers / size + 4  # a number of each parameter at most
 
 
+@pytest.mark.parametrize("masters", [False, True])
 @pytest.mark.parametrize("shard", [False, True])
-def test_three_ranks_repeat_their_bits_after_a_checkpoint(pools, shard):
-    """float32; three numbers are added up in an order that depends on the buckets, which the first step changes."""
-    straight, stopped = (pools[3].run(ddp.resumed, shard, stop) for stop in (False, True))
-    assert_same_bits([[answer] for answer in (*straight, *stopped)])
+def test_three_ranks_repeat_their_bits_after_a_checkpoint(pools, shard, masters):
+    """Three numbers are added up in an order that depends on the buckets, which the first step changes."""
+    straight, stopped = (pools[3].run(ddp.resumed, shard, masters, stop) for stop in (False, True))
+    assert_same_bits([*straight, *stopped])
 
 
 def test_sharded_refuses_what_it_cannot_do(pools):

@@ -69,6 +69,7 @@ def optimizer_of(student, options, **more):
         max_norm=options.get("max_norm"),
         private=options.get("private", "own"),
         rescale=options.get("rescale", "none"),
+        **options.get("precision", {}),
         **more,
     )
 
@@ -76,10 +77,11 @@ def optimizer_of(student, options, **more):
 def train(rank, size, options, steps=4):
     """Steps on this rank's samples; returns the weights and the balances' weights."""
     torch.manual_seed(3)
-    student = Student().double()
+    dtype = options.get("dtype", torch.float64)
+    student = Student().to(dtype)
     if rank and options.get("other_start"):
         nn.init.ones_(student.head.weight)  # DDP and attach give all ranks what rank 0 has
-    optimizer = optimizer_of(student, options)
+    optimizer = optimizer_of(student, options, **({"momentum": 0.9} if "momentum" in options else {}))
     model, sync_off = student, contextlib.nullcontext
     if size > 1:
         bucket = options.get("bucket_bytes", 600)
@@ -91,12 +93,13 @@ def train(rank, size, options, steps=4):
         else:
             sync_off = dk.distributed.attach(optimizer, bucket_bytes=bucket, **told).no_sync
     weights = []
+    scaler = dk.amp.GradScaler("cpu", init_scale=1024, enabled="scaled" in options)
     for batch in _batches(steps):
         parts = options.get("parts", 1)
         share = SAMPLES // (size * parts)
         for part in range(parts):
             begin = (part * size + rank) * share  # so that one process sees the same parts
-            x, y, t = (b[begin : begin + share] for b in batch)
+            x, y, t = (b[begin : begin + share].to(dtype) for b in batch)
             with sync_off() if part < parts - 1 else contextlib.nullcontext():
                 out, projected, z = model(x)
                 if options.get("sometimes") and size > 1 and rank == 0:
@@ -108,8 +111,9 @@ def train(rank, size, options, steps=4):
                     n = options["sometimes"]
                     kept = (projected[: SAMPLES // n].detach() + 0 * z.sum(), projected[SAMPLES // n :])
                     distill = (torch.cat(kept) - t).square().mean()
-                optimizer.backward({"task": task, "distill": distill}, features=[z])
-        optimizer.step()
+                optimizer.backward({"task": scaler.scale(task), "distill": scaler.scale(distill)}, features=[z])
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=options.get("to_none", True))
         weights.append(optimizer.balance.weights.clone())
     state = [whole(t, p) for p in student.parameters() for t in optimizer.state[p].values()]
@@ -194,6 +198,21 @@ def nan_on_one(rank, size, where, source="exact", shard=False):
     return same, int(optimizer.skipped_steps), [p.detach().clone() for p in model.parameters()]
 
 
+def overflow_on_one(rank, size, shard):
+    """Rank 1 has an infinite gradient under a GradScaler: what changed, how many were skipped, and the scale."""
+    model, optimizer = _linear(size)
+    ddp, scaler = DistributedDataParallel(model), dk.amp.GradScaler("cpu", init_scale=1024)
+    dk.distributed.attach(optimizer, ddp, bucket_bytes=64, shard=shard)
+    before = [p.detach().clone() for p in model.parameters()]
+    if rank == 1:
+        model[2].weight.register_hook(lambda g: g * float("inf"))
+    optimizer.backward({name: scaler.scale(loss) for name, loss in _losses(ddp).items()})
+    scaler.step(optimizer)
+    scaler.update()
+    same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    return same, int(optimizer.skipped_steps), scaler.get_scale()
+
+
 def error_on_one(rank, size, what):
     """Rank 1 is given what it must refuse; the next step works."""
     model, optimizer = _linear(size)
@@ -270,13 +289,15 @@ def sharded_checkpoint(rank, size, folder, loads):
     return [p.detach() for p in model.parameters()], held
 
 
-def resumed(rank, size, shard, stop):
-    """Four steps, if asked with a new model and optimizer after the second; the weights."""
+def resumed(rank, size, shard, masters, stop):
+    """Four steps, if asked with a new model and optimizer after the second; weights and state."""
     torch.manual_seed(3)
+    dtype = torch.bfloat16 if masters else torch.float32
+    precision = {"master_weights": True, "state_dtype": torch.float32} if masters else {}
 
     def make():
-        model = Student().float()
-        optimizer = dk.DTOAdamW(model.parameters(), lr=0.01)
+        model = Student().to(dtype)
+        optimizer = dk.DTOAdamW(model.parameters(), lr=0.01, **precision)
         ddp = DistributedDataParallel(model)
         return model, optimizer, ddp, dk.distributed.attach(optimizer, ddp, shard=shard)
 
@@ -284,19 +305,20 @@ def resumed(rank, size, shard, stop):
     share = SAMPLES // size
     for number, batch in enumerate(_batches(4)):
         if stop and number == 2:
-            weights, learned = model.state_dict(), ranks.state_dict()
+            weights, learned = {name: t.clone() for name, t in model.state_dict().items()}, ranks.state_dict()
             everywhere = [dk.distributed.whole_state(optimizer)]
             dist.broadcast_object_list(everywhere, 0)
             model, optimizer, ddp, ranks = make()
             model.load_state_dict(weights)
             optimizer.load_state_dict(everywhere[0])
             ranks.load_state_dict(learned)
-        x, y, t = (b[rank * share : (rank + 1) * share].float() for b in batch)
+        x, y, t = (b[rank * share : (rank + 1) * share].to(dtype) for b in batch)
         out, projected, _ = ddp(x)
         optimizer.backward({"task": (out - y).square().mean(), "distill": (projected - t).square().mean()})
         optimizer.step()
         optimizer.zero_grad()
-    return [p.detach() for p in model.parameters()]
+    state = [whole(t, p) for p in model.parameters() for t in optimizer.state[p].values()]
+    return [p.detach() for p in model.parameters()], state
 
 
 def sharded_refusals(rank, size):

@@ -12,9 +12,11 @@ from .ddp import SAMPLES, Student, _batches, _error, optimizer_of
 
 def _make(size, options):
     torch.manual_seed(3)
-    student = Student().double()
+    student = Student().to(options.get("dtype", torch.float64))
     if size > 1:
-        mesh = init_device_mesh("cpu", (size,))
+        copies = options.get("replicas", 1)
+        names = ("replicate", "shard") if copies > 1 else ("shard",)
+        mesh = init_device_mesh("cpu", (copies, size // copies) if copies > 1 else (size,), mesh_dim_names=names)
         keep = {"reshard_after_forward": options.get("reshard", True), "mesh": mesh}
         if options.get("blocks", True):
             for block in (student.trunk, student.head, student.projector):
@@ -28,7 +30,7 @@ def _step(rank, size, student, optimizer, batch, parts=1, spoil=False):
     share = SAMPLES // (size * parts)
     for part in range(parts):
         begin = (part * size + rank) * share
-        x, y, t = (b[begin : begin + share] for b in batch)
+        x, y, t = (b[begin : begin + share].to(next(student.parameters()).dtype) for b in batch)
         out, projected, z = student(x)
         task = (out - y).square().mean() * (float("nan") if spoil else 1.0)
         optimizer.backward({"task": task, "distill": (projected - t).square().mean()}, features=[z])
@@ -47,12 +49,12 @@ def train(rank, size, options, steps=4):
     for batch in _batches(steps):
         _step(rank, size, student, optimizer, batch, options.get("parts", 1))
         weights.append(optimizer.balance.weights.clone())
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = list(student.parameters())
     return [_whole(p) for p in params], weights, [_whole(t) for p in params for t in optimizer.state[p].values()]
 
 
-def nan_on_one(rank, size):
-    student, optimizer = _make(size, {})
+def nan_on_one(rank, size, options):
+    student, optimizer = _make(size, options)
     first, second = _batches(2)
     _step(rank, size, student, optimizer, first)
     before = [_whole(p) for p in student.parameters()]
