@@ -18,7 +18,6 @@ from . import fused, native, reference
 from .types import Balance, Group, Options, Rescale, Role, Update, Weighting
 from .weighting import DTO
 
-TICKETS = 4  # kTickets in csrc/cuda/launch.h
 RESIDENT_PARAMETERS = 4096 * 4096  # kMaxWholeChunks tiles in csrc/cuda/plan.h: above, `run_step` need not ask
 
 
@@ -27,25 +26,11 @@ OPS: Any = torch.ops.dtokd_cuda
 
 def register_fakes(namespace: str) -> None:
     """What the operations of a namespace return, for torch.compile and opcheck: shapes without values."""
-
-    def record(like: Tensor, K: int) -> tuple[Tensor, Tensor]:
-        return like.new_empty(fused.values_size(K), dtype=torch.float64), like.new_empty(2, dtype=torch.bool)
-
-    @torch.library.register_fake(f"{namespace}::gram_by_role")
-    def gram_fake(
-        grads: list[Tensor], counts: list[int], roles: list[int], reaches: list[int], K: int, tickets: Tensor
-    ) -> Tensor:
-        return grads[0].new_empty(len(Role), K, K, dtype=torch.float64)
-
-    @torch.library.register_fake(f"{namespace}::gram_balance")
-    def gram_balance_fake(
-        grads: list[Tensor], counts: list[int], roles: list[int], reaches: list[int], K: int, *args: object
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return grads[0].new_empty(len(Role), K, K, dtype=torch.float64), *record(grads[0], K)
+    fused.register_gram_fakes(namespace)
 
     @torch.library.register_fake(f"{namespace}::balance_by_role")
     def balance_fake(grams: Tensor, losses: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-        return record(grams, len(losses))
+        return fused.new_record(grams, len(losses))
 
     @torch.library.register_fake(f"{namespace}::min_norm_weights")
     def min_norm_weights_fake(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
@@ -54,7 +39,7 @@ def register_fakes(namespace: str) -> None:
     @torch.library.register_fake(f"{namespace}::resident_adamw_")
     def resident_fake(params: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         K = len(args[7])
-        return params[0].new_empty(len(Role), K, K, dtype=torch.float64), *record(params[0], K)
+        return params[0].new_empty(len(Role), K, K, dtype=torch.float64), *fused.new_record(params[0], K)
 
     for name in ("combine_", "adamw_updates_", "sgd_updates_"):
         torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
@@ -69,22 +54,6 @@ def _load() -> str | None:
 
 #: Why the extension cannot be used, or None. It loads without a GPU too.
 missing: str | None = _load()
-
-_tickets: dict[tuple[int, int], Tensor] = {}
-
-
-def tickets(device: torch.device) -> Tensor:
-    """Zeros that the launches of one stream share: each leaves them zero, so nothing sets them again.
-
-    A captured graph gets its own, as it may be replayed on any stream.
-    """
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(TICKETS, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    key = (stream.device_index, stream.cuda_stream)
-    if key not in _tickets:
-        _tickets[key] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
-    return _tickets[key]
 
 
 def gram(grads: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -131,11 +100,11 @@ def gram_balance(
     K = len(losses)
     if type(weighting) is not DTO:
         return _balance(_grams(groups, K), losses, weighting, max_norm, rescale, loss_floor)
-    call = _Groups.by_role(groups)
+    call = fused.Groups.by_role(groups)
     losses = losses.to(call.device, torch.float64).contiguous()
-    options = _balance_options(weighting, max_norm, rescale, loss_floor)
+    options = fused.balance_options(weighting, max_norm, rescale, loss_floor)
     grams, values, flags = call.run(
-        lambda grads, *shape: OPS.gram_balance.default(grads, *shape, K, losses, *options, tickets(call.device))
+        lambda grads, *shape: OPS.gram_balance.default(grads, *shape, K, losses, *options, fused.tickets(call.device))
     )
     return fused.record(grams[Role.SHARED], values, flags)
 
@@ -247,7 +216,7 @@ def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Bal
     in_order = list(reversed(updates))
     call = _Call("adamw_step", in_order)
     losses = losses.to(call.device, torch.float64).contiguous()
-    numbers = _balance_options(options.weighting, options.max_norm, options.rescale, options.loss_floor)
+    numbers = fused.balance_options(options.weighting, options.max_norm, options.rescale, options.loss_floor)
     exp_avgs, exp_avg_sqs, _, steps, _ = call.state
     try:
         grams, values, flags = call.groups.run(
@@ -262,7 +231,7 @@ def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Bal
                 *numbers,
                 call.lrs,
                 call.numbers,
-                tickets(call.device),
+                fused.tickets(call.device),
             ),
             like=call.params,
         )
@@ -292,7 +261,7 @@ class _Call:
         self.lrs: list[Tensor] = []
         self.numbers = [number for update in updates for number in _numbers(rule, update, self.device, self.lrs)]
         self.state = [[t for update in updates for t in update.state.get(name, ())] for name in _STATE[rule]]
-        self.groups = _Groups([(update.role, update.reach, update.grads) for update in updates])
+        self.groups = fused.Groups([(update.role, update.reach, update.grads) for update in updates])
 
     def count_writes(self) -> None:
         """Let autograd know that parameters and state have changed."""
@@ -310,7 +279,7 @@ def _run(rule: str, updates: Sequence[Update], table: Tensor, skipped: Tensor) -
     def run(grads: list[Tensor], *shape: list[int]) -> None:
         common = (call.params, grads, *call.state, *shape, table, skipped, call.lrs, call.numbers)
         if rule == "adamw_step":
-            OPS.adamw_updates_.default(*common, tickets(call.device))
+            OPS.adamw_updates_.default(*common, fused.tickets(call.device))
         else:
             OPS.sgd_updates_.default(*common)
 
@@ -345,52 +314,10 @@ def _numbers(rule: str, update: Update, device: torch.device, lrs: list[Tensor])
     return [float(n) for n in (*numbers, bool(update.state.get("masters")))]
 
 
-class _Groups:
-    """Gradients of several groups as the operations take them: one flat list, and numbers that say how it is cut."""
-
-    def __init__(self, members: Sequence[tuple[Role, tuple[int, ...], list[list[Tensor]]]]) -> None:
-        self._lists = [lists for _, _, lists in members]
-        self._shape = (
-            [len(lists[0]) for lists in self._lists],
-            [int(role) for role, _, _ in members],
-            [sum(1 << i for i in reach) for _, reach, _ in members],
-        )
-        self.device = self._lists[0][0][0].device
-
-    @classmethod
-    def by_role(cls, groups: Mapping[Role, Sequence[Group]]) -> _Groups:
-        """Groups of gradients, role by role."""
-        return cls([(role, *group) for role, same_role in sorted(groups.items()) for group in same_role])
-
-    def run(self, operation: Any, like: Sequence[Tensor] | None = None) -> Any:
-        """operation(grads, counts, roles, reaches); gradients that are not laid out as `like`, or dense, are copied."""
-        try:
-            return operation([g for lists in self._lists for g in fused.flat(lists)], *self._shape)
-        except RuntimeError as error:
-            if not fused.is_unfit(error):
-                raise
-        grads: list[Tensor] = []
-        start = 0
-        for lists in self._lists:
-            count = len(lists[0])
-            layout = fused.dense(lists[0]) if like is None else like[start : start + count]
-            grads += fused.flat(fused.laid_out(lists, layout))
-            start += count
-        return operation(grads, *self._shape)
-
-
 def _grams(groups: Mapping[Role, Sequence[Group]], K: int) -> Tensor:
     """[3, K, K] float64: the Gram matrix of each role."""
-    call = _Groups.by_role(groups)
-    return call.run(lambda grads, *shape: OPS.gram_by_role.default(grads, *shape, K, tickets(call.device)))
-
-
-def _balance_options(
-    weighting: Weighting, max_norm: float | None, rescale: Rescale, loss_floor: float
-) -> tuple[bool, bool, bool, float, float]:
-    logarithmic = getattr(weighting, "log_gradients", True)
-    clamp = getattr(weighting, "clamp", True)
-    return logarithmic, clamp, rescale == "sum", 0.0 if max_norm is None else max_norm, loss_floor
+    call = fused.Groups.by_role(groups)
+    return call.run(lambda grads, *shape: OPS.gram_by_role.default(grads, *shape, K, fused.tickets(call.device)))
 
 
 def _balance(
@@ -406,6 +333,6 @@ def _balance(
     weights = None
     if type(weighting) is not DTO:
         weights = reference.weigh(weighting, gram, losses, loss_floor).contiguous()
-    options = _balance_options(weighting, max_norm, rescale, loss_floor)
+    options = fused.balance_options(weighting, max_norm, rescale, loss_floor)
     values, flags = OPS.balance_by_role.default(grams, losses, weights, *options)
     return fused.record(gram, values, flags)

@@ -1,4 +1,4 @@
-"""What backends with fused kernels share: which tensors fit them, and what their operations return.
+"""What backends with fused kernels share: which tensors fit them, what their operations take and return.
 
 Kernels take tensors that fit each other: of one dtype that they know, dense, and with equal strides, as they walk
 memory and not indices. An operation that meets others says so (`UNFIT`); gradients are copied then, and parameters
@@ -7,26 +7,25 @@ or state go through the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .types import Balance
+from .types import Balance, Group, Rescale, Role, Weighting
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 #: Begins the message of an operation whose tensors do not fit, though they are no mistake of the caller.
 UNFIT = "dtokd: unfit"
 
+TICKETS = 4  # kTickets in csrc/cuda/launch.h
+
 
 def register_fakes(namespace: str) -> None:
     """What the operations of a namespace return, for torch.compile and opcheck: shapes without values."""
-
-    @torch.library.register_fake(f"{namespace}::gram")
-    def gram_fake(grads: list[Tensor], K: int) -> Tensor:
-        return grads[0].new_empty(K, K, dtype=torch.float64)
 
     @torch.library.register_fake(f"{namespace}::min_norm_weights")
     def min_norm_weights_fake(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
@@ -34,15 +33,39 @@ def register_fakes(namespace: str) -> None:
 
     @torch.library.register_fake(f"{namespace}::balance")
     def balance_fake(gram: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-        K = len(gram)
-        return gram.new_empty(values_size(K), dtype=torch.float64), gram.new_empty(2, dtype=torch.bool)
+        return new_record(gram, len(gram))
 
     for name in ("combine_", "adamw_step_", "sgd_step_"):
         torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
 
 
+def register_gram_fakes(namespace: str) -> None:
+    """The same for Gram matrices by role, alone and with their balance."""
+
+    @torch.library.register_fake(f"{namespace}::gram_by_role")
+    def gram_fake(
+        grads: list[Tensor], counts: list[int], roles: list[int], reaches: list[int], K: int, *args: object
+    ) -> Tensor:
+        return grads[0].new_empty(len(Role), K, K, dtype=torch.float64)
+
+    @torch.library.register_fake(f"{namespace}::gram_balance")
+    def gram_balance_fake(
+        grads: list[Tensor], counts: list[int], roles: list[int], reaches: list[int], K: int, *args: object
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return grads[0].new_empty(len(Role), K, K, dtype=torch.float64), *new_record(grads[0], K)
+
+
+def new_record(like: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """Room for the two tensors that `record` unpacks."""
+    return like.new_empty(values_size(K), dtype=torch.float64), like.new_empty(2, dtype=torch.bool)
+
+
 def register_gram_step_fakes(namespace: str) -> None:
-    """The same for updates that also return the Gram matrix of what they read."""
+    """The same for the Gram matrix of one group, and updates that also return it."""
+
+    @torch.library.register_fake(f"{namespace}::gram")
+    def gram_fake(grads: list[Tensor], K: int) -> Tensor:
+        return grads[0].new_empty(K, K, dtype=torch.float64)
 
     def products(coefficients: Tensor) -> Tensor:
         return coefficients.new_empty(len(coefficients), len(coefficients))
@@ -77,6 +100,66 @@ def record(gram: Tensor, values: Tensor, flags: Tensor) -> Balance:
         vertex=flags[0],
         skipped=flags[1],
     )
+
+
+_tickets: dict[tuple[int, int], Tensor] = {}
+
+
+def tickets(device: torch.device) -> Tensor:
+    """Zeros that the launches of one stream share: each leaves them zero, so nothing sets them again.
+
+    A captured graph gets its own, as it may be replayed on any stream.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(TICKETS, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device)
+    key = (stream.device_index, stream.cuda_stream)
+    if key not in _tickets:
+        _tickets[key] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+    return _tickets[key]
+
+
+def balance_options(
+    weighting: Weighting, max_norm: float | None, rescale: Rescale, loss_floor: float
+) -> tuple[bool, bool, bool, float, float]:
+    """The options of a balance as the operations take them, of a weighting that is `DTO` or weighed already."""
+    logarithmic = getattr(weighting, "log_gradients", True)
+    clamp = getattr(weighting, "clamp", True)
+    return logarithmic, clamp, rescale == "sum", 0.0 if max_norm is None else max_norm, loss_floor
+
+
+class Groups:
+    """Gradients of several groups as the operations take them: one flat list, and numbers that say how it is cut."""
+
+    def __init__(self, members: Sequence[tuple[Role, tuple[int, ...], list[list[Tensor]]]]) -> None:
+        self._lists = [lists for _, _, lists in members]
+        self._shape = (
+            [len(lists[0]) for lists in self._lists],
+            [int(role) for role, _, _ in members],
+            [sum(1 << i for i in reach) for _, reach, _ in members],
+        )
+        self.device = self._lists[0][0][0].device
+
+    @classmethod
+    def by_role(cls, groups: Mapping[Role, Sequence[Group]]) -> Groups:
+        """Groups of gradients, role by role."""
+        return cls([(role, *group) for role, same_role in sorted(groups.items()) for group in same_role])
+
+    def run(self, operation: Any, like: Sequence[Tensor] | None = None) -> Any:
+        """operation(grads, counts, roles, reaches); gradients that are not laid out as `like`, or dense, are copied."""
+        try:
+            return operation([g for lists in self._lists for g in flat(lists)], *self._shape)
+        except RuntimeError as error:
+            if not is_unfit(error):
+                raise
+        grads: list[Tensor] = []
+        start = 0
+        for lists in self._lists:
+            count = len(lists[0])
+            layout = dense(lists[0]) if like is None else like[start : start + count]
+            grads += flat(laid_out(lists, layout))
+            start += count
+        return operation(grads, *self._shape)
 
 
 def run_fitting(

@@ -105,7 +105,6 @@ def balance(
     """`reference.balance`, in one call unless the weighting is another than `DTO`."""
     gram = gram.double().contiguous()
     losses = losses.to(torch.float64).contiguous()
-    logarithmic = getattr(weighting, "log_gradients", True)
     weights = None
     if type(weighting) is not DTO:
         with solved_by(sys.modules[__name__]):
@@ -116,11 +115,7 @@ def balance(
         plain_gram,
         losses,
         weights,
-        logarithmic,
-        getattr(weighting, "clamp", True),
-        rescale == "sum",
-        0.0 if max_norm is None else max_norm,
-        loss_floor,
+        *fused.balance_options(weighting, max_norm, rescale, loss_floor),
     )
     return fused.record(gram, values, flags)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from dtokd_kernels import backends, cuda
+from dtokd_kernels import backends, cuda, fused
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-DDTOKD_EMULATION"]
@@ -45,12 +45,12 @@ def emulated_cuda(library: Path) -> Iterator[None]:
     if not hasattr(operations, "gram_by_role"):
         torch.ops.load_library(str(library))
         cuda.register_fakes("dtokd_emulated")
-    tickets = torch.zeros(cuda.TICKETS, dtype=torch.int32, device="cpu")
-    before = cuda.OPS, cuda.tickets, backends._BACKENDS["cuda"]
-    cuda.OPS, cuda.tickets = operations, lambda device: tickets
+    tickets = torch.zeros(fused.TICKETS, dtype=torch.int32, device="cpu")
+    before = cuda.OPS, fused.tickets, backends._BACKENDS["cuda"]
+    cuda.OPS, fused.tickets = operations, lambda device: tickets
     backends._BACKENDS["cuda"] = backends.Backend(lambda: cuda, "cpu", lambda: None)
     try:
         yield
     finally:
-        cuda.OPS, cuda.tickets, backends._BACKENDS["cuda"] = before
+        cuda.OPS, fused.tickets, backends._BACKENDS["cuda"] = before
         assert not tickets.any()  # every launch leaves them as it found them

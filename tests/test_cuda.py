@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dtokd_kernels as dk
-from dtokd_kernels import cuda, reference
+from dtokd_kernels import cuda, fused, reference
 from dtokd_kernels.types import Options, Role, Update
 
 from . import emulated
@@ -42,7 +42,7 @@ def update(rule="adamw_step", role=Role.SHARED, **options):
 def calls():
     grads = tensors(0) + tensors(1)
     shape = [len(SIZES)], [0], [3]
-    tickets = torch.zeros(cuda.TICKETS, dtype=torch.int32)
+    tickets = torch.zeros(fused.TICKETS, dtype=torch.int32)
     gram = torch.tensor([[18.0, -22.0], [-22.0, 38.0]], dtype=torch.float64)
     grams = torch.stack([gram, 0 * gram, gram])
     options = True, True, False, 1.0, 1e-8
@@ -149,7 +149,7 @@ def test_step_that_does_not_fit_one_launch_changes_nothing(ops, case, monkeypatc
 
 
 def test_refusals_name_operation_and_argument(ops):
-    grads, tickets = tensors(0) + tensors(1), torch.zeros(cuda.TICKETS, dtype=torch.int32)
+    grads, tickets = tensors(0) + tensors(1), torch.zeros(fused.TICKETS, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="gram_by_role: 9 objectives, expected 1 to 8"):
         ops.gram_by_role.default(grads, [3], [0], [3], 9, tickets)
     with pytest.raises(RuntimeError, match=r"gram_by_role: roles\[0\] is 5, expected 0 to 2"):

@@ -7,6 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import dtokd_kernels as dk
+from dtokd_kernels import fused, reference
+
+from . import tolerances
 from .inputs import gradients
 from .ptx.library import Library
 from .ptx.parser import parse
@@ -17,6 +21,7 @@ compiler = pytest.importorskip("dtokd_kernels.triton.compile", reason="triton is
 pytestmark = pytest.mark.skipif(compiler.INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler")
 
 CHUNK = compiler.CHUNK
+Member = importlib.import_module("dtokd_kernels.triton.gram").Member
 ARGUMENTS = {"i32": ctypes.c_int32, "fp64": ctypes.c_double}
 
 
@@ -55,9 +60,12 @@ class Kernel:
 @pytest.fixture
 def kernels(tmp_path, monkeypatch):
     """The functions that launch triton's kernels, which run as PTX."""
-    gram, update = (importlib.import_module(f"dtokd_kernels.triton.{name}") for name in ("gram", "update"))
+    gram, solve, update = (
+        importlib.import_module(f"dtokd_kernels.triton.{name}") for name in ("gram", "solve", "update")
+    )
     made = []
-    for module, names in ((gram, ("gram_kernel", "gram_sum_kernel")), (update, ("count_kernel", "adamw_kernel"))):
+    kernels = (gram, ("gram_kernel", "gram_sum_kernel")), (solve, ("gram_balance_kernel",)), (update, ("adamw_kernel",))
+    for module, names in kernels:
         for name in names:
             made.append(Kernel(getattr(module, name), tmp_path))
             monkeypatch.setattr(module, name, made[-1])
@@ -68,7 +76,10 @@ def kernels(tmp_path, monkeypatch):
         )
 
     return SimpleNamespace(
-        gram=gram.gram, adamw_step=adamw_step, launched=lambda: [k.kernel.__name__ for k in made if k.launches]
+        gram_by_role=gram.gram_by_role,
+        gram_balance=solve.gram_balance,
+        adamw_step=adamw_step,
+        launched=lambda: [k.kernel.__name__ for k in made for _ in range(k.launches)],
     )
 
 
@@ -79,12 +90,40 @@ SIZES = [CHUNK + 77, 5]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gram(kernels, dtype):
     grads = gradients(2, SIZES, dtype)
-    assert_gram(kernels.gram(grads), grads)
+    assert_gram(kernels.gram_by_role([Member(0, 3, grads)], 2)[0], grads)
     assert kernels.launched() == ["gram_kernel", "gram_sum_kernel"]
+
+
+@pytest.mark.parametrize("K", [2, 3])
+def test_gram_and_balance(kernels, K):
+    """Three roles, one with two members of other reaches; the last of the programs that add up makes the balance."""
+    grads = gradients(K, SIZES, torch.float32)
+    private = gradients(K, [40, CHUNK], torch.float32, seed=1)
+    plain = gradients(K, [3], torch.bfloat16, seed=2)
+    members = [Member(0, 2**K - 1, grads), Member(2, 2**K - 1, plain)]
+    members += [Member(1, 1, [private[0][:1]]), Member(1, 2 ** (K - 1), [private[-1][1:]])]
+    losses = torch.linspace(0.5, 2, K, dtype=torch.float64)
+    grams, values, flags = kernels.gram_balance(members, K, losses, True, True, False, 1.0, 1e-8)
+    assert_gram(grams[0], grads)
+    assert_gram(grams[2], plain)
+    zero = [torch.zeros_like(g) for g in private[0]]
+    assert_gram(grams[1], [[private[0][0], zero[1]], *[zero] * (K - 2), [zero[0], private[-1][1]]])
+    got = fused.record(grams[0], values, flags)
+    expected = reference.balance(
+        grams[0], losses, dk.weighting.DTO(), max_norm=1.0, private_gram=grams[1], plain_gram=grams[2]
+    )
+    bound = tolerances.weights_bound(grams[0] / losses.outer(losses)) + 100 * tolerances.unit_roundoff(torch.float64)
+    for name in ("weights", "table", "norm", "norms", "cosine"):
+        a, b = getattr(got, name), getattr(expected, name)
+        assert ((a - b).abs() <= bound * (1 + b.abs())).all(), name
+    assert not got.skipped
+    assert kernels.launched() == [*["gram_kernel"] * 4, "gram_balance_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_step(kernels, dtype):
     before = Step("adamw", 2, SIZES, dtype)
-    assert_step(before, before.clone().run(kernels))
-    assert kernels.launched() == ["count_kernel", "adamw_kernel"]
+    after = before.clone().run(kernels)
+    assert_step(before, after)
+    assert kernels.launched() == ["adamw_kernel"]
+    assert all(count == 1 + was for count, was in zip(after.steps, before.steps, strict=True))

@@ -4,6 +4,7 @@ A process either interprets kernels or compiles them. In one that compiles, `tes
 interprets, for the tests here that need it and for those of the other files that run once per backend.
 """
 
+import importlib
 import itertools
 import os
 import re
@@ -272,7 +273,11 @@ def calls():
     sgd = {"lr": 0.1, "tensor_lr": None, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "nesterov": False}
     sgd |= {"maximize": False, "first": False}
     return {
-        "gram": ((tensors(0) + tensors(1), 2), {}),
+        "gram_by_role": ((tensors(0) + tensors(1) + tensors(2), [4, 4], [0, 1], [3, 2], 2), {}),
+        "gram_balance": (
+            (tensors(0) + tensors(1), [4], [0], [3], 2, torch.ones(2).double(), True, True, False, 1.0, 1e-8),
+            {},
+        ),
         "min_norm_weights": ((gram, True, torch.tensor([True, True])), {}),
         "balance": ((gram, None, gram, torch.ones(2).double(), None, True, True, False, 1.0, 1e-8), {}),
         "combine_": ((tensors(2), tensors(0) + tensors(1), c), {}),
@@ -299,7 +304,7 @@ def test_under_torch_compile(kernels):
     """A compiled function keeps the operations as calls, and may have them write to its arguments."""
 
     def step(params, g1, g2, exp_avgs, exp_avg_sqs, steps, c, skipped):
-        gram = torch.ops.dtokd_triton.gram.default([g1, g2], 2)
+        gram = torch.ops.dtokd_triton.gram_by_role.default([g1, g2], [1], [0], [3], 2)
         torch.ops.dtokd_triton.adamw_step_.default(
             [params], [g1, g2], [exp_avgs], [exp_avg_sqs], [], [steps], c, skipped,
             lr=0.1, tensor_lr=None, beta1=0.9, beta2=0.999, weight_decay=0.1, eps=1e-8, maximize=False,
@@ -354,6 +359,53 @@ def test_float64_counters(kernels):
     before = Step("adamw", 2, [33], torch.float32)
     before.steps = [s.double() for s in before.steps]
     assert_step(before, before.clone().run(kernels))
+
+
+class Launches:
+    """Stands in for a kernel and counts how often it is launched."""
+
+    def __init__(self, kernel, launched):
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid):
+        self.launched.append(self.kernel.__name__)
+        return self.kernel[grid]
+
+
+def launched_by(monkeypatch, run):
+    """Names of the kernels that `run` launches."""
+    launched = []
+    for module in (importlib.import_module(f"dtokd_kernels.triton.{name}") for name in ("gram", "solve", "update")):
+        for name, kernel in vars(module).items():
+            if name.endswith("_kernel") and not isinstance(kernel, Launches):
+                monkeypatch.setattr(module, name, Launches(kernel, launched))
+    run()
+    return launched
+
+
+@interpreted
+@pytest.mark.parametrize("kind", [dk.DTOAdamW, dk.DTOSGD])
+def test_three_launches_for_many_tensors(kernels, monkeypatch, kind):
+    params = [torch.nn.Parameter(torch.full((3,), 1.0 + i)) for i in range(80)]
+    optimizer = kind(params, lr=0.1, max_norm=1.0)
+    optimizer.backward(
+        [torch.stack([p.square().sum() for p in params]).sum(), sum((p - 1).abs().sum() for p in params)]
+    )
+    rule = {dk.DTOAdamW: "adamw", dk.DTOSGD: "sgd"}[kind]
+    expected = ["gram_kernel", "gram_balance_kernel", f"{rule}_kernel"]
+    assert launched_by(monkeypatch, optimizer.step) == expected
+    assert not optimizer.balance.skipped
+
+
+@interpreted
+@pytest.mark.parametrize("skipped", [False, True])
+def test_steps_are_counted_once_by_the_last_program(kernels, skipped):
+    """Of tensors of several chunks, empty ones, and more of them than are counted at a time."""
+    before = Step("adamw", 1, [CHUNK + 9, 0, *[3] * 140], torch.float32)
+    after = before.clone().run(kernels, torch.tensor(skipped))
+    assert [int(a - b) for a, b in zip(after.steps, before.steps, strict=True)] == [int(not skipped)] * 142
+    only_empty = Step("adamw", 2, [0, 0], torch.float32)
+    assert only_empty.run(kernels).steps == [1, 8]
 
 
 @interpreted

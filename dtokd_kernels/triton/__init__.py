@@ -7,13 +7,13 @@ each kind compiles; none stalls on the device, but the first large update of a k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from .. import fused, reference
-from ..types import Balance, Rescale, Weighting
+from ..types import Balance, Group, Rescale, Role, Weighting
 from ..weighting import DTO
 from . import library as _library  # noqa: F401  defines the operations
 from .tables import INTERPRETED as INTERPRETED
@@ -21,15 +21,50 @@ from .tables import INTERPRETED as INTERPRETED
 
 def gram(grads: Sequence[Sequence[Tensor]]) -> Tensor:
     """`reference.gram` for lists without None, of one dtype."""
-    op = torch.ops.dtokd_triton.gram.default
-    try:
-        return op(fused.flat(grads), len(grads))
-    except RuntimeError as error:
-        if not fused.is_unfit(error):
-            raise
     if grads[0][0].dtype not in fused.DTYPES:
         return reference.gram(grads)
-    return op(fused.flat(fused.laid_out(grads, fused.dense(grads[0]))), len(grads))
+    return _grams({Role.SHARED: [(tuple(range(len(grads))), [list(row) for row in grads])]}, len(grads))[Role.SHARED]
+
+
+def _grams(groups: Mapping[Role, Sequence[Group]], K: int) -> Tensor:
+    """[3, K, K] float64: the Gram matrix of each role."""
+    call = fused.Groups.by_role(groups)
+    return call.run(lambda grads, *shape: torch.ops.dtokd_triton.gram_by_role.default(grads, *shape, K))
+
+
+def gram_balance(
+    groups: Mapping[Role, Sequence[Group]],
+    losses: Tensor,
+    weighting: Weighting,
+    *,
+    max_norm: float | None = None,
+    rescale: Rescale = "none",
+    loss_floor: float = 1e-8,
+) -> Balance:
+    """Gram matrices of all roles and the `Balance` that follows: two launches, if the weighting is `DTO`.
+
+    That is for gradients of one dtype and reach; others take one more each.
+    """
+    K = len(losses)
+    if type(weighting) is not DTO:
+        grams = dict(zip(Role, _grams(groups, K), strict=True))
+        return balance(
+            grams[Role.SHARED],
+            losses,
+            weighting,
+            max_norm=max_norm,
+            rescale=rescale,
+            loss_floor=loss_floor,
+            private_gram=grams[Role.PRIVATE],
+            plain_gram=grams[Role.PLAIN],
+        )
+    call = fused.Groups.by_role(groups)
+    losses = losses.to(call.device, torch.float64)
+    options = fused.balance_options(weighting, max_norm, rescale, loss_floor)
+    grams, values, flags = call.run(
+        lambda grads, *shape: torch.ops.dtokd_triton.gram_balance.default(grads, *shape, K, losses, *options)
+    )
+    return fused.record(grams[Role.SHARED], values, flags)
 
 
 def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
@@ -60,11 +95,7 @@ def balance(
         plain_gram,
         losses,
         weights,
-        getattr(weighting, "log_gradients", True),
-        getattr(weighting, "clamp", True),
-        rescale == "sum",
-        0.0 if max_norm is None else max_norm,
-        loss_floor,
+        *fused.balance_options(weighting, max_norm, rescale, loss_floor),
     )
     return fused.record(gram, values, flags)
 

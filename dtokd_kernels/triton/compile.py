@@ -27,8 +27,9 @@ class Variant(NamedTuple):
 
 #: Types of the arguments that are no constants, in all kernels; pointers are 16-byte aligned, as torch's memory is.
 _TYPES = {
-    "table": "*i64", "T": "i32", "chunks": "i32", "row": "i32", "partials": "*fp64", "out": "*fp64", "counts": "*fp64",
-    "coefficients": "*fp64", "skipped": "*i1", "powers1": "*fp64", "powers2": "*fp64", "tensor_lr": "*fp64",
+    "table": "*i64", "T": "i32", "chunks": "i32", "row": "i32", "first": "i32", "shared": "i32", "private": "i32",
+    "plain": "i32", "ticket": "*i32", "grams": "*fp64", "partials": "*fp64", "out": "*fp64",
+    "coefficients": "*fp64", "skipped": "*i1", "tensor_lr": "*fp64",
     "gram": "*fp64", "private_gram": "*fp64", "plain_gram": "*fp64", "losses": "*fp64", "given": "*fp64",
     "present": "*i1", "values": "*fp64", "flags": "*i1",
 }  # fmt: skip
@@ -46,26 +47,28 @@ def variants(
     options = update.options(config)
     sums = {"LANES": LANES}
     warps = {"num_warps": LANES // 32}
-    yield Variant("count", update.count_kernel, {"STEP": tl.float32, "BLOCK": update.COUNT_BLOCK}, {"num_warps": 4})
     for K in objectives:
         yield Variant(f"gram_sum K={K}", gram_sum_kernel, {"K": K, **sums}, warps)
         solved = {"K": K, "OBJECTIVES": triton.next_power_of_2(K), "CLAMP": True}
         yield Variant(f"min_norm K={K}", solve.min_norm_kernel, {**solved, "present": None}, solve.options(K))
-        record = {**solved, "LOG_GRADIENTS": True, "RESCALE_SUM": False, "given": None}
-        yield Variant(f"balance K={K}", solve.balance_kernel, record, solve.options(K))
+        record = {**solved, "LOG_GRADIENTS": True, "RESCALE_SUM": False}
+        yield Variant(f"balance K={K}", solve.balance_kernel, {**record, "given": None}, solve.options(K))
+        whole = {**warps, "enable_fp_fusion": False}
+        yield Variant(f"gram_balance K={K}", solve.gram_balance_kernel, {**record, **sums}, whole)
         for dtype in dtypes:
             what = f"{str(dtype).removeprefix('torch.')} K={K}"
             vector = VECTOR_BYTES // dtype.itemsize
-            constants = {"K": K, "DTYPE": DTYPES[dtype], "CHUNK": CHUNK, "VECTOR": vector, **sums}
+            constants = {"K": K, "REACH": 2**K - 1, "DTYPE": DTYPES[dtype], "CHUNK": CHUNK, "VECTOR": vector, **sums}
             yield Variant(f"gram {what}", gram_kernel, constants, warps)
             common = {"K": K, **update.constants(dtype, config)}
             if config != tuning.DEFAULT:
                 what += f" {config.num_warps} warps, {config.vectors} accesses"
             descent = {**common, "MAXIMIZE": False, "TENSOR_LR": False, "tensor_lr": None}
+            counted = {**descent, "STEP": tl.float32}
             momentum = {"MOMENTUM": True, "NESTEROV": False, "FIRST": False}
             yield Variant(f"combine {what}", update.combine_kernel, common, options)
-            yield Variant(f"adamw {what}", update.adamw_kernel, {**descent, "AMSGRAD": False}, options)
-            yield Variant(f"adamw amsgrad {what}", update.adamw_kernel, {**descent, "AMSGRAD": True}, options)
+            yield Variant(f"adamw {what}", update.adamw_kernel, {**counted, "AMSGRAD": False}, options)
+            yield Variant(f"adamw amsgrad {what}", update.adamw_kernel, {**counted, "AMSGRAD": True}, options)
             yield Variant(f"sgd {what}", update.sgd_kernel, {**descent, **momentum}, options)
 
 

@@ -1,6 +1,7 @@
-"""The operations that torch sees: `dtokd_triton::gram`, ... with the schemas of `csrc/torch/library.cpp`.
+"""The operations that torch sees: `dtokd_triton::min_norm_weights`, ... with the schemas of `csrc/torch/library.cpp`.
 
-The only difference is `tensor_lr`, a learning rate on the device, which stands in for `lr` if given. Defined by
+`gram_by_role` and `gram_balance` are those of `csrc/torch/cuda_library.cpp`, without its tickets. The updates have
+`tensor_lr`, a learning rate on the device, which stands in for `lr` if given. Defined by
 `Library.define` with fake kernels of their own: torch.compile keeps each as one call.
 """
 
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from .. import fused
 from . import solve, update
-from .gram import gram as launch_gram
+from .gram import Member
+from .gram import gram_by_role as launch_gram_by_role
 from .tables import INTERPRETED
 
 _LIBRARY = torch.library.Library("dtokd_triton", "DEF")
 _SCHEMAS = (
-    "gram(Tensor[] grads, int K) -> Tensor",
+    "gram_by_role(Tensor[] grads, int[] counts, int[] roles, int[] reaches, int K) -> Tensor",
+    "gram_balance(Tensor[] grads, int[] counts, int[] roles, int[] reaches, int K, Tensor losses, "
+    "bool log_gradients, bool clamp, bool rescale_sum, float max_norm, float loss_floor) -> (Tensor, Tensor, Tensor)",
     "min_norm_weights(Tensor gram, bool clamp, Tensor? present) -> Tensor",
     "balance(Tensor gram, Tensor? private_gram, Tensor? plain_gram, Tensor losses, Tensor? weights, "
     "bool log_gradients, bool clamp, bool rescale_sum, float max_norm, float loss_floor) -> (Tensor, Tensor)",
@@ -63,13 +67,49 @@ def _check_list(op: str, name: str, tensors: Sequence[Tensor], like: Sequence[Te
             raise RuntimeError(f"{fused.UNFIT}: {op}: {name}[{t}] is laid out otherwise")
 
 
-def gram(grads: Sequence[Tensor], K: int) -> Tensor:
-    """`reference.gram` of K lists, one after the other."""
-    T = len(grads) // K
-    _check_like("gram", grads[:T])
-    lists = _gradients("gram", grads[:T], grads, K)
+def _members(
+    op: str, grads: Sequence[Tensor], counts: Sequence[int], roles: Sequence[int], reaches: Sequence[int]
+) -> list[Member]:
+    """Groups of gradients, cut out of one list: `counts` tensors for each objective in `reaches`."""
+    members, start = [], 0
+    for count, role, reach in zip(counts, roles, reaches, strict=True):
+        objectives = reach.bit_count()
+        values = grads[start : start + count * objectives]
+        start += len(values)
+        _check_like(op, values[:count])
+        members.append(Member(role, reach, _gradients(op, values[:count], values, objectives)))
+    if start != len(grads):
+        raise ValueError(f"dtokd_triton::{op}: grads has {len(grads)} tensors, expected {start}")
+    return members
+
+
+def gram_by_role(
+    grads: Sequence[Tensor], counts: Sequence[int], roles: Sequence[int], reaches: Sequence[int], K: int
+) -> Tensor:
+    """Gram matrices of groups of gradients, one for each role."""
+    members = _members("gram_by_role", grads, counts, roles, reaches)
     with torch.cuda.device_of(grads[0]):
-        return launch_gram(lists)
+        return launch_gram_by_role(members, K)
+
+
+def gram_balance(
+    grads: Sequence[Tensor],
+    counts: Sequence[int],
+    roles: Sequence[int],
+    reaches: Sequence[int],
+    K: int,
+    losses: Tensor,
+    log_gradients: bool,
+    clamp: bool,
+    rescale_sum: bool,
+    max_norm: float,
+    loss_floor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and their balance with DTO's weights."""
+    members = _members("gram_balance", grads, counts, roles, reaches)
+    losses = _doubles("gram_balance", losses, grads[0])
+    with torch.cuda.device_of(grads[0]):
+        return solve.gram_balance(members, K, losses, log_gradients, clamp, rescale_sum, max_norm, loss_floor)
 
 
 def min_norm_weights(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
@@ -199,6 +239,7 @@ def _register(implementations: Sequence[Callable[..., object]]) -> None:
         for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
             _LIBRARY.impl(schema.split("(")[0], function, key)
     fused.register_fakes("dtokd_triton")
+    fused.register_gram_fakes("dtokd_triton")
 
 
-_register((gram, min_norm_weights, balance, combine_, adamw_step_, sgd_step_))
+_register((gram_by_role, gram_balance, min_norm_weights, balance, combine_, adamw_step_, sgd_step_))

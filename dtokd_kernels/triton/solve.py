@@ -1,5 +1,6 @@
 """From the Gram matrix to weights and coefficients: one program, everything in float64.
 
+In a step it is the last to finish of those that made the matrix, so that it takes no launch of its own.
 The steps are those of `reference.min_norm_weights` and `reference.balance`. Each face of the simplex has a lane of its
 own, so that all of the at most 255 small systems are solved at once; after that an objective has a lane. (From K = 7
 on ptxas spills up to 200 bytes of a thread's system, once a step in one program.)
@@ -7,6 +8,7 @@ on ptxas spills up to 200 bytes of a thread's system, once a step in one program
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
 # ruff: noqa: RUF005 (triton knows no starred tuples)
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .tables import double
+from ..fused import values_size
+from .gram import LANES, Member, partial_sums, sum_entry
+from .tables import double, last_program
 
 _EQUAL = tl.constexpr(reference.EQUAL)
 
@@ -48,11 +52,11 @@ def balance(
     """`reference.balance` of contiguous float64 tensors, with DTO's weights unless they are given; one launch.
 
     Returns:
-        values [5 K + K^2 + 1] float64: weights, coefficients of shared, private and plain parameters, norms, cosine,
+        values [values_size(K)] float64: weights, coefficients of shared, private and plain parameters, norms, cosine,
         norm; flags [2] bool: vertex, skipped.
     """
     K = len(gram)
-    values = torch.empty(5 * K + K * K + 1, dtype=torch.float64, device=gram.device)
+    values = torch.empty(values_size(K), dtype=torch.float64, device=gram.device)
     flags = torch.empty(2, dtype=torch.bool, device=gram.device)
     balance_kernel[(1,)](
         gram,
@@ -72,6 +76,80 @@ def balance(
         **options(K),
     )
     return values, flags
+
+
+def gram_balance(
+    members: Sequence[Member],
+    K: int,
+    losses: Tensor,
+    log_gradients: bool,
+    clamp: bool,
+    rescale_sum: bool,
+    max_norm: float,
+    loss_floor: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gram matrices by role and what `balance` makes of them: a launch for each member, and one more.
+
+    Returns:
+        [3, K, K] float64, and as `balance`.
+    """
+    partials = partial_sums(members, K)
+    device = partials.sums.device
+    grams = torch.empty(len(partials.chunks), K, K, dtype=torch.float64, device=device)
+    values = torch.empty(values_size(K), dtype=torch.float64, device=device)
+    flags = torch.empty(2, dtype=torch.bool, device=device)
+    gram_balance_kernel[(K, K, len(partials.chunks))](
+        partials.sums,
+        *partials.chunks,
+        partials.ticket,
+        grams,
+        losses,
+        values,
+        flags,
+        max_norm,
+        loss_floor,
+        K=K,
+        OBJECTIVES=triton.next_power_of_2(K),
+        LOG_GRADIENTS=log_gradients,
+        CLAMP=clamp,
+        RESCALE_SUM=rescale_sum,
+        LANES=LANES,
+        num_warps=LANES // 32,
+        enable_fp_fusion=False,
+    )
+    return grams, values, flags
+
+
+@triton.jit(do_not_specialize=["shared", "private", "plain"])
+def gram_balance_kernel(
+    partials,
+    shared,
+    private,
+    plain,
+    ticket,
+    grams,
+    losses,
+    values,
+    flags,
+    max_norm: tl.float64,
+    loss_floor: tl.float64,
+    K: tl.constexpr,
+    OBJECTIVES: tl.constexpr,
+    LOG_GRADIENTS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    RESCALE_SUM: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Gram matrices as `gram_sum_kernel` makes them; the last program to finish makes the balance of them.
+
+    ticket: 0 before. Launch: K x K x 3 programs.
+    """
+    sum_entry(partials, shared, private, plain, grams, K, LANES)
+    if last_program(ticket, K * K * 3):
+        write_balance(
+            grams, grams + K * K, grams + 2 * K * K, losses, None, values, flags, max_norm, loss_floor,
+            K, OBJECTIVES, LOG_GRADIENTS, CLAMP, RESCALE_SUM,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -105,7 +183,31 @@ def balance_kernel(
     CLAMP: tl.constexpr,
     RESCALE_SUM: tl.constexpr,
 ):
-    """Make values and flags as `balance` describes them; max_norm <= 0: no clipping. One program."""
+    """Values and flags as `balance` describes them. One program."""
+    write_balance(
+        gram, private_gram, plain_gram, losses, given, values, flags, max_norm, loss_floor,
+        K, OBJECTIVES, LOG_GRADIENTS, CLAMP, RESCALE_SUM,
+    )  # fmt: skip
+
+
+@triton.jit
+def write_balance(
+    gram,
+    private_gram,
+    plain_gram,
+    losses,
+    given,
+    values,
+    flags,
+    max_norm,
+    loss_floor,
+    K: tl.constexpr,
+    OBJECTIVES: tl.constexpr,
+    LOG_GRADIENTS: tl.constexpr,
+    CLAMP: tl.constexpr,
+    RESCALE_SUM: tl.constexpr,
+):
+    """Make values and flags; max_norm <= 0: no clipping."""
     i = tl.arange(0, OBJECTIVES)
     there = i < K
     loss = tl.load(losses + i, mask=there, other=1.0)

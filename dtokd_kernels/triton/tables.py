@@ -141,6 +141,17 @@ def pointer_to(table, T, t, row, offset, DTYPE: tl.constexpr, CHUNK: tl.constexp
 
 
 @triton.jit
+def last_program(ticket, programs):
+    """Whether this program is the last of a launch to come here; what the others did before is seen by it then.
+
+    ticket: int32, 0 before the launch, and `programs` after. All threads of a program have done what stands before
+    (the barrier), and the one that takes the ticket passes that on, and takes over what others passed on (acq_rel).
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(ticket, 1, sem="acq_rel") == programs - 1
+
+
+@triton.jit
 def rounded(x, DTYPE: tl.constexpr):
     """The numbers in a tensor's type, rounded to nearest even."""
     if _INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300

@@ -69,7 +69,8 @@ def choose(
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():
             return DEFAULT
-        variant = {**machine(table.numbers.device), "kernel": name, "dtype": str(dtype), "K": K, **flags}
+        what = {flag: str(value) for flag, value in flags.items()}
+        variant = {**machine(table.numbers.device), "kernel": name, "dtype": str(dtype), "K": K, **what}
         _chosen[key] = _read(variant) or _fastest(variant, launch, table, dtype, args)
     return _chosen[key]
 

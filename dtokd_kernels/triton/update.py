@@ -18,10 +18,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import fused
 from . import tuning
-from .tables import CHUNK, DTYPES, VECTOR_BYTES, Table, double, find, pointer_to, rounded, table_of
+from .tables import (
+    CHUNK,
+    DTYPES,
+    VECTOR_BYTES,
+    Table,
+    double,
+    find,
+    last_program,
+    pointer_to,
+    rounded,
+    table_of,
+)
 
-COUNT_BLOCK = 128
+COUNT_BLOCK = tl.constexpr(128)
 
 
 def options(config: tuning.Config) -> dict[str, Any]:
@@ -64,10 +76,7 @@ def adamw_step(
     eps: float,
     maximize: bool,
 ) -> None:
-    """One AdamW step. Four launches: count the steps, beta^t twice, update.
-
-    beta^t is torch's own power, as in the reference: 1 - beta^t cancels, and an ulp of another power function would
-    show in a float64 parameter.
+    """One AdamW step, one launch: the last program to finish counts the steps of all tensors.
 
     Args:
         params: T parameters.
@@ -80,21 +89,11 @@ def adamw_step(
     """
     K = len(grads)
     table = table_of([*grads, params, *states], state_steps)
-    counts = torch.empty(table.tensors, dtype=torch.float64, device=table.numbers.device)
-    count_kernel[(triton.cdiv(table.tensors, COUNT_BLOCK),)](
-        table.numbers,
-        table.tensors,
-        K + 1 + len(states),
-        skipped,
-        counts,
-        STEP=DTYPES[state_steps[0].dtype],
-        BLOCK=COUNT_BLOCK,
-        num_warps=4,
-    )
     _launch(
-        adamw_kernel, table, params[0].dtype, coefficients, skipped, beta1**counts, beta2**counts,
+        adamw_kernel, table, params[0].dtype, coefficients, skipped, fused.tickets(coefficients.device),
         *_number_and_tensor(lr), beta1, beta2, weight_decay, eps,
-        K=K, TENSOR_LR=isinstance(lr, Tensor), MAXIMIZE=maximize, AMSGRAD=len(states) == 3,
+        K=K, TENSOR_LR=isinstance(lr, Tensor), STEP=DTYPES[state_steps[0].dtype], MAXIMIZE=maximize,
+        AMSGRAD=len(states) == 3,
     )  # fmt: skip
 
 
@@ -127,13 +126,11 @@ def _number_and_tensor(lr: float | Tensor) -> tuple[float, Tensor | None]:
 
 
 def _launch(kernel: Any, table: Table, dtype: torch.dtype, *args: Any, **flags: Any) -> None:
-    """One program per chunk of a table whose tensors are of this dtype."""
-    if table.chunks == 0:
-        return
+    """One program per chunk of a table whose tensors are of this dtype; one if all are empty."""
 
     def launch(config: tuning.Config, table: Table, args: Sequence[Any]) -> None:
         compiled_for = {**constants(dtype, config), **options(config)}
-        kernel[(table.chunks,)](table.numbers, table.tensors, *args, **flags, **compiled_for)
+        kernel[(max(table.chunks, 1),)](table.numbers, table.tensors, *args, **flags, **compiled_for)
 
     once = flags.get("FIRST")  # not worth tuning
     config = tuning.DEFAULT if once else tuning.choose(launch, table, dtype, args, kernel, **flags)
@@ -187,23 +184,12 @@ def _combine(
 
 
 @triton.jit(do_not_specialize=["T"])
-def count_kernel(table, T, row, skipped, counts, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    """Count the steps up, unless skipped; counts [T] float64 gets what they are then, or would be."""
-    t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    step = tl.load(table + (3 + row) * T + t, mask=t < T, other=0).to(tl.pointer_type(STEP))
-    count = tl.load(step, mask=t < T, other=0.0) + 1
-    tl.store(step, count, mask=(t < T) & (tl.load(skipped) == 0))
-    tl.store(counts + t, count.to(tl.float64), mask=t < T)
-
-
-@triton.jit(do_not_specialize=["T"])
 def adamw_kernel(
     table,
     T,
     coefficients,
     skipped,
-    powers1,
-    powers2,
+    ticket,
     lr: tl.float64,
     tensor_lr,
     beta1: tl.float64,
@@ -212,6 +198,7 @@ def adamw_kernel(
     eps: tl.float64,
     K: tl.constexpr,
     TENSOR_LR: tl.constexpr,
+    STEP: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     AMSGRAD: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -221,21 +208,23 @@ def adamw_kernel(
 ):
     """AdamW (Loshchilov and Hutter, 2019), with torch's placement of the bias corrections.
 
-    Rows of the table: K gradients, parameter, exp_avg, exp_avg_sq, with amsgrad max_exp_avg_sq. powers: [T] float64,
-    beta^t. Reads K + 3 (4) times CHUNK elements, writes 3 (4) times; one program per chunk.
+    Rows of the table: K gradients, parameter, exp_avg, exp_avg_sq, with amsgrad max_exp_avg_sq, step counter. Reads
+    K + 3 (4) times CHUNK elements, writes 3 (4) times; one program per chunk. ticket: int32, 0 before and after.
 
         m <- m + (1 - beta1) (d - m),   v <- beta2 v + (1 - beta2) d^2,
         p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
     """
     t, offset, left, full = find(table, T, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
     rate = _rate(lr, tensor_lr, TENSOR_LR)
+    steps = table + (3 + K + (4 if AMSGRAD else 3)) * T
+    count = (tl.load(tl.load(steps + t).to(tl.pointer_type(STEP))) + 1).to(tl.int64)
     scalars = (
         (1 - rate * double(weight_decay)).to(COMPUTE),
         (1 - double(beta1)).to(COMPUTE),
         double(beta2).to(COMPUTE),
         (1 - double(beta2)).to(COMPUTE),
-        (-rate / (1 - tl.load(powers1 + t))).to(COMPUTE),
-        (1 / tl.sqrt(1 - tl.load(powers2 + t))).to(COMPUTE),
+        (-rate / (1 - _power(double(beta1), count))).to(COMPUTE),
+        (1 / tl.sqrt(1 - _power(double(beta2), count))).to(COMPUTE),
         double(eps).to(COMPUTE),
     )
     if tl.load(skipped) == 0:
@@ -249,6 +238,31 @@ def adamw_kernel(
                 table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, AMSGRAD,
                 DTYPE, COMPUTE, CHUNK, BLOCK // 4, False,
             )  # fmt: skip
+        if last_program(ticket, tl.num_programs(0)):  # all have read the counters
+            tl.store(ticket, 0)
+            _count_up(steps, T, STEP)
+
+
+@triton.jit
+def _count_up(steps, T, STEP: tl.constexpr):
+    """Add 1 to the T counters at these addresses."""
+    start = 0
+    while start < T:
+        t = start + tl.arange(0, COUNT_BLOCK)
+        step = tl.load(steps + t, mask=t < T, other=0).to(tl.pointer_type(STEP))
+        tl.store(step, tl.load(step, mask=t < T, other=0.0) + 1, mask=t < T)
+        start += COUNT_BLOCK
+
+
+@triton.jit
+def _power(x, n):
+    """x^n in float64, by squaring: the same multiplications as `power` in csrc/include/dtokd/numbers.h."""
+    result = tl.full((), 1.0, tl.float64)
+    while n > 0:
+        result = tl.where(n % 2 == 1, result * x, result)
+        x *= x
+        n = n // 2
+    return result
 
 
 @triton.jit
