@@ -63,3 +63,5 @@ def test_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.use_deterministic_algorithms(False)
     run_blocks(ROOT / page)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from .digits import common, distilling, write_digits
 from .ranks import training
-from .ranks.pool import Pool
+from .ranks.pool import Pool, free_port
 from .test_train_resume import same_results
 
 ROOT = Path(__file__).parents[1]
@@ -28,14 +28,21 @@ pytestmark = [
 
 
 class Alone:
-    """A group of this process."""
+    """This process, as torchrun starts a single one."""
 
     def run(self, work, *args):
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        try:
-            return [work(0, 1, *args)]
-        finally:
-            dist.destroy_process_group()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("RANK", "LOCAL_RANK"):
+                patch.setenv(name, "0")
+            for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+                patch.setenv(name, "1")
+            patch.setenv("MASTER_ADDR", "127.0.0.1")
+            patch.setenv("MASTER_PORT", str(free_port()))
+            try:
+                return [work(0, 1, *args)]
+            finally:
+                if dist.is_initialized():  # after an error
+                    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -173,7 +173,7 @@ def start(options):
     # as many threads as here: another number rounds otherwise
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "dtokd", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
 def wait_for(path, seconds=60):
@@ -198,11 +198,11 @@ def test_kill_9(digits, teacher, tmp_path):
 
 
 def test_ctrl_c(digits, teacher, tmp_path):
-    """Exit code 130, a line that says how to go on, workers gone, a checkpoint there."""
+    """As a terminal sends it, to all processes: exit code 130, a line that says how to go on, a checkpoint there."""
     command = ["train", *common(digits, tmp_path), "--experiment", "x", "--epochs", "200", "--workers", "1"]
     process = start(command)
     wait_for(tmp_path / "x" / "checkpoints" / "epoch-0000.safetensors")
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)
     told, _ = process.communicate(timeout=60)
     assert process.returncode == 130, told
     assert "--resume auto goes on" in told

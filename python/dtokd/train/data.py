@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,7 +259,10 @@ def validation_loader(
 
 
 def worker_seed(info: Any) -> int:
-    """The seed that timm would choose, in a worker that leaves Ctrl-C to the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The seed that timm would choose, in a worker that leaves signals to the main process.
+
+    A terminal and torchrun send theirs to its process group.
+    """
+    os.setpgid(0, 0)
     torch.set_num_threads(1)
     return int(info.seed)

@@ -133,7 +133,10 @@ class World:
 
 @contextmanager
 def join(device: str, timeout: float) -> Iterator[World]:
-    """Meet the other processes that torchrun has started; alone without it. A process group that is there is used.
+    """Meet the other processes that torchrun has started; alone without it.
+
+    A process group of several ranks that is there is used. One of a single rank, as a program may have for other ends,
+    is not.
 
     Args:
         device: nccl connects GPUs, gloo CPUs.
@@ -142,10 +145,11 @@ def join(device: str, timeout: float) -> Iterator[World]:
     Raises:
         RuntimeError: the others did not come.
     """
-    if dist.is_available() and dist.is_initialized():
+    there = dist.is_available() and dist.is_initialized()
+    if there and dist.get_world_size() > 1:
         yield World(_control(timeout), int(os.environ.get("LOCAL_RANK", dist.get_rank())))
         return
-    if not (dist.is_available() and under_torchrun()):
+    if there or not (dist.is_available() and under_torchrun()):
         yield World()
         return
     limit = timedelta(seconds=timeout)
