@@ -41,8 +41,7 @@ def register_fakes(namespace: str) -> None:
         K = len(args[7])
         return params[0].new_empty(len(Role), K, K, dtype=torch.float64), *fused.new_record(params[0], K)
 
-    for name in ("combine_", "adamw_updates_", "sgd_updates_"):
-        torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
+    fused.register_writing_fakes(namespace, "combine_", "adamw_updates_", "sgd_updates_")
 
 
 def _load() -> str | None:
@@ -124,43 +123,14 @@ def combine(
     return targets
 
 
-def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    coefficients: Tensor,
-    skipped: Tensor,
-    *,
-    masters: Sequence[Tensor] = (),
-    **options: Any,
-) -> None:
+def adamw_step(*args: Any, **options: Any) -> None:
     """`reference.adamw_step` for tensors of one dtype."""
-    state = {
-        "masters": list(masters),
-        "exp_avgs": list(exp_avgs),
-        "exp_avg_sqs": list(exp_avg_sqs),
-        "max_exp_avg_sqs": list(max_exp_avg_sqs),
-        "state_steps": list(state_steps),
-    }
-    _run_one("adamw_step", params, grads, state, coefficients, skipped, options)
+    run_updates(*fused.adamw_update(*args, **options))
 
 
-def sgd_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    momentum_buffers: Sequence[Tensor],
-    coefficients: Tensor,
-    skipped: Tensor,
-    *,
-    masters: Sequence[Tensor] = (),
-    **options: Any,
-) -> None:
+def sgd_step(*args: Any, **options: Any) -> None:
     """`reference.sgd_step` for tensors of one dtype."""
-    state = {"momentum_buffers": list(momentum_buffers), "masters": list(masters)}
-    _run_one("sgd_step", params, grads, state, coefficients, skipped, options)
+    run_updates(*fused.sgd_update(*args, **options))
 
 
 def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> None:
@@ -182,21 +152,6 @@ def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> No
                     update.run(reference, table, skipped)
 
 
-def _run_one(
-    rule: Any,
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    state: dict[str, list[Tensor]],
-    coefficients: Tensor,
-    skipped: Tensor,
-    options: dict[str, Any],
-) -> None:
-    reach = tuple(range(len(grads)))
-    lists = [list(row) for row in grads]
-    update = Update(rule, Role.SHARED, reach, list(params), lists, state, options)
-    run_updates([update], coefficients.expand(len(Role), -1), skipped)
-
-
 def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Balance | None:
     """`gram_balance` and `run_updates` in one launch that reads the gradients once, for small models.
 
@@ -211,7 +166,9 @@ def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Bal
     """
     plain = all(u.rule == "adamw_step" and not u.options["amsgrad"] and not u.state.get("masters") for u in updates)
     small = sum(p.numel() for u in updates for p in u.params) <= RESIDENT_PARAMETERS
-    if not (plain and small and len(losses) <= 2 and type(options.weighting) is DTO) or _has_betas_on_device(updates):
+    if not (plain and small and len(losses) <= 2 and type(options.weighting) is DTO) or fused.has_betas_on_device(
+        updates
+    ):
         return None
     in_order = list(reversed(updates))
     call = _Call("adamw_step", in_order)
@@ -271,7 +228,7 @@ class _Call:
 
 def _run(rule: str, updates: Sequence[Update], table: Tensor, skipped: Tensor) -> bool:
     """Run updates of one rule together; False, with nothing changed, if some tensor fits no kernel."""
-    if _has_betas_on_device(updates):
+    if fused.has_betas_on_device(updates):
         return False
     call = _Call(rule, updates)
     table = table.to(torch.float64).contiguous()
@@ -291,12 +248,6 @@ def _run(rule: str, updates: Sequence[Update], table: Tensor, skipped: Tensor) -
         return False
     call.count_writes()
     return True
-
-
-def _has_betas_on_device(updates: Sequence[Update]) -> bool:
-    """Whether a beta is a tensor on a GPU: only the device knows its value, so it takes the reference."""
-    betas = [update.options.get(name) for update in updates for name in ("beta1", "beta2")]
-    return any(isinstance(beta, Tensor) and beta.is_cuda for beta in betas)
 
 
 def _numbers(rule: str, update: Update, device: torch.device, lrs: list[Tensor]) -> list[float]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .types import Balance, Group, Rescale, Role, Weighting
+from .types import Balance, Group, Rescale, Role, Update, Weighting
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -35,7 +35,12 @@ def register_fakes(namespace: str) -> None:
     def balance_fake(gram: Tensor, *args: object) -> tuple[Tensor, Tensor]:
         return new_record(gram, len(gram))
 
-    for name in ("combine_", "adamw_step_", "sgd_step_"):
+    register_writing_fakes(namespace, "combine_")
+
+
+def register_writing_fakes(namespace: str, *names: str) -> None:
+    """The same for operations that return nothing."""
+    for name in names:
         torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
 
 
@@ -160,6 +165,69 @@ class Groups:
             grads += flat(laid_out(lists, layout))
             start += count
         return operation(grads, *self._shape)
+
+
+#: What `run_updates` takes: updates, the table of coefficients [3, K], skipped.
+Updates = tuple[list[Update], Tensor, Tensor]
+
+
+def adamw_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    state_steps: Sequence[Tensor],
+    coefficients: Tensor,
+    skipped: Tensor,
+    *,
+    masters: Sequence[Tensor] = (),
+    **options: Any,
+) -> Updates:
+    """The arguments of `reference.adamw_step` as a backend's `run_updates` takes them."""
+    state = {
+        "exp_avgs": list(exp_avgs),
+        "exp_avg_sqs": list(exp_avg_sqs),
+        "max_exp_avg_sqs": list(max_exp_avg_sqs),
+        "state_steps": list(state_steps),
+        "masters": list(masters),
+    }
+    return _one_update("adamw_step", params, grads, state, coefficients, skipped, options)
+
+
+def sgd_update(
+    params: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
+    momentum_buffers: Sequence[Tensor],
+    coefficients: Tensor,
+    skipped: Tensor,
+    *,
+    masters: Sequence[Tensor] = (),
+    **options: Any,
+) -> Updates:
+    """The arguments of `reference.sgd_step`, the same way."""
+    state = {"momentum_buffers": list(momentum_buffers), "masters": list(masters)}
+    return _one_update("sgd_step", params, grads, state, coefficients, skipped, options)
+
+
+def _one_update(
+    rule: Any,
+    params: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor]],
+    state: dict[str, list[Tensor]],
+    coefficients: Tensor,
+    skipped: Tensor,
+    options: dict[str, Any],
+) -> Updates:
+    lists = [list(row) for row in grads]
+    update = Update(rule, Role.SHARED, tuple(range(len(grads))), list(params), lists, state, options)
+    return [update], coefficients.expand(len(Role), -1), skipped
+
+
+def has_betas_on_device(updates: Sequence[Update]) -> bool:
+    """Whether a beta is a tensor on a GPU: only the device knows its value, so it takes the reference."""
+    betas = [update.options.get(name) for update in updates for name in ("beta1", "beta2")]
+    return any(isinstance(beta, Tensor) and beta.is_cuda for beta in betas)
 
 
 def run_fitting(

@@ -44,6 +44,7 @@ missing: str | None = load("_C", "C++ compiler")
 if missing is None:
     fused.register_fakes("dtokd")
     fused.register_gram_step_fakes("dtokd")
+    fused.register_writing_fakes("dtokd", "adamw_step_", "sgd_step_")
     fused.register_solver_fakes("dtokd")
 
 

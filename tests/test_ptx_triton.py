@@ -71,9 +71,14 @@ def kernels(tmp_path, monkeypatch):
             monkeypatch.setattr(module, name, made[-1])
 
     def adamw_step(params, grads, m, v, largest, steps, coefficients, skipped, *, amsgrad, **numbers):
-        update.adamw_step(
-            params, grads, [m, v, largest] if amsgrad else [m, v], steps, coefficients, skipped, **numbers
+        of_group = [numbers[name] for name in ("lr", "beta1", "beta2", "weight_decay", "eps")]
+        nothing = torch.full_like(coefficients, torch.nan)
+        table = torch.stack([coefficients, nothing, coefficients])
+        groups = tuple(t % 2 for t in range(len(params)))  # of roles 0 and 2
+        descent = update.Descent(
+            params, grads, groups, 2 ** len(grads) - 1, table, skipped, None, (0, *of_group, 2, *of_group)
         )
+        update.adamw_step(descent, [m, v, largest] if amsgrad else [m, v], steps, numbers["maximize"])
 
     return SimpleNamespace(
         gram_by_role=gram.gram_by_role,

@@ -268,10 +268,9 @@ def calls():
     gram = torch.tensor([[18.0, -22.0], [-22.0, 38.0]], dtype=torch.float64)
     c, flag = torch.tensor([0.4, 0.6], dtype=torch.float64), torch.tensor(False)
     steps = [torch.tensor(1.0) for _ in range(4)]
-    adamw = {"lr": 0.0, "tensor_lr": torch.tensor(0.1), "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1}
-    adamw |= {"eps": 1e-8, "maximize": False}
-    sgd = {"lr": 0.1, "tensor_lr": None, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "nesterov": False}
-    sgd |= {"maximize": False, "first": False}
+    shared = ([3, 1], 3, torch.stack([c, 1 - c, c]), flag)  # two groups, of all parameters and of private ones
+    adamw = (*shared, torch.tensor(0.1), [*(0, 0, 0.9, 0.999, 0.1, 1e-8), *(1, 0, 0.8, 0.99, 0, 1e-8)])
+    sgd = (*shared, None, [*(0, 0.1, 0.9, 0.1, 0.1), *(1, 0.2, 0.8, 0, 0)], False, False, False)
     return {
         "gram_by_role": ((tensors(0) + tensors(1) + tensors(2), [4, 4], [0, 1], [3, 2], 2), {}),
         "gram_balance": (
@@ -281,8 +280,8 @@ def calls():
         "min_norm_weights": ((gram, True, torch.tensor([True, True])), {}),
         "balance": ((gram, None, gram, torch.ones(2).double(), None, True, True, False, 1.0, 1e-8), {}),
         "combine_": ((tensors(2), tensors(0) + tensors(1), c), {}),
-        "adamw_step_": ((tensors(2), tensors(0) + tensors(1), tensors(3), tensors(4), [], steps, c, flag), adamw),
-        "sgd_step_": ((tensors(2), tensors(0) + tensors(1), tensors(3), c, flag), sgd),
+        "adamw_updates_": ((tensors(2), tensors(0) + tensors(1), tensors(3), tensors(4), [], steps, *adamw, False), {}),
+        "sgd_updates_": ((tensors(2), tensors(0) + tensors(1), tensors(3), *sgd), {}),
     }
 
 
@@ -305,9 +304,9 @@ def test_under_torch_compile(kernels):
 
     def step(params, g1, g2, exp_avgs, exp_avg_sqs, steps, c, skipped):
         gram = torch.ops.dtokd_triton.gram_by_role.default([g1, g2], [1], [0], [3], 2)
-        torch.ops.dtokd_triton.adamw_step_.default(
-            [params], [g1, g2], [exp_avgs], [exp_avg_sqs], [], [steps], c, skipped,
-            lr=0.1, tensor_lr=None, beta1=0.9, beta2=0.999, weight_decay=0.1, eps=1e-8, maximize=False,
+        torch.ops.dtokd_triton.adamw_updates_.default(
+            [params], [g1, g2], [exp_avgs], [exp_avg_sqs], [], [steps], [1], 3, c[None], skipped, None,
+            [0, 0.1, 0.9, 0.999, 0.1, 1e-8], False,
         )  # fmt: skip
         return gram, params + 1
 
@@ -324,19 +323,21 @@ def test_under_torch_compile(kernels):
 
 @interpreted
 def test_refusals_before_anything_changes(kernels):
-    args, kwargs = calls()["adamw_step_"]
-    params, grads, exp_avgs, exp_avg_sqs, largest, steps, c, flag = args
+    args, _ = calls()["adamw_updates_"]
+    params, grads, exp_avgs, exp_avg_sqs, largest, steps, *shared = args
     before = torch.cat(params)
-    with pytest.raises(ValueError, match=r"adamw_step_: exp_avg_sqs\[3\] has 5 elements, expected 8201"):
-        torch.ops.dtokd_triton.adamw_step_.default(
-            params, grads, exp_avgs, [*exp_avg_sqs[:3], torch.zeros(5)], largest, steps, c, flag, **kwargs
+    with pytest.raises(ValueError, match=r"adamw_updates_: exp_avg_sqs\[3\] has 5 elements, expected 8201"):
+        torch.ops.dtokd_triton.adamw_updates_.default(
+            params, grads, exp_avgs, [*exp_avg_sqs[:3], torch.zeros(5)], largest, steps, *shared
         )
     with pytest.raises(ValueError, match="grads has 7 tensors, expected 4 for each of 2 objectives"):
-        torch.ops.dtokd_triton.adamw_step_.default(
-            params, grads[:7], exp_avgs, exp_avg_sqs, largest, steps, c, flag, **kwargs
+        torch.ops.dtokd_triton.adamw_updates_.default(params, grads[:7], exp_avgs, exp_avg_sqs, largest, steps, *shared)
+    with pytest.raises(ValueError, match="counts add up to 5, but there are 4 params"):
+        torch.ops.dtokd_triton.adamw_updates_.default(
+            params, grads, exp_avgs, exp_avg_sqs, largest, steps, [3, 2], *shared[1:]
         )
     with pytest.raises(ValueError, match=r"expected float64 numbers on cpu, got torch\.float32"):
-        torch.ops.dtokd_triton.combine_.default(params, grads, c.float())
+        torch.ops.dtokd_triton.combine_.default(params, grads, COEFFICIENTS[:2].float())
     assert torch.equal(torch.cat(params), before)
     assert all(step == 1 for step in steps)
 
@@ -385,16 +386,32 @@ def launched_by(monkeypatch, run):
 
 @interpreted
 @pytest.mark.parametrize("kind", [dk.DTOAdamW, dk.DTOSGD])
-def test_three_launches_for_many_tensors(kernels, monkeypatch, kind):
-    params = [torch.nn.Parameter(torch.full((3,), 1.0 + i)) for i in range(80)]
-    optimizer = kind(params, lr=0.1, max_norm=1.0)
-    optimizer.backward(
-        [torch.stack([p.square().sum() for p in params]).sum(), sum((p - 1).abs().sum() for p in params)]
-    )
-    rule = {dk.DTOAdamW: "adamw", dk.DTOSGD: "sgd"}[kind]
-    expected = ["gram_kernel", "gram_balance_kernel", f"{rule}_kernel"]
-    assert launched_by(monkeypatch, optimizer.step) == expected
-    assert not optimizer.balance.skipped
+def test_three_launches_for_many_tensors_in_several_groups(kernels, monkeypatch, kind):
+    """Groups that differ in every number; one outside the balance, whose Gram matrix takes a launch of its own.
+
+    The same step as the reference's.
+    """
+
+    def step():
+        params = [torch.nn.Parameter(torch.full((3,), 1.0 + i)) for i in range(80)]
+        more = {"betas": (0.8, 0.99), "eps": 1e-3} if kind is dk.DTOAdamW else {"momentum": 0.5, "dampening": 0.2}
+        groups = [
+            {"params": params[:30]},
+            {"params": params[30:60], "weight_decay": 0.3, "lr": 0.05},
+            {"params": params[60:], "lr": 0.2, "balance": False, **more},
+        ]
+        optimizer = kind(groups, lr=0.1, max_norm=1.0, **({"momentum": 0.9} if kind is dk.DTOSGD else {}))
+        for last in (False, True):
+            optimizer.zero_grad()
+            optimizer.backward([sum(p.square().sum() for p in params), sum((p - 1).square().sum() for p in params)])
+            names = launched_by(monkeypatch, optimizer.step) if last else optimizer.step()
+        assert not optimizer.balance.skipped
+        return names, torch.stack([p.detach() for p in params])
+
+    names, got = step()
+    assert names == ["gram_kernel", "gram_kernel", "gram_balance_kernel", f"{kind.__name__[3:].lower()}_kernel"]
+    with dk.use_backend("reference"):
+        assert torch.allclose(got, step()[1], rtol=1e-5, atol=0)
 
 
 @interpreted

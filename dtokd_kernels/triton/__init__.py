@@ -8,15 +8,18 @@ each kind compiles; none stalls on the device, but the first large update of a k
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import fused, reference
-from ..types import Balance, Group, Rescale, Role, Weighting
+from ..types import Balance, Group, Rescale, Role, Update, Weighting
 from ..weighting import DTO
 from . import library as _library  # noqa: F401  defines the operations
 from .tables import INTERPRETED as INTERPRETED
+
+OPS: Any = torch.ops.dtokd_triton
 
 
 def gram(grads: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -29,7 +32,7 @@ def gram(grads: Sequence[Sequence[Tensor]]) -> Tensor:
 def _grams(groups: Mapping[Role, Sequence[Group]], K: int) -> Tensor:
     """[3, K, K] float64: the Gram matrix of each role."""
     call = fused.Groups.by_role(groups)
-    return call.run(lambda grads, *shape: torch.ops.dtokd_triton.gram_by_role.default(grads, *shape, K))
+    return call.run(lambda grads, *shape: OPS.gram_by_role.default(grads, *shape, K))
 
 
 def gram_balance(
@@ -61,15 +64,13 @@ def gram_balance(
     call = fused.Groups.by_role(groups)
     losses = losses.to(call.device, torch.float64)
     options = fused.balance_options(weighting, max_norm, rescale, loss_floor)
-    grams, values, flags = call.run(
-        lambda grads, *shape: torch.ops.dtokd_triton.gram_balance.default(grads, *shape, K, losses, *options)
-    )
+    grams, values, flags = call.run(lambda grads, *shape: OPS.gram_balance.default(grads, *shape, K, losses, *options))
     return fused.record(grams[Role.SHARED], values, flags)
 
 
 def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
     """`reference.min_norm_weights`, in one launch."""
-    return torch.ops.dtokd_triton.min_norm_weights.default(gram.double(), clamp, present)
+    return OPS.min_norm_weights.default(gram.double(), clamp, present)
 
 
 def balance(
@@ -89,7 +90,7 @@ def balance(
     weights = None
     if type(weighting) is not DTO:
         weights = reference.weigh(weighting, gram, losses, loss_floor)
-    values, flags = torch.ops.dtokd_triton.balance.default(
+    values, flags = OPS.balance.default(
         gram,
         private_gram,
         plain_gram,
@@ -107,112 +108,93 @@ def combine(
     targets = [torch.empty_like(g) for g in grads[0]] if out is None else list(out)
 
     def run(flat: list[Tensor]) -> None:
-        torch.ops.dtokd_triton.combine_.default(targets, flat, coefficients)
+        OPS.combine_.default(targets, flat, coefficients)
 
     if not fused.run_fitting(run, grads, [targets]):
         return reference.combine(grads, coefficients, targets)
     return targets
 
 
-def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    coefficients: Tensor,
-    skipped: Tensor,
-    *,
-    lr: float | Tensor,
-    beta1: float | Tensor,
-    beta2: float | Tensor,
-    weight_decay: float,
-    eps: float,
-    amsgrad: bool,
-    maximize: bool,
-    masters: Sequence[Tensor] = (),
-) -> None:
-    """`reference.adamw_step` for tensors of one dtype; state_steps on the parameters' device, else the reference.
+def adamw_step(*args: Any, **options: Any) -> None:
+    """`reference.adamw_step` for tensors of one dtype."""
+    run_updates(*fused.adamw_update(*args, **options))
 
-    Master copies go through the reference too, as do betas that are tensors on a GPU: only the device knows them.
+
+def sgd_step(*args: Any, **options: Any) -> None:
+    """`reference.sgd_step` for tensors of one dtype."""
+    run_updates(*fused.sgd_update(*args, **options))
+
+
+def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> None:
+    """All updates of one step: those of one rule, reach and dtype, and of one tensor as learning rate, in one launch.
+
+    Master copies go through the reference, as do betas that are tensors on a GPU: only the device knows them.
+
+    Args:
+        updates: on one device, in the order in which memory should be walked.
+        table: [3, K] float64, a `Balance`'s.
+        skipped: scalar bool.
     """
-    number, tensor = _host_or_device(lr, params[0].device)
+    table = table.to(torch.float64).contiguous()
+    together: dict[tuple[object, ...], list[Update]] = {}
+    for update in reversed(updates):  # the kernels walk what they are given from its end
+        o, lr = update.options, _device_lr(update)
+        flags = [o.get(name) for name in ("maximize", "amsgrad", "nesterov", "first")]
+        stateful = [name for name, values in update.state.items() if values]
+        key = (update.rule, update.reach, update.params[0].dtype, *flags, *stateful, None if lr is None else id(lr))
+        together.setdefault(key, []).append(update)
+    for same in together.values():
+        if not _run(same, table, skipped):
+            # some tensor fits no kernel: find out which, and take those through the reference
+            for update in same:
+                if len(same) == 1 or not _run([update], table, skipped):
+                    update.run(reference, table, skipped)
+
+
+def _device_lr(update: Update) -> Tensor | None:
+    """The learning rate, if it is a tensor that the kernel can read."""
+    lr = update.options["lr"]
+    return lr if isinstance(lr, Tensor) and lr.device == update.params[0].device else None
+
+
+def _run(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> bool:
+    """Run updates that can share a launch; False, with nothing changed, if some tensor fits no kernel."""
+    if fused.has_betas_on_device(updates) or any(update.state.get("masters") for update in updates):
+        return False
+    first = updates[0]
+    o, lr = first.options, _device_lr(first)
+    reach = sum(1 << i for i in first.reach)
+    lists = [[g for update in updates for g in update.grads[k]] for k in range(len(first.reach))]
+    params = [p for update in updates for p in update.params]
+    names = _STATE[first.rule]
+    state = {name: [t for update in updates for t in update.state.get(name, ())] for name in names}
+    counts = [len(update.params) for update in updates]
+    numbers = [
+        float(number)
+        for update in updates
+        for number in (
+            update.role,
+            0.0 if lr is not None else update.options["lr"],
+            *(update.options[name] for name in _NUMBERS[first.rule]),
+        )
+    ]
+    shared = (counts, reach, table, skipped, lr, numbers)
 
     def run(flat: list[Tensor]) -> None:
-        torch.ops.dtokd_triton.adamw_step_.default(
-            params,
-            flat,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs if amsgrad else [],
-            state_steps,
-            coefficients,
-            skipped,
-            lr=number,
-            tensor_lr=tensor,
-            beta1=float(beta1),
-            beta2=float(beta2),
-            weight_decay=weight_decay,
-            eps=eps,
-            maximize=maximize,
-        )
+        if first.rule == "adamw_step":
+            OPS.adamw_updates_.default(params, flat, *state.values(), *shared, o["maximize"])
+        else:
+            OPS.sgd_updates_.default(params, flat, *state.values(), *shared, o["nesterov"], o["maximize"], o["first"])
 
-    state = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs] if amsgrad else [params, exp_avgs, exp_avg_sqs]
-    on_device = any(isinstance(beta, Tensor) and beta.is_cuda for beta in (beta1, beta2))
-    if masters or on_device or not fused.run_fitting(run, grads, state):
-        reference.adamw_step(
-            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, coefficients, skipped, lr=lr,
-            beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=amsgrad, maximize=maximize,
-            masters=masters,
-        )  # fmt: skip
+    return fused.run_fitting(run, lists, [params, *state.values()])
 
 
-def sgd_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    momentum_buffers: Sequence[Tensor],
-    coefficients: Tensor,
-    skipped: Tensor,
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
-    masters: Sequence[Tensor] = (),
-) -> None:
-    """`reference.sgd_step` for tensors of one dtype; through it with master copies."""
-    number, tensor = _host_or_device(lr, params[0].device)
-
-    def run(flat: list[Tensor]) -> None:
-        torch.ops.dtokd_triton.sgd_step_.default(
-            params,
-            flat,
-            momentum_buffers,
-            coefficients,
-            skipped,
-            lr=number,
-            tensor_lr=tensor,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            first=first,
-        )
-
-    if masters or not fused.run_fitting(run, grads, [params, momentum_buffers] if momentum != 0 else [params]):
-        reference.sgd_step(
-            params, grads, momentum_buffers, coefficients, skipped, lr=lr, momentum=momentum, dampening=dampening,
-            weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, first=first, masters=masters,
-        )  # fmt: skip
-
-
-def _host_or_device(lr: float | Tensor, device: torch.device) -> tuple[float, Tensor | None]:
-    """A learning rate as what the operations take: a number, or a tensor that the kernel reads."""
-    if isinstance(lr, Tensor) and lr.device == device:
-        return 0.0, lr
-    return float(lr), None
+#: The lists of state of each rule, and the numbers of a parameter group, as its operation takes them.
+_STATE = {
+    "adamw_step": ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
+    "sgd_step": ("momentum_buffers",),
+}
+_NUMBERS = {
+    "adamw_step": ("beta1", "beta2", "weight_decay", "eps"),
+    "sgd_step": ("momentum", "dampening", "weight_decay"),
+}

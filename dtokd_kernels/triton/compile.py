@@ -29,7 +29,7 @@ class Variant(NamedTuple):
 _TYPES = {
     "table": "*i64", "T": "i32", "chunks": "i32", "row": "i32", "first": "i32", "shared": "i32", "private": "i32",
     "plain": "i32", "ticket": "*i32", "grams": "*fp64", "partials": "*fp64", "out": "*fp64",
-    "coefficients": "*fp64", "skipped": "*i1", "tensor_lr": "*fp64",
+    "coefficients": "*fp64", "skipped": "*i1", "tensor_lr": "*fp64", "numbers": "*fp64",
     "gram": "*fp64", "private_gram": "*fp64", "plain_gram": "*fp64", "losses": "*fp64", "given": "*fp64",
     "present": "*i1", "values": "*fp64", "flags": "*i1",
 }  # fmt: skip
@@ -63,7 +63,7 @@ def variants(
             common = {"K": K, **update.constants(dtype, config)}
             if config != tuning.DEFAULT:
                 what += f" {config.num_warps} warps, {config.vectors} accesses"
-            descent = {**common, "MAXIMIZE": False, "TENSOR_LR": False, "tensor_lr": None}
+            descent = {**common, "REACH": 2**K - 1, "MAXIMIZE": False, "TENSOR_LR": False, "tensor_lr": None}
             counted = {**descent, "STEP": tl.float32}
             momentum = {"MOMENTUM": True, "NESTEROV": False, "FIRST": False}
             yield Variant(f"combine {what}", update.combine_kernel, common, options)

@@ -141,7 +141,7 @@ def _sums(
     LANES: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    R: tl.constexpr = _count(REACH)
+    R: tl.constexpr = objectives(REACH)
     grads = ()
     for k in tl.static_range(R):
         grads = grads + (pointer_to(table, T, t, k, offset, DTYPE, CHUNK, FULL),)
@@ -177,8 +177,8 @@ def _sums(
 
 
 @triton.constexpr_function
-def _count(reach):
-    """Objectives in it."""
+def objectives(reach):
+    """How many objectives a reach has."""
     return bin(reach).count("1")
 
 

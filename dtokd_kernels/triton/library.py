@@ -1,8 +1,8 @@
 """The operations that torch sees: `dtokd_triton::min_norm_weights`, ... with the schemas of `csrc/torch/library.cpp`.
 
-`gram_by_role` and `gram_balance` are those of `csrc/torch/cuda_library.cpp`, without its tickets. The updates have
-`tensor_lr`, a learning rate on the device, which stands in for `lr` if given. Defined by
-`Library.define` with fake kernels of their own: torch.compile keeps each as one call.
+`gram_by_role` and `gram_balance` are those of `csrc/torch/cuda_library.cpp`, without its tickets. An update takes
+parameter groups of one reach, and `tensor_lr`, a learning rate on the device, in the place of the groups' own.
+Defined by `Library.define` with fake kernels of their own: torch.compile keeps each as one call.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ _SCHEMAS = (
     "balance(Tensor gram, Tensor? private_gram, Tensor? plain_gram, Tensor losses, Tensor? weights, "
     "bool log_gradients, bool clamp, bool rescale_sum, float max_norm, float loss_floor) -> (Tensor, Tensor)",
     "combine_(Tensor(a!)[] out, Tensor[] grads, Tensor coefficients) -> ()",
-    "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, Tensor coefficients, Tensor skipped, *, float lr, "
-    "Tensor? tensor_lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()",
-    "sgd_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor coefficients, "
-    "Tensor skipped, *, float lr, Tensor? tensor_lr, float momentum, float dampening, float weight_decay, "
-    "bool nesterov, bool maximize, bool first) -> ()",
+    "adamw_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, int[] counts, int reach, Tensor table, Tensor skipped, "
+    "Tensor? tensor_lr, float[] numbers, bool maximize) -> ()",
+    "sgd_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] counts, int reach, "
+    "Tensor table, Tensor skipped, Tensor? tensor_lr, float[] numbers, bool nesterov, bool maximize, bool first) -> ()",
 )
 
 
@@ -157,28 +156,44 @@ def combine_(out: Sequence[Tensor], grads: Sequence[Tensor], coefficients: Tenso
         update.combine(out, lists, _doubles("combine_", coefficients, out[0]))
 
 
-def adamw_step_(
+def _descent(
+    op: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    counts: Sequence[int],
+    reach: int,
+    table: Tensor,
+    skipped: Tensor,
+    tensor_lr: Tensor | None,
+    numbers: Sequence[float],
+) -> update.Descent:
+    _check_like(op, params)
+    lists = _gradients(op, params, grads, reach.bit_count())
+    groups = tuple([group for group, count in enumerate(counts) for _ in range(count)])
+    if len(groups) != len(params):
+        raise ValueError(f"dtokd_triton::{op}: counts add up to {len(groups)}, but there are {len(params)} params")
+    table = _doubles(op, table, params[0])
+    return update.Descent(params, lists, groups, reach, table, skipped, tensor_lr, tuple(numbers))
+
+
+def adamw_updates_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
     state_steps: Sequence[Tensor],
-    coefficients: Tensor,
+    counts: Sequence[int],
+    reach: int,
+    table: Tensor,
     skipped: Tensor,
-    *,
-    lr: float,
     tensor_lr: Tensor | None,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
+    numbers: Sequence[float],
     maximize: bool,
 ) -> None:
-    """`reference.adamw_step`."""
-    op = "adamw_step_"
-    _check_like(op, params)
-    lists = _gradients(op, params, grads, len(coefficients))
+    """`reference.adamw_step` of parameter groups of `counts` tensors; see `update.Descent`."""
+    op = "adamw_updates_"
+    descent = _descent(op, params, grads, counts, reach, table, skipped, tensor_lr, numbers)
     states = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs] if max_exp_avg_sqs else [exp_avgs, exp_avg_sqs]
     for name, values in zip(("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), states, strict=False):
         _check_list(op, name, values, params)
@@ -190,39 +205,30 @@ def adamw_step_(
     ):
         raise RuntimeError(f"{fused.UNFIT}: {op}: state_steps must be float scalars beside the parameters")
     with torch.cuda.device_of(params[0]):
-        update.adamw_step(
-            params, lists, states, state_steps, _doubles(op, coefficients, params[0]), skipped,
-            lr if tensor_lr is None else tensor_lr, beta1, beta2, weight_decay, eps, maximize,
-        )  # fmt: skip
+        update.adamw_step(descent, states, state_steps, maximize)
 
 
-def sgd_step_(
+def sgd_updates_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
-    coefficients: Tensor,
+    counts: Sequence[int],
+    reach: int,
+    table: Tensor,
     skipped: Tensor,
-    *,
-    lr: float,
     tensor_lr: Tensor | None,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
+    numbers: Sequence[float],
     nesterov: bool,
     maximize: bool,
     first: bool,
 ) -> None:
-    """`reference.sgd_step`."""
-    op = "sgd_step_"
-    _check_like(op, params)
-    lists = _gradients(op, params, grads, len(coefficients))
+    """`reference.sgd_step`, as `adamw_updates_`."""
+    op = "sgd_updates_"
+    descent = _descent(op, params, grads, counts, reach, table, skipped, tensor_lr, numbers)
     if momentum_buffers:
         _check_list(op, "momentum_buffers", momentum_buffers, params)
     with torch.cuda.device_of(params[0]):
-        update.sgd_step(
-            params, lists, momentum_buffers, _doubles(op, coefficients, params[0]), skipped,
-            lr if tensor_lr is None else tensor_lr, momentum, dampening, weight_decay, nesterov, maximize, first,
-        )  # fmt: skip
+        update.sgd_step(descent, momentum_buffers, nesterov, maximize, first)
 
 
 def _doubles(op: str, tensor: Tensor, like: Tensor) -> Tensor:
@@ -240,6 +246,7 @@ def _register(implementations: Sequence[Callable[..., object]]) -> None:
             _LIBRARY.impl(schema.split("(")[0], function, key)
     fused.register_fakes("dtokd_triton")
     fused.register_gram_fakes("dtokd_triton")
+    fused.register_writing_fakes("dtokd_triton", "adamw_updates_", "sgd_updates_")
 
 
-_register((gram_by_role, gram_balance, min_norm_weights, balance, combine_, adamw_step_, sgd_step_))
+_register((gram_by_role, gram_balance, min_norm_weights, balance, combine_, adamw_updates_, sgd_updates_))

@@ -8,6 +8,7 @@ parameters, states):
     row 1       elements
     row 2       1 if every address is a multiple of 16 bytes: whole chunks take the path of 16-byte accesses
     row 3 + r   addresses
+    last row    the tensor's parameter group, in tables of updates
 
 Bisecting T = 155 tensors takes 8 loads that hit the cache after an SM's first program; a map from chunks to tensors
 would be one load from memory, and a table as long as the gradients.
@@ -59,39 +60,66 @@ class Table(NamedTuple):
     tensors: int
     chunks: int
     elements: int
+    grouped: bool  # whether the last row is one of groups
 
 
-def table_of(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Tensor] = ()) -> Table:
+def table_of(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Tensor] = (), groups: tuple[int, ...] = ()) -> Table:
     """The table of lists of T tensors of equal sizes, position by position; see NOTE [Tables and streams].
 
     Args:
         lists: rows of T tensors each, on the current device.
         scalars: one more row, of tensors whose alignment does not matter.
+        groups: the last row, if there are some.
     """
     sizes = tuple([t.numel() for t in lists[0]])
     addresses = tuple([t.data_ptr() for row in lists for t in row])
     scalar_addresses = tuple([t.data_ptr() for t in scalars])
     device = lists[0][0].device
     if device.type != "cuda":
-        return _table(device, 0, sizes, addresses, scalar_addresses)
+        return _table(device, 0, sizes, addresses, scalar_addresses, groups)
     if torch.cuda.is_current_stream_capturing():
-        numbers, chunks = _numbers(sizes, addresses, scalar_addresses)
+        numbers, chunks = _numbers(sizes, addresses, scalar_addresses, groups)
         filled = fill_without_host_memory(numbers, device)
-        return Table(filled.view(-1, len(sizes)), len(sizes), chunks, sum(sizes))
+        return Table(filled.view(-1, len(sizes)), len(sizes), chunks, sum(sizes), bool(groups))
     stream = torch.cuda.current_stream().cuda_stream
-    return _table(device, stream, sizes, addresses, scalar_addresses)
+    return _table(device, stream, sizes, addresses, scalar_addresses, groups)
+
+
+def numbers_of(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Numbers on the device, float64: kept and copied as tables are."""
+    if device.type != "cuda":
+        return _copied(device, 0, values)
+    if torch.cuda.is_current_stream_capturing():
+        return fill_without_host_memory(values, device, torch.float64)
+    return _copied(device, torch.cuda.current_stream().cuda_stream, values)
+
+
+@lru_cache(maxsize=64)
+def _copied(device: torch.device, stream: int, values: tuple[float, ...]) -> Tensor:
+    return _copy(values, torch.float64, device)
+
+
+def _copy(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=64)
 def _table(
-    device: torch.device, stream: int, sizes: tuple[int, ...], addresses: tuple[int, ...], scalars: tuple[int, ...]
+    device: torch.device,
+    stream: int,
+    sizes: tuple[int, ...],
+    addresses: tuple[int, ...],
+    scalars: tuple[int, ...],
+    groups: tuple[int, ...],
 ) -> Table:
-    numbers, chunks = _numbers(sizes, addresses, scalars)
-    filled = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return Table(filled.to(device, non_blocking=True).view(-1, len(sizes)), len(sizes), chunks, sum(sizes))
+    numbers, chunks = _numbers(sizes, addresses, scalars, groups)
+    filled = _copy(numbers, torch.int64, device)
+    return Table(filled.view(-1, len(sizes)), len(sizes), chunks, sum(sizes), bool(groups))
 
 
-def _numbers(sizes: tuple[int, ...], addresses: tuple[int, ...], scalars: tuple[int, ...]) -> tuple[list[int], int]:
+def _numbers(
+    sizes: tuple[int, ...], addresses: tuple[int, ...], scalars: tuple[int, ...], groups: tuple[int, ...]
+) -> tuple[list[int], int]:
     """The table's numbers, row by row, and how many chunks there are."""
     T = len(sizes)
     starts, chunks = [], 0
@@ -99,13 +127,15 @@ def _numbers(sizes: tuple[int, ...], addresses: tuple[int, ...], scalars: tuple[
         starts.append(chunks)
         chunks += -(-size // CHUNK)
     aligned = [int(all(address % VECTOR_BYTES == 0 for address in addresses[t::T])) for t in range(T)]
-    return [*starts, *sizes, *aligned, *addresses, *scalars], chunks
+    return [*starts, *sizes, *aligned, *addresses, *scalars, *groups], chunks
 
 
-def fill_without_host_memory(numbers: list[int], device: torch.device) -> Tensor:
-    """An int64 tensor of these numbers that a CUDA graph may hold: they travel as arguments of kernels."""
-    filled = torch.zeros(len(numbers), dtype=torch.int64, device=device)
-    torch._foreach_add_(list(filled.unbind()), numbers)
+def fill_without_host_memory(
+    numbers: Sequence[float], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """A tensor of these numbers that a CUDA graph may hold: they travel as arguments of kernels."""
+    filled = torch.zeros(len(numbers), dtype=dtype, device=device)
+    torch._foreach_add_(list(filled.unbind()), list(numbers))
     return filled
 
 

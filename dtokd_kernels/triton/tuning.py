@@ -91,8 +91,9 @@ def measure(launch: Launch, table: Table, dtype: torch.dtype, args: Sequence[Any
     Its tensor arguments are replaced: no coefficient is 0, which would skip a gradient, and no step is skipped.
     """
     device = table.numbers.device
-    rows = table.numbers.shape[0] - 3
-    scratch = table_of([[row] for row in torch.zeros(rows, SCRATCH, dtype=dtype, device=device).unbind()])
+    rows = table.numbers.shape[0] - 3 - table.grouped
+    lists = [[row] for row in torch.zeros(rows, SCRATCH, dtype=dtype, device=device).unbind()]
+    scratch = table_of(lists, groups=(0,) if table.grouped else ())
     replaced = [_harmless(a) if isinstance(a, Tensor) else a for a in args]
     return [
         triton.testing.do_bench(lambda c=config: launch(c, scratch, replaced), warmup=5, rep=20, return_mode="median")

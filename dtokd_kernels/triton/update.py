@@ -2,7 +2,7 @@
 
 The formulas are those of `csrc/include/dtokd/update_rules.h`, fused multiply-adds included; the compiler may fuse no
 others, so neither a configuration nor a version of it changes a bit. Computed in float32, or float64 for float64
-tensors; numbers that come from the host arrive as float64 and are rounded once, here. Coefficients and `skipped` are
+tensors; numbers of a parameter group arrive as float64 and are rounded once, here. Coefficients and `skipped` are
 read by the kernels, so that nothing waits for them; a gradient whose coefficient is exactly 0 is not read. Chunks are
 walked last first, as the Gram pass has read the last gradients most recently, and parameters and states are marked to
 leave the cache first. `tuning` chooses how a kernel is compiled.
@@ -11,7 +11,7 @@ leave the cache first. `tuning` chooses how a kernel is compiled.
 # ruff: noqa: RUF005, SIM300 (triton knows no starred tuples; constants are in capitals, as in all of triton)
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,14 +20,15 @@ from torch import Tensor
 
 from .. import fused
 from . import tuning
+from .gram import objectives
 from .tables import (
     CHUNK,
     DTYPES,
     VECTOR_BYTES,
     Table,
-    double,
     find,
     last_program,
+    numbers_of,
     pointer_to,
     rounded,
     table_of,
@@ -51,6 +52,38 @@ def constants(dtype: torch.dtype, config: tuning.Config) -> dict[str, Any]:
     }
 
 
+class Descent(NamedTuple):
+    """What parameters of one or several groups descend, together in one launch.
+
+    Attributes:
+        params: T parameters.
+        grads: for each objective in `reach` a list of gradients that fit them.
+        groups: [T], the parameter group of each.
+        reach: bit i set if objective i has a gradient here.
+        table: [3, K] float64 on their device, the coefficients of all roles (or of the first only).
+        skipped: bool on their device.
+        tensor_lr: the learning rate of all groups, if it is on their device.
+        numbers: of each group, one after the other: the role, the learning rate, and those of the rule.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Sequence[Tensor]]
+    groups: tuple[int, ...]
+    reach: int
+    table: Tensor
+    skipped: Tensor
+    tensor_lr: Tensor | None
+    numbers: tuple[float, ...]
+
+    def run(self, kernel: Any, table: Table, ticket: tuple[Tensor, ...] = (), **flags: Any) -> None:
+        """Launch an update kernel on a table that begins with the gradients and the parameters."""
+        numbers = numbers_of(self.numbers, self.table.device)
+        _launch(
+            kernel, table, self.params[0].dtype, self.table, self.skipped, *ticket, numbers, self.tensor_lr,
+            K=self.table.shape[1], REACH=self.reach, TENSOR_LR=self.tensor_lr is not None, **flags,
+        )  # fmt: skip
+
+
 def combine(out: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], coefficients: Tensor) -> None:
     """Store sum_i c_i g_i in `out`, which may be one of the lists. One launch.
 
@@ -63,66 +96,43 @@ def combine(out: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], coefficien
 
 
 def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    states: Sequence[Sequence[Tensor]],
-    state_steps: Sequence[Tensor],
-    coefficients: Tensor,
-    skipped: Tensor,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
-    maximize: bool,
+    descent: Descent, states: Sequence[Sequence[Tensor]], state_steps: Sequence[Tensor], maximize: bool
 ) -> None:
     """One AdamW step, one launch: the last program to finish counts the steps of all tensors.
 
     Args:
-        params: T parameters.
-        grads: K lists of gradients that fit them.
-        states: lists exp_avgs, exp_avg_sqs and, with amsgrad, max_exp_avg_sqs that fit them.
+        descent: its groups' numbers are beta1, beta2, weight_decay and eps.
+        states: lists exp_avgs, exp_avg_sqs and, with amsgrad, max_exp_avg_sqs that fit the parameters.
         state_steps: T scalars of one float dtype, on the parameters' device.
-        coefficients: [K] float64 on their device.
-        skipped: bool on their device.
-        lr: a number, or a scalar tensor on their device.
+        maximize: ascend.
     """
-    K = len(grads)
-    table = table_of([*grads, params, *states], state_steps)
-    _launch(
-        adamw_kernel, table, params[0].dtype, coefficients, skipped, fused.tickets(coefficients.device),
-        *_number_and_tensor(lr), beta1, beta2, weight_decay, eps,
-        K=K, TENSOR_LR=isinstance(lr, Tensor), STEP=DTYPES[state_steps[0].dtype], MAXIMIZE=maximize,
+    descent.run(
+        adamw_kernel,
+        table_of([*descent.grads, descent.params, *states], state_steps, descent.groups),
+        (fused.tickets(descent.table.device),),
+        STEP=DTYPES[state_steps[0].dtype],
+        MAXIMIZE=maximize,
         AMSGRAD=len(states) == 3,
-    )  # fmt: skip
+    )
 
 
-def sgd_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    momentum_buffers: Sequence[Tensor],
-    coefficients: Tensor,
-    skipped: Tensor,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
-) -> None:
-    """One SGD step, one launch. Arguments as in `adamw_step`; `momentum_buffers` has T tensors or none."""
+def sgd_step(descent: Descent, momentum_buffers: Sequence[Tensor], nesterov: bool, maximize: bool, first: bool) -> None:
+    """One SGD step, one launch.
+
+    Args:
+        descent: its groups' numbers are momentum, dampening and weight_decay.
+        momentum_buffers: T tensors that fit the parameters, or none.
+        nesterov, maximize, first: as in `reference.sgd_step`.
+    """
     buffers = [momentum_buffers] if momentum_buffers else []
-    _launch(
-        sgd_kernel, table_of([*grads, params, *buffers]), params[0].dtype, coefficients, skipped,
-        *_number_and_tensor(lr), momentum, dampening, weight_decay,
-        K=len(grads), TENSOR_LR=isinstance(lr, Tensor), MAXIMIZE=maximize, MOMENTUM=bool(buffers), NESTEROV=nesterov,
+    descent.run(
+        sgd_kernel,
+        table_of([*descent.grads, descent.params, *buffers], groups=descent.groups),
+        MAXIMIZE=maximize,
+        MOMENTUM=bool(buffers),
+        NESTEROV=nesterov,
         FIRST=first,
-    )  # fmt: skip
-
-
-def _number_and_tensor(lr: float | Tensor) -> tuple[float, Tensor | None]:
-    return (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
+    )
 
 
 def _launch(kernel: Any, table: Table, dtype: torch.dtype, *args: Any, **flags: Any) -> None:
@@ -133,7 +143,9 @@ def _launch(kernel: Any, table: Table, dtype: torch.dtype, *args: Any, **flags: 
         kernel[(max(table.chunks, 1),)](table.numbers, table.tensors, *args, **flags, **compiled_for)
 
     once = flags.get("FIRST")  # not worth tuning
-    config = tuning.DEFAULT if once else tuning.choose(launch, table, dtype, args, kernel, **flags)
+    variant = {**flags, "K": flags["REACH"].bit_count()} if "REACH" in flags else flags
+    variant.pop("REACH", None)
+    config = tuning.DEFAULT if once else tuning.choose(launch, table, dtype, args, kernel, **variant)
     launch(config, table, args)
 
 
@@ -172,7 +184,8 @@ def _combine(
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    grads, factors, read = _gradients(table, T, t, offset, coefficients, K, DTYPE, COMPUTE, CHUNK, FULL, False)
+    reach: tl.constexpr = (1 << K) - 1
+    grads, factors, read = _gradients(table, T, t, offset, coefficients, reach, DTYPE, COMPUTE, CHUNK, FULL, False)
     out = pointer_to(table, T, t, K, offset, DTYPE, CHUNK, FULL)
     start = 0
     end = CHUNK if FULL else tl.minimum(left, CHUNK)
@@ -190,13 +203,10 @@ def adamw_kernel(
     coefficients,
     skipped,
     ticket,
-    lr: tl.float64,
+    numbers,
     tensor_lr,
-    beta1: tl.float64,
-    beta2: tl.float64,
-    weight_decay: tl.float64,
-    eps: tl.float64,
     K: tl.constexpr,
+    REACH: tl.constexpr,
     TENSOR_LR: tl.constexpr,
     STEP: tl.constexpr,
     MAXIMIZE: tl.constexpr,
@@ -208,34 +218,37 @@ def adamw_kernel(
 ):
     """AdamW (Loshchilov and Hutter, 2019), with torch's placement of the bias corrections.
 
-    Rows of the table: K gradients, parameter, exp_avg, exp_avg_sq, with amsgrad max_exp_avg_sq, step counter. Reads
-    K + 3 (4) times CHUNK elements, writes 3 (4) times; one program per chunk. ticket: int32, 0 before and after.
+    Rows of the table: R gradients, parameter, exp_avg, exp_avg_sq, with amsgrad max_exp_avg_sq, step counter, group.
+    Reads R + 3 (4) times CHUNK elements, writes 3 (4) times; one program per chunk. ticket: 0 before and after.
 
         m <- m + (1 - beta1) (d - m),   v <- beta2 v + (1 - beta2) d^2,
         p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
     """
     t, offset, left, full = find(table, T, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
-    rate = _rate(lr, tensor_lr, TENSOR_LR)
-    steps = table + (3 + K + (4 if AMSGRAD else 3)) * T
+    steps = table + (3 + objectives(REACH) + (4 if AMSGRAD else 3)) * T
+    numbers += tl.load(steps + T + t) * 6  # of the tensor's group
+    coefficients += tl.load(numbers).to(tl.int32) * K  # of its role
+    rate = _rate(numbers + 1, tensor_lr, TENSOR_LR)
+    beta1, beta2 = tl.load(numbers + 2), tl.load(numbers + 3)
     count = (tl.load(tl.load(steps + t).to(tl.pointer_type(STEP))) + 1).to(tl.int64)
     scalars = (
-        (1 - rate * double(weight_decay)).to(COMPUTE),
-        (1 - double(beta1)).to(COMPUTE),
-        double(beta2).to(COMPUTE),
-        (1 - double(beta2)).to(COMPUTE),
-        (-rate / (1 - _power(double(beta1), count))).to(COMPUTE),
-        (1 / tl.sqrt(1 - _power(double(beta2), count))).to(COMPUTE),
-        double(eps).to(COMPUTE),
+        (1 - rate * tl.load(numbers + 4)).to(COMPUTE),
+        (1 - beta1).to(COMPUTE),
+        beta2.to(COMPUTE),
+        (1 - beta2).to(COMPUTE),
+        (-rate / (1 - _power(beta1, count))).to(COMPUTE),
+        (1 / tl.sqrt(1 - _power(beta2, count))).to(COMPUTE),
+        tl.load(numbers + 5).to(COMPUTE),
     )
     if tl.load(skipped) == 0:
         if full:
             _adamw(
-                table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, AMSGRAD,
+                table, T, t, offset, left, coefficients, scalars, REACH, MAXIMIZE, AMSGRAD,
                 DTYPE, COMPUTE, CHUNK, BLOCK, True,
             )  # fmt: skip
         else:
             _adamw(
-                table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, AMSGRAD,
+                table, T, t, offset, left, coefficients, scalars, REACH, MAXIMIZE, AMSGRAD,
                 DTYPE, COMPUTE, CHUNK, BLOCK // 4, False,
             )  # fmt: skip
         if last_program(ticket, tl.num_programs(0)):  # all have read the counters
@@ -274,7 +287,7 @@ def _adamw(
     left,
     coefficients,
     scalars,
-    K: tl.constexpr,
+    REACH: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     AMSGRAD: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -284,17 +297,18 @@ def _adamw(
     FULL: tl.constexpr,
 ):
     decay, one_minus_beta1, beta2, one_minus_beta2, negative_step_size, root_correction, eps = scalars
-    grads, factors, read = _gradients(table, T, t, offset, coefficients, K, DTYPE, COMPUTE, CHUNK, FULL, MAXIMIZE)
-    param = pointer_to(table, T, t, K, offset, DTYPE, CHUNK, FULL)
-    exp_avg = pointer_to(table, T, t, K + 1, offset, DTYPE, CHUNK, FULL)
-    exp_avg_sq = pointer_to(table, T, t, K + 2, offset, DTYPE, CHUNK, FULL)
+    R: tl.constexpr = objectives(REACH)
+    grads, factors, read = _gradients(table, T, t, offset, coefficients, REACH, DTYPE, COMPUTE, CHUNK, FULL, MAXIMIZE)
+    param = pointer_to(table, T, t, R, offset, DTYPE, CHUNK, FULL)
+    exp_avg = pointer_to(table, T, t, R + 1, offset, DTYPE, CHUNK, FULL)
+    exp_avg_sq = pointer_to(table, T, t, R + 2, offset, DTYPE, CHUNK, FULL)
     if AMSGRAD:
-        max_exp_avg_sq = pointer_to(table, T, t, K + 3, offset, DTYPE, CHUNK, FULL)
+        max_exp_avg_sq = pointer_to(table, T, t, R + 3, offset, DTYPE, CHUNK, FULL)
     start = 0
     end = CHUNK if FULL else tl.minimum(left, CHUNK)
     while start < end:
         at = start + tl.arange(0, BLOCK)
-        d = _combined(grads, factors, read, at, left, K, COMPUTE, FULL)
+        d = _combined(grads, factors, read, at, left, R, COMPUTE, FULL)
         p = _load(param, at, left, COMPUTE, FULL)
         m = _load(exp_avg, at, left, COMPUTE, FULL)
         v = _load(exp_avg_sq, at, left, COMPUTE, FULL)
@@ -318,12 +332,10 @@ def sgd_kernel(
     T,
     coefficients,
     skipped,
-    lr: tl.float64,
+    numbers,
     tensor_lr,
-    momentum: tl.float64,
-    dampening: tl.float64,
-    weight_decay: tl.float64,
     K: tl.constexpr,
+    REACH: tl.constexpr,
     TENSOR_LR: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     MOMENTUM: tl.constexpr,
@@ -336,25 +348,28 @@ def sgd_kernel(
 ):
     """SGD as torch does it: momentum, dampening, Nesterov, L2 weight decay.
 
-    Rows of the table: K gradients, parameter, with momentum its buffer. FIRST: the buffer holds nothing yet. Reads
-    K + 1 (2) times CHUNK elements, writes 1 (2) times; one program per chunk.
+    Rows of the table: R gradients, parameter, with momentum its buffer, group. FIRST: the buffer holds nothing yet.
+    Reads R + 1 (2) times CHUNK elements, writes 1 (2) times; one program per chunk.
     """
     t, offset, left, full = find(table, T, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
+    group = table + (3 + objectives(REACH) + (2 if MOMENTUM else 1)) * T
+    numbers += tl.load(group + t) * 5
+    coefficients += tl.load(numbers).to(tl.int32) * K
     scalars = (
-        double(weight_decay).to(COMPUTE),
-        double(momentum).to(COMPUTE),
-        (1 - double(dampening)).to(COMPUTE),
-        (-_rate(lr, tensor_lr, TENSOR_LR)).to(COMPUTE),
+        tl.load(numbers + 4).to(COMPUTE),
+        tl.load(numbers + 2).to(COMPUTE),
+        (1 - tl.load(numbers + 3)).to(COMPUTE),
+        (-_rate(numbers + 1, tensor_lr, TENSOR_LR)).to(COMPUTE),
     )
     if tl.load(skipped) == 0:
         if full:
             _sgd(
-                table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, MOMENTUM, NESTEROV, FIRST,
+                table, T, t, offset, left, coefficients, scalars, REACH, MAXIMIZE, MOMENTUM, NESTEROV, FIRST,
                 DTYPE, COMPUTE, CHUNK, BLOCK, True,
             )  # fmt: skip
         else:
             _sgd(
-                table, T, t, offset, left, coefficients, scalars, K, MAXIMIZE, MOMENTUM, NESTEROV, FIRST,
+                table, T, t, offset, left, coefficients, scalars, REACH, MAXIMIZE, MOMENTUM, NESTEROV, FIRST,
                 DTYPE, COMPUTE, CHUNK, BLOCK // 4, False,
             )  # fmt: skip
 
@@ -368,7 +383,7 @@ def _sgd(
     left,
     coefficients,
     scalars,
-    K: tl.constexpr,
+    REACH: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -380,16 +395,17 @@ def _sgd(
     FULL: tl.constexpr,
 ):
     weight_decay, momentum, one_minus_dampening, negative_lr = scalars
-    grads, factors, read = _gradients(table, T, t, offset, coefficients, K, DTYPE, COMPUTE, CHUNK, FULL, MAXIMIZE)
-    param = pointer_to(table, T, t, K, offset, DTYPE, CHUNK, FULL)
+    R: tl.constexpr = objectives(REACH)
+    grads, factors, read = _gradients(table, T, t, offset, coefficients, REACH, DTYPE, COMPUTE, CHUNK, FULL, MAXIMIZE)
+    param = pointer_to(table, T, t, R, offset, DTYPE, CHUNK, FULL)
     if MOMENTUM:
-        momentum_buffer = pointer_to(table, T, t, K + 1, offset, DTYPE, CHUNK, FULL)
+        momentum_buffer = pointer_to(table, T, t, R + 1, offset, DTYPE, CHUNK, FULL)
     start = 0
     end = CHUNK if FULL else tl.minimum(left, CHUNK)
     while start < end:
         at = start + tl.arange(0, BLOCK)
         p = _load(param, at, left, COMPUTE, FULL)
-        d = tl.fma(weight_decay, p, _combined(grads, factors, read, at, left, K, COMPUTE, FULL))
+        d = tl.fma(weight_decay, p, _combined(grads, factors, read, at, left, R, COMPUTE, FULL))
         if MOMENTUM:
             buffer = d
             if not FIRST:
@@ -408,7 +424,7 @@ def _gradients(
     t,
     offset,
     coefficients,
-    K: tl.constexpr,
+    REACH: tl.constexpr,
     DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -417,12 +433,18 @@ def _gradients(
 ):
     """For each gradient the pointer to its chunk, the factor before it, and whether it is read at all."""
     grads, factors, read = (), (), ()
-    for k in tl.static_range(K):
-        c = tl.load(coefficients + k)
+    for k in tl.static_range(objectives(REACH)):
+        c = tl.load(coefficients + _objective(REACH, k))
         grads = grads + (pointer_to(table, T, t, k, offset, DTYPE, CHUNK, FULL),)
         factors = factors + ((-c if MAXIMIZE else c).to(COMPUTE),)
         read = read + (c != 0,)
     return grads, factors, read
+
+
+@triton.constexpr_function
+def _objective(reach, k):
+    """Objective number k of those in `reach`."""
+    return [i for i in range(reach.bit_length()) if reach >> i & 1][k]
 
 
 @triton.jit
@@ -455,11 +477,11 @@ def _store(pointer, at, left, value, DTYPE: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def _rate(lr, tensor_lr, TENSOR_LR: tl.constexpr):
-    """The learning rate in float64, from the host or from the device."""
+    """The learning rate in float64: of the group, or the user's tensor."""
     if TENSOR_LR:
         return tl.load(tensor_lr).to(tl.float64)
     else:
-        return double(lr)
+        return tl.load(lr)
 
 
 @triton.jit
