@@ -256,7 +256,7 @@ def test_bad_image(coco, tmp_path, capsys):
 
 def test_one_process(coco, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "trains in one process" in fails(capsys, *common(coco, tmp_path), *FCOS)
+    assert "only dtokd train needs" in fails(capsys, *common(coco, tmp_path), *FCOS)
 
 
 def test_missing_packages(monkeypatch, capsys):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from typing import Any
 
 import torch
 from timm.models import load_state_dict
 from timm.utils import random_seed
 
-from ..errors import UsageError
 from ..report.page import write_report
 from ..train.data import Data
 from ..train.options import experiment_name
@@ -33,8 +31,6 @@ def detect(options: argparse.Namespace, progress: Progress | None = None) -> Out
 
     Raises, Effects: as `dtokd.train.run.train`.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("dtokd detect trains in one process; start it without torchrun")
     run = RunDir(options.output / (options.experiment or experiment_name(options).replace(":", "-")))
     device = torch.device(options.device if options.device != "cuda" or torch.cuda.is_available() else "cpu")
     progress = progress or Progress(options.epochs)
