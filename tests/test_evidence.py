@@ -4,6 +4,7 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from benchmarks.evidence.methods import METHODS, NONE, OBJECTIVES, methods_of
 from benchmarks.evidence.protocol import Journal, Run, carry_out, outcomes, read, tune
 from benchmarks.evidence.students import Result, train
 
+ROOT = Path(__file__).parents[1]
 RUN = Run("digits", "logits, T = 4", "DTO", lr=float("nan"), seed=0, iterations=9)
 RESULT = Result(50.0, 60.0, 1.0, 2.0, 0.5, 10.0, 20.0, 1.0, 0.25, 0)
 
@@ -124,6 +126,7 @@ def test_tables_compare_with_the_fixed_weights_that_validation_chose(tmp_path):
     assert len(found) == 1 + sum(len(methods_of(o)) for o in OBJECTIVES)
     assert all(set(o.results) == {0, 1, 2} for o in found)
     parts = tables.parts(done)
+    assert "| DTO | +2.0 | +2.0 | digits, features | 3 |" in parts.pop("summary")
     assert list(parts) == [f"digits, {o}" for o in OBJECTIVES]
     for text in parts.values():
         assert "| **fixed 0.3** | 60.0 ± 0.0 | reference |" in text
@@ -131,6 +134,17 @@ def test_tables_compare_with_the_fixed_weights_that_validation_chose(tmp_path):
         assert "| none | " in text
     assert "fixed 1" not in parts["digits, features"]
     assert "private" not in parts["digits, logits, T = 4"]
+
+
+def test_documented_numbers_are_those_of_the_csv_file():
+    page = (ROOT / "docs" / "evidence.md").read_text()
+    done = read(ROOT / "benchmarks" / "results" / "evidence.csv")
+    found = tables.parts(done)
+    assert len(found) == 10
+    for text in found.values():
+        assert text in page
+    for name in dict.fromkeys(run.data for run in done):
+        assert all(len(o.results) == 5 for o in outcomes(done, name))
 
 
 def test_only_arrays_are_unpickled():
