@@ -20,13 +20,14 @@ from dtokd.detect.matching import match_queries, pick
 from dtokd.errors import UsageError
 from dtokd.train.checkpoint import load_checkpoint
 from dtokd.train.options import _value
+from dtokd.train.rundir import RunDir
 from safetensors.torch import load_file, save_file
 from torchvision.models.detection import FCOS, RetinaNet
 from transformers.models.deformable_detr.image_processing_deformable_detr import DeformableDetrImageProcessor
 
 from .coco import FCOS as FCOS_OPTIONS
 from .coco import TINY, VIDT, common, write_coco
-from .test_train_resume import Died, die_at, same_results
+from .test_train_resume import Died, die_at, same_results, signal_at
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -439,6 +440,24 @@ def test_resumed_run_is_the_undisturbed_one(coco, tmp_path, monkeypatch, request
     assert "Fig. 4" in page
     state = load_checkpoint(tmp_path / "a" / "x" / "checkpoints" / "epoch-0002.safetensors")
     assert not any("teacher" in name for name in state["weights"])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize(("kind", "stops"), [("fcos", [2, 3, 6]), ("vidt", [1, 6])])
+def test_stopped_run_goes_on_in_the_middle_of_an_epoch(coco, tmp_path, monkeypatch, request, kind, stops):
+    """By SIGTERM in these iterations; bit for bit."""
+    teacher = request.getfixturevalue(f"{kind}_teacher")
+    options = ["detect", *common(coco, tmp_path / "a"), *distilling(kind, teacher), *VARIANTS[kind].split()]
+    options += ["--experiment", "x"]
+    assert main(options) == 0
+    options[options.index(str(tmp_path / "a"))] = str(tmp_path / "b")
+    signal_at(monkeypatch, stops)
+    for _ in stops:
+        assert main([*options, "--resume", "auto"]) == 143
+        torch.rand(7)
+    assert RunDir(tmp_path / "b" / "x").stopped.exists()
+    assert main([*options, "--resume", "auto"]) == 0
+    same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
 
 
 @pytest.mark.parametrize(

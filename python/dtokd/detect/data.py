@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from ..errors import UsageError
+from ..train.batches import Batches
 from ..train.data import worker_seed
 from ..train.images import CheckedImages
 from .annotations import Annotations, read_annotations, usable
@@ -142,18 +143,29 @@ def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[Images, list[Target
 
 
 class OnDevice:
-    """A loader whose batches are on the device."""
+    """A loader whose batches are on the device; as timm's, it takes each while the one before is used.
 
-    def __init__(self, loader: DataLoader[Any], device: torch.device) -> None:
+    Attributes:
+        loader: of `collate`'s batches.
+        device: where to.
+    """
+
+    def __init__(self, loader: DataLoader[Any] | Batches, device: torch.device) -> None:
         self.loader, self.device = loader, device
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Images, list[Target]]]:
-        for images, targets in self.loader:
+        taken: tuple[Images, list[Target]] | None = None
+        batches: Iterable[Any] = self.loader
+        for images, targets in batches:
             moved = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
-            yield images.to(self.device), moved
+            if taken is not None:
+                yield taken
+            taken = images.to(self.device), moved
+        if taken is not None:
+            yield taken
 
 
 def read_splits(options: argparse.Namespace) -> tuple[Annotations, Annotations | None]:
@@ -223,7 +235,7 @@ def make_loader(
         pin_memory=options.pin_mem,
         worker_init_fn=_start_worker if options.workers else None,
     )
-    return OnDevice(loader, device)
+    return OnDevice(Batches(loader) if training else loader, device)
 
 
 def _start_worker(number: int) -> None:

@@ -10,6 +10,7 @@ from timm.models import load_state_dict
 from timm.utils import random_seed
 
 from ..report.page import write_report
+from ..train.batches import Batches
 from ..train.data import Data
 from ..train.options import experiment_name
 from ..train.progress import Progress
@@ -41,11 +42,10 @@ def detect(options: argparse.Namespace, progress: Progress | None = None) -> Out
     student = make_student(options, len(train.categories)).to(device)
     task = build(options, student, train, validation, device)
     shared: dict[str, Any] = {"device": device, "record": run.bad_images}
-    loaders = Data(
-        make_loader(options, train, options.train_split, training=True, **shared),
-        make_loader(options, validation, options.val_split, training=False, **shared) if validation else None,
-        None,
-    )
+    learned = make_loader(options, train, options.train_split, training=True, **shared)
+    judged = make_loader(options, validation, options.val_split, training=False, **shared) if validation else None
+    assert isinstance(learned.loader, Batches)
+    loaders = Data(learned, judged, None, batches=learned.loader)
     outcome = fit(options, run, task, loaders, device, progress)
     if options.pictures and loaders.validation is not None and run.student.exists() and not outcome.interrupted:
         student.load_state_dict(load_state_dict(str(run.student)))
