@@ -468,10 +468,7 @@ def test_import_leaves_triton_alone():
 
 
 def wanted():
-    """Kernels and compute capabilities: float32 and bfloat16 for every GPU, the rest and K = 8 for one.
-
-    At K = 8 only those that walk the gradients: the solver there is allowed to spill (see solve.py).
-    """
+    """Kernels and compute capabilities: float32 and bfloat16 for every GPU, the rest and K = 8 for one."""
     if backends.interpreted():
         return []
     from dtokd_kernels.triton import compile as compiler
@@ -483,9 +480,7 @@ def wanted():
         (2, (torch.float64, torch.float16), (90,)),
         (8, (torch.float32,), (90,)),
     ):
-        cases += [
-            (v, c) for v in compiler.variants((K,), dtypes) for c in capabilities if K < 8 or "DTYPE" in v.constants
-        ]
+        cases += [(v, c) for v in compiler.variants((K,), dtypes) for c in capabilities]
     for config in tuning.CONFIGS[1:]:
         cases += [(v, 90) for v in compiler.variants((2,), (torch.float32,), config) if "BLOCK" in v.constants]
     names = {f"{v.name} sm_{c}": (v, c) for v, c in cases}  # some kernels do not depend on the dtype

@@ -2,8 +2,8 @@
 
 In a step it is the last to finish of those that made the matrix, so that it takes no launch of its own.
 The steps are those of `reference.min_norm_weights` and `reference.balance`. Each face of the simplex has a lane of its
-own, so that all of the at most 255 small systems are solved at once; after that an objective has a lane. (From K = 7
-on ptxas spills up to 200 bytes of a thread's system, once a step in one program.)
+own, so that all of the at most 255 small systems are solved at once; after that an objective has a lane.
+(ptxas spills nothing of a thread's system, but for 8 bytes at K = 7 on sm_100.)
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
 # ruff: noqa: RUF005 (triton knows no starred tuples)
@@ -317,6 +317,10 @@ def _min_norm(
         for k in tl.static_range(K):
             row = D[k]
             x = t[k]
+            if k == i:
+                row = (pivot,)
+                for c in tl.static_range(i + 1, K):
+                    row = row + (D[i][c - i],)
             if k > i:
                 factor = D[i][k - i] / pivot
                 row = ()
@@ -333,7 +337,7 @@ def _min_norm(
         x = t[i]
         for c in tl.static_range(i + 1, K):
             x -= D[i][c - i] * solved[K - 1 - c]
-        x = x / tl.where(member[i] & (D[i][0] > floor[i]), D[i][0], 1.0)
+        x = x / D[i][0]
         total += x
         solved = solved + (x,)
 
@@ -349,7 +353,8 @@ def _min_norm(
         for j in tl.static_range(K):
             row = tl.zeros([1 << K], tl.float64)
             for k in tl.static_range(K):
-                row += tl.load(gram + j * K + k) * (scales[k] * weights[k])
+                # volatile: read again, as registers that held the matrix until here would be spilled at K = 8
+                row += tl.load(gram + j * K + k, volatile=True) * (scales[k] * weights[k])
             value += scales[j] * weights[j] * row
     else:  # the widest face that has a solution
         value = -corners.to(tl.float64)
