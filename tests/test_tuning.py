@@ -38,7 +38,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 def choose(elements=tuning.ENOUGH, dtype=torch.float32, K=2, **flags):
-    table = tuning.Table(torch.zeros(8, 1, dtype=torch.int64), 1, 1, elements)
+    table = tuning.Table(torch.zeros(8, 1, dtype=torch.int64), 1, 1, elements, False)
     return tuning.choose(None, table, dtype, (), KERNEL, K, **flags)
 
 
@@ -146,6 +146,17 @@ def test_where_memory_is_short_the_default_stays(gpu):
     assert choose() == choose() == tuning.DEFAULT
     assert gpu.measured == 1
     assert not gpu.files()  # a later process, with more of it, may tune
+
+
+def test_tensors_made_for_measuring_are_of_one_group(monkeypatch):
+    """A row of groups is no row of addresses."""
+    table = tuning.table_of([[torch.ones(3), torch.ones(3)]] * 4, groups=(0, 7))
+    monkeypatch.setattr(tuning, "SCRATCH", tuning.CHUNK)
+    monkeypatch.setattr(tuning.triton.testing, "do_bench", lambda run, **_: run())
+    launched = []
+    tuning.measure(lambda config, scratch, args: launched.append(scratch), table, torch.float32, ())
+    assert all(scratch.numbers.shape[0] == table.numbers.shape[0] for scratch in launched)
+    assert [int(scratch.numbers[-1, 0]) for scratch in launched] == [0] * len(tuning.CONFIGS)
 
 
 def test_measured_is_all_the_work_and_none_of_the_callers_tensors(monkeypatch):
