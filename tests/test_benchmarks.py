@@ -105,10 +105,7 @@ def test_documented_numbers_are_those_of_the_csv_files():
 def test_documented_numbers_of_ranks():
     text = (ROOT / "docs" / "distributed.md").read_text()
     assert distributed.model_table() in text
-    measured = ROOT / "benchmarks" / "results" / "distributed.csv"
-    if not measured.exists():
-        pytest.skip("python -m benchmarks.distributed --ranks 2 3 --steps 40 --csv benchmarks/results/distributed.csv")
-    assert report.ranks_table(read(measured)) in text
+    assert report.ranks_table(read(ROOT / "benchmarks" / "results" / "distributed.csv")) in text
 
 
 def test_ranks_send_what_the_model_says(tmp_path, monkeypatch, capsys):

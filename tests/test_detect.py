@@ -1,14 +1,11 @@
-"""`dtokd detect`: detectors, objectives between them, runs."""
+"""`dtokd detect`: detectors, and objectives between them."""
 
-import csv
 import itertools
-import json
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from dtokd.cli import main
 from dtokd.detect import objectives
 from dtokd.detect.batch import Images, Outputs
 from dtokd.detect.build import share_queries
@@ -18,20 +15,13 @@ from dtokd.detect.detectors.dense import Dense, make_backbone
 from dtokd.detect.detectors.hf import KINDS, HFDetector, load_folder
 from dtokd.detect.matching import match_queries, pick
 from dtokd.errors import UsageError
-from dtokd.train.checkpoint import load_checkpoint
 from dtokd.train.options import _value
-from dtokd.train.rundir import RunDir
-from safetensors.torch import load_file, save_file
 from torchvision.models.detection import FCOS, RetinaNet
 from transformers.models.deformable_detr.image_processing_deformable_detr import DeformableDetrImageProcessor
 
-from .coco import FCOS as FCOS_OPTIONS
-from .coco import TINY, VIDT, common, write_coco
-from .test_train_resume import Died, die_at, same_results, signal_at
+from .coco import TINY
 
-pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 KWARGS = {key: _value(value) for key, value in (text.split("=") for text in TINY)}
 
 
@@ -59,11 +49,6 @@ def dense(kind="fcos", width=32, seed=0):
 def vidt(seed=0, **changes):
     torch.manual_seed(seed)
     return deformable.make("vidt_nano", 3, {**KWARGS, **changes})
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_coco(tmp_path_factory.mktemp("coco") / "data")
 
 
 # detectors
@@ -174,15 +159,20 @@ def test_detections_are_transformers(tmp_path):
         torch.testing.assert_close(a["boxes"], torch.minimum(b["boxes"].clamp_min(0), inside))
 
 
-@pytest.mark.parametrize(("size", "millions"), [("nano", 15.0), ("base", 96.6)])
+@pytest.mark.parametrize(("size", "millions"), [("nano", 15.0), ("tiny", 36.6), ("small", 57.9), ("base", 96.6)])
 def test_sizes(size, millions):
-    """Parameters with 80 classes; ViDT's own have 16 and 100 million."""
+    """Parameters with 80 classes, and a step's gradients; ViDT's own have 16, 38, 61 and 100 million."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     detector = deformable.make(f"vidt_{size}", 80, {})
     assert sum(p.numel() for p in detector.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
     assert (detector.queries, len(detector.widths), detector.token_width) == (100, 4, 256)
+    loss, outputs = detector.losses(images(), targets())
+    loss.backward()
+    assert loss.isfinite()
+    assert next(detector.net.model.backbone.parameters()).grad.any()
+    assert outputs.logits.shape == (2, 100, 80)
 
 
 def test_padding_does_not_reach_the_image():
@@ -378,154 +368,3 @@ def test_shared_queries():
 def test_pick():
     tokens = torch.arange(24).view(2, 3, 4)
     assert torch.equal(pick(tokens, torch.tensor([[2], [0]]))[:, 0], torch.stack([tokens[0, 2], tokens[1, 0]]))
-
-
-# runs
-
-
-@pytest.fixture(scope="module")
-def vidt_teacher(tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher") / "vidt.safetensors"
-    save_file({k: v.clone() for k, v in vidt(7).state_dict().items()}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def fcos_teacher(tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher") / "fcos.safetensors"
-    save_file(dense(seed=7).state_dict(), path)
-    return path
-
-
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def distilling(kind, path):
-    name, kwargs = ("vidt_nano", TINY) if kind == "vidt" else ("fcos:test_resnet", ["width=32"])
-    options = VIDT if kind == "vidt" else FCOS_OPTIONS
-    return [*options, "--kd-model-name", name, "--kd-model-kwargs", *kwargs, "--kd-teacher-path", str(path)]
-
-
-VARIANTS = {
-    "fcos": "--opt dtoadamw --kd-balance dto --clip-grad 1 --model-ema --crop --color-jitter 0.3",
-    "vidt": "--opt adamw --kd-balance amortized --kd-feature-norm standardize --kd-feature-loss smooth_l1 --workers 1",
-}
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("kind", VARIANTS)
-def test_resumed_run_is_the_undisturbed_one(coco, tmp_path, monkeypatch, request, kind):
-    """Killed in the second epoch, at its second step; bit for bit. Pictures and figures are in the report."""
-    teacher = request.getfixturevalue(f"{kind}_teacher")
-    options = ["detect", *common(coco, tmp_path / "a"), *distilling(kind, teacher), *VARIANTS[kind].split()]
-    options += ["--experiment", "x", "--log-interval", "1", "--pictures", "2"]
-    assert main(options) == 0
-    options[options.index(str(tmp_path / "a"))] = str(tmp_path / "b")
-    with monkeypatch.context() as patch:
-        die_at(patch, 6)
-        with pytest.raises(Died):
-            main([*options, "--resume", "auto"])
-    torch.rand(7)
-    assert main([*options, "--resume", "auto"]) == 0
-    same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
-    told = rows(tmp_path / "a" / "x" / "summary.csv")[-1]
-    names = ["feature", "prediction"] if kind == "fcos" else ["token"]
-    assert sum(float(told[f"weight_{name}"]) for name in ["task", *names]) == pytest.approx(1)
-    assert all(float(told[f"train_{name}"]) > 0 for name in names)
-    page = (tmp_path / "a" / "x" / "report.html").read_text()
-    assert page.count("<img") == 2
-    assert "average precision" in page
-    assert "Fig. 4" in page
-    state = load_checkpoint(tmp_path / "a" / "x" / "checkpoints" / "epoch-0002.safetensors")
-    assert not any("teacher" in name for name in state["weights"])
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize(("kind", "stops"), [("fcos", [2, 3, 6]), ("vidt", [1, 6])])
-def test_stopped_run_goes_on_in_the_middle_of_an_epoch(coco, tmp_path, monkeypatch, request, kind, stops):
-    """By SIGTERM in these iterations; bit for bit."""
-    teacher = request.getfixturevalue(f"{kind}_teacher")
-    options = ["detect", *common(coco, tmp_path / "a"), *distilling(kind, teacher), *VARIANTS[kind].split()]
-    options += ["--experiment", "x"]
-    assert main(options) == 0
-    options[options.index(str(tmp_path / "a"))] = str(tmp_path / "b")
-    signal_at(monkeypatch, stops)
-    for _ in stops:
-        assert main([*options, "--resume", "auto"]) == 143
-        torch.rand(7)
-    assert RunDir(tmp_path / "b" / "x").stopped.exists()
-    assert main([*options, "--resume", "auto"]) == 0
-    same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
-
-
-@pytest.mark.parametrize(
-    "texts",
-    [
-        "--kd-distill-type token prediction --kd-balance dto --opt dtoadamw --kd-projector orthogonal",
-        "--kd-distill-type token feature --kd-match index --kd-feature-loss norm --kd-token-root "
-        "--distill-loss-weight 4 4",
-        "--kd-share-queries --kd-feature-norm standardize --kd-balance dto --opt dtosgd --lr 1e-4",
-        "--amp --amp-dtype bfloat16 --kd-balance dto --opt dtoadamw --grad-accum-steps 2",
-    ],
-)
-def test_vidt_variants(coco, tmp_path, vidt_teacher, texts):
-    options = [*common(coco, tmp_path), *distilling("vidt", vidt_teacher), *texts.split()]
-    assert main(["detect", *options, "--experiment", "x", "--epochs", "1", "--pictures", "0"]) == 0
-    (row,) = rows(tmp_path / "x" / "summary.csv")
-    assert float(row["train_loss"]) > 0
-    assert 0 <= float(row["eval_ap"]) <= 1
-
-
-def test_directory_teaches_and_student_loads(coco, tmp_path, capsys):
-    """A softmax detector of transformers with a class of its own teaches; the student is judged, and starts a run."""
-    config = configuration("detr")
-    config.id2label = {0: "ninety", 1: "N/A", 2: "seven", 3: "three"}
-    torch.manual_seed(0)
-    transformers.AutoModelForObjectDetection.from_config(config).save_pretrained(tmp_path / "detr")
-    options = [*common(coco, tmp_path), *VIDT, "--epochs", "1", "--pictures", "0"]
-    teaching = ["--kd-model-name", str(tmp_path / "detr"), "--kd-distill-type", "token", "prediction"]
-    assert main(["detect", *options, *teaching, "--experiment", "x"]) == 0
-    (row,) = rows(tmp_path / "x" / "summary.csv")
-    assert float(row["train_prediction"]) > 0
-    capsys.readouterr()
-    assert main(["eval", str(tmp_path / "x")]) == 0
-    judged = json.loads(capsys.readouterr().out)
-    assert judged["images"] == 4
-    assert {key: judged[key] for key in ("ap", "ap50")} == {key: float(row[f"eval_{key}"]) for key in ("ap", "ap50")}
-    assert main(["eval", str(tmp_path / "x"), "--checkpoint", str(tmp_path / "absent")]) == 1
-    assert "--checkpoint: there is no file" in capsys.readouterr().err
-    start = ["--initial-checkpoint", str(tmp_path / "x" / "student.safetensors")]
-    assert main(["detect", *options, *start, "--experiment", "y", "--lr", "0"]) == 0
-    first, second = (load_file(tmp_path / name / "student.safetensors") for name in "xy")
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        ("--kd-model-name fcos:test_resnet --kd-model-kwargs width=64", "does not hold weights of fcos:test_resnet"),
-        ("--kd-model-name vidt_nano --kd-teacher-path {vidt}", "are of two kinds"),
-        ("--kd-model-name fcos:test_resnet --kd-distill-type token", "has no detection tokens"),
-        ("--kd-model-name fcos:test_resnet --kd-share-queries", "--kd-share-queries: student and teacher need"),
-        ("--kd-model-name fcos:test_resnet --distill-loss-weight 1 2 3", "--distill-loss-weight: got 3"),
-        ("--kd-model-name fcos:test_resnet --kd-teacher-path absent", "--kd-teacher-path: there is no file absent"),
-    ],
-)
-def test_bad_teachers(coco, tmp_path, capsys, fcos_teacher, vidt_teacher, texts, message):
-    options = [*common(coco, tmp_path / "runs"), *FCOS_OPTIONS]
-    options += ["--kd-model-kwargs", "width=32", "--kd-teacher-path", str(fcos_teacher)]
-    more = texts.format(vidt=vidt_teacher).split()
-    more += ["--kd-model-kwargs", *TINY] if "vidt" in texts else []
-    assert main(["detect", *options, *more]) == 1
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
-def test_queries_by_index_must_be_as_many(coco, tmp_path, capsys, vidt_teacher):
-    options = [*common(coco, tmp_path), *distilling("vidt", vidt_teacher), "--kd-match", "index"]
-    i = options.index("num_queries=10")
-    options[i] = "num_queries=11"
-    assert main(["detect", *options]) == 1
-    assert "the student has 11 queries, the teacher 10" in capsys.readouterr().err

@@ -57,9 +57,9 @@ def test_the_tables_are_whole():
         assert (told.clip_grad is None) == name.endswith(("projector", "balance", "unclipped"))
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if "_small_vidt" not in n and "base_vidt_small" not in n])
+@pytest.mark.parametrize("name", NAMES)
 def test_recipe_trains(name, coco, teacher, tmp_path):
-    """With small detectors in place of the real ones; those of the other pairs differ in the size alone."""
+    """With small detectors in place of the real ones, of which `test_detect.test_sizes` takes a step each."""
     texts = ["--config", f"recipe:{name}", *common(coco, tmp_path), "--grad-accum-steps", "2", "--scales", "40", "48"]
     texts += ["--model", "vidt_nano", "--model-kwargs", *TINY, "--epochs", "1", "--val-split", ""]
     if name in DISTILLED:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.evidence import protocol, tables
-from benchmarks.evidence.data import DataSet, _Arrays
+from benchmarks.evidence.data import TILE, DataSet, _Arrays, _tiles
 from benchmarks.evidence.methods import METHODS, NONE, OBJECTIVES, methods_of
 from benchmarks.evidence.protocol import Journal, Run, carry_out, outcomes, read, tune
 from benchmarks.evidence.students import Result, train
@@ -145,6 +145,16 @@ def test_documented_numbers_are_those_of_the_csv_file():
         assert text in page
     for name in dict.fromkeys(run.data for run in done):
         assert all(len(o.results) == 5 for o in outcomes(done, name))
+
+
+def test_no_pixel_of_a_photo_is_in_two_parts():
+    """Each pixel of a photo has its own number; what does not fill a tile is left out."""
+    height, width = 4 * TILE, 5 * TILE + 7
+    photo = torch.arange(height * width).view(1, height, width).expand(3, -1, -1)
+    parts = _tiles(photo)
+    assert {part: len(tiles) for part, tiles in parts.items()} == {"train": 10, "validation": 4, "test": 6}
+    numbers = torch.cat([tiles[:, 0].flatten() for tiles in parts.values()])
+    assert len(numbers.unique()) == len(numbers) == 20 * TILE**2
 
 
 def test_only_arrays_are_unpickled():

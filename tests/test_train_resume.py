@@ -76,6 +76,32 @@ def same_results(a, b):
         assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+def die_and_resume(options, folder, monkeypatch, step):
+    """The run in folder/a/x once more, in folder/b, ended abruptly in this step of its second epoch."""
+    options = [str(folder / "b") if text == str(folder / "a") else text for text in options]
+    with monkeypatch.context() as patch:
+        die_at(patch, step)
+        with pytest.raises(Died):
+            main([*options, "--resume", "auto"])
+    assert list(RunDir(folder / "b" / "x").checkpoints()) == [0, 1]
+    torch.rand(7)  # the new process's generators are elsewhere
+    assert main([*options, "--resume", "auto"]) == 0
+    same_results(folder / "a" / "x", folder / "b" / "x")
+
+
+def stop_and_resume(options, folder, monkeypatch, steps):
+    """The same, ended by SIGTERM in each of these steps, counted over all processes."""
+    options = [str(folder / "b") if text == str(folder / "a") else text for text in options]
+    signal_at(monkeypatch, steps)
+    for _ in steps:
+        assert main([*options, "--resume", "auto"]) == 143
+        torch.rand(7)  # the new process's generators are elsewhere
+    assert RunDir(folder / "b" / "x").stopped.exists()
+    assert main([*options, "--resume", "auto"]) == 0
+    assert not RunDir(folder / "b" / "x").stopped.exists()
+    same_results(folder / "a" / "x", folder / "b" / "x")
+
+
 VARIANTS = {
     "fused": "--opt dtoadamw --kd-balance famo --model-ema --drop 0.2 --workers 0 --reprob 0.5 --mixup 0.2",
     "workers": "--opt dtosgd --kd-balance rlw --amp --amp-dtype float16 --aa rand-m5 --workers 2 --reprob 0.5",
@@ -91,15 +117,7 @@ def test_resumed_run_is_the_undisturbed_one(digits, teacher, tmp_path, monkeypat
     options = ["train", *common(digits, tmp_path / "a"), *distilling(teacher), *VARIANTS[variant].split()]
     options += ["--experiment", "x", "--epochs", "3", "--log-interval", "1"]
     assert main(options) == 0
-    options[options.index(str(tmp_path / "a"))] = str(tmp_path / "b")
-    with monkeypatch.context() as patch:
-        die_at(patch, 6)
-        with pytest.raises(Died):
-            main([*options, "--resume", "auto"])
-    assert list(RunDir(tmp_path / "b" / "x").checkpoints()) == [0, 1]
-    torch.rand(7)  # the new process's generators are elsewhere
-    assert main([*options, "--resume", "auto"]) == 0
-    same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
+    die_and_resume(options, tmp_path, monkeypatch, 6)
 
 
 def signal_at(monkeypatch, iterations):
@@ -132,15 +150,7 @@ def test_stopped_run_goes_on_in_the_middle_of_an_epoch(digits, teacher, tmp_path
     options = ["train", *common(digits, tmp_path / "a"), *distilling(teacher), *more.split()]
     options += ["--experiment", "x", "-b", "8", "--log-interval", "2"]
     assert main(options) == 0
-    options[options.index(str(tmp_path / "a"))] = str(tmp_path / "b")
-    signal_at(monkeypatch, stops)
-    for _ in stops:
-        assert main([*options, "--resume", "auto"]) == 143
-        torch.rand(7)  # the new process's generators are elsewhere
-    assert RunDir(tmp_path / "b" / "x").stopped.exists()
-    assert main([*options, "--resume", "auto"]) == 0
-    assert not RunDir(tmp_path / "b" / "x").stopped.exists()
-    same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
+    stop_and_resume(options, tmp_path, monkeypatch, stops)
 
 
 def test_batches_that_were_seen_are_not_read_again(digits, tmp_path, monkeypatch):

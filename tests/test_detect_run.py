@@ -1,0 +1,157 @@
+"""Runs of `dtokd detect`: resumed, stopped, with every kind of teacher; what does not fit is refused."""
+
+import csv
+import json
+
+import pytest
+import torch
+import transformers
+from dtokd.cli import main
+from dtokd.train.checkpoint import load_checkpoint
+from safetensors.torch import load_file, save_file
+
+from .coco import FCOS as FCOS_OPTIONS
+from .coco import TINY, VIDT, common, write_coco
+from .test_detect import configuration, dense, vidt
+from .test_train_resume import die_and_resume, stop_and_resume
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("coco") / "data")
+
+
+@pytest.fixture(scope="module")
+def vidt_teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "vidt.safetensors"
+    save_file({k: v.clone() for k, v in vidt(7).state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def fcos_teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp("teacher") / "fcos.safetensors"
+    save_file(dense(seed=7).state_dict(), path)
+    return path
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def distilling(kind, path):
+    name, kwargs = ("vidt_nano", TINY) if kind == "vidt" else ("fcos:test_resnet", ["width=32"])
+    options = VIDT if kind == "vidt" else FCOS_OPTIONS
+    return [*options, "--kd-model-name", name, "--kd-model-kwargs", *kwargs, "--kd-teacher-path", str(path)]
+
+
+VARIANTS = {
+    "fcos": "--opt dtoadamw --kd-balance dto --clip-grad 1 --model-ema --crop --color-jitter 0.3",
+    "vidt": "--opt adamw --kd-balance amortized --kd-feature-norm standardize --kd-feature-loss smooth_l1 --workers 1",
+}
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_resumed_run_is_the_undisturbed_one(coco, tmp_path, monkeypatch, request, kind):
+    """Killed in the second epoch, at its second step; bit for bit. Pictures and figures are in the report."""
+    teacher = request.getfixturevalue(f"{kind}_teacher")
+    options = ["detect", *common(coco, tmp_path / "a"), *distilling(kind, teacher), *VARIANTS[kind].split()]
+    options += ["--experiment", "x", "--log-interval", "1", "--pictures", "2"]
+    assert main(options) == 0
+    die_and_resume(options, tmp_path, monkeypatch, 6)
+    told = rows(tmp_path / "a" / "x" / "summary.csv")[-1]
+    names = ["feature", "prediction"] if kind == "fcos" else ["token"]
+    assert sum(float(told[f"weight_{name}"]) for name in ["task", *names]) == pytest.approx(1)
+    assert all(float(told[f"train_{name}"]) > 0 for name in names)
+    page = (tmp_path / "a" / "x" / "report.html").read_text()
+    assert page.count("<img") == 2
+    assert "average precision" in page
+    assert "Fig. 4" in page
+    state = load_checkpoint(tmp_path / "a" / "x" / "checkpoints" / "epoch-0002.safetensors")
+    assert not any("teacher" in name for name in state["weights"])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize(("kind", "stops"), [("fcos", [2, 3, 6]), ("vidt", [1, 6])])
+def test_stopped_run_goes_on_in_the_middle_of_an_epoch(coco, tmp_path, monkeypatch, request, kind, stops):
+    """By SIGTERM in these iterations; bit for bit."""
+    teacher = request.getfixturevalue(f"{kind}_teacher")
+    options = ["detect", *common(coco, tmp_path / "a"), *distilling(kind, teacher), *VARIANTS[kind].split()]
+    options += ["--experiment", "x"]
+    assert main(options) == 0
+    stop_and_resume(options, tmp_path, monkeypatch, stops)
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        "--kd-distill-type token prediction --kd-balance dto --opt dtoadamw --kd-projector orthogonal",
+        "--kd-distill-type token feature --kd-match index --kd-feature-loss norm --kd-token-root "
+        "--distill-loss-weight 4 4",
+        "--kd-share-queries --kd-feature-norm standardize --kd-balance dto --opt dtosgd --lr 1e-4",
+        "--amp --amp-dtype bfloat16 --kd-balance dto --opt dtoadamw --grad-accum-steps 2",
+    ],
+)
+def test_vidt_variants(coco, tmp_path, vidt_teacher, texts):
+    options = [*common(coco, tmp_path), *distilling("vidt", vidt_teacher), *texts.split()]
+    assert main(["detect", *options, "--experiment", "x", "--epochs", "1", "--pictures", "0"]) == 0
+    (row,) = rows(tmp_path / "x" / "summary.csv")
+    assert float(row["train_loss"]) > 0
+    assert 0 <= float(row["eval_ap"]) <= 1
+
+
+def test_directory_teaches_and_student_loads(coco, tmp_path, capsys):
+    """A softmax detector of transformers with a class of its own teaches; the student is judged, and starts a run."""
+    config = configuration("detr")
+    config.id2label = {0: "ninety", 1: "N/A", 2: "seven", 3: "three"}
+    torch.manual_seed(0)
+    transformers.AutoModelForObjectDetection.from_config(config).save_pretrained(tmp_path / "detr")
+    options = [*common(coco, tmp_path), *VIDT, "--epochs", "1", "--pictures", "0"]
+    teaching = ["--kd-model-name", str(tmp_path / "detr"), "--kd-distill-type", "token", "prediction"]
+    assert main(["detect", *options, *teaching, "--experiment", "x"]) == 0
+    (row,) = rows(tmp_path / "x" / "summary.csv")
+    assert float(row["train_prediction"]) > 0
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "x")]) == 0
+    judged = json.loads(capsys.readouterr().out)
+    assert judged["images"] == 4
+    assert {key: judged[key] for key in ("ap", "ap50")} == {key: float(row[f"eval_{key}"]) for key in ("ap", "ap50")}
+    assert main(["eval", str(tmp_path / "x"), "--checkpoint", str(tmp_path / "absent")]) == 1
+    assert "--checkpoint: there is no file" in capsys.readouterr().err
+    start = ["--initial-checkpoint", str(tmp_path / "x" / "student.safetensors")]
+    assert main(["detect", *options, *start, "--experiment", "y", "--lr", "0"]) == 0
+    first, second = (load_file(tmp_path / name / "student.safetensors") for name in "xy")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("--kd-model-name fcos:test_resnet --kd-model-kwargs width=64", "does not hold weights of fcos:test_resnet"),
+        ("--kd-model-name vidt_nano --kd-teacher-path {vidt}", "are of two kinds"),
+        ("--kd-model-name fcos:test_resnet --kd-distill-type token", "has no detection tokens"),
+        ("--kd-model-name fcos:test_resnet --kd-share-queries", "--kd-share-queries: student and teacher need"),
+        ("--kd-model-name fcos:test_resnet --distill-loss-weight 1 2 3", "--distill-loss-weight: got 3"),
+        ("--kd-model-name fcos:test_resnet --kd-teacher-path absent", "--kd-teacher-path: there is no file absent"),
+    ],
+)
+def test_bad_teachers(coco, tmp_path, capsys, fcos_teacher, vidt_teacher, texts, message):
+    options = [*common(coco, tmp_path / "runs"), *FCOS_OPTIONS]
+    options += ["--kd-model-kwargs", "width=32", "--kd-teacher-path", str(fcos_teacher)]
+    more = texts.format(vidt=vidt_teacher).split()
+    more += ["--kd-model-kwargs", *TINY] if "vidt" in texts else []
+    assert main(["detect", *options, *more]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_queries_by_index_must_be_as_many(coco, tmp_path, capsys, vidt_teacher):
+    options = [*common(coco, tmp_path), *distilling("vidt", vidt_teacher), "--kd-match", "index"]
+    i = options.index("num_queries=10")
+    options[i] = "num_queries=11"
+    assert main(["detect", *options]) == 1
+    assert "the student has 11 queries, the teacher 10" in capsys.readouterr().err
