@@ -11,9 +11,9 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
-#: Around a vector (63), a kernel's inner block (1023) and a chunk of the CPU kernels (65536); 65537 leaves one element.
+#: Around a vector (63), a kernel's inner block (1023) and many chunks of the GPU kernels; 65537 leaves one element.
 SIZES = (0, 1, 7, 63, 1023, 65535, 65536, 65537)
-CHUNK = 65536
+CHUNK = 262144  # of the CPU kernels: kChunk in csrc/cpu/kernels.h
 
 #: Shapes of one list: empty tensors first, in the middle and last, and a 0-dimensional one.
 LIST_WITH_EMPTIES = ((0,), (5, 7), (3, 0, 2), (), (129,), (0, 4))

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from . import cmake
+from .inputs import CHUNK
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-SIZES = (1, 0, 7, 16, 63, 1000, 65536, 65537, 0)
+SIZES = (1, 0, 7, 16, 63, 1000, CHUNK, CHUNK + 1, 0)
 
 
 @pytest.fixture(scope="module")

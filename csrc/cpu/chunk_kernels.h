@@ -62,24 +62,16 @@ struct Padded {
   }
 };
 
+// NOTE [Backwards]: chunks are walked from their last element to their first. On AMD's Zen 5 that is
+// 8 % faster for the five streams of an update than forwards, and the same for the Gram matrix; all
+// go one way, so that products have the same bits whether the update takes them or a pass before.
+
 // after(offset, count) is called for elements whose products have just been taken.
 template <class T, int K, int SideBySide, class After>
 DTOKD_HD void gram_few(const T* const* g, int64_t n, double* sums, const After& after) {
   const int64_t part = n / kParts / kStride * kStride;
-  for (int first = 0; first < kParts; first += SideBySide) {
-    GramSums<T, K> parts[SideBySide];
-    for (int64_t i = 0; i < part; i += kStride) {
-      for (int s = 0; s < SideBySide; ++s) parts[s].add(g, (first + s) * part + i);
-      for (int s = 0; s < SideBySide; ++s) after((first + s) * part + i, kStride);
-    }
-    for (int s = 0; s < SideBySide; ++s) parts[s].reduce(sums);
-  }
   GramSums<T, K> rest;
-  int64_t i = kParts * part;
-  for (; i + kStride <= n; i += kStride) {
-    rest.add(g, i);
-    after(i, kStride);
-  }
+  int64_t i = n / kStride * kStride;
   if (i < n) {
     T last[K][kStride];
     const T* pointers[K];
@@ -91,7 +83,20 @@ DTOKD_HD void gram_few(const T* const* g, int64_t n, double* sums, const After& 
     rest.add(pointers, 0);
     after(i, n - i);
   }
+  while (i > kParts * part) {
+    i -= kStride;
+    rest.add(g, i);
+    after(i, kStride);
+  }
   rest.reduce(sums);
+  for (int first = kParts - SideBySide; first >= 0; first -= SideBySide) {
+    GramSums<T, K> parts[SideBySide];
+    for (i = part - kStride; i >= 0; i -= kStride) {
+      for (int s = 0; s < SideBySide; ++s) parts[s].add(g, (first + s) * part + i);
+      for (int s = 0; s < SideBySide; ++s) after((first + s) * part + i, kStride);
+    }
+    for (int s = SideBySide - 1; s >= 0; --s) parts[s].reduce(sums);
+  }
 }
 
 // Products of one gradient with `Columns` others over a block that stays in cache.
@@ -128,8 +133,10 @@ void gram_row(const T* x, const T* const* others, int64_t n, double* const* sums
 template <class T, class After>
 DTOKD_HD void gram_many(const T* const* g, int K, int64_t n, double* sums, const After& after) {
   constexpr int64_t kBlock = 2048;
-  for (int64_t start = 0; start < n; start += kBlock) {
-    const int64_t count = n - start < kBlock ? n - start : kBlock;
+  for (int64_t end = n; end > 0;) {
+    const int64_t count = (end - 1) % kBlock + 1;
+    const int64_t start = end - count;
+    end = start;
     for (int i = 0, p = 0; i < K; ++i) {
       for (int j = i; j < K;) {
         const int columns = K - j < 4 ? K - j : 4;
@@ -204,10 +211,8 @@ struct Combined {
 };
 
 // Runs update(d, tensors...) over a chunk, a vector at a time: `tensors` are read before and
-// written after, in one pass. From the last element to the first: the Gram pass came the other way,
-// so that what it read last is met while still in cache (measured: 7 % of the whole step on a Zen
-// 4). products: null, or where to put the products of the gradients; then it goes the Gram pass's
-// way, and each gradient is in registers for both.
+// written after, in one pass; see NOTE [Backwards]. products: null, or where to put the products of
+// the gradients: each is in registers for both then.
 template <int N, class T, int K, class Update>
 DTOKD_HD void sweep(const Combined<T, K>& combined, int64_t n, T* const (&tensors)[N],
                     double* products, const Update& update) {
@@ -231,8 +236,8 @@ DTOKD_HD void sweep(const Combined<T, K>& combined, int64_t n, T* const (&tensor
   };
   if (products) {
     const auto after = [&](int64_t i, int64_t count) DTOKD_INLINE {
-      for (; count >= kLanes; count -= kLanes, i += kLanes) step(i);
-      if (count > 0) last(i, count);
+      if (const int64_t rest = count % kLanes) last(i + count - rest, rest);
+      for (int64_t end = i + count / kLanes * kLanes; end > i;) step(end -= kLanes);
     };
     for (int p = 0; p < triangle(combined.runtime_K); ++p) products[p] = 0;
     if constexpr (K > 0) {

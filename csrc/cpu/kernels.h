@@ -12,8 +12,9 @@ namespace dtokd::cpu {
 using dtokd::size_of;
 using dtokd::Type;
 
-// Elements of a chunk. Fixed: sums are taken per chunk, so the partition decides the bits.
-constexpr int64_t kChunk = 65536;
+// Elements of a chunk. Fixed: sums are taken per chunk, so the partition decides the bits. At a
+// chunk's end a core waits for what it has in flight: a quarter of this costs an update 2 %.
+constexpr int64_t kChunk = 262144;
 
 // The element at an offset from `base`; null stays null.
 template <class Pointer>

@@ -25,10 +25,10 @@ std::vector<Chunk> cut(const std::vector<int64_t>& sizes) {
 }
 
 // Each thread takes neighbouring chunks, about equal in elements: the same ones in every pass, so
-// that a core finds again what it has in its cache.
+// that a core finds again what it has in its cache. From the last to the first: see NOTE
+// [Backwards].
 template <class F>
-void for_each_chunk(const Threads& threads, const std::vector<Chunk>& chunks, bool backwards,
-                    const F& f) {
+void for_each_chunk(const Threads& threads, const std::vector<Chunk>& chunks, const F& f) {
   int64_t total = 0;
   for (const Chunk& c : chunks) total += c.n;
   constexpr int64_t kWorthAThread = 16384;
@@ -44,11 +44,7 @@ void for_each_chunk(const Threads& threads, const std::vector<Chunk>& chunks, bo
   bounds.resize(tasks, chunks.size());
   bounds.push_back(chunks.size());
   const auto task = [&](int k) {
-    const size_t first = bounds[k], last = bounds[k + 1];
-    for (size_t i = first; i < last; ++i) {
-      const size_t index = backwards ? last - 1 - (i - first) : i;
-      f(index, chunks[index]);
-    }
+    for (size_t i = bounds[k + 1]; i-- > bounds[k];) f(i, chunks[i]);
   };
   if (tasks == 1) {
     task(0);
@@ -85,14 +81,13 @@ class ChunkSums {
   std::vector<double> sums_;
 };
 
-// Runs f(gradients of the chunk, chunk, where their products go or null) over all chunks,
-// backwards.
+// Runs f(gradients of the chunk, chunk, where their products go or null) over all chunks.
 template <class F>
 void update(const Threads& threads, const GradientLists& lists, const double* coefficients,
             double* products, const F& f) {
   const std::vector<Chunk> chunks = cut(lists.sizes);
   ChunkSums sums(lists.K, products ? chunks.size() : 0);
-  for_each_chunk(threads, chunks, true, [&](size_t index, const Chunk& chunk) {
+  for_each_chunk(threads, chunks, [&](size_t index, const Chunk& chunk) {
     const void* grads[kMaxObjectives];
     chunk_gradients(lists, chunk, grads);
     f(Gradients{grads, coefficients, lists.K, chunk.n}, chunk, products ? sums.of(index) : nullptr);
@@ -105,7 +100,7 @@ void update(const Threads& threads, const GradientLists& lists, const double* co
 void gram(const Kernels& kernels, const Threads& threads, const GradientLists& lists, double* out) {
   const std::vector<Chunk> chunks = cut(lists.sizes);
   ChunkSums sums(lists.K, chunks.size());
-  for_each_chunk(threads, chunks, false, [&](size_t index, const Chunk& chunk) {
+  for_each_chunk(threads, chunks, [&](size_t index, const Chunk& chunk) {
     const void* grads[kMaxObjectives];
     chunk_gradients(lists, chunk, grads);
     kernels.gram(lists.type, grads, lists.K, chunk.n, sums.of(index));

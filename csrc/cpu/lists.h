@@ -31,9 +31,8 @@ void gram(const Kernels&, const Threads&, const GradientLists&, double* out);
 void combine(const Kernels&, const Threads&, const GradientLists&, const double* coefficients,
              const std::vector<void*>& out);
 
-// scalars: [T]; largests: [T] or empty. Walks backwards, as the Gram pass has read the last
-// gradients most recently. products: [K, K] or null; where to put the Gram matrix of the gradients,
-// taken chunk by chunk as these come into cache for the update: the same bits as gram's.
+// scalars: [T]; largests: [T] or empty. products: [K, K] or null; where to put the Gram matrix of
+// the gradients, taken as these are read for the update: the same bits as gram's.
 void adamw_step(const Kernels&, const Threads&, const GradientLists&, const double* coefficients,
                 const std::vector<AdamWScalars>& scalars, const std::vector<void*>& params,
                 const std::vector<void*>& exp_avgs, const std::vector<void*>& exp_avg_sqs,
