@@ -297,6 +297,7 @@ class Balanced(torch.optim.Optimizer):
 
         They stand under "weighting" and "gram", if they remember anything.
         """
+        self._settle()
         state = super().state_dict()
         if isinstance(self.weighting, Stateful):
             state["weighting"] = self.weighting.state_dict()
@@ -317,6 +318,7 @@ class Balanced(torch.optim.Optimizer):
             ValueError: its groups are not those of this optimizer, or its weighting's memory is another rule's. Nothing
                 has changed then.
         """
+        self._settle()
         groups = state_dict["param_groups"]
         if len(groups) == len(self.param_groups):
             groups = [
@@ -408,7 +410,7 @@ class Balanced(torch.optim.Optimizer):
 
     def _solve_and_run(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], options: Options) -> Balance:
         record, applied = solve_sets(self._sets, _by_role(buckets, lists), self._source, options)
-        if record.skipped.device.type == "cpu" and record.skipped:
+        if _known_to_skip(record):
             return record
         updates = self._all_updates(buckets, lists)
         if self._sets.weighed is None:
@@ -420,6 +422,7 @@ class Balanced(torch.optim.Optimizer):
         return record
 
     def _all_updates(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> list[Update]:
+        self._settle()
         # last first: the Gram pass has read these gradients most recently, so they may still be in cache
         updates = [
             update
@@ -434,9 +437,17 @@ class Balanced(torch.optim.Optimizer):
             self._skipped_steps = torch.zeros((), dtype=torch.int64, device=skipped.device)
         self._skipped_steps += skipped  # in place, so that a replayed CUDA graph counts on
 
+    def _settle(self) -> None:
+        """Take back state that the last step made, if that step turned out to be skipped and it matters."""
+
     def _updates(self, bucket: _Bucket, grads: list[list[Tensor]]) -> list[Update]:
         """The subclass's rule for one bucket; makes the state where there is none."""
         raise NotImplementedError
+
+
+def _known_to_skip(record: Balance) -> bool:
+    """Whether the host knows, without waiting for a device, that this step changes nothing."""
+    return record.skipped.device.type == "cpu" and bool(record.skipped)
 
 
 def _by_role(buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> dict[Role, list[Group]]:
@@ -576,7 +587,8 @@ class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
             combined direction around.
         {_SHARED_ARGS}
 
-    `rescale` is "sum" by default: SGD feels the factor 1 / L_i as a learning rate.
+    `rescale` is "sum" by default: SGD feels the factor 1 / L_i as a learning rate. With `dampening`, the step after the
+    one that begins the momentum waits for the device once, to learn whether that was skipped; so capture a later one.
 
     Example:
         >>> import torch, dtokd_kernels as dk
@@ -615,6 +627,8 @@ class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
         group = bucket.group
         momentum = group["momentum"]
         fresh = [momentum != 0 and self.state[p].get("momentum_buffer") is None for p in bucket.params]
+        if group["dampening"] != 0:
+            self._begun += [p for p, f in zip(bucket.params, fresh, strict=True) if f]
         updates = []
         for first in sorted(set(fresh)):
             chosen = [i for i, f in enumerate(fresh) if f is first]
@@ -646,3 +660,14 @@ class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
                 )
             )
         return updates
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._begun: list[Tensor] = []  # whose momentum the last step began, with dampening
+
+    def _settle(self) -> None:
+        # a buffer of zeros is as good as none, but for dampening, which the first step goes without
+        if self._begun and self._balance is not None and self._balance.skipped:
+            for p in self._begun:
+                self.state[p].pop("momentum_buffer", None)
+        self._begun.clear()

@@ -1,6 +1,7 @@
 """DTOAdamW and DTOSGD on several objectives: what each parameter's direction is, and what a step leaves alone."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 import dtokd_kernels as dk
+from dtokd_kernels import optim
 
 from . import tolerances
 from .oracle import Student, assert_directions, balanced, batch, losses_of, nothing_with_gradient
@@ -421,6 +423,31 @@ def test_gradient_that_is_not_finite_changes_nothing(backend, make, started, whe
     assert optimizer.skipped_steps == 2
     assert other.skipped_steps == 0
     assert_unchanged(model.parameters(), list(undisturbed.parameters()))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_momentum_begins_undampened_after_a_skipped_step(backend, monkeypatch, saved):
+    """Also where the host learns only afterwards that the first step was skipped, as on a GPU."""
+    monkeypatch.setattr(optim, "_known_to_skip", lambda record: False)
+    models = [Student(), Student()]
+    (model, optimizer), (other, undisturbed) = (
+        (m, dk.DTOSGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.5)) for m in models
+    )
+    losses = losses_of(model, batch(1))
+    optimizer.backward(
+        {**losses, "task": losses["task"] + nothing_with_gradient(model.get_parameter("scale"), math.nan)}
+    )
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.balance.skipped
+    if saved:
+        optimizer.load_state_dict(optimizer.state_dict())
+    for seed in (2, 3):
+        for m, o in ((model, optimizer), (other, undisturbed)):
+            o.backward(losses_of(m, batch(seed)))
+            o.step()
+            o.zero_grad()
+    assert_unchanged(model.parameters(), list(other.parameters()))
 
 
 @each_optimizer
