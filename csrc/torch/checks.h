@@ -38,7 +38,8 @@ inline Type type_of(ScalarType dtype) {
 }
 
 // Whether the elements fill one stretch of memory, each once.
-inline bool is_dense(const Tensor& tensor) {
+template <class Tensor>
+bool is_dense(const Tensor& tensor) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
@@ -52,7 +53,8 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-inline bool same_strides(const Tensor& a, const Tensor& b) {
+template <class Tensor>
+bool same_strides(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) != b.size(d) || (a.stride(d) != b.stride(d) && a.size(d) != 1)) return false;

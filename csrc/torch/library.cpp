@@ -10,6 +10,7 @@
 #include "cpu/lists.h"
 #include "dtokd/balance.h"
 #include "torch/checks.h"
+#include "torch/tensor_list.h"
 
 namespace dtokd::ops {
 namespace {
@@ -18,14 +19,14 @@ namespace {
 // in memory element by element alike.
 struct Kind {
   const char* op;
-  const Tensors& like;
-  ScalarType dtype;
+  const TensorList& like;
+  int32_t dtype;
   Type type;
   std::vector<int64_t> sizes;
   std::vector<bool> contiguous;
 
-  Kind(const char* op, const Tensors& like, size_t count)
-      : op(op), like(like), dtype(like.at(0).scalar_type()), type(type_of(dtype)) {
+  Kind(const char* op, const TensorList& like, size_t count)
+      : op(op), like(like), dtype(like[0].dtype()), type(type_of(like[0].tensor().scalar_type())) {
     sizes.reserve(count);
     contiguous.reserve(count);
     for (size_t t = 0; t < count; ++t) {
@@ -34,14 +35,14 @@ struct Kind {
       DTOKD_CHECK_FIT(contiguous[t] || is_dense(like[t]), op, ": tensor ", t, " is not dense");
     }
   }
-  void check(const Tensor& tensor, const char* name, size_t t) const {
-    DTOKD_CHECK_FIT(tensor.scalar_type() == dtype, op, ": ", name, "[", t, "] has another dtype");
+  void check(ListedTensor tensor, const char* name, size_t t) const {
+    DTOKD_CHECK_FIT(tensor.dtype() == dtype, op, ": ", name, "[", t, "] has another dtype");
     STD_TORCH_CHECK(tensor.numel() == sizes[t], "dtokd::", op, ": ", name, "[", t, "] has ",
                     tensor.numel(), " elements, expected ", sizes[t]);
     DTOKD_CHECK_FIT(contiguous[t] ? tensor.is_contiguous() : same_strides(tensor, like[t]), op,
                     ": ", name, "[", t, "] is laid out otherwise");
   }
-  std::vector<void*> pointers(const Tensors& tensors, const char* name) const {
+  std::vector<void*> pointers(const TensorList& tensors, const char* name) const {
     STD_TORCH_CHECK(tensors.size() == sizes.size(), "dtokd::", op, ": ", name, " has ",
                     tensors.size(), " tensors, expected ", sizes.size());
     std::vector<void*> result(tensors.size());
@@ -51,7 +52,7 @@ struct Kind {
     }
     return result;
   }
-  cpu::GradientLists gradients(const Tensors& grads, int64_t K) const {
+  cpu::GradientLists gradients(const TensorList& grads, int64_t K) const {
     STD_TORCH_CHECK(K >= 1 && K <= kMaxObjectives, "dtokd::", op, ": ", K,
                     " objectives, expected 1 to ", kMaxObjectives);
     STD_TORCH_CHECK(grads.size() == sizes.size() * K, "dtokd::", op, ": grads has ", grads.size(),
@@ -81,12 +82,12 @@ bool is_set(const Tensor& flag, const char* op) {
   return *static_cast<const bool*>(flag.const_data_ptr());
 }
 
-Tensor gram(const Tensors& grads, int64_t K) {
+Tensor gram(const TensorList& grads, int64_t K) {
   STD_TORCH_CHECK(K >= 1 && !grads.empty() && grads.size() % K == 0,
                   "dtokd::gram: grads must hold as many tensors for each of K objectives");
   const Kind kind("gram", grads, grads.size() / K);
   const cpu::GradientLists lists = kind.gradients(grads, K);
-  Tensor out = torch::stable::new_empty(grads[0], {K, K}, ScalarType::Double);
+  Tensor out = torch::stable::new_empty(grads[0].tensor(), {K, K}, ScalarType::Double);
   cpu::gram(cpu::best_kernels(), threads(), lists, static_cast<double*>(out.mutable_data_ptr()));
   return out;
 }
@@ -140,7 +141,7 @@ std::tuple<Tensor, Tensor> balance(const Tensor& gram, const std::optional<Tenso
   return {values, flags};
 }
 
-void combine_(const Tensors& out, const Tensors& grads, const Tensor& coefficients) {
+void combine_(const TensorList& out, const TensorList& grads, const Tensor& coefficients) {
   if (out.empty()) return;
   const int64_t K = coefficients.numel();
   const Kind kind("combine_", out, out.size());
@@ -154,7 +155,7 @@ struct Descent {
   cpu::GradientLists lists;
   std::vector<double> coefficients;
 
-  Descent(const Kind& kind, const Tensors& grads, const Tensor& coefficients, bool maximize,
+  Descent(const Kind& kind, const TensorList& grads, const Tensor& coefficients, bool maximize,
           bool all)
       : lists(kind.gradients(grads, coefficients.numel())) {
     const double* c = doubles(coefficients, lists.K, kind.op, "coefficients");
@@ -175,15 +176,28 @@ Tensor new_gram(const Tensor& coefficients) {
   return torch::stable::new_empty(coefficients, {K, K}, ScalarType::Double);
 }
 
-template <class Number>
-double count_up(const Tensor& step) {
-  Number* value = static_cast<Number*>(step.mutable_data_ptr());
-  return double(*value += 1);
-}
+// One of state_steps.
+class Count {
+ public:
+  Count(ListedTensor step, const char* op)
+      : is_double_(step.dtype() == aoti_torch_dtype_float64()) {
+    DTOKD_CHECK_FIT(step.numel() == 1 && (is_double_ || step.dtype() == aoti_torch_dtype_float32()),
+                    op, ": state_steps must hold float32 or float64 scalars");
+    value_ = step.mutable_data_ptr();
+  }
+  double up() {
+    return is_double_ ? *static_cast<double*>(value_) += 1 : *static_cast<float*>(value_) += 1;
+  }
+
+ private:
+  void* value_;
+  bool is_double_;
+};
 
 // products: [K, K] or null; where to put the Gram matrix of the gradients.
-void adamw(const char* op, const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-           const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs, const Tensors& state_steps,
+void adamw(const char* op, const TensorList& params, const TensorList& grads,
+           const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+           const TensorList& max_exp_avg_sqs, const TensorList& state_steps,
            const Tensor& coefficients, double lr, double beta1, double beta2, double weight_decay,
            double eps, bool maximize, double* products) {
   const Kind kind(op, params, params.size());
@@ -195,16 +209,13 @@ void adamw(const char* op, const Tensors& params, const Tensors& grads, const Te
   if (!max_exp_avg_sqs.empty()) largest = kind.pointers(max_exp_avg_sqs, "max_exp_avg_sqs");
   STD_TORCH_CHECK(state_steps.size() == params.size(), "dtokd::", op,
                   ": state_steps must hold one scalar for each of params");
-  for (const Tensor& step : state_steps) {
-    DTOKD_CHECK_FIT(step.numel() == 1 && (step.scalar_type() == ScalarType::Float ||
-                                          step.scalar_type() == ScalarType::Double),
-                    op, ": state_steps must hold float32 or float64 scalars");
-  }
+  std::vector<Count> counts;
+  counts.reserve(state_steps.size());
+  for (size_t t = 0; t < state_steps.size(); ++t) counts.emplace_back(state_steps[t], op);
   std::vector<cpu::AdamWScalars> scalars;
-  scalars.reserve(params.size());
-  for (const Tensor& step : state_steps) {
-    const double t =
-        step.scalar_type() == ScalarType::Double ? count_up<double>(step) : count_up<float>(step);
+  scalars.reserve(counts.size());
+  for (Count& count : counts) {
+    const double t = count.up();
     scalars.push_back(
         {lr, beta1, beta2, weight_decay, eps, 1 - std::pow(beta1, t), 1 - std::pow(beta2, t)});
   }
@@ -212,9 +223,9 @@ void adamw(const char* op, const Tensors& params, const Tensors& grads, const Te
                   scalars, p, m, v, largest, products);
 }
 
-void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-                 const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
-                 const Tensors& state_steps, const Tensor& coefficients, const Tensor& skipped,
+void adamw_step_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                 const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
+                 const TensorList& state_steps, const Tensor& coefficients, const Tensor& skipped,
                  double lr, double beta1, double beta2, double weight_decay, double eps,
                  bool maximize) {
   const char* op = "adamw_step_";
@@ -223,11 +234,11 @@ void adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp
         beta1, beta2, weight_decay, eps, maximize, nullptr);
 }
 
-Tensor gram_adamw_step_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-                        const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
-                        const Tensors& state_steps, const Tensor& coefficients,
-                        const Tensor& skipped, double lr, double beta1, double beta2,
-                        double weight_decay, double eps, bool maximize) {
+Tensor gram_adamw_step_(const TensorList& params, const TensorList& grads,
+                        const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+                        const TensorList& max_exp_avg_sqs, const TensorList& state_steps,
+                        const Tensor& coefficients, const Tensor& skipped, double lr, double beta1,
+                        double beta2, double weight_decay, double eps, bool maximize) {
   const char* op = "gram_adamw_step_";
   if (params.empty() || is_set(skipped, op)) return gram(grads, coefficients.numel());
   Tensor products = new_gram(coefficients);
@@ -237,8 +248,8 @@ Tensor gram_adamw_step_(const Tensors& params, const Tensors& grads, const Tenso
   return products;
 }
 
-void sgd(const char* op, const Tensors& params, const Tensors& grads,
-         const Tensors& momentum_buffers, const Tensor& coefficients, double lr, double momentum,
+void sgd(const char* op, const TensorList& params, const TensorList& grads,
+         const TensorList& momentum_buffers, const Tensor& coefficients, double lr, double momentum,
          double dampening, double weight_decay, bool nesterov, bool maximize, bool first,
          double* products) {
   const Kind kind(op, params, params.size());
@@ -250,19 +261,20 @@ void sgd(const char* op, const Tensors& params, const Tensors& grads,
                 {lr, momentum, dampening, weight_decay, nesterov, first}, p, buffers, products);
 }
 
-void sgd_step_(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
-               const Tensor& coefficients, const Tensor& skipped, double lr, double momentum,
-               double dampening, double weight_decay, bool nesterov, bool maximize, bool first) {
+void sgd_step_(const TensorList& params, const TensorList& grads,
+               const TensorList& momentum_buffers, const Tensor& coefficients,
+               const Tensor& skipped, double lr, double momentum, double dampening,
+               double weight_decay, bool nesterov, bool maximize, bool first) {
   const char* op = "sgd_step_";
   if (params.empty() || is_set(skipped, op)) return;
   sgd(op, params, grads, momentum_buffers, coefficients, lr, momentum, dampening, weight_decay,
       nesterov, maximize, first, nullptr);
 }
 
-Tensor gram_sgd_step_(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
-                      const Tensor& coefficients, const Tensor& skipped, double lr, double momentum,
-                      double dampening, double weight_decay, bool nesterov, bool maximize,
-                      bool first) {
+Tensor gram_sgd_step_(const TensorList& params, const TensorList& grads,
+                      const TensorList& momentum_buffers, const Tensor& coefficients,
+                      const Tensor& skipped, double lr, double momentum, double dampening,
+                      double weight_decay, bool nesterov, bool maximize, bool first) {
   const char* op = "gram_sgd_step_";
   if (params.empty() || is_set(skipped, op)) return gram(grads, coefficients.numel());
   Tensor products = new_gram(coefficients);
@@ -312,14 +324,14 @@ STABLE_TORCH_LIBRARY(dtokd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dtokd, CPU, m) {
-  m.impl("gram", TORCH_BOX(&gram));
+  m.impl("gram", TORCH_BOX(&with_lists<&gram>::call));
   m.impl("min_norm_weights", TORCH_BOX(&min_norm_weights));
   m.impl("balance", TORCH_BOX(&balance));
-  m.impl("combine_", TORCH_BOX(&combine_));
-  m.impl("adamw_step_", TORCH_BOX(&adamw_step_));
-  m.impl("sgd_step_", TORCH_BOX(&sgd_step_));
-  m.impl("gram_adamw_step_", TORCH_BOX(&gram_adamw_step_));
-  m.impl("gram_sgd_step_", TORCH_BOX(&gram_sgd_step_));
+  m.impl("combine_", TORCH_BOX(&with_lists<&combine_>::call));
+  m.impl("adamw_step_", TORCH_BOX(&with_lists<&adamw_step_>::call));
+  m.impl("sgd_step_", TORCH_BOX(&with_lists<&sgd_step_>::call));
+  m.impl("gram_adamw_step_", TORCH_BOX(&with_lists<&gram_adamw_step_>::call));
+  m.impl("gram_sgd_step_", TORCH_BOX(&with_lists<&gram_sgd_step_>::call));
   m.impl("instructions", TORCH_BOX(&instructions));
 }
 
