@@ -208,6 +208,7 @@ class Balanced(torch.optim.Optimizer):
                 "alone; call backward outside of it for the last part of the batch"
             )
         loss_scale = self._loss_scale()
+        self._settle()
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
         ranks = self._options.ranks
@@ -422,7 +423,6 @@ class Balanced(torch.optim.Optimizer):
         return record
 
     def _all_updates(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> list[Update]:
-        self._settle()
         # last first: the Gram pass has read these gradients most recently, so they may still be in cache
         updates = [
             update

@@ -425,26 +425,30 @@ def test_gradient_that_is_not_finite_changes_nothing(backend, make, started, whe
     assert_unchanged(model.parameters(), list(undisturbed.parameters()))
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["told late", "told at once"])
+@pytest.mark.parametrize("skipped", [0, 1], ids=["first", "second"])
 @pytest.mark.parametrize("saved", [False, True])
-def test_momentum_begins_undampened_after_a_skipped_step(backend, monkeypatch, saved):
-    """Also where the host learns only afterwards that the first step was skipped, as on a GPU."""
-    monkeypatch.setattr(optim, "_known_to_skip", lambda record: False)
+def test_dampened_momentum_is_as_if_a_skipped_step_was_not(backend, monkeypatch, saved, skipped, told):
+    """It begins undampened, also where the host learns only afterwards that the first step was skipped, as on a GPU."""
+    if not told:
+        monkeypatch.setattr(optim, "_known_to_skip", lambda record: False)
     models = [Student(), Student()]
     (model, optimizer), (other, undisturbed) = (
         (m, dk.DTOSGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.5)) for m in models
     )
-    losses = losses_of(model, batch(1))
-    optimizer.backward(
-        {**losses, "task": losses["task"] + nothing_with_gradient(model.get_parameter("scale"), math.nan)}
-    )
-    optimizer.step()
-    optimizer.zero_grad()
-    assert optimizer.balance.skipped
-    if saved:
-        optimizer.load_state_dict(optimizer.state_dict())
-    for seed in (2, 3):
+    for step in range(4):
+        if step == skipped:
+            losses = losses_of(model, batch(1))
+            losses["task"] = losses["task"] + nothing_with_gradient(model.get_parameter("scale"), math.nan)
+            optimizer.backward(losses)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert optimizer.balance.skipped
+            if saved:
+                optimizer.load_state_dict(optimizer.state_dict())
+            continue
         for m, o in ((model, optimizer), (other, undisturbed)):
-            o.backward(losses_of(m, batch(seed)))
+            o.backward(losses_of(m, batch(step)))
             o.step()
             o.zero_grad()
     assert_unchanged(model.parameters(), list(other.parameters()))
