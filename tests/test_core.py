@@ -36,6 +36,10 @@ def addresses(tensors):
     return [t.data_ptr() for t in tensors]
 
 
+def test_sizes_are_around_a_chunk(core):
+    assert core.chunk == CHUNK
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("K", [1, 2, 3, 4, 8])
 def test_gram_has_the_same_bits_for_every_instruction_set_and_thread_count(core, dtype, K):

@@ -5,9 +5,11 @@ import torch
 
 from dtokd_kernels import backends, native, reference
 
+from .inputs import CHUNK
+
 pytestmark = pytest.mark.skipif(backends.missing("cpu") is not None, reason=f"no extension: {native.missing}")
 
-SIZES = (3, 0, 17, 70_000)
+SIZES = (3, 0, 17, CHUNK + 5000)
 ADAMW = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
 SGD = {
     "lr": 1e-2,
@@ -142,7 +144,7 @@ def test_wrong_sizes_are_refused_before_anything_changes():
     args, kwargs = calls()["adamw_step_"]
     params, grads, exp_avgs, exp_avg_sqs, largest, steps, c, skipped = args
     before = torch.cat(params)
-    with pytest.raises(RuntimeError, match=r"adamw_step_: exp_avg_sqs\[3\] has 5 elements, expected 70000"):
+    with pytest.raises(RuntimeError, match=r"adamw_step_: exp_avg_sqs\[3\] has 5 elements, expected 267144"):
         torch.ops.dtokd.adamw_step_.default(
             params, grads, exp_avgs, [*exp_avg_sqs[:3], torch.zeros(5)], largest, steps, c, skipped, **kwargs
         )

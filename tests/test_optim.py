@@ -12,6 +12,7 @@ import dtokd_kernels as dk
 from dtokd_kernels import optim
 
 from . import tolerances
+from .inputs import CHUNK
 from .oracle import Student, assert_directions, balanced, batch, losses_of, nothing_with_gradient
 
 U = 2.0**-53
@@ -663,7 +664,7 @@ def test_layouts_of_gradients_and_parameters_that_differ(backend, make):
 @each_optimizer
 def test_model_larger_than_a_chunk(backend, make):
     """Tensors of several chunks among small ones, as real models mix them, against the reference."""
-    shapes = [(70000,), (3,), (300, 300), (1,), (65536,)]
+    shapes = [(CHUNK + 5000,), (3,), (300, 300), (1,), (CHUNK,)]
     results = []
     for implementation in (backend, "reference"):
         with dk.use_backend(implementation):

@@ -14,7 +14,7 @@ from dtokd_kernels import backends
 from dtokd_kernels.sources import Ema, Every, Feature, Probe
 
 from . import tolerances
-from .inputs import each_dtype, gradients
+from .inputs import CHUNK, each_dtype, gradients
 from .oracle import Student, assert_directions, balanced, batch, losses_of, nothing_with_gradient
 
 
@@ -290,7 +290,7 @@ def test_lag_clips_by_the_previous_gram(backend):
 def test_update_that_measures(backend, rule, K, dtype):
     """The same bits as the update and the Gram matrix by themselves, for any number of threads; also where skipped."""
     module = backends.select(torch.device("cpu"))
-    shapes = [(70000,), (3,), (0,), (300, 7)]
+    shapes = [(CHUNK + 5000,), (3,), (0,), (300, 7)]
     rows = gradients(K + 3, shapes, dtype)
     grads = rows[:K]
     c = torch.linspace(0.0, 1.0, K, dtype=torch.float64)  # the first is 0: not read but for the matrix

@@ -58,6 +58,7 @@ GradientLists lists(const std::string& dtype, const Addresses& grads,
 
 PYBIND11_MODULE(dtokd_core_python, m) {
   m.def("names", &names);
+  m.attr("chunk") = kChunk;
   m.def("gram", [](const std::string& name, int threads, const std::string& dtype,
                    const Addresses& grads, const std::vector<int64_t>& sizes) {
     const GradientLists l = lists(dtype, grads, sizes);

@@ -16,7 +16,6 @@ namespace dtokd::ops {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
 
 // Tensors that the kernels cannot take together, though they are no mistake of the caller: Python
 // copies them or goes through the reference when it sees this text.
@@ -38,8 +37,8 @@ inline Type type_of(ScalarType dtype) {
 }
 
 // Whether the elements fill one stretch of memory, each once.
-template <class Tensor>
-bool is_dense(const Tensor& tensor) {
+template <class AnyTensor>
+bool is_dense(const AnyTensor& tensor) {
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
@@ -53,8 +52,8 @@ bool is_dense(const Tensor& tensor) {
   return true;
 }
 
-template <class Tensor>
-bool same_strides(const Tensor& a, const Tensor& b) {
+template <class AnyTensor>
+bool same_strides(const AnyTensor& a, const AnyTensor& b) {
   if (a.dim() != b.dim()) return false;
   for (int64_t d = 0; d < a.dim(); ++d) {
     if (a.size(d) != b.size(d) || (a.stride(d) != b.stride(d) && a.size(d) != 1)) return false;

@@ -21,6 +21,7 @@ namespace dtokd::ops {
 namespace {
 
 using Ints = std::vector<int64_t>;
+using Tensors = std::vector<Tensor>;
 
 #ifdef DTOKD_EMULATION
 #define DTOKD_LIBRARY(macro, ...) macro(dtokd_emulated, __VA_ARGS__)

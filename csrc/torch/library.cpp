@@ -324,14 +324,14 @@ STABLE_TORCH_LIBRARY(dtokd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dtokd, CPU, m) {
-  m.impl("gram", TORCH_BOX(&with_lists<&gram>::call));
+  m.impl("gram", TORCH_BOX(&WithLists<&gram>::call));
   m.impl("min_norm_weights", TORCH_BOX(&min_norm_weights));
   m.impl("balance", TORCH_BOX(&balance));
-  m.impl("combine_", TORCH_BOX(&with_lists<&combine_>::call));
-  m.impl("adamw_step_", TORCH_BOX(&with_lists<&adamw_step_>::call));
-  m.impl("sgd_step_", TORCH_BOX(&with_lists<&sgd_step_>::call));
-  m.impl("gram_adamw_step_", TORCH_BOX(&with_lists<&gram_adamw_step_>::call));
-  m.impl("gram_sgd_step_", TORCH_BOX(&with_lists<&gram_sgd_step_>::call));
+  m.impl("combine_", TORCH_BOX(&WithLists<&combine_>::call));
+  m.impl("adamw_step_", TORCH_BOX(&WithLists<&adamw_step_>::call));
+  m.impl("sgd_step_", TORCH_BOX(&WithLists<&sgd_step_>::call));
+  m.impl("gram_adamw_step_", TORCH_BOX(&WithLists<&gram_adamw_step_>::call));
+  m.impl("gram_sgd_step_", TORCH_BOX(&WithLists<&gram_sgd_step_>::call));
   m.impl("instructions", TORCH_BOX(&instructions));
 }
 

@@ -74,7 +74,7 @@ class TensorList {
   std::vector<AtenTensorHandle> handles_;
 };
 
-// An operation that takes lists, as torch calls it: TORCH_BOX(&with_lists<&operation>::call).
+// An operation that takes lists, as torch calls it: TORCH_BOX(&WithLists<&operation>::call).
 template <class P>
 struct Argument {
   using Raw = P;
@@ -86,9 +86,9 @@ struct Argument<const TensorList&> {
   static TensorList of(StableListHandle list) { return TensorList(list); }
 };
 template <auto operation>
-struct with_lists;
+struct WithLists;
 template <class R, class... P, R (*operation)(P...)>
-struct with_lists<operation> {
+struct WithLists<operation> {
   static R call(typename Argument<P>::Raw... arguments) {
     return operation(Argument<P>::of(arguments)...);
   }
