@@ -42,6 +42,7 @@ def register_fakes(namespace: str) -> None:
         return params[0].new_empty(len(Role), K, K, dtype=torch.float64), *fused.new_record(params[0], K)
 
     fused.register_writing_fakes(namespace, "combine_", "adamw_updates_", "sgd_updates_")
+    fused.register_measuring_fakes(namespace, "gram_adamw_updates_", "gram_sgd_updates_")
 
 
 def _load() -> str | None:
@@ -133,6 +134,16 @@ def sgd_step(*args: Any, **options: Any) -> None:
     run_updates(*fused.sgd_update(*args, **options))
 
 
+def gram_adamw_step(*args: Any, **options: Any) -> Tensor:
+    """`reference.gram_adamw_step` for tensors of one dtype."""
+    return measure_and_update(*fused.adamw_update(*args, **options))[Role.SHARED]
+
+
+def gram_sgd_step(*args: Any, **options: Any) -> Tensor:
+    """`reference.gram_sgd_step` for tensors of one dtype."""
+    return measure_and_update(*fused.sgd_update(*args, **options))[Role.SHARED]
+
+
 def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> None:
     """All updates of one step: one launch for each rule and dtype, whatever the number of parameter groups.
 
@@ -141,15 +152,25 @@ def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> No
         table: [3, K] float64, a `Balance`'s.
         skipped: scalar bool.
     """
+    for same in _by_rule(updates):
+        for update in fused.unfit_updates(same, lambda some: _run(some, table, skipped)):
+            update.run(reference, table, skipped)
+
+
+def measure_and_update(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> Tensor:
+    """The same, and the Gram matrices [3, K, K] of the gradients from the same launches."""
+    K = table.shape[1]
+    total = torch.zeros(len(Role), K, K, dtype=torch.float64, device=table.device)
+    for same in _by_rule(updates):
+        for update in fused.unfit_updates(same, lambda some: total.add_(_run(some, table, skipped, "gram_"))):
+            update.run_measured(reference, table, skipped, total)
+    return total
+
+
+def _by_rule(updates: Sequence[Update]) -> list[list[Update]]:
     # the kernels walk what they are given from its end
     in_order = list(reversed(updates))
-    for rule in ("adamw_step", "sgd_step"):
-        same = [update for update in in_order if update.rule == rule]
-        if same and not _run(rule, same, table, skipped):
-            # some tensor fits no kernel: find out which, and take those through the reference
-            for update in same:
-                if not _run(rule, [update], table, skipped):
-                    update.run(reference, table, skipped)
+    return [same for rule in _STATE if (same := [update for update in in_order if update.rule == rule])]
 
 
 def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Balance | None:
@@ -202,6 +223,7 @@ def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Bal
     return fused.record(grams[Role.SHARED], values, flags)
 
 
+_OPERATIONS = {"adamw_step": "adamw_updates_", "sgd_step": "sgd_updates_"}
 #: The lists of state of each rule, as its operation takes them.
 _STATE = {
     "adamw_step": ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps", "masters"),
@@ -226,28 +248,26 @@ class _Call:
             increment_version(tensors)
 
 
-def _run(rule: str, updates: Sequence[Update], table: Tensor, skipped: Tensor) -> bool:
-    """Run updates of one rule together; False, with nothing changed, if some tensor fits no kernel."""
+def _run(updates: Sequence[Update], table: Tensor, skipped: Tensor, prefix: str = "") -> Any:
+    """Run updates of one rule together by its operation, or the one with this prefix; what that returns.
+
+    Raises:
+        RuntimeError: `fused.UNFIT`, with nothing changed: some tensor fits no kernel.
+    """
     if fused.has_betas_on_device(updates):
-        return False
+        raise RuntimeError(f"{fused.UNFIT}: a beta is a tensor on a GPU")
+    rule = updates[0].rule
     call = _Call(rule, updates)
     table = table.to(torch.float64).contiguous()
+    operation = getattr(OPS, prefix + _OPERATIONS[rule]).default
+    tickets = [fused.tickets(call.device)] if prefix or rule == "adamw_step" else []
 
-    def run(grads: list[Tensor], *shape: list[int]) -> None:
-        common = (call.params, grads, *call.state, *shape, table, skipped, call.lrs, call.numbers)
-        if rule == "adamw_step":
-            OPS.adamw_updates_.default(*common, fused.tickets(call.device))
-        else:
-            OPS.sgd_updates_.default(*common)
+    def run(grads: list[Tensor], *shape: list[int]) -> Any:
+        return operation(call.params, grads, *call.state, *shape, table, skipped, call.lrs, call.numbers, *tickets)
 
-    try:
-        call.groups.run(run, like=call.params)
-    except RuntimeError as error:
-        if not fused.is_unfit(error):
-            raise
-        return False
+    result = call.groups.run(run, like=call.params)
     call.count_writes()
-    return True
+    return result
 
 
 def _numbers(rule: str, update: Update, device: torch.device, lrs: list[Tensor]) -> list[float]:

@@ -44,6 +44,19 @@ def register_writing_fakes(namespace: str, *names: str) -> None:
         torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
 
 
+def register_measuring_fakes(namespace: str, *names: str) -> None:
+    """The same for updates of parameter groups that return the Gram matrices by role, of a size that `table` has."""
+    for name in names:
+        schema = getattr(getattr(torch.ops, namespace), name).default._schema
+        place = [argument.name for argument in schema.arguments].index("table")
+
+        def fake(*args: Any, place: int = place) -> Tensor:
+            table = args[place]
+            return table.new_empty(len(Role), table.shape[1], table.shape[1])
+
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+
+
 def register_gram_fakes(namespace: str) -> None:
     """The same for Gram matrices by role, alone and with their balance."""
 
@@ -222,6 +235,17 @@ def _one_update(
     lists = [list(row) for row in grads]
     update = Update(rule, Role.SHARED, tuple(range(len(grads))), list(params), lists, state, options)
     return [update], coefficients.expand(len(Role), -1), skipped
+
+
+def unfit_updates(updates: list[Update], run: Callable[[list[Update]], object]) -> list[Update]:
+    """run(updates), or, if some tensor fits no kernel, run([update]) for each; those that do not fit even so."""
+    try:
+        run(updates)
+    except RuntimeError as error:
+        if not is_unfit(error):
+            raise
+        return updates if len(updates) == 1 else [u for update in updates for u in unfit_updates([update], run)]
+    return []
 
 
 def has_betas_on_device(updates: Sequence[Update]) -> bool:

@@ -5,7 +5,7 @@ Here arguments are checked and tensors that may share a kernel call are grouped;
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import GradientList, check_gram, check_lists, check_options, check_out
-from .types import Balance, Group, Options, Rescale, Role, Update, Weighting, of_reach
+from .types import Balance, Group, Options, Rescale, Role, Update, Weighting, of_reach, spread
 
 
 def gram(grads: Sequence[GradientList], *, backend: str | None = None) -> Tensor:
@@ -57,20 +57,6 @@ def gram_of_groups(groups: Iterable[Group], K: int, backend: str | None = None) 
         total = part if total is None else total + part.to(total.device)
     assert total is not None
     return total
-
-
-def spread(part: Tensor, reach: tuple[int, ...], K: int) -> Tensor:
-    """A Gram matrix of the objectives in `reach` as one of all K, zero elsewhere; without a host sync."""
-    if len(reach) == K:
-        return part
-    rows = dict(zip(reach, part.unbind(), strict=True))
-    zero, nothing = part.new_zeros(()), part.new_zeros(K)
-
-    def whole(row: Tensor) -> Tensor:
-        entries = dict(zip(reach, row.unbind(), strict=True))
-        return torch.stack([entries.get(j, zero) for j in range(K)])
-
-    return torch.stack([whole(rows[i]) if i in rows else nothing for i in range(K)])
 
 
 def solve(groups: Mapping[Role, Sequence[Group]], losses: Tensor, weighting: Weighting, options: Options) -> Balance:
@@ -300,12 +286,8 @@ def run_updates(updates: Iterable[Update], balance: Balance, backend: str | None
 
     Effects: no host sync.
     """
-    by_device: dict[torch.device, list[Update]] = {}
-    for update in updates:
-        by_device.setdefault(update.params[0].device, []).append(update)
-    for device, same in by_device.items():
-        module = backends.select(device, backend)
-        table, skipped = balance.table.to(device), balance.skipped.to(device)
+    for same, table, skipped in _by_device(updates, balance):
+        module = backends.select(table.device, backend)
         if hasattr(module, "run_updates"):
             module.run_updates(same, table, skipped)
             continue
@@ -316,24 +298,31 @@ def run_updates(updates: Iterable[Update], balance: Balance, backend: str | None
 def measure_and_update(updates: Iterable[Update], balance: Balance, backend: str | None = None) -> Tensor:
     """`run_updates`, and the Gram matrices of the gradients that it reads, from the same pass over them.
 
-    A backend with functions `gram_adamw_step` and `gram_sgd_step` does both in one; the others take two passes.
+    A backend with a function `measure_and_update(updates, table, skipped)` takes all updates of a device at once; the
+    others take them one by one.
 
     Returns:
         [3, K, K] float64 on the balance's device, one matrix for each `Role`; also where nothing was updated.
     """
     K = balance.table.shape[1]
-    grams = torch.zeros(len(Role), K, K, dtype=torch.float64, device=balance.table.device)
+    total = torch.zeros(len(Role), K, K, dtype=torch.float64, device=balance.table.device)
+    for same, table, skipped in _by_device(updates, balance):
+        module = backends.select(table.device, backend)
+        if hasattr(module, "measure_and_update"):
+            total += module.measure_and_update(same, table, skipped).to(total.device)
+            continue
+        for update in same:
+            update.run_measured(module, table, skipped, total)
+    return total
+
+
+def _by_device(updates: Iterable[Update], balance: Balance) -> Iterator[tuple[list[Update], Tensor, Tensor]]:
+    """The updates of each device, in their order, with the balance's table and `skipped` there."""
+    by_device: dict[torch.device, list[Update]] = {}
     for update in updates:
-        device = update.params[0].device
-        module = backends.select(device, backend)
-        table, skipped = balance.table.to(device), balance.skipped.to(device)
-        if hasattr(module, f"gram_{update.rule}"):
-            part = update.run(module, table, skipped, f"gram_{update.rule}")
-        else:
-            part = module.gram(update.grads)
-            update.run(module, table, skipped)
-        grams[update.role] += spread(part, update.reach, K).to(grams.device)
-    return grams
+        by_device.setdefault(update.params[0].device, []).append(update)
+    for device, same in by_device.items():
+        yield same, balance.table.to(device), balance.skipped.to(device)
 
 
 def _group_positions(op: str, grads: Sequence[GradientList]) -> dict[Any, tuple[Group, list[int]]]:

@@ -147,19 +147,23 @@ class Update:
     state: dict[str, list[Tensor]]
     options: dict[str, Any]
 
-    def run(self, module: ModuleType, table: Tensor, skipped: Tensor, function: str | None = None) -> Any:
+    def run(self, module: ModuleType, table: Tensor, skipped: Tensor) -> None:
         """Carry it out with a backend's function.
 
         Args:
             module: the backend.
             table: [3, K] float64, a `Balance`'s, on the parameters' device.
             skipped: scalar bool, on the parameters' device.
-            function: its name, if it is another than the rule's.
-
-        Returns:
-            What the function does.
         """
-        return getattr(module, function or self.rule)(
+        self._call(getattr(module, self.rule), table, skipped)
+
+    def run_measured(self, module: ModuleType, table: Tensor, skipped: Tensor, grams: Tensor) -> None:
+        """The same with a function that also measures; adds to `grams` [3, K, K] on any device."""
+        part = self._call(getattr(module, f"gram_{self.rule}"), table, skipped)
+        grams[self.role] += spread(part, self.reach, grams.shape[-1]).to(grams.device)
+
+    def _call(self, function: Callable[..., Any], table: Tensor, skipped: Tensor) -> Any:
+        return function(
             params=self.params,
             grads=self.grads,
             **self.state,
@@ -174,3 +178,17 @@ def of_reach(coefficients: Tensor, reach: tuple[int, ...]) -> Tensor:
     if len(reach) == len(coefficients):
         return coefficients
     return torch.stack([coefficients[i] for i in reach])
+
+
+def spread(part: Tensor, reach: tuple[int, ...], K: int) -> Tensor:
+    """A Gram matrix of the objectives in `reach` as one of all K, zero elsewhere; without a host sync."""
+    if len(reach) == K:
+        return part
+    rows = dict(zip(reach, part.unbind(), strict=True))
+    zero, nothing = part.new_zeros(()), part.new_zeros(K)
+
+    def whole(row: Tensor) -> Tensor:
+        entries = dict(zip(reach, row.unbind(), strict=True))
+        return torch.stack([entries.get(j, zero) for j in range(K)])
+
+    return torch.stack([whole(rows[i]) if i in rows else nothing for i in range(K)])

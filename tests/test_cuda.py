@@ -7,7 +7,7 @@ import dtokd_kernels as dk
 from dtokd_kernels import cuda, fused, reference
 from dtokd_kernels.types import Options, Role, Update
 
-from . import emulated
+from . import emulated, tolerances
 from .device import DEVICE
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the emulation takes CPU tensors")
@@ -58,7 +58,11 @@ def calls():
         "adamw_updates_": (
             tensors(2), grads, tensors(3), tensors(4, True), [], steps, [], *shape, table, never, [], adamw, tickets,
         ),
+        "gram_adamw_updates_": (
+            tensors(2), grads, tensors(3), tensors(4, True), [], steps, [], *shape, table, never, [], adamw, tickets,
+        ),
         "sgd_updates_": (tensors(2), grads, tensors(3), [], *shape, table, never, [], sgd),
+        "gram_sgd_updates_": (tensors(2), grads, tensors(3), [], *shape, table, never, [], sgd, tickets),
         "resident_adamw_": (
             tensors(2), grads, tensors(3), tensors(4, True), steps, *shape, LOSSES, *options, [], adamw, tickets,
         ),
@@ -122,6 +126,24 @@ def test_gradients_that_are_not_dense_are_copied(ops):
     both.grads[0] = sparse_memory
     assert not sparse_memory[2].is_contiguous()
     assert_alike(*run_both([both], torch.ones(3, 2, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("skipped", [False, True])
+@pytest.mark.parametrize("rule", ["adamw_step", "sgd_step"])
+def test_updates_that_measure_equal_two_launches(ops, rule, skipped):
+    """Bit for bit; an update that fits no kernel goes through the reference, its part of the matrices too."""
+    table, skip = torch.tensor([[0.5, 0.25], [1, 1], [2, 0]], dtype=torch.float64), torch.tensor(skipped)
+    once = [update(rule), update(rule, Role.PLAIN, maximize=True), update(rule, Role.PRIVATE)]
+    if rule == "adamw_step":
+        once[2].state["state_steps"] = [torch.tensor(3.0, dtype=torch.float64) for _ in SIZES]
+    twice = [update_like(u) for u in once]
+    grams = cuda.measure_and_update(once, table, skip)
+    cuda.run_updates(twice, table, skip)
+    for a, b in zip(copies(once), copies(twice), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for u in once:
+        expected = reference.gram(u.grads)
+        assert (grams[u.role] - expected).abs().max() <= tolerances.REORDERED * expected.max()
 
 
 def test_step_in_one_launch_equals_two(ops):

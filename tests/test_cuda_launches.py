@@ -323,6 +323,77 @@ def test_types_that_do_not_go_together_are_refused(launches):
         adamw(launches, params, grads, states, steps, [ADAMW], torch.ones(3, 2, dtype=torch.float64))
 
 
+# ---- Updates that measure
+
+
+SGD = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "nesterov": True, "first": False}
+SGD["maximize"] = False
+
+
+def measured_and_not(launches, sizes, dtype, K, *, rule="adamw", state_dtype=None, amsgrad=False, masters=False):
+    """An update and its Gram matrices from two launches and from one: what each leaves."""
+    roles, of_group = [t % 3 for t in range(len(sizes))], [t % 20 for t in range(len(sizes))]
+    numbers = ADAMW if rule == "adamw" else SGD
+    groups = [numbers | {"lr": 1e-3 * (g + 1), "maximize": g % 2 == 1} for g in range(20)]
+    table = torch.linspace(0, 1, 3 * K, dtype=torch.float64).view(3, K)
+    results = []
+    for measured in (False, True):
+        params, grads, states, steps = fresh(sizes, dtype, K)
+        if amsgrad:
+            states.append([2 * s for s in states[1]])
+        states = [[s.to(state_dtype or dtype) for s in row] for row in states]
+        copies = [p.float() for p in params] if masters else None
+        states = states if rule == "adamw" else states[:1]
+        targets = targets_of(params, grads, states, steps, roles=roles, of_group=of_group, masters=copies)
+        arguments = targets, groups, K, address(table), address(NEVER)
+        if measured:
+            grams = torch.empty(3, K, K, dtype=torch.float64)
+            getattr(launches, f"gram_{rule}")(*arguments, address(grams))
+        else:
+            grams = gram(launches, grads, roles)
+            getattr(launches, rule)(*arguments)
+        results.append([grams, *params, *(s for row in states for s in row), *steps, *(copies or [])])
+    return results
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [(d, d) for d in NAMES] + [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)],
+)
+def test_update_that_measures_has_the_bits_of_two_launches(launches, dtype, state_dtype, rule):
+    """In several launches, for 20 groups; ragged tensors and whole tiles."""
+    sizes = [4096, 0, 5000, 1, *[(37 * n) % 101 + 1 for n in range(30)], 3 * 4096 + 4095]
+    for K in (1, 2, 3, 4, 8):
+        assert_same_bits(*measured_and_not(launches, sizes, dtype, K, rule=rule, state_dtype=state_dtype), True)
+
+
+def test_update_that_measures_many_tensors(launches):
+    """More than a table holds."""
+    assert_same_bits(*measured_and_not(launches, [n % 40 for n in range(700)], torch.float32, 2), True)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_update_that_measures_nothing(launches, rule):
+    """Empty tensors only, of two launches: matrices of zeros, and their steps are counted."""
+    assert_same_bits(*measured_and_not(launches, [0] * 20, torch.float32, 2, rule=rule), True)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_update_that_measures_beside_master_copies(launches, amsgrad):
+    results = measured_and_not(
+        launches, [4100, 9], torch.bfloat16, 3, state_dtype=torch.float32, amsgrad=amsgrad, masters=True
+    )
+    assert_same_bits(*results, True)
+
+
+def test_update_that_measures_beside_bfloat16_state(launches):
+    """A thread takes two words of gradients at a time: its sums have another order, the update the same bits."""
+    two, one = measured_and_not(launches, [9000, 3], torch.float32, 2, state_dtype=torch.bfloat16)
+    assert_same_bits(two[1:], one[1:], True)
+    assert (two[0] - one[0]).abs().max() <= tolerances.REORDERED * two[0].max()
+
+
 # ---- Both in one launch
 
 

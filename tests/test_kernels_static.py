@@ -16,6 +16,8 @@ OCCUPANCY = {
     "update_kernel<AdamWRule<bf16, float, false>, 2>": 3 / 8,
     "update_kernel<AdamWRule<bf16, float, true>, 2>": 1 / 4,
     "update_kernel<CombineRule<float>, 2>": 1 / 2,
+    "gram_update_kernel<AdamWRule<float, float, false>, 2>": 3 / 8,
+    "gram_update_kernel<AdamWRule<bf16, float, false>, 2>": 1 / 4,
 }
 
 

@@ -224,6 +224,8 @@ KERNELS = [
     "update_kernel<AdamWRule<bf16, float, true>, 2>",
     "update_kernel<SGDRule<float, float>, 2>",
     "update_kernel<CombineRule<bf16>, 2>",
+    "gram_update_kernel<AdamWRule<float, float, false>, 2>",
+    "gram_update_kernel<SGDRule<bf16, float>, 2>",
     "resident_kernel<AdamWRule<float, float, false>, 2>",
 ]
 

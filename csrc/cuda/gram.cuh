@@ -223,6 +223,16 @@ DTOKD_DEVICE void add_slots(const GramJob& job, double (*grams)[kGramSize]) {
   __syncthreads();
 }
 
+// The same into the record too: what the last block of all does.
+template <int P>
+DTOKD_DEVICE void finish_grams(const GramJob& job, double (*grams)[kGramSize]) {
+  add_slots<P>(job, grams);
+  const int size = job.K * job.K;
+  for (int i = threadIdx.x; i < kRoles * size; i += kThreads) {
+    job.record.grams[i] = grams[i / size][i % size];
+  }
+}
+
 // One block per chunk; the last of all to finish makes the Gram matrices and, if there are losses,
 // the balance.
 template <class T, int P>
@@ -244,10 +254,7 @@ __global__ void __launch_bounds__(kThreads, P == 2   ? 4
   __syncthreads();
   if (!last) return;
   DTOKD_SHARED(grams, double[kRoles][kGramSize]);
-  add_slots<P>(job, grams);
-  for (int i = threadIdx.x; i < kRoles * job.K * job.K; i += kThreads) {
-    job.record.grams[i] = grams[i / (job.K * job.K)][i % (job.K * job.K)];
-  }
+  finish_grams<P>(job, grams);
   if (job.losses) {
     block_balance<P>(grams, job.losses, nullptr, job.K, job.options, job.record);
   }

@@ -109,6 +109,13 @@ int launch_adamw(const std::vector<Target>&, const std::vector<AdamWGroup>&, con
                  const Scratch&, Stream);
 int launch_sgd(const std::vector<Target>&, const std::vector<SGDGroup>&, const Direction&, Stream);
 
+// The updates and, in the same pass, the Gram matrices of the gradients: grams: device,
+// [kRoles, K, K], also where the step is skipped. All gradients are read.
+int launch_gram_adamw(const std::vector<Target>&, const std::vector<AdamWGroup>&, const Direction&,
+                      const Scratch&, double* grams, Stream);
+int launch_gram_sgd(const std::vector<Target>&, const std::vector<SGDGroup>&, const Direction&,
+                    const Scratch&, double* grams, Stream);
+
 // launch_gram_balance and launch_adamw in one launch, with the same bits, that keeps the gradients
 // on the chip between the two. For small models: K <= 2, one combination of types, at most
 // kMaxWholeChunks whole tiles (plan.h); K's coefficients come from the record. Returns kUnfit, with

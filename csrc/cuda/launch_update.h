@@ -1,4 +1,5 @@
-// Launches of update.cuh, for each rule in a file of its own: they are what takes long to compile.
+// Launches of update.cuh and gram_update.cuh, for each rule in a file of its own: they are what
+// takes long to compile.
 #pragma once
 
 #include "cuda/select.h"
@@ -15,59 +16,124 @@ struct Kind {
   bool operator==(const Kind&) const = default;
 };
 
-// One kind of targets, in one launch or as many as the tables need. Launches go from the last
-// table to the first, as chunks do.
-template <class Rule, int P>
-int launch_kind(const std::vector<Target>& targets, const std::vector<Kind>& kinds,
-                const Kind& kind, int64_t chunk, const std::vector<typename Rule::Group>& groups,
-                const Direction& direction, unsigned* ticket, Stream stream) {
-  constexpr int M = Rule::kTensors;
-  using Entry = UpdateEntry<P, M>;
-  const auto tables = make_tables<Entry>(
-      targets, chunk, [&](size_t t) { return kinds[t] == kind; },
+// One operation: the kinds of its targets, each of which takes a launch, or as many as the tables
+// need. extras(target): whether it takes the kernel with extras.
+template <class Group_>
+struct Call {
+  using Group = Group_;
+  const std::vector<Target>& targets;
+  const std::vector<Group>& groups;
+  Direction direction;
+  Stream stream;
+  std::vector<Gradients> gradients;
+  std::vector<Kind> kinds;  // of each target
+  int64_t chunk;
+
+  template <class Extras>
+  Call(const std::vector<Target>& targets, const std::vector<Group>& groups,
+       const Direction& direction, Stream stream, const Extras& extras)
+      : targets(targets), groups(groups), direction(direction), stream(stream) {
+    for (const Target& t : targets) {
+      gradients.push_back(t.grads);
+      kinds.push_back({t.grads.type, t.state_type, extras(t), t.group / kMaxGroups * kMaxGroups});
+    }
+    chunk = chunk_size(gradients);
+  }
+
+  // launch(kind) for every kind there is, the last first, as chunks go.
+  template <class Launch>
+  int for_each_kind(const Launch& launch) const {
+    std::vector<Kind> distinct;
+    for (const Kind& kind : kinds) {
+      if (std::find(distinct.begin(), distinct.end(), kind) == distinct.end()) {
+        distinct.push_back(kind);
+      }
+    }
+    for (auto kind = distinct.rbegin(); kind != distinct.rend(); ++kind) {
+      if (const int error = launch(*kind)) return error;
+    }
+    return 0;
+  }
+};
+
+// The tables of one kind. extend(entry, t): sets what an Entry has more than an UpdateEntry.
+template <class Rule, int P, class Entry, class Extend>
+std::vector<Table<Entry>> tables_of(const Call<typename Rule::Group>& call, const Kind& kind,
+                                    const Extend& extend) {
+  return make_tables<Entry>(
+      call.targets, call.chunk, [&](size_t t) { return call.kinds[t] == kind; },
       [&](size_t t) {
-        const Target& target = targets[t];
+        const Target& target = call.targets[t];
         Entry entry{};
-        std::copy(target.grads.of, target.grads.of + direction.K, entry.grads);
+        std::copy(target.grads.of, target.grads.of + call.direction.K, entry.grads);
         Rule::set_tensors(target, entry.tensors);
         entry.step = target.step;
         entry.size = target.grads.size;
         entry.role = uint8_t(target.grads.role);
         entry.group = uint8_t(target.group - kind.groups);
-        entry.aligned = is_aligned(entry.grads, P) && is_aligned(entry.tensors, M);
+        entry.aligned = is_aligned(entry.grads, P) && is_aligned(entry.tensors, Rule::kTensors);
+        extend(entry, t);
         return entry;
       });
-  UpdateJob<typename Rule::Group> job{direction, ticket, {}};
-  const size_t last = std::min(groups.size(), size_t(kind.groups + kMaxGroups));
-  std::copy(groups.begin() + kind.groups, groups.begin() + last, job.groups);
+}
+
+template <class Group>
+UpdateJob<Group> update_job(const Call<Group>& call, const Kind& kind, unsigned* ticket) {
+  UpdateJob<Group> job{call.direction, ticket, {}};
+  const size_t last = std::min(call.groups.size(), size_t(kind.groups + kMaxGroups));
+  std::copy(call.groups.begin() + kind.groups, call.groups.begin() + last, job.groups);
+  return job;
+}
+
+// A launch for each table, the last first.
+template <class Kernel, class Entry, class Job>
+int launch_tables(Kernel* kernel, const std::vector<Table<Entry>>& tables, const Job& job,
+                  bool empty_ones, Stream stream) {
   for (auto table = tables.rbegin(); table != tables.rend(); ++table) {
-    if (table->chunks() == 0 && !Rule::kCountsSteps) continue;
+    if (table->chunks() == 0 && !empty_ones) continue;
     const unsigned blocks = std::max(1u, table->chunks());
-    const int error = launch_kernel(update_kernel<Rule, P>, blocks, kThreads, stream, *table, job);
-    if (error) return error;
+    if (const int error = launch_kernel(kernel, blocks, kThreads, stream, *table, job)) {
+      return error;
+    }
   }
   return 0;
 }
 
-// Calls launch(kinds, kind, chunk) for every kind there is, the last first. has_extras(target).
-template <class HasExtras, class Launch>
-int for_each_kind(const std::vector<Target>& targets, const HasExtras& has_extras,
-                  const Launch& launch) {
-  std::vector<Gradients> gradients;
-  std::vector<Kind> kinds, distinct;
-  for (const Target& t : targets) {
-    gradients.push_back(t.grads);
-    kinds.push_back({t.grads.type, t.state_type, has_extras(t), t.group / kMaxGroups * kMaxGroups});
-    if (std::find(distinct.begin(), distinct.end(), kinds.back()) == distinct.end()) {
-      distinct.push_back(kinds.back());
-    }
-  }
-  const int64_t chunk = chunk_size(gradients);
-  for (auto kind = distinct.rbegin(); kind != distinct.rend(); ++kind) {
-    const int error = launch(kinds, *kind, chunk);
-    if (error) return error;
-  }
-  return 0;
+template <class Rule, int P>
+int launch_update(const Call<typename Rule::Group>& call, const Kind& kind, unsigned* ticket) {
+  using Entry = UpdateEntry<P, Rule::kTensors>;
+  const auto tables = tables_of<Rule, P, Entry>(call, kind, [](Entry&, size_t) {});
+  return launch_tables(update_kernel<Rule, P>, tables, update_job(call, kind, ticket),
+                       Rule::kCountsSteps, call.stream);
 }
+
+// launch(rule, P, kind) for every kind of an AdamW step; rule: a Tag.
+template <class Launch>
+int for_each_adamw(const Call<AdamWGroup>& call, const Launch& launch) {
+  return call.for_each_kind([&](const Kind& kind) {
+    return by_types(kind.type, kind.state_type, [&](auto t, auto s) {
+      using T = typename decltype(t)::T;
+      using S = typename decltype(s)::T;
+      return by_objectives(call.direction.K, [&](auto P) {
+        return kind.extras ? launch(Tag<AdamWRule<T, S, true>>(), P, kind)
+                           : launch(Tag<AdamWRule<T, S, false>>(), P, kind);
+      });
+    });
+  });
+}
+
+// The same for SGD.
+template <class Launch>
+int for_each_sgd(const Call<SGDGroup>& call, const Launch& launch) {
+  return call.for_each_kind([&](const Kind& kind) {
+    return by_types(kind.type, kind.state_type, [&](auto t, auto s) {
+      using Rule = SGDRule<typename decltype(t)::T, typename decltype(s)::T>;
+      return by_objectives(call.direction.K, [&](auto P) { return launch(Tag<Rule>(), P, kind); });
+    });
+  });
+}
+
+inline bool has_extras(const Target& t) { return t.state[2] || t.master; }
+inline bool no_extras(const Target&) { return false; }
 
 }  // namespace dtokd::cuda

@@ -44,6 +44,10 @@ DTOKD_DEVICE double read(const LearningRate& lr) {
 // them once (Numbers), how many tensors a parameter has, and what happens to N elements of them
 // (Elements): load, update by the direction d, store. t: the parameter's tensors.
 
+struct CombineGroup {
+  bool maximize;
+};
+
 template <class T_>
 struct CombineRule {  // t: out
   using T = T_;
@@ -52,9 +56,7 @@ struct CombineRule {  // t: out
   static constexpr bool kCountsSteps = false;
   static constexpr int kElements = kPerWord<T>;  // of a thread at a time
   static constexpr int kWide = 0;
-  struct Group {
-    bool maximize;
-  };
+  using Group = CombineGroup;
   struct Numbers {};
   static void set_tensors(const Target& target, void** t) { t[0] = target.param; }
   static DTOKD_DEVICE Numbers numbers(const Group&, double) { return {}; }
@@ -288,12 +290,13 @@ DTOKD_DEVICE void set_coefficient(const UpdateEntry<P, Rule::kTensors>& entry,
   shared.grads[k] = c != 0 ? static_cast<const typename Rule::T*>(entry.grads[k]) : nullptr;
 }
 
-// N elements from `at` on: their gradients `packed` to d, the tensors updated by it.
+// N elements from `at` on: their gradients `packed` to d, the tensors updated by it if `stored`.
 template <class Rule, int P, int N>
 DTOKD_DEVICE void update_elements(const Packed<typename Rule::T, N> (&packed)[P],
                                   typename Rule::template Elements<N>& elements,
                                   const typename Rule::V (&coefficients)[P], void* const* tensors,
-                                  const typename Rule::Numbers& numbers, int64_t at) {
+                                  const typename Rule::Numbers& numbers, int64_t at,
+                                  bool stored = true) {
   using V = typename Rule::V;
   V d[N] = {0};
 #pragma unroll
@@ -304,7 +307,7 @@ DTOKD_DEVICE void update_elements(const Packed<typename Rule::T, N> (&packed)[P]
     for (int i = 0; i < N; ++i) d[i] = fma(coefficients[k], x[i], d[i]);
   }
   elements.update(tensors, numbers, d);
-  elements.store(tensors, at);
+  if (stored) elements.store(tensors, at);
 }
 
 // The same, with the gradients from memory: all loads before the first use.

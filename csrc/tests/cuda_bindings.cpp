@@ -109,6 +109,23 @@ std::vector<AdamWGroup> adamw_groups(const std::vector<py::dict>& groups) {
   return result;
 }
 
+std::vector<SGDGroup> sgd_groups(const std::vector<py::dict>& groups) {
+  std::vector<SGDGroup> result;
+  for (const py::dict& g : groups) {
+    result.push_back({learning_rate(g["lr"]), g["momentum"].cast<double>(),
+                      g["dampening"].cast<double>(), g["weight_decay"].cast<double>(),
+                      g["nesterov"].cast<bool>(), g["maximize"].cast<bool>(),
+                      g["first"].cast<bool>()});
+  }
+  return result;
+}
+
+std::vector<Gradients> gradients_of(const std::vector<Target>& targets) {
+  std::vector<Gradients> result;
+  for (const Target& target : targets) result.push_back(target.grads);
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(dtokd_cuda_emulation, m) {
@@ -169,11 +186,9 @@ PYBIND11_MODULE(dtokd_cuda_emulation, m) {
            uintptr_t losses, const OptionsTuple& o, uintptr_t grams, uintptr_t values,
            uintptr_t flags, int blocks, int shared_bytes) {
           const auto t = all(targets);
-          std::vector<Gradients> gradients;
-          for (const Target& target : t) gradients.push_back(target.grads);
           emulated_residency = {blocks, shared_bytes};
           bool done = true;
-          with_scratch(scratch_size(gradients, K), [&](const Scratch& scratch) {
+          with_scratch(scratch_size(gradients_of(t), K), [&](const Scratch& scratch) {
             const int error =
                 launch_resident_adamw(t, adamw_groups(groups), K, pointer<double>(losses),
                                       options(o), scratch, record(grams, values, flags), nullptr);
@@ -184,15 +199,28 @@ PYBIND11_MODULE(dtokd_cuda_emulation, m) {
         });
   m.def("sgd", [](const std::vector<TargetTuple>& targets, const std::vector<py::dict>& groups,
                   int K, uintptr_t coefficients, uintptr_t skipped) {
-    std::vector<SGDGroup> numbers;
-    for (const py::dict& g : groups) {
-      numbers.push_back({learning_rate(g["lr"]), g["momentum"].cast<double>(),
-                         g["dampening"].cast<double>(), g["weight_decay"].cast<double>(),
-                         g["nesterov"].cast<bool>(), g["maximize"].cast<bool>(),
-                         g["first"].cast<bool>()});
-    }
-    check(launch_sgd(all(targets), numbers,
+    check(launch_sgd(all(targets), sgd_groups(groups),
                      {K, pointer<double>(coefficients), pointer<bool>(skipped)}, nullptr));
+  });
+  // Updates that also measure.
+  m.def("gram_adamw",
+        [](const std::vector<TargetTuple>& targets, const std::vector<py::dict>& groups, int K,
+           uintptr_t coefficients, uintptr_t skipped, uintptr_t grams) {
+          const auto t = all(targets);
+          with_scratch(scratch_size(gradients_of(t), K), [&](const Scratch& scratch) {
+            return launch_gram_adamw(t, adamw_groups(groups),
+                                     {K, pointer<double>(coefficients), pointer<bool>(skipped)},
+                                     scratch, pointer<double>(grams), nullptr);
+          });
+        });
+  m.def("gram_sgd", [](const std::vector<TargetTuple>& targets, const std::vector<py::dict>& groups,
+                       int K, uintptr_t coefficients, uintptr_t skipped, uintptr_t grams) {
+    const auto t = all(targets);
+    with_scratch(scratch_size(gradients_of(t), K), [&](const Scratch& scratch) {
+      return launch_gram_sgd(t, sgd_groups(groups),
+                             {K, pointer<double>(coefficients), pointer<bool>(skipped)}, scratch,
+                             pointer<double>(grams), nullptr);
+    });
   });
 
   // The planner by itself: of sizes, with roles by turns if `roles` is set.

@@ -258,6 +258,49 @@ uint64_t test_resident(int K, int blocks) {
   return hashes[0];
 }
 
+// An update that measures leaves what an update and a Gram launch leave, to the bit.
+template <class T>
+uint64_t test_gram_update(int K, int shift, bool adamw, bool skipped) {
+  const AdamWGroup adamw_group{{0.1}, 0.9, 0.99, 0.01, 1e-8, false};
+  const SGDGroup sgd_group{{0.1}, 0.9, 0.2, 0.01, true, false, false};
+  const std::vector<double> c = coefficients(K);
+  const Direction direction{K, c.data(), &skipped};
+  uint64_t hashes[2];
+  for (bool measuring : {false, true}) {
+    const Tensors<T> grads(K, 3, shift), param(1, 4, shift);
+    const Tensors<float> m(1, 5, shift), v(1, 6, shift, 0.1);
+    std::vector<float> steps(kSizes.size(), 4);
+    std::vector<Target> targets;
+    for (size_t t = 0; t < kSizes.size(); ++t) {
+      targets.push_back({gradients(grads, K, t),
+                         Type::kFloat32,
+                         param.at(0, t),
+                         nullptr,
+                         {m.at(0, t), adamw ? v.at(0, t) : nullptr, nullptr},
+                         &steps[t],
+                         0});
+    }
+    DeviceMemory memory(all_gradients(grads, K), K);
+    const Scratch scratch = memory.scratch();
+    double* const grams = memory.grams.data();
+    if (!measuring) {
+      CHECK(launch_gram(all_gradients(grads, K), K, scratch, grams, nullptr) == 0);
+      CHECK((adamw ? launch_adamw(targets, {adamw_group}, direction, scratch, nullptr)
+                   : launch_sgd(targets, {sgd_group}, direction, nullptr)) == 0);
+    } else {
+      CHECK((adamw
+                 ? launch_gram_adamw(targets, {adamw_group}, direction, scratch, grams, nullptr)
+                 : launch_gram_sgd(targets, {sgd_group}, direction, scratch, grams, nullptr)) == 0);
+    }
+    memory.check_tickets();
+    uint64_t hash = hash_of(grams, memory.grams.size() * sizeof(double));
+    hash = hash_of(steps.data(), steps.size() * sizeof(float), hash);
+    hashes[measuring] = v.hash(m.hash(param.hash(hash)));
+  }
+  CHECK(hashes[0] == hashes[1]);
+  return hashes[0];
+}
+
 template <class T>
 uint64_t test_sgd_and_combine(int K, int shift) {
   const Tensors<T> grads(K, 3, shift), param(1, 4, shift), param0(1, 4, shift);
@@ -299,6 +342,7 @@ uint64_t test_all() {
   add(test_gram_balance(2, 0));
   add(test_adamw<float>(2, 0, false));
   add(test_resident<float>(2, 2));
+  add(test_gram_update<float>(2, 0, true, false));
 #else
   for (int K : {1, 2, 3, 5}) add(test_gram_balance(K, 0));
   add(test_gram_balance(2, 1));
@@ -307,7 +351,12 @@ uint64_t test_all() {
     add(test_adamw<bf16>(2, shift, false));
     add(test_sgd_and_combine<float>(2, shift));
     add(test_sgd_and_combine<bf16>(2, shift));
+    for (bool adamw : {false, true}) {
+      for (int K : {1, 2, 3}) add(test_gram_update<float>(K, shift, adamw, false));
+      add(test_gram_update<bf16>(2, shift, adamw, false));
+    }
   }
+  for (bool adamw : {false, true}) add(test_gram_update<float>(2, 0, adamw, true));
   add(test_adamw<float>(2, 0, true));
   for (int blocks : {1, 2, 100}) {
     add(test_resident<float>(2, blocks));

@@ -276,6 +276,7 @@ const double* options_of(const std::vector<double>& options, size_t group, size_
 // group; option 0 is lr, option 1 the index of a tensor in `lrs` to read it from, or -1.
 struct Updates {
   const char* op;
+  const Tensor first;
   const Device device;
   std::vector<GroupShape> groups;
   cuda::Direction direction;
@@ -296,7 +297,8 @@ struct Updates {
   Updates(const char* op, const Tensors& params, const Tensors& grads, const Ints& counts,
           const Ints& roles, const Ints& reaches, int K)
       : op(op),
-        device(params.at(0)),
+        first(params.at(0)),
+        device(first),
         groups(group_shapes(counts, roles, reaches, op)),
         direction{K, nullptr, nullptr} {
     const auto lists = gradients(grads, groups, K, params, device, op);
@@ -372,6 +374,16 @@ struct Updates {
     return rate;
   }
 
+  // What a launch needs that also takes the Gram matrices.
+  CallScratch scratch(const Tensor& tickets) const {
+    std::vector<cuda::Gradients> lists;
+    for (const cuda::Target& target : targets) lists.push_back(target.grads);
+    return {first, cuda::scratch_size(lists, direction.K), tickets, op};
+  }
+  Tensor new_grams() const {
+    return torch::stable::new_empty(first, {kRoles, direction.K, direction.K}, ScalarType::Double);
+  }
+
   // Attaches AdamW's state; returns what the groups' options say.
   std::vector<cuda::AdamWGroup> adamw(const Tensors& params, const Tensors& exp_avgs,
                                       const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
@@ -403,6 +415,20 @@ struct Updates {
   }
 };
 
+// The updates of adamw_updates_ and gram_adamw_updates_, until they are launched.
+struct AdamWUpdates : Updates {
+  std::vector<cuda::AdamWGroup> numbers;
+
+  AdamWUpdates(const char* op, const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+               const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
+               const Tensors& state_steps, const Tensors& masters, const Ints& counts,
+               const Ints& roles, const Ints& reaches, const Tensor& table, const Tensor& skipped,
+               const Tensors& lrs, const std::vector<double>& options)
+      : Updates(op, params, grads, counts, roles, reaches, table, skipped),
+        numbers(adamw(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, masters, lrs,
+                      options)) {}
+};
+
 void adamw_updates_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
                     const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
                     const Tensors& state_steps, const Tensors& masters, const Ints& counts,
@@ -410,13 +436,31 @@ void adamw_updates_(const Tensors& params, const Tensors& grads, const Tensors& 
                     const Tensor& skipped, const Tensors& lrs, const std::vector<double>& options,
                     const Tensor& tickets) {
   const char* op = "adamw_updates_";
-  Updates updates(op, params, grads, counts, roles, reaches, table, skipped);
-  const std::vector<cuda::AdamWGroup> groups = updates.adamw(
-      params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, masters, lrs, options);
+  const AdamWUpdates updates(op, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps,
+                             masters, counts, roles, reaches, table, skipped, lrs, options);
   const CallScratch scratch(params[0], 0, tickets, op);
-  check_launch(cuda::launch_adamw(updates.targets, groups, updates.direction, scratch.pointers,
-                                  updates.device.stream),
+  check_launch(cuda::launch_adamw(updates.targets, updates.numbers, updates.direction,
+                                  scratch.pointers, updates.device.stream),
                op);
+}
+
+// The same, and the Gram matrices of the gradients from the same pass: [kRoles, K, K].
+Tensor gram_adamw_updates_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
+                           const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
+                           const Tensors& state_steps, const Tensors& masters, const Ints& counts,
+                           const Ints& roles, const Ints& reaches, const Tensor& table,
+                           const Tensor& skipped, const Tensors& lrs,
+                           const std::vector<double>& options, const Tensor& tickets) {
+  const char* op = "gram_adamw_updates_";
+  const AdamWUpdates updates(op, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps,
+                             masters, counts, roles, reaches, table, skipped, lrs, options);
+  const CallScratch scratch = updates.scratch(tickets);
+  const Tensor grams = updates.new_grams();
+  check_launch(cuda::launch_gram_adamw(
+                   updates.targets, updates.numbers, updates.direction, scratch.pointers,
+                   static_cast<double*>(grams.mutable_data_ptr()), updates.device.stream),
+               op);
+  return grams;
 }
 
 // gram_balance and adamw_updates_ in one launch. -> grams, values, flags; empty tensors, with
@@ -429,15 +473,12 @@ std::tuple<Tensor, Tensor, Tensor> resident_adamw_(
     const Tensor& tickets) {
   const char* op = "resident_adamw_";
   const int K = checked_K(losses.numel(), op);
-  const RecordTensors record(
-      torch::stable::new_empty(params.at(0), {kRoles, K, K}, ScalarType::Double), K);
   Updates updates(op, params, grads, counts, roles, reaches, K);
+  const RecordTensors record(updates.new_grams(), K);
   updates.device.check(losses, op, "losses");
   const std::vector<cuda::AdamWGroup> groups =
       updates.adamw(params, exp_avgs, exp_avg_sqs, {}, state_steps, {}, lrs, options);
-  std::vector<cuda::Gradients> lists;
-  for (const cuda::Target& target : updates.targets) lists.push_back(target.grads);
-  const CallScratch scratch(params[0], cuda::scratch_size(lists, K), tickets, op);
+  const CallScratch scratch = updates.scratch(tickets);
   const BalanceOptions balance{log_gradients, clamp, rescale_sum, max_norm, loss_floor};
   const int error = cuda::launch_resident_adamw(
       updates.targets, groups, K, doubles(losses, K, op, "losses"), balance, scratch.pointers,
@@ -450,24 +491,54 @@ std::tuple<Tensor, Tensor, Tensor> resident_adamw_(
   return {record.grams, record.values, record.flags};
 }
 
+// The updates of sgd_updates_ and gram_sgd_updates_, until they are launched.
+struct SGDUpdates : Updates {
+  std::vector<cuda::SGDGroup> numbers;
+
+  SGDUpdates(const char* op, const Tensors& params, const Tensors& grads,
+             const Tensors& momentum_buffers, const Tensors& masters, const Ints& counts,
+             const Ints& roles, const Ints& reaches, const Tensor& table, const Tensor& skipped,
+             const Tensors& lrs, const std::vector<double>& options)
+      : Updates(op, params, grads, counts, roles, reaches, table, skipped) {
+    const auto option = [&](size_t g) { return options_of(options, g, 9, groups.size(), op); };
+    attach_state(params, momentum_buffers, 0, "momentum_buffers",
+                 [&](size_t g) { return option(g)[2] != 0; });
+    attach_masters(params, masters, [&](size_t g) { return option(g)[8] != 0; });
+    for (size_t g = 0; g < groups.size(); ++g) {
+      const double* o = option(g);
+      numbers.push_back({lr(o, lrs), o[2], o[3], o[4], o[5] != 0, o[6] != 0, o[7] != 0});
+    }
+  }
+};
+
 void sgd_updates_(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
                   const Tensors& masters, const Ints& counts, const Ints& roles,
                   const Ints& reaches, const Tensor& table, const Tensor& skipped,
                   const Tensors& lrs, const std::vector<double>& options) {
   const char* op = "sgd_updates_";
-  Updates updates(op, params, grads, counts, roles, reaches, table, skipped);
-  const size_t G = updates.groups.size();
-  const auto option = [&](size_t g) { return options_of(options, g, 9, G, op); };
-  updates.attach_state(params, momentum_buffers, 0, "momentum_buffers",
-                       [&](size_t g) { return option(g)[2] != 0; });
-  updates.attach_masters(params, masters, [&](size_t g) { return option(g)[8] != 0; });
-  std::vector<cuda::SGDGroup> groups;
-  for (size_t g = 0; g < G; ++g) {
-    const double* o = option(g);
-    groups.push_back({updates.lr(o, lrs), o[2], o[3], o[4], o[5] != 0, o[6] != 0, o[7] != 0});
-  }
-  check_launch(cuda::launch_sgd(updates.targets, groups, updates.direction, updates.device.stream),
-               op);
+  const SGDUpdates updates(op, params, grads, momentum_buffers, masters, counts, roles, reaches,
+                           table, skipped, lrs, options);
+  check_launch(
+      cuda::launch_sgd(updates.targets, updates.numbers, updates.direction, updates.device.stream),
+      op);
+}
+
+// The same, and the Gram matrices of the gradients from the same pass: [kRoles, K, K].
+Tensor gram_sgd_updates_(const Tensors& params, const Tensors& grads,
+                         const Tensors& momentum_buffers, const Tensors& masters,
+                         const Ints& counts, const Ints& roles, const Ints& reaches,
+                         const Tensor& table, const Tensor& skipped, const Tensors& lrs,
+                         const std::vector<double>& options, const Tensor& tickets) {
+  const char* op = "gram_sgd_updates_";
+  const SGDUpdates updates(op, params, grads, momentum_buffers, masters, counts, roles, reaches,
+                           table, skipped, lrs, options);
+  const CallScratch scratch = updates.scratch(tickets);
+  const Tensor grams = updates.new_grams();
+  check_launch(
+      cuda::launch_gram_sgd(updates.targets, updates.numbers, updates.direction, scratch.pointers,
+                            static_cast<double*>(grams.mutable_data_ptr()), updates.device.stream),
+      op);
+  return grams;
 }
 
 }  // namespace
@@ -491,6 +562,11 @@ DTOKD_LIBRARY(STABLE_TORCH_LIBRARY, m) {
       "Tensor(f!)[] masters, int[] counts, int[] roles, int[] reaches, Tensor table, "
       "Tensor skipped, Tensor[] lrs, float[] options, Tensor(g!) tickets) -> ()");
   m.def(
+      "gram_adamw_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, "
+      "Tensor(f!)[] masters, int[] counts, int[] roles, int[] reaches, Tensor table, "
+      "Tensor skipped, Tensor[] lrs, float[] options, Tensor(g!) tickets) -> Tensor");
+  m.def(
       "resident_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] state_steps, int[] counts, int[] roles, "
       "int[] reaches, Tensor losses, bool log_gradients, bool clamp, bool rescale_sum, "
@@ -500,6 +576,10 @@ DTOKD_LIBRARY(STABLE_TORCH_LIBRARY, m) {
       "sgd_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
       "Tensor(c!)[] masters, int[] counts, int[] roles, int[] reaches, Tensor table, "
       "Tensor skipped, Tensor[] lrs, float[] options) -> ()");
+  m.def(
+      "gram_sgd_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
+      "Tensor(c!)[] masters, int[] counts, int[] roles, int[] reaches, Tensor table, "
+      "Tensor skipped, Tensor[] lrs, float[] options, Tensor(d!) tickets) -> Tensor");
 }
 
 DTOKD_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, DTOKD_KEY, m) {
@@ -509,8 +589,10 @@ DTOKD_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, DTOKD_KEY, m) {
   m.impl("min_norm_weights", TORCH_BOX(&min_norm_weights));
   m.impl("combine_", TORCH_BOX(&combine_));
   m.impl("adamw_updates_", TORCH_BOX(&adamw_updates_));
+  m.impl("gram_adamw_updates_", TORCH_BOX(&gram_adamw_updates_));
   m.impl("resident_adamw_", TORCH_BOX(&resident_adamw_));
   m.impl("sgd_updates_", TORCH_BOX(&sgd_updates_));
+  m.impl("gram_sgd_updates_", TORCH_BOX(&gram_sgd_updates_));
 }
 
 }  // namespace dtokd::ops

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import ops
-from ..types import Balance, Group, Options, Role, Weighting
+from ..types import Balance, Group, Options, Role, Weighting, spread
 from .buckets import Buckets
 from .source import Source, Watch
 
@@ -87,6 +87,6 @@ class _Products:
         grams: dict[Role, Tensor] = {}
         for (balanced, reach, _, _), part in self._buckets.grams.items():
             role = self._options.role(balanced, reach, K)
-            whole = ops.spread(part, reach, K)
+            whole = spread(part, reach, K)
             grams[role] = grams[role] + whole.to(grams[role].device) if role in grams else whole
         return grams

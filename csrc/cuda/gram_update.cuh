@@ -1,0 +1,128 @@
+// An update by coefficients that are known beforehand, and the Gram matrices of the gradients that
+// it reads: one pass over memory. The functions of gram.cuh and update.cuh in the same order, so
+// the same bits; but for bfloat16 state of float32 parameters, where a thread takes two words of
+// gradients at a time and its sums have another order.
+#pragma once
+
+#include "cuda/gram.cuh"
+#include "cuda/update.cuh"
+
+namespace dtokd::cuda {
+
+template <int P, int M>
+struct MeasuredEntry : UpdateEntry<P, M> {
+  unsigned first_slot;
+};
+
+// gram.blocks: chunks of all launches together. update.ticket: another than the Gram's.
+template <class Group>
+struct MeasuringJob {
+  UpdateJob<Group> update;
+  GramJob gram;
+};
+
+// Up to a word's elements from `at` on one by one, in the order of a word.
+template <class Rule, int P>
+DTOKD_OUT_OF_LINE Sums<P> update_and_sum_ragged(const UpdateEntry<P, Rule::kTensors>& entry,
+                                                const Shared<Rule, P>& shared, int64_t at,
+                                                int64_t end, bool stored, Sums<P> sums) {
+  using T = typename Rule::T;
+  const T* g[P];
+  for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(entry.grads[k]);
+#pragma unroll 1
+  for (; at < end; ++at) {
+    typename Rule::template Elements<1> elements;
+    Packed<T, 1> packed[P];
+    elements.load(entry.tensors, at);
+    load_gradients<T, P, 1>(g, at, packed);
+    add_products<T, P, 1>(packed, sums.of);
+    update_elements<Rule, P, 1>(packed, elements, shared.coefficients, entry.tensors,
+                                shared.numbers, at, stored);
+  }
+  return sums;
+}
+
+// A chunk's update, if `stored`, and the calling thread's part of its sums. All gradients are read,
+// those of coefficient 0 too.
+template <class Rule, int P>
+DTOKD_DEVICE void update_and_sum(const UpdateEntry<P, Rule::kTensors>& entry,
+                                 const Shared<Rule, P>& shared, int64_t begin, int64_t end,
+                                 bool stored, double (&sums)[triangle(P)]) {
+  using T = typename Rule::T;
+  constexpr int N = Rule::kElements;
+  const typename Rule::Numbers numbers = shared.numbers;
+  typename Rule::V coefficients[P];
+  const T* g[P];
+#pragma unroll
+  for (int k = 0; k < P; ++k) {
+    coefficients[k] = shared.coefficients[k];
+    g[k] = static_cast<const T*>(entry.grads[k]);
+  }
+  Sums<P> total{};
+  const int64_t words_end = entry.aligned ? begin + (end - begin) / N * N : begin;
+  int64_t at = begin + threadIdx.x * N;
+#pragma unroll 1
+  for (; at < words_end; at += kThreads * N) {
+    typename Rule::template Elements<N> elements;
+    Packed<T, N> packed[P];
+    elements.load(entry.tensors, at);
+    load_gradients<T, P, N>(g, at, packed);
+    add_products<T, P, N>(packed, total.of);
+    update_elements<Rule, P, N>(packed, elements, coefficients, entry.tensors, numbers, at, stored);
+  }
+#pragma unroll 1
+  for (; at < end; at += kThreads * N) {
+    total = update_and_sum_ragged<Rule, P>(entry, shared, at, at + N < end ? at + N : end, stored,
+                                           total);
+  }
+#pragma unroll
+  for (int p = 0; p < triangle(P); ++p) sums[p] = total.of[p];
+  drop_absent<P>(entry.grads, sums);
+}
+
+// Fewer blocks than an update alone: sums take registers too.
+template <class Rule, int P>
+constexpr int kMeasuringBlocks = std::max(P <= 4 ? 2 : 1, kUpdateBlocks<Rule, P> - 1);
+
+// One block per chunk, the last chunk first. The last block of the launch counts up the table's
+// steps, the last of all launches makes the Gram matrices: in any case, also of a skipped step.
+template <class Rule, int P>
+__global__ void __launch_bounds__(kThreads, kMeasuringBlocks<Rule, P>)
+    gram_update_kernel(DTOKD_PARAMETER(Table<MeasuredEntry<P, Rule::kTensors>>) table,
+                       DTOKD_PARAMETER(MeasuringJob<typename Rule::Group>) job) {
+  DTOKD_SHARED(shared, Shared<Rule, P>);
+  DTOKD_SHARED(last_of_launch, bool);
+  DTOKD_SHARED(last, bool);
+  const Direction& direction = job.update.direction;
+  const bool stored = !(direction.skipped && *direction.skipped);
+  if (table.chunks() > 0) {
+    const unsigned chunk = table.chunks() - 1 - blockIdx.x;
+    const int e = table.find(chunk);
+    const MeasuredEntry<P, Rule::kTensors>& entry = table.entries[e];
+    const typename Rule::Group& group = job.update.groups[entry.group];
+    if (threadIdx.x < P) set_coefficient<Rule, P>(entry, group, direction, threadIdx.x, shared);
+    if (threadIdx.x == 0) set_numbers<Rule, P>(entry, group, shared);
+    __syncthreads();
+    const int64_t begin = table.begin(chunk, e);
+    double sums[triangle(P)];
+    update_and_sum<Rule, P>(entry, shared, begin, table.end(begin, e), stored, sums);
+    put_sums(sums, job.gram, entry.first_slot + (chunk - table.first_chunk[e]));
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      last_of_launch = Rule::kCountsSteps && is_last(job.update.ticket, table.chunks());
+      last = is_last(job.gram.scratch.tickets, job.gram.blocks);
+    }
+  } else if (threadIdx.x == 0) {
+    last_of_launch = true;
+    last = job.gram.blocks == 0;  // no tensor has elements: somebody has to write zeros
+  }
+  __syncthreads();
+  if constexpr (Rule::kCountsSteps) {
+    if (last_of_launch && stored) count_steps(table);
+  }
+  if (!last) return;
+  DTOKD_SHARED(grams, double[kRoles][kGramSize]);
+  finish_grams<P>(job.gram, grams);
+}
+
+}  // namespace dtokd::cuda
