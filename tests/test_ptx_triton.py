@@ -70,15 +70,16 @@ def kernels(tmp_path, monkeypatch):
             made.append(Kernel(getattr(module, name), tmp_path))
             monkeypatch.setattr(module, name, made[-1])
 
-    def adamw_step(params, grads, m, v, largest, steps, coefficients, skipped, *, amsgrad, **numbers):
+    def adamw_step(params, grads, m, v, largest, steps, coefficients, skipped, *, amsgrad, measured=False, **numbers):
         of_group = [numbers[name] for name in ("lr", "beta1", "beta2", "weight_decay", "eps")]
         nothing = torch.full_like(coefficients, torch.nan)
         table = torch.stack([coefficients, nothing, coefficients])
-        groups = tuple(t % 2 for t in range(len(params)))  # of roles 0 and 2
+        groups = tuple(t % 2 for t in range(len(params)))  # of roles 0 and 2; 2 alone if measured
         descent = update.Descent(
-            params, grads, groups, 2 ** len(grads) - 1, table, skipped, None, (0, *of_group, 2, *of_group)
+            params, grads, groups, 2 ** len(grads) - 1, table, skipped, None, (2 * measured, *of_group, 2, *of_group)
         )
-        update.adamw_step(descent, [m, v, largest] if amsgrad else [m, v], steps, numbers["maximize"])
+        states = [m, v, largest] if amsgrad else [m, v]
+        return update.adamw_step(descent, states, steps, numbers["maximize"], measured)
 
     return SimpleNamespace(
         gram_by_role=gram.gram_by_role,
@@ -123,6 +124,20 @@ def test_gram_and_balance(kernels, K):
         assert ((a - b).abs() <= bound * (1 + b.abs())).all(), name
     assert not got.skipped
     assert kernels.launched() == [*["gram_kernel"] * 4, "gram_balance_kernel"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_step_that_measures(kernels, dtype):
+    before = Step("adamw", 2, SIZES, dtype)
+    after, grams = before.clone(), []
+    measured = SimpleNamespace(
+        adamw_step=lambda *args, **o: grams.append(kernels.adamw_step(*args, measured=True, **o))
+    )
+    after.run(measured)
+    assert_step(before, after)
+    assert_gram(grams[0][2], before.grads)
+    assert not grams[0][:2].any()
+    assert kernels.launched() == ["gram_sum_kernel", "adamw_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 
 import dtokd_kernels as dk
 from dtokd_kernels import backends, reference
+from dtokd_kernels.types import Role, Update, spread
 
 from . import tolerances
 from .inputs import DTYPES, IMAGE, each_dtype, gradients
@@ -271,6 +273,11 @@ def calls():
     shared = ([3, 1], 3, torch.stack([c, 1 - c, c]), flag)  # two groups, of all parameters and of private ones
     adamw = (*shared, torch.tensor(0.1), [*(0, 0, 0.9, 0.999, 0.1, 1e-8), *(1, 0, 0.8, 0.99, 0, 1e-8)])
     sgd = (*shared, None, [*(0, 0.1, 0.9, 0.1, 0.1), *(1, 0.2, 0.8, 0, 0)], False, False, False)
+
+    def of_one_role(arguments, numbers):
+        before, of_groups, *after = arguments[:5], arguments[5], *arguments[6:]
+        return *before, [of_groups[n] if n % numbers else 1 for n in range(len(of_groups))], *after
+
     return {
         "gram_by_role": ((tensors(0) + tensors(1) + tensors(2), [4, 4], [0, 1], [3, 2], 2), {}),
         "gram_balance": (
@@ -282,6 +289,11 @@ def calls():
         "combine_": ((tensors(2), tensors(0) + tensors(1), c), {}),
         "adamw_updates_": ((tensors(2), tensors(0) + tensors(1), tensors(3), tensors(4), [], steps, *adamw, False), {}),
         "sgd_updates_": ((tensors(2), tensors(0) + tensors(1), tensors(3), *sgd), {}),
+        "gram_adamw_updates_": (
+            (tensors(2), tensors(0) + tensors(1), tensors(3), tensors(4), [], steps, *of_one_role(adamw, 6), False),
+            {},
+        ),
+        "gram_sgd_updates_": ((tensors(2), tensors(0) + tensors(1), tensors(3), *of_one_role(sgd, 5)), {}),
     }
 
 
@@ -414,6 +426,59 @@ def test_three_launches_for_many_tensors_in_several_groups(kernels, monkeypatch,
         assert torch.allclose(got, step()[1], rtol=1e-5, atol=0)
 
 
+def whole(rule, K, sizes, dtype, role=Role.SHARED, **options):
+    """An update as the optimizers make it."""
+    rows = gradients(K + 4, sizes, dtype)
+    positive = [[t.square() for t in row] for row in rows[K + 1 :]]
+    steps = [torch.tensor(float(t)) for t in range(len(sizes))]
+    numbers = {"lr": 0.1, "weight_decay": 0.1, "maximize": False}
+    if rule == "sgd_step":
+        numbers |= {"momentum": 0.9, "dampening": 0.1, "nesterov": True, "first": False}
+        state = {"momentum_buffers": rows[K + 1]}
+    else:
+        numbers |= {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "amsgrad": options.get("amsgrad", False)}
+        state = {"exp_avgs": rows[K + 1], "exp_avg_sqs": positive[1], "state_steps": steps}
+        state["max_exp_avg_sqs"] = positive[2] if numbers["amsgrad"] else []
+    return Update(rule, role, tuple(range(K)), rows[K], rows[:K], state, numbers | options)
+
+
+def tensors_of(update):
+    return [*update.params, *(t for values in update.state.values() for t in values)]
+
+
+@interpreted
+@pytest.mark.parametrize(("K", "dtype"), [*((K, torch.float32) for K in (1, 2, 5, 8)), *((2, d) for d in DTYPES[1:])])
+@pytest.mark.parametrize("rule", ["adamw_step", "sgd_step"])
+def test_update_that_measures_has_the_bits_of_two_passes(kernels, rule, K, dtype):
+    """Of two roles, skipped or not; a gradient of coefficient 0 is measured and not descended."""
+    sizes = SIZES if K == 2 else SIZES[:5]
+    table = torch.linspace(0, 1, 3 * K, dtype=torch.float64).view(3, K)
+    for skipped in (torch.tensor(False), torch.tensor(True)):
+        updates = [[whole(rule, K, sizes, dtype), whole(rule, K, [77], dtype, Role.PLAIN, lr=0.2)] for _ in range(2)]
+        grams = kernels.measure_and_update(updates[0], table, skipped)
+        kernels.run_updates(updates[1], table, skipped)
+        for one, two in zip(*updates, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(two), strict=True))
+            assert torch.equal(grams[one.role], kernels.gram(one.grads))
+        assert not grams[Role.PRIVATE].any()
+
+
+@interpreted
+def test_update_that_measures_of_some_objectives(kernels):
+    """And of empty tensors only, and of tensors that fit no kernel."""
+    table = torch.ones(3, 3, dtype=torch.float64)
+    private, empty, odd = (whole("adamw_step", 2, sizes, torch.float32) for sizes in ([300, CHUNK], [0, 0], [5]))
+    private = replace(private, role=Role.PRIVATE, reach=(0, 2))
+    odd.state["exp_avgs"] = [t.double() for t in odd.state["exp_avgs"]]
+    updates = [private, replace(empty, reach=(0, 1)), replace(odd, reach=(1, 2))]
+    grams = kernels.measure_and_update(updates, table, torch.tensor(False))
+    expected = torch.zeros(3, 3, 3, dtype=torch.float64)
+    expected[Role.PRIVATE] = spread(reference.gram(private.grads), (0, 2), 3)
+    expected[Role.SHARED] = spread(reference.gram(odd.grads), (1, 2), 3)
+    assert (grams - expected).abs().max() <= tolerances.REORDERED * expected.max()
+    assert empty.state["state_steps"] == [1, 2]
+
+
 @interpreted
 @pytest.mark.parametrize("skipped", [False, True])
 def test_steps_are_counted_once_by_the_last_program(kernels, skipped):
@@ -488,6 +553,7 @@ def wanted():
 
 
 #: Lists that a kernel reads besides the K gradients, and lists that it writes, by the first word of a variant's name.
+#: An update that measures reads no gradient twice, so its row is the same.
 TRAFFIC = {"gram": (0, 0), "combine": (0, 1), "adamw": (3, 3), "sgd": (2, 2)}
 
 

@@ -7,7 +7,7 @@ each kind compiles; none stalls on the device, but the first large update of a k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,6 +125,16 @@ def sgd_step(*args: Any, **options: Any) -> None:
     run_updates(*fused.sgd_update(*args, **options))
 
 
+def gram_adamw_step(*args: Any, **options: Any) -> Tensor:
+    """`reference.gram_adamw_step` for tensors of one dtype."""
+    return measure_and_update(*fused.adamw_update(*args, **options))[Role.SHARED]
+
+
+def gram_sgd_step(*args: Any, **options: Any) -> Tensor:
+    """`reference.gram_sgd_step` for tensors of one dtype."""
+    return measure_and_update(*fused.sgd_update(*args, **options))[Role.SHARED]
+
+
 def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> None:
     """All updates of one step: those of one rule, reach and dtype, and of one tensor as learning rate, in one launch.
 
@@ -136,19 +146,35 @@ def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> No
         skipped: scalar bool.
     """
     table = table.to(torch.float64).contiguous()
+    for same in _together(updates):
+        for update in fused.unfit_updates(same, lambda some: _run(some, table, skipped)):
+            update.run(reference, table, skipped)
+
+
+def measure_and_update(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> Tensor:
+    """The same, of one role in a launch, and the Gram matrices [3, K, K] of the gradients from the same pass.
+
+    One launch more for each, which adds up what it has left.
+    """
+    table = table.to(torch.float64).contiguous()
+    K = table.shape[1]
+    total = torch.zeros(len(Role), K, K, dtype=torch.float64, device=table.device)
+    for same in _together(updates, lambda update: update.role):
+        for update in fused.unfit_updates(same, lambda some: total.add_(_run(some, table, skipped, "gram_"))):
+            update.run_measured(reference, table, skipped, total)
+    return total
+
+
+def _together(updates: Sequence[Update], more: Callable[[Update], object] = lambda _: None) -> list[list[Update]]:
+    """The updates that can share a launch."""
     together: dict[tuple[object, ...], list[Update]] = {}
     for update in reversed(updates):  # the kernels walk what they are given from its end
         o, lr = update.options, _device_lr(update)
         flags = [o.get(name) for name in ("maximize", "amsgrad", "nesterov", "first")]
         stateful = [name for name, values in update.state.items() if values]
         key = (update.rule, update.reach, update.params[0].dtype, *flags, *stateful, None if lr is None else id(lr))
-        together.setdefault(key, []).append(update)
-    for same in together.values():
-        if not _run(same, table, skipped):
-            # some tensor fits no kernel: find out which, and take those through the reference
-            for update in same:
-                if len(same) == 1 or not _run([update], table, skipped):
-                    update.run(reference, table, skipped)
+        together.setdefault((*key, more(update)), []).append(update)
+    return list(together.values())
 
 
 def _device_lr(update: Update) -> Tensor | None:
@@ -157,10 +183,14 @@ def _device_lr(update: Update) -> Tensor | None:
     return lr if isinstance(lr, Tensor) and lr.device == update.params[0].device else None
 
 
-def _run(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> bool:
-    """Run updates that can share a launch; False, with nothing changed, if some tensor fits no kernel."""
+def _run(updates: Sequence[Update], table: Tensor, skipped: Tensor, prefix: str = "") -> Any:
+    """Run updates that can share a launch by their rule's operation, or the one with this prefix; what that returns.
+
+    Raises:
+        RuntimeError: `fused.UNFIT`, with nothing changed: some tensor fits no kernel.
+    """
     if fused.has_betas_on_device(updates) or any(update.state.get("masters") for update in updates):
-        return False
+        raise RuntimeError(f"{fused.UNFIT}: master copies, or a beta that is a tensor on a GPU")
     first = updates[0]
     o, lr = first.options, _device_lr(first)
     reach = sum(1 << i for i in first.reach)
@@ -178,18 +208,22 @@ def _run(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> bool:
             *(update.options[name] for name in _NUMBERS[first.rule]),
         )
     ]
-    shared = (counts, reach, table, skipped, lr, numbers)
+    operation = getattr(OPS, prefix + _OPERATIONS[first.rule]).default
+    flags = [o[name] for name in _FLAGS[first.rule]]
+    result: Tensor | None = None
 
     def run(flat: list[Tensor]) -> None:
-        if first.rule == "adamw_step":
-            OPS.adamw_updates_.default(params, flat, *state.values(), *shared, o["maximize"])
-        else:
-            OPS.sgd_updates_.default(params, flat, *state.values(), *shared, o["nesterov"], o["maximize"], o["first"])
+        nonlocal result
+        result = operation(params, flat, *state.values(), counts, reach, table, skipped, lr, numbers, *flags)
 
-    return fused.run_fitting(run, lists, [params, *state.values()])
+    if not fused.run_fitting(run, lists, [params, *state.values()]):
+        raise RuntimeError(f"{fused.UNFIT}: {first.rule}")
+    return result
 
 
-#: The lists of state of each rule, and the numbers of a parameter group, as its operation takes them.
+_OPERATIONS = {"adamw_step": "adamw_updates_", "sgd_step": "sgd_updates_"}
+#: The lists of state of each rule, the numbers of a parameter group, and what all groups of a call have in common, as
+#: its operation takes them.
 _STATE = {
     "adamw_step": ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps"),
     "sgd_step": ("momentum_buffers",),
@@ -198,3 +232,4 @@ _NUMBERS = {
     "adamw_step": ("beta1", "beta2", "weight_decay", "eps"),
     "sgd_step": ("momentum", "dampening", "weight_decay"),
 }
+_FLAGS = {"adamw_step": ("maximize",), "sgd_step": ("nesterov", "maximize", "first")}

@@ -64,12 +64,17 @@ def variants(
             if config != tuning.DEFAULT:
                 what += f" {config.num_warps} warps, {config.vectors} accesses"
             descent = {**common, "REACH": 2**K - 1, "MAXIMIZE": False, "TENSOR_LR": False, "tensor_lr": None}
-            counted = {**descent, "STEP": tl.float32}
-            momentum = {"MOMENTUM": True, "NESTEROV": False, "FIRST": False}
             yield Variant(f"combine {what}", update.combine_kernel, common, options)
-            yield Variant(f"adamw {what}", update.adamw_kernel, {**counted, "AMSGRAD": False}, options)
-            yield Variant(f"adamw amsgrad {what}", update.adamw_kernel, {**counted, "AMSGRAD": True}, options)
-            yield Variant(f"sgd {what}", update.sgd_kernel, {**descent, **momentum}, options)
+            for measure in (False, True):
+                if measure and config != tuning.DEFAULT:
+                    continue
+                beside = {**descent, "MEASURE": measure, **({} if measure else {"partials": None})}
+                counted = {**beside, "STEP": tl.float32}
+                momentum = {"MOMENTUM": True, "NESTEROV": False, "FIRST": False}
+                name = f"measuring {what}" if measure else what
+                yield Variant(f"adamw {name}", update.adamw_kernel, {**counted, "AMSGRAD": False}, options)
+                yield Variant(f"adamw amsgrad {name}", update.adamw_kernel, {**counted, "AMSGRAD": True}, options)
+                yield Variant(f"sgd {name}", update.sgd_kernel, {**beside, **momentum}, options)
 
 
 def compile(variant: Variant, capability: int) -> Any:

@@ -86,7 +86,11 @@ def partial_sums(members: Sequence[Member], K: int) -> Partials:
 
 def gram_by_role(members: Sequence[Member], K: int) -> Tensor:
     """Gram matrices [3, K, K] float64, one for each role: a launch for each member, and one more."""
-    partials = partial_sums(members, K)
+    return added_up(partial_sums(members, K), K)
+
+
+def added_up(partials: Partials, K: int) -> Tensor:
+    """The Gram matrices that these sums add up to. One launch; it leaves the ticket alone."""
     out = torch.empty(len(partials.chunks), K, K, dtype=torch.float64, device=partials.sums.device)
     gram_sum_kernel[(K, K, len(partials.chunks))](
         partials.sums, *partials.chunks, out, K=K, LANES=LANES, num_warps=LANES // 32
@@ -145,9 +149,7 @@ def _sums(
     grads = ()
     for k in tl.static_range(R):
         grads = grads + (pointer_to(table, T, t, k, offset, DTYPE, CHUNK, FULL),)
-    sums = ()
-    for _ in tl.static_range(R * (R + 1) // 2):
-        sums = sums + (tl.zeros([LANES], tl.float64),)
+    sums = no_sums(R, LANES)
     end = CHUNK
     if not FULL:
         end = tl.minimum(left, CHUNK)
@@ -157,16 +159,39 @@ def _sums(
         for k in tl.static_range(R):
             if FULL:
                 values = tl.load(grads[k] + start + tl.arange(0, LANES * VECTOR)).to(tl.float64)
-                x = x + (_columns(values, VECTOR, LANES),)
+                x = x + (columns(values, VECTOR, LANES),)
             else:
                 x = x + (_masked_columns(grads[k] + start, left - start, VECTOR, LANES),)
-        for e in tl.static_range(VECTOR):
-            new = ()
-            for i in tl.static_range(R):
-                for j in tl.static_range(i, R):
-                    new = new + (tl.fma(x[i][e], x[j][e], sums[i * R - i * (i - 1) // 2 + j - i]),)
-            sums = new
+        sums = add_products(sums, x, R, VECTOR)
         start += LANES * VECTOR
+    store_sums(sums, partials, chunks, K, REACH, LANES)
+
+
+@triton.jit
+def no_sums(R: tl.constexpr, LANES: tl.constexpr):
+    """Zeros for the pairs of R gradients, in every lane."""
+    sums = ()
+    for _ in tl.static_range(R * (R + 1) // 2):
+        sums = sums + (tl.zeros([LANES], tl.float64),)
+    return sums
+
+
+@triton.jit
+def add_products(sums, x, R: tl.constexpr, VECTOR: tl.constexpr):
+    """The sums and the products of VECTOR elements of each lane. x: the columns of R gradients."""
+    for e in tl.static_range(VECTOR):
+        new = ()
+        for i in tl.static_range(R):
+            for j in tl.static_range(i, R):
+                a, b = x[i][e].to(tl.float64), x[j][e].to(tl.float64)
+                new = new + (tl.fma(a, b, sums[i * R - i * (i - 1) // 2 + j - i]),)
+        sums = new
+    return sums
+
+
+@triton.jit
+def store_sums(sums, partials, chunks, K: tl.constexpr, REACH: tl.constexpr, LANES: tl.constexpr):
+    """A chunk's sums over all lanes into its column of [K(K+1)/2, chunks]; 0 for pairs outside the reach."""
     for i in tl.static_range(K):
         for j in tl.static_range(i, K):
             row = partials + (i * K - i * (i - 1) // 2 + j - i) * chunks
@@ -190,9 +215,11 @@ def _place(reach, i, j):
 
 
 @triton.jit
-def _columns(x, VECTOR: tl.constexpr, LANES: tl.constexpr):
+def columns(x, VECTOR: tl.constexpr, LANES: tl.constexpr):
     """[LANES * VECTOR] -> VECTOR times [LANES]: element e of every lane; a thread has its lane's in registers."""
-    if VECTOR == 2:
+    if VECTOR == 1:
+        return (x,)
+    elif VECTOR == 2:
         a, b = tl.split(tl.reshape(x, [LANES, 2]))
         return a, b
     elif VECTOR == 4:

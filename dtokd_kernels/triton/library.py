@@ -8,6 +8,7 @@ Defined by `Library.define` with fake kernels of their own: torch.compile keeps 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,12 @@ _SCHEMAS = (
     "Tensor? tensor_lr, float[] numbers, bool maximize) -> ()",
     "sgd_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] counts, int reach, "
     "Tensor table, Tensor skipped, Tensor? tensor_lr, float[] numbers, bool nesterov, bool maximize, bool first) -> ()",
+    "gram_adamw_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, int[] counts, int reach, Tensor table, Tensor skipped, "
+    "Tensor? tensor_lr, float[] numbers, bool maximize) -> Tensor",
+    "gram_sgd_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] counts, int reach, "
+    "Tensor table, Tensor skipped, Tensor? tensor_lr, float[] numbers, bool nesterov, bool maximize, bool first) "
+    "-> Tensor",
 )
 
 
@@ -158,6 +165,7 @@ def combine_(out: Sequence[Tensor], grads: Sequence[Tensor], coefficients: Tenso
 
 def _descent(
     op: str,
+    measured: bool,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     counts: Sequence[int],
@@ -172,11 +180,27 @@ def _descent(
     groups = tuple([group for group, count in enumerate(counts) for _ in range(count)])
     if len(groups) != len(params):
         raise ValueError(f"dtokd_triton::{op}: counts add up to {len(groups)}, but there are {len(params)} params")
+    if measured and len(set(numbers[:: len(numbers) // len(counts)])) > 1:
+        raise ValueError(f"dtokd_triton::{op}: the groups have several roles; call it once for each")
     table = _doubles(op, table, params[0])
     return update.Descent(params, lists, groups, reach, table, skipped, tensor_lr, tuple(numbers))
 
 
-def adamw_updates_(
+def adamw_updates_(params: Sequence[Tensor], grads: Sequence[Tensor], *arguments: Any) -> None:
+    """`reference.adamw_step` of parameter groups of `counts` tensors; see `update.Descent`."""
+    _adamw("adamw_updates_", False, params, grads, *arguments)
+
+
+def gram_adamw_updates_(params: Sequence[Tensor], grads: Sequence[Tensor], *arguments: Any) -> Tensor:
+    """The same, of groups of one role, and the Gram matrices [3, K, K] of their gradients from the same pass."""
+    grams = _adamw("gram_adamw_updates_", True, params, grads, *arguments)
+    assert grams is not None
+    return grams
+
+
+def _adamw(
+    op: str,
+    measured: bool,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],
@@ -190,10 +214,8 @@ def adamw_updates_(
     tensor_lr: Tensor | None,
     numbers: Sequence[float],
     maximize: bool,
-) -> None:
-    """`reference.adamw_step` of parameter groups of `counts` tensors; see `update.Descent`."""
-    op = "adamw_updates_"
-    descent = _descent(op, params, grads, counts, reach, table, skipped, tensor_lr, numbers)
+) -> Tensor | None:
+    descent = _descent(op, measured, params, grads, counts, reach, table, skipped, tensor_lr, numbers)
     states = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs] if max_exp_avg_sqs else [exp_avgs, exp_avg_sqs]
     for name, values in zip(("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), states, strict=False):
         _check_list(op, name, values, params)
@@ -205,10 +227,24 @@ def adamw_updates_(
     ):
         raise RuntimeError(f"{fused.UNFIT}: {op}: state_steps must be float scalars beside the parameters")
     with torch.cuda.device_of(params[0]):
-        update.adamw_step(descent, states, state_steps, maximize)
+        return update.adamw_step(descent, states, state_steps, maximize, measured)
 
 
-def sgd_updates_(
+def sgd_updates_(params: Sequence[Tensor], grads: Sequence[Tensor], *arguments: Any) -> None:
+    """`reference.sgd_step`, as `adamw_updates_`."""
+    _sgd("sgd_updates_", False, params, grads, *arguments)
+
+
+def gram_sgd_updates_(params: Sequence[Tensor], grads: Sequence[Tensor], *arguments: Any) -> Tensor:
+    """The same, as `gram_adamw_updates_`."""
+    grams = _sgd("gram_sgd_updates_", True, params, grads, *arguments)
+    assert grams is not None
+    return grams
+
+
+def _sgd(
+    op: str,
+    measured: bool,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
@@ -221,14 +257,12 @@ def sgd_updates_(
     nesterov: bool,
     maximize: bool,
     first: bool,
-) -> None:
-    """`reference.sgd_step`, as `adamw_updates_`."""
-    op = "sgd_updates_"
-    descent = _descent(op, params, grads, counts, reach, table, skipped, tensor_lr, numbers)
+) -> Tensor | None:
+    descent = _descent(op, measured, params, grads, counts, reach, table, skipped, tensor_lr, numbers)
     if momentum_buffers:
         _check_list(op, "momentum_buffers", momentum_buffers, params)
     with torch.cuda.device_of(params[0]):
-        update.sgd_step(descent, momentum_buffers, nesterov, maximize, first)
+        return update.sgd_step(descent, momentum_buffers, nesterov, maximize, first, measured)
 
 
 def _doubles(op: str, tensor: Tensor, like: Tensor) -> Tensor:
@@ -247,6 +281,19 @@ def _register(implementations: Sequence[Callable[..., object]]) -> None:
     fused.register_fakes("dtokd_triton")
     fused.register_gram_fakes("dtokd_triton")
     fused.register_writing_fakes("dtokd_triton", "adamw_updates_", "sgd_updates_")
+    fused.register_measuring_fakes("dtokd_triton", "gram_adamw_updates_", "gram_sgd_updates_")
 
 
-_register((gram_by_role, gram_balance, min_norm_weights, balance, combine_, adamw_updates_, sgd_updates_))
+_register(
+    (
+        gram_by_role,
+        gram_balance,
+        min_norm_weights,
+        balance,
+        combine_,
+        adamw_updates_,
+        sgd_updates_,
+        gram_adamw_updates_,
+        gram_sgd_updates_,
+    )
+)

@@ -6,6 +6,9 @@ tensors; numbers of a parameter group arrive as float64 and are rounded once, he
 read by the kernels, so that nothing waits for them; a gradient whose coefficient is exactly 0 is not read. Chunks are
 walked last first, as the Gram pass has read the last gradients most recently, and parameters and states are marked to
 leave the cache first. `tuning` chooses how a kernel is compiled.
+
+An update kernel with MEASURE also takes the Gram matrix of the gradients: it reads all of them, of a skipped step too,
+and adds as NOTE [Sums] in `gram` says. So it is compiled in one configuration only, that of the Gram kernel.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
 # ruff: noqa: RUF005, SIM300 (triton knows no starred tuples; constants are in capitals, as in all of triton)
@@ -20,7 +23,16 @@ from torch import Tensor
 
 from .. import fused
 from . import tuning
-from .gram import objectives
+from .gram import (
+    LANES,
+    Partials,
+    add_products,
+    added_up,
+    columns,
+    no_sums,
+    objectives,
+    store_sums,
+)
 from .tables import (
     CHUNK,
     DTYPES,
@@ -35,6 +47,7 @@ from .tables import (
 )
 
 COUNT_BLOCK = tl.constexpr(128)
+SUM_LANES = tl.constexpr(LANES)
 
 
 def options(config: tuning.Config) -> dict[str, Any]:
@@ -75,13 +88,26 @@ class Descent(NamedTuple):
     tensor_lr: Tensor | None
     numbers: tuple[float, ...]
 
-    def run(self, kernel: Any, table: Table, ticket: tuple[Tensor, ...] = (), **flags: Any) -> None:
-        """Launch an update kernel on a table that begins with the gradients and the parameters."""
+    def run(self, kernel: Any, table: Table, *ticket: Tensor, measured: bool, **flags: Any) -> Tensor | None:
+        """Launch an update kernel on a table that begins with the gradients and the parameters.
+
+        Returns:
+            If `measured`, the Gram matrices [3, K, K] of the gradients, by one launch more.
+        """
         numbers = numbers_of(self.numbers, self.table.device)
+        K, chunks = self.table.shape[1], max(table.chunks, 1)
+        sums = None
+        if measured:
+            sums = torch.empty(K * (K + 1) // 2 * chunks, dtype=torch.float64, device=self.table.device)
         _launch(
-            kernel, table, self.params[0].dtype, self.table, self.skipped, *ticket, numbers, self.tensor_lr,
-            K=self.table.shape[1], REACH=self.reach, TENSOR_LR=self.tensor_lr is not None, **flags,
+            kernel, table, self.params[0].dtype, self.table, self.skipped, *ticket, numbers, self.tensor_lr, sums,
+            chunks, K=K, REACH=self.reach, TENSOR_LR=self.tensor_lr is not None, MEASURE=measured, **flags,
         )  # fmt: skip
+        if sums is None:
+            return None
+        of_role = [0, 0, 0]
+        of_role[int(self.numbers[0])] = table.chunks
+        return added_up(Partials(sums, tuple(of_role), sums), K)
 
 
 def combine(out: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], coefficients: Tensor) -> None:
@@ -96,38 +122,53 @@ def combine(out: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], coefficien
 
 
 def adamw_step(
-    descent: Descent, states: Sequence[Sequence[Tensor]], state_steps: Sequence[Tensor], maximize: bool
-) -> None:
+    descent: Descent,
+    states: Sequence[Sequence[Tensor]],
+    state_steps: Sequence[Tensor],
+    maximize: bool,
+    measured: bool = False,
+) -> Tensor | None:
     """One AdamW step, one launch: the last program to finish counts the steps of all tensors.
 
     Args:
-        descent: its groups' numbers are beta1, beta2, weight_decay and eps.
+        descent: its groups' numbers are beta1, beta2, weight_decay and eps; of one role, if `measured`.
         states: lists exp_avgs, exp_avg_sqs and, with amsgrad, max_exp_avg_sqs that fit the parameters.
         state_steps: T scalars of one float dtype, on the parameters' device.
         maximize: ascend.
+        measured: return the Gram matrices [3, K, K] of the gradients, from the same pass.
     """
-    descent.run(
+    return descent.run(
         adamw_kernel,
         table_of([*descent.grads, descent.params, *states], state_steps, descent.groups),
-        (fused.tickets(descent.table.device),),
+        fused.tickets(descent.table.device),
+        measured=measured,
         STEP=DTYPES[state_steps[0].dtype],
         MAXIMIZE=maximize,
         AMSGRAD=len(states) == 3,
     )
 
 
-def sgd_step(descent: Descent, momentum_buffers: Sequence[Tensor], nesterov: bool, maximize: bool, first: bool) -> None:
+def sgd_step(
+    descent: Descent,
+    momentum_buffers: Sequence[Tensor],
+    nesterov: bool,
+    maximize: bool,
+    first: bool,
+    measured: bool = False,
+) -> Tensor | None:
     """One SGD step, one launch.
 
     Args:
-        descent: its groups' numbers are momentum, dampening and weight_decay.
+        descent: its groups' numbers are momentum, dampening and weight_decay; of one role, if `measured`.
         momentum_buffers: T tensors that fit the parameters, or none.
         nesterov, maximize, first: as in `reference.sgd_step`.
+        measured: as in `adamw_step`.
     """
     buffers = [momentum_buffers] if momentum_buffers else []
-    descent.run(
+    return descent.run(
         sgd_kernel,
         table_of([*descent.grads, descent.params, *buffers], groups=descent.groups),
+        measured=measured,
         MAXIMIZE=maximize,
         MOMENTUM=bool(buffers),
         NESTEROV=nesterov,
@@ -142,10 +183,11 @@ def _launch(kernel: Any, table: Table, dtype: torch.dtype, *args: Any, **flags: 
         compiled_for = {**constants(dtype, config), **options(config)}
         kernel[(max(table.chunks, 1),)](table.numbers, table.tensors, *args, **flags, **compiled_for)
 
-    once = flags.get("FIRST")  # not worth tuning
+    fixed = flags.get("FIRST") or flags.get("MEASURE")  # once: not worth tuning; sums: their order is fixed
     variant = {**flags, "K": flags["REACH"].bit_count()} if "REACH" in flags else flags
     variant.pop("REACH", None)
-    config = tuning.DEFAULT if once else tuning.choose(launch, table, dtype, args, kernel, **variant)
+    variant.pop("MEASURE", None)
+    config = tuning.DEFAULT if fixed else tuning.choose(launch, table, dtype, args, kernel, **variant)
     launch(config, table, args)
 
 
@@ -192,11 +234,11 @@ def _combine(
     while start < end:
         at = start + tl.arange(0, BLOCK)
         d = _combined(grads, factors, read, at, left, K, COMPUTE, FULL)
-        _store(out, at, left, d, DTYPE, FULL)
+        _store(out, at, left, d, True, False, DTYPE, FULL)
         start += BLOCK
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "chunks"])
 def adamw_kernel(
     table,
     T,
@@ -205,9 +247,12 @@ def adamw_kernel(
     ticket,
     numbers,
     tensor_lr,
+    partials,
+    chunks,
     K: tl.constexpr,
     REACH: tl.constexpr,
     TENSOR_LR: tl.constexpr,
+    MEASURE: tl.constexpr,
     STEP: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     AMSGRAD: tl.constexpr,
@@ -220,11 +265,13 @@ def adamw_kernel(
 
     Rows of the table: R gradients, parameter, exp_avg, exp_avg_sq, with amsgrad max_exp_avg_sq, step counter, group.
     Reads R + 3 (4) times CHUNK elements, writes 3 (4) times; one program per chunk. ticket: 0 before and after.
+    MEASURE: and the chunk's sums into its column of partials [K(K+1)/2, chunks].
 
         m <- m + (1 - beta1) (d - m),   v <- beta2 v + (1 - beta2) d^2,
         p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
     """
-    t, offset, left, full = find(table, T, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)
+    t, offset, left, full = find(table, T, chunk, CHUNK)
     steps = table + (3 + objectives(REACH) + (4 if AMSGRAD else 3)) * T
     numbers += tl.load(steps + T + t) * 6  # of the tensor's group
     coefficients += tl.load(numbers).to(tl.int32) * K  # of its role
@@ -240,17 +287,21 @@ def adamw_kernel(
         (1 / tl.sqrt(1 - _power(beta2, count))).to(COMPUTE),
         tl.load(numbers + 5).to(COMPUTE),
     )
-    if tl.load(skipped) == 0:
+    live = tl.load(skipped) == 0
+    if MEASURE:
+        partials += chunk
+    if live | MEASURE:
         if full:
             _adamw(
-                table, T, t, offset, left, coefficients, scalars, REACH, MAXIMIZE, AMSGRAD,
-                DTYPE, COMPUTE, CHUNK, BLOCK, True,
+                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, MEASURE, MAXIMIZE,
+                AMSGRAD, DTYPE, COMPUTE, CHUNK, BLOCK, True,
             )  # fmt: skip
         else:
             _adamw(
-                table, T, t, offset, left, coefficients, scalars, REACH, MAXIMIZE, AMSGRAD,
-                DTYPE, COMPUTE, CHUNK, BLOCK // 4, False,
+                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, MEASURE, MAXIMIZE,
+                AMSGRAD, DTYPE, COMPUTE, CHUNK, BLOCK if MEASURE else BLOCK // 4, False,
             )  # fmt: skip
+    if live:  # noqa: SIM102 (triton's `and` takes the ticket in any case)
         if last_program(ticket, tl.num_programs(0)):  # all have read the counters
             tl.store(ticket, 0)
             _count_up(steps, T, STEP)
@@ -287,7 +338,12 @@ def _adamw(
     left,
     coefficients,
     scalars,
+    live,
+    partials,
+    chunks,
+    K: tl.constexpr,
     REACH: tl.constexpr,
+    MEASURE: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     AMSGRAD: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -304,11 +360,17 @@ def _adamw(
     exp_avg_sq = pointer_to(table, T, t, R + 2, offset, DTYPE, CHUNK, FULL)
     if AMSGRAD:
         max_exp_avg_sq = pointer_to(table, T, t, R + 3, offset, DTYPE, CHUNK, FULL)
+    if MEASURE:
+        sums = no_sums(R, SUM_LANES)
+    STRIDE: tl.constexpr = stride(MEASURE, FULL, BLOCK)
     start = 0
-    end = CHUNK if FULL else tl.minimum(left, CHUNK)
+    end = CHUNK if FULL else tl.cdiv(tl.minimum(left, CHUNK), BLOCK) * BLOCK
     while start < end:
-        at = start + tl.arange(0, BLOCK)
-        d = _combined(grads, factors, read, at, left, R, COMPUTE, FULL)
+        at = _places(start, STRIDE, BLOCK)
+        if MEASURE:
+            d, sums = _combined_and_measured(grads, factors, read, at, left, sums, R, COMPUTE, BLOCK, FULL)
+        else:
+            d = _combined(grads, factors, read, at, left, R, COMPUTE, FULL)
         p = _load(param, at, left, COMPUTE, FULL)
         m = _load(exp_avg, at, left, COMPUTE, FULL)
         v = _load(exp_avg_sq, at, left, COMPUTE, FULL)
@@ -317,16 +379,18 @@ def _adamw(
         largest = v
         if AMSGRAD:
             largest = tl.maximum(_load(max_exp_avg_sq, at, left, COMPUTE, FULL), v)
-            _store(max_exp_avg_sq, at, left, largest, DTYPE, FULL)
+            _store(max_exp_avg_sq, at, left, largest, live, MEASURE, DTYPE, FULL)
         denominator = tl.fma(_sqrt(largest, COMPUTE), root_correction, eps)
         p = tl.fma(negative_step_size, _divide(m, denominator, COMPUTE), p * decay)
-        _store(param, at, left, p, DTYPE, FULL)
-        _store(exp_avg, at, left, m, DTYPE, FULL)
-        _store(exp_avg_sq, at, left, v, DTYPE, FULL)
-        start += BLOCK
+        _store(param, at, left, p, live, MEASURE, DTYPE, FULL)
+        _store(exp_avg, at, left, m, live, MEASURE, DTYPE, FULL)
+        _store(exp_avg_sq, at, left, v, live, MEASURE, DTYPE, FULL)
+        start += BLOCK // STRIDE
+    if MEASURE:
+        store_sums(sums, partials, chunks, K, REACH, SUM_LANES)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "chunks"])
 def sgd_kernel(
     table,
     T,
@@ -334,9 +398,12 @@ def sgd_kernel(
     skipped,
     numbers,
     tensor_lr,
+    partials,
+    chunks,
     K: tl.constexpr,
     REACH: tl.constexpr,
     TENSOR_LR: tl.constexpr,
+    MEASURE: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -349,9 +416,10 @@ def sgd_kernel(
     """SGD as torch does it: momentum, dampening, Nesterov, L2 weight decay.
 
     Rows of the table: R gradients, parameter, with momentum its buffer, group. FIRST: the buffer holds nothing yet.
-    Reads R + 1 (2) times CHUNK elements, writes 1 (2) times; one program per chunk.
+    Reads R + 1 (2) times CHUNK elements, writes 1 (2) times; one program per chunk. MEASURE: as in `adamw_kernel`.
     """
-    t, offset, left, full = find(table, T, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)
+    t, offset, left, full = find(table, T, chunk, CHUNK)
     group = table + (3 + objectives(REACH) + (2 if MOMENTUM else 1)) * T
     numbers += tl.load(group + t) * 5
     coefficients += tl.load(numbers).to(tl.int32) * K
@@ -361,16 +429,19 @@ def sgd_kernel(
         (1 - tl.load(numbers + 3)).to(COMPUTE),
         (-_rate(numbers + 1, tensor_lr, TENSOR_LR)).to(COMPUTE),
     )
-    if tl.load(skipped) == 0:
+    live = tl.load(skipped) == 0
+    if MEASURE:
+        partials += chunk
+    if live | MEASURE:
         if full:
             _sgd(
-                table, T, t, offset, left, coefficients, scalars, REACH, MAXIMIZE, MOMENTUM, NESTEROV, FIRST,
-                DTYPE, COMPUTE, CHUNK, BLOCK, True,
+                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, MEASURE, MAXIMIZE,
+                MOMENTUM, NESTEROV, FIRST, DTYPE, COMPUTE, CHUNK, BLOCK, True,
             )  # fmt: skip
         else:
             _sgd(
-                table, T, t, offset, left, coefficients, scalars, REACH, MAXIMIZE, MOMENTUM, NESTEROV, FIRST,
-                DTYPE, COMPUTE, CHUNK, BLOCK // 4, False,
+                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, MEASURE, MAXIMIZE,
+                MOMENTUM, NESTEROV, FIRST, DTYPE, COMPUTE, CHUNK, BLOCK if MEASURE else BLOCK // 4, False,
             )  # fmt: skip
 
 
@@ -383,7 +454,12 @@ def _sgd(
     left,
     coefficients,
     scalars,
+    live,
+    partials,
+    chunks,
+    K: tl.constexpr,
     REACH: tl.constexpr,
+    MEASURE: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -400,21 +476,30 @@ def _sgd(
     param = pointer_to(table, T, t, R, offset, DTYPE, CHUNK, FULL)
     if MOMENTUM:
         momentum_buffer = pointer_to(table, T, t, R + 1, offset, DTYPE, CHUNK, FULL)
+    if MEASURE:
+        sums = no_sums(R, SUM_LANES)
+    STRIDE: tl.constexpr = stride(MEASURE, FULL, BLOCK)
     start = 0
-    end = CHUNK if FULL else tl.minimum(left, CHUNK)
+    end = CHUNK if FULL else tl.cdiv(tl.minimum(left, CHUNK), BLOCK) * BLOCK
     while start < end:
-        at = start + tl.arange(0, BLOCK)
+        at = _places(start, STRIDE, BLOCK)
+        if MEASURE:
+            d, sums = _combined_and_measured(grads, factors, read, at, left, sums, R, COMPUTE, BLOCK, FULL)
+        else:
+            d = _combined(grads, factors, read, at, left, R, COMPUTE, FULL)
         p = _load(param, at, left, COMPUTE, FULL)
-        d = tl.fma(weight_decay, p, _combined(grads, factors, read, at, left, R, COMPUTE, FULL))
+        d = tl.fma(weight_decay, p, d)
         if MOMENTUM:
             buffer = d
             if not FIRST:
                 old = _load(momentum_buffer, at, left, COMPUTE, FULL)
                 buffer = tl.fma(momentum, old, one_minus_dampening * d)
-            _store(momentum_buffer, at, left, buffer, DTYPE, FULL)
+            _store(momentum_buffer, at, left, buffer, live, MEASURE, DTYPE, FULL)
             d = tl.fma(momentum, buffer, d) if NESTEROV else buffer
-        _store(param, at, left, tl.fma(negative_lr, d, p), DTYPE, FULL)
-        start += BLOCK
+        _store(param, at, left, tl.fma(negative_lr, d, p), live, MEASURE, DTYPE, FULL)
+        start += BLOCK // STRIDE
+    if MEASURE:
+        store_sums(sums, partials, chunks, K, REACH, SUM_LANES)
 
 
 @triton.jit
@@ -459,6 +544,51 @@ def _combined(grads, factors, read, at, left, K: tl.constexpr, COMPUTE: tl.const
     return d
 
 
+@triton.constexpr_function
+def stride(measure, full, block):
+    """How far apart the elements are that are taken at a time; see `_places`."""
+    return block // SUM_LANES if measure and not full else 1
+
+
+@triton.jit
+def _places(start, STRIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """The elements that are taken after `start` others: BLOCK neighbours, or one of each lane.
+
+    A ragged chunk is measured so: of the STRIDE elements that a lane adds up in memory's order the threads get one
+    after the other, and none has to be handed to another thread.
+    """
+    if STRIDE == 1:
+        return start + tl.arange(0, BLOCK)
+    else:
+        lanes: tl.constexpr = BLOCK // STRIDE
+        return start // BLOCK * BLOCK + tl.arange(0, lanes) * STRIDE + start // lanes % STRIDE
+
+
+@triton.jit
+def _combined_and_measured(
+    grads,
+    factors,
+    read,
+    at,
+    left,
+    sums,
+    R: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """The same, from gradients that are all read, and the sums with their products."""
+    VECTOR: tl.constexpr = BLOCK // SUM_LANES if FULL else 1
+    d = tl.zeros_like(at).to(COMPUTE)
+    x = ()
+    for k in tl.static_range(R):
+        g = tl.load(grads[k] + at) if FULL else tl.load(grads[k] + at, mask=at < left, other=0.0)
+        x = x + (columns(g, VECTOR, SUM_LANES),)
+        g = tl.where(read[k], g, 0.0).to(COMPUTE)
+        d = factors[k] * g if k == 0 else tl.fma(factors[k], g, d)
+    return d, add_products(sums, x, R, VECTOR)
+
+
 @triton.jit
 def _load(pointer, at, left, COMPUTE: tl.constexpr, FULL: tl.constexpr):
     if FULL:
@@ -468,11 +598,14 @@ def _load(pointer, at, left, COMPUTE: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def _store(pointer, at, left, value, DTYPE: tl.constexpr, FULL: tl.constexpr):
-    if FULL:
-        tl.store(pointer + at, rounded(value, DTYPE), eviction_policy="evict_first")
+def _store(pointer, at, left, value, live, MEASURE: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr):
+    """Nothing if not live; without MEASURE nobody comes here then."""
+    if not FULL:
+        tl.store(pointer + at, rounded(value, DTYPE), mask=at < (tl.where(live, left, 0) if MEASURE else left))
+    elif MEASURE:
+        tl.store(pointer + at, rounded(value, DTYPE), mask=live, eviction_policy="evict_first")
     else:
-        tl.store(pointer + at, rounded(value, DTYPE), mask=at < left)
+        tl.store(pointer + at, rounded(value, DTYPE), eviction_policy="evict_first")
 
 
 @triton.jit
