@@ -146,6 +146,20 @@ def test_updates_that_measure_equal_two_launches(ops, rule, skipped):
         assert (grams[u.role] - expected).abs().max() <= tolerances.REORDERED * expected.max()
 
 
+def test_step_of_lag_is_one_update(ops):
+    """Whatever the groups: one operation reads the gradients."""
+    params = [torch.nn.Parameter(t) for t in tensors(0)]
+    groups = [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "weight_decay": 0.0}]
+    optimizer = dk.DTOAdamW(groups, lr=1e-3, gram="lag")
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward([sum(p.square().sum() for p in params), sum((p - 1).square().sum() for p in params)])
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            optimizer.step()
+    names = [e.name.split("::")[1] for e in profile.events() if e.name.startswith("dtokd_emulated::")]
+    assert [name for name in names if not name.startswith("balance")] == ["gram_adamw_updates_"]
+
+
 def test_step_in_one_launch_equals_two(ops):
     options = Options(dk.weighting.DTO(), 1.0, "none", "own", 1e-8)
     one, two = update(), update()

@@ -6,6 +6,7 @@ from torch import nn
 
 import dtokd_kernels as dk
 from dtokd_kernels import backends, cuda
+from dtokd_kernels.sources import Ema
 
 from . import emulated
 from .device import DEVICE
@@ -44,11 +45,12 @@ def warm(optimizer, module):
 
 
 @each_backend
+@pytest.mark.parametrize("source", ["exact", "overlap", "lag"])
 @pytest.mark.parametrize("kind", [dk.DTOAdamW, dk.DTOSGD])
-def test_a_step_does_not_stall_the_host(name, kind):
+def test_a_step_does_not_stall_the_host(name, kind, source):
     module = model()
     options = {"momentum": 0.9} if kind is dk.DTOSGD else {}
-    optimizer = kind(groups(module), lr=1e-3, max_norm=1.0, backend=name, **options)
+    optimizer = kind(groups(module), lr=1e-3, max_norm=1.0, backend=name, gram=source, **options)
     warm(optimizer, module)
     values = losses(module)
     torch.cuda.synchronize()
@@ -74,13 +76,29 @@ def test_at_most_three_launches_for_500_tensors_in_two_groups():
     assert 2 <= len(ours) <= 3, ours
 
 
+def test_a_step_of_lag_reads_the_gradients_in_one_launch():
+    module = model(500)
+    optimizer = dk.DTOAdamW(groups(module), lr=1e-3, max_norm=1.0, backend="cuda", gram="lag")
+    warm(optimizer, module)
+    optimizer.backward(losses(module))
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    ours = [e.name for e in profile.events() if "dtokd" in e.name and ("gram" in e.name or "update" in e.name)]
+    assert len(ours) == 1, ours
+    assert "gram_update_kernel" in ours[0]
+
+
 @each_backend
-def test_replays_equal_eager_steps_bit_for_bit(name):
+@pytest.mark.parametrize("source", ["exact", "overlap", "lag", Ema(0.5)], ids=repr)
+def test_replays_equal_eager_steps_bit_for_bit(name, source):
     """The whole iteration in a CUDA graph, with lr on the device."""
 
     def build():
         module, lr = model(), torch.tensor(1e-2, device=DEVICE)
-        return module, lr, dk.DTOAdamW(groups(module), lr=lr, max_norm=1.0, capturable=True, backend=name)
+        options = {"max_norm": 1.0, "capturable": True, "backend": name, "gram": source}
+        return module, lr, dk.DTOAdamW(groups(module), lr=lr, **options)
 
     data = torch.randn(8, 33, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
 

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import dtokd_kernels as dk
 from dtokd_kernels import backends
-from dtokd_kernels.sources import Ema, Every, Feature, Probe
+from dtokd_kernels.sources import Ema, Every, Feature, Lag, Probe
 
 from . import tolerances
 from .inputs import CHUNK, each_dtype, gradients
@@ -233,6 +233,46 @@ def test_frozen_and_added_parameters(backend, source):
         optimizer.step()
         ends.append(optimizer.balance.gram)
     assert (ends[0] - ends[1]).abs().max() <= tolerances.REORDERED * ends[0].max()
+
+
+# ---- memory -------------------------------------------------------------------------------------------
+
+
+@each_source
+def test_records_do_not_change_with_the_memory(backend, source):
+    """Sources write into their memory; a `Balance` that somebody keeps says what it said."""
+    model = Student()
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.1, gram=source(model))
+    kept = []
+    for step in range(7):
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(model, batch(step)))
+        optimizer.step()
+        record = optimizer.balance
+        tensors = [value for value in vars(record).values() if isinstance(value, torch.Tensor)]
+        kept += zip(tensors, copies(tensors), strict=True)
+    assert all(torch.equal(now, then) for now, then in kept)
+
+
+@pytest.mark.parametrize(
+    ("source", "memory"),
+    [
+        (lambda: Lag(), lambda source: source._kept),
+        (lambda: Ema(0.5), lambda source: source._kept),
+        (lambda: Every(2), lambda source: (source._weights, source._gram)),
+    ],
+    ids=["lag", "ema", "every"],
+)
+def test_memory_stays_where_a_replayed_graph_finds_it(source, memory):
+    """A CUDA graph reads and writes the addresses that it was captured with."""
+    model = Student()
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.1, gram=source())
+    train(model, optimizer, 1)
+    tensors = memory(optimizer._source)
+    before = copies(tensors)
+    train(model, optimizer, 4, start=1)
+    assert all(a is b for a, b in zip(tensors, memory(optimizer._source), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
 
 
 # ---- lag ----------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..types import Balance, Group, Options, Role, Weighting
 from .names import measuring
-from .source import Call, Source, Watch, weights_of
+from .source import Call, Source, Watch, remember, weights_of
 from .wrapper import Wrapper
 
 
@@ -69,8 +69,7 @@ class Ema(Wrapper):
     def average(self, names: tuple[str, ...], gram: Tensor) -> Tensor:
         """The average that counts this matrix as the last; remembered when the step is over."""
         if self._kept is None or names != self._names:
-            zeros = torch.zeros_like(gram)
-            self._kept, self._names = (zeros, zeros), names
+            self._kept, self._names = (torch.zeros_like(gram), torch.zeros_like(gram)), names
         total, shares = (t.to(gram.device) for t in self._kept)
         present = gram.diagonal() != 0  # NaN is no absence
         known = present[:, None] & present[None, :]
@@ -83,12 +82,11 @@ class Ema(Wrapper):
         """Take over what the step's measurement made of the average."""
         self.inner.commit(names, balance)
         if self._next is not None and self._kept is not None:
-            device = self._next[0].device
-            total, shares = (
-                torch.where(balance.skipped.to(device), old.to(device), new)
-                for old, new in zip(self._kept, self._next, strict=True)
+            (total, shares), (new_total, new_shares) = self._kept, self._next
+            self._kept = (
+                remember(total, new_total, balance.skipped),
+                remember(shares, new_shares, balance.skipped),
             )
-            self._kept = total, shares
         self._next = None
 
     def state_dict(self) -> dict[str, Any]:

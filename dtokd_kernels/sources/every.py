@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..types import Balance, Group, Options, Role, Weighting
 from .names import measuring
-from .source import Call, Given, Source, Watch
+from .source import Call, Given, Source, Watch, remember
 from .wrapper import Wrapper
 
 
@@ -23,7 +23,8 @@ class Every(Wrapper):
     Cost: one full backward pass and nothing else in the steps between, where every parameter takes sum_i c_i g_i
     with c_i = pi_i / L_i of this step's losses (private ones too, as with `Probe`). `balance.gram` is the last
     measured one. Weights: as good as they are slow to change; where they are noise of the mini-batch, stale ones
-    are of no use: see `Ema`. If a step that measures is skipped, the weights before it stay; at first equal ones.
+    are of no use: see `Ema`. If a step that measures is skipped, the weights before it stay; at first equal ones. Steps
+    are counted on the host: of a CUDA graph capture one that measures and one that does not.
 
     Args:
         n: steps from one measurement to the next; 1 measures in all of them.
@@ -65,8 +66,8 @@ class Every(Wrapper):
         assert self._weights is not None
         assert self._gram is not None
         device = call.losses.device
-        kept = Given(self._weights.to(device), options.log_gradients)
-        return ops.balance_grams({Role.SHARED: self._gram.to(device)}, call.losses, kept, options)
+        kept = Given(self._weights.to(device, copy=True), options.log_gradients)
+        return ops.balance_grams({Role.SHARED: self._gram.to(device, copy=True)}, call.losses, kept, options)
 
     def solve(
         self,
@@ -88,8 +89,8 @@ class Every(Wrapper):
             if self._weights is None or self._gram is None or names != self._names:
                 self._weights = torch.full_like(balance.weights, 1 / len(names))
                 self._gram = torch.eye(len(names), dtype=torch.float64, device=balance.gram.device)
-            self._weights = torch.where(balance.skipped, self._weights.to(balance.weights.device), balance.weights)
-            self._gram = torch.where(balance.skipped, self._gram.to(balance.gram.device), balance.gram)
+            self._weights = remember(self._weights, balance.weights, balance.skipped)
+            self._gram = remember(self._gram, balance.gram, balance.skipped)
             self._names, self._taken, self._fresh = names, 0, False
         self._taken += 1
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..types import Balance, Group, Options, Role, Update, Weighting
 from .buckets import Buckets
-from .source import Given, Source, Watch
+from .source import Given, Source, Watch, remember
 
 
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ class Lag(Source):
             return ops.balance_grams(grams, losses, weighting, options)
         assert isinstance(watch, _Finite)
         device = losses.device
-        before, losses_before = (t.to(device) for t in self._kept)
+        before, losses_before = (t.to(device, copy=True) for t in self._kept)
         shared = {Role.SHARED: before[Role.SHARED]}
         self._weights = ops.balance_grams(shared, losses_before, weighting, options).weights
         self._next = before, losses
@@ -99,9 +99,8 @@ class Lag(Source):
             alike = torch.zeros_like(grams)
             alike[Role.SHARED].fill_diagonal_(1.0)
             self._kept = alike, torch.ones_like(losses)
-        skipped = balance.skipped.to(grams.device)
-        before, losses_before = (t.to(grams.device) for t in self._kept)
-        self._kept = torch.where(skipped, before, grams), torch.where(skipped, losses_before, losses)
+        before, losses_before = self._kept
+        self._kept = remember(before, grams, balance.skipped), remember(losses_before, losses, balance.skipped)
         self._names = names
 
     def state_dict(self) -> dict[str, Any]:

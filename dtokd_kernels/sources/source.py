@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from .. import backends, ops, reference
@@ -51,6 +52,16 @@ class Watch(Protocol):
 
     def finish(self) -> None:
         """All passes of the call are done."""
+
+
+def remember(old: Tensor, new: Tensor, skipped: Tensor) -> Tensor:
+    """What a step leaves in a source's memory: `old` if it was skipped, else `new`; decided on the device.
+
+    Written into `old`, unless that was loaded on another device, so that a replayed CUDA graph finds what its last
+    replay has left. So a `Balance` must not share the memory of a source.
+    """
+    chosen = torch.where(skipped.to(new.device), old.to(new.device), new)
+    return old.copy_(chosen) if old.device == new.device else chosen
 
 
 @dataclass(eq=False)
