@@ -21,19 +21,13 @@ using torch::stable::Tensor;
 // copies them or goes through the reference when it sees this text.
 #define DTOKD_CHECK_FIT(condition, ...) STD_TORCH_CHECK(condition, "dtokd: unfit: ", __VA_ARGS__)
 
-inline Type type_of(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return Type::kFloat32;
-    case ScalarType::Double:
-      return Type::kFloat64;
-    case ScalarType::BFloat16:
-      return Type::kBFloat16;
-    case ScalarType::Half:
-      return Type::kFloat16;
-    default:
-      DTOKD_CHECK_FIT(false, "expected float32, float64, bfloat16 or float16");
-  }
+// dtype: torch's number for it.
+inline Type type_of(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) return Type::kFloat32;
+  if (dtype == aoti_torch_dtype_float64()) return Type::kFloat64;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Type::kBFloat16;
+  if (dtype == aoti_torch_dtype_float16()) return Type::kFloat16;
+  DTOKD_CHECK_FIT(false, "expected float32, float64, bfloat16 or float16");
 }
 
 // Whether the elements fill one stretch of memory, each once.

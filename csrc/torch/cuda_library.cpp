@@ -16,12 +16,12 @@
 
 #include "cuda/launch.h"
 #include "torch/checks.h"
+#include "torch/tensor_list.h"
 
 namespace dtokd::ops {
 namespace {
 
 using Ints = std::vector<int64_t>;
-using Tensors = std::vector<Tensor>;
 
 #ifdef DTOKD_EMULATION
 #define DTOKD_LIBRARY(macro, ...) macro(dtokd_emulated, __VA_ARGS__)
@@ -42,7 +42,10 @@ class Device {
   }
 #endif
   void check(const Tensor& tensor, const char* op, const char* name) const {
-    STD_TORCH_CHECK(tensor.get_device_index() == index_ && tensor.is_cpu() == is_cpu_, op, ": ",
+    check(ListedTensor(tensor.get()), op, name);
+  }
+  void check(ListedTensor tensor, const char* op, const char* name) const {
+    STD_TORCH_CHECK(tensor.device_index() == index_ && tensor.device_type() == type_, op, ": ",
                     name, " must be on the device of the first tensor, number ", index_);
   }
 
@@ -51,9 +54,9 @@ class Device {
  private:
   int32_t index_;
 #ifdef DTOKD_EMULATION
-  bool is_cpu_ = true;
+  int32_t type_ = aoti_torch_device_type_cpu();
 #else
-  bool is_cpu_ = false;
+  int32_t type_ = aoti_torch_device_type_cuda();
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
 };
@@ -82,58 +85,64 @@ std::vector<GroupShape> group_shapes(const Ints& counts, const Ints& roles, cons
   return groups;
 }
 
-// Checks that the tensors at one position lie in memory element by element alike.
+// What the tensors at one position have in common: they lie in memory element by element alike.
 struct Position {
-  const char* op;
-  const Tensor& like;
+  ListedTensor like;
+  int64_t size;
+  int32_t dtype;
   bool contiguous;
 
-  Position(const char* op, const Tensor& like)
-      : op(op), like(like), contiguous(like.is_contiguous()) {
+  Position(ListedTensor like, const char* op)
+      : like(like), size(like.numel()), dtype(like.dtype()), contiguous(like.is_contiguous()) {
     DTOKD_CHECK_FIT(contiguous || is_dense(like), op, ": a tensor is not dense");
   }
-  void check(const Tensor& tensor, const char* name, const Device& device) const {
+  void check(ListedTensor tensor, const char* op, const char* name, const Device& device) const {
     device.check(tensor, op, name);
-    STD_TORCH_CHECK(tensor.numel() == like.numel(), op, ": ", name, " has ", tensor.numel(),
-                    " elements, expected ", like.numel());
+    STD_TORCH_CHECK(tensor.numel() == size, op, ": ", name, " has ", tensor.numel(),
+                    " elements, expected ", size);
     DTOKD_CHECK_FIT(contiguous ? tensor.is_contiguous() : same_strides(tensor, like), op, ": ",
                     name, " is laid out otherwise");
   }
 };
 
-// The gradients of all groups. grads: group by group, in a group objective by objective of its
-// reach. like: what they must be laid out as, one per tensor; empty: as the first of them.
-std::vector<cuda::Gradients> gradients(const Tensors& grads, const std::vector<GroupShape>& groups,
-                                       int K, const Tensors& like, const Device& device,
-                                       const char* op) {
-  std::vector<cuda::Gradients> result;
-  size_t start = 0;
-  for (const GroupShape& group : groups) {
-    const int lists = __builtin_popcount(group.reach);
-    STD_TORCH_CHECK(
-        lists >= 1 && group.reach >> K == 0 && start + size_t(lists * group.count) <= grads.size(),
-        op, ": grads does not hold what counts and reaches say");
-    for (int64_t t = 0; t < group.count; ++t) {
-      const Tensor& first = like.empty() ? grads[start + t] : like.at(result.size());
-      const Position position(op, first);
-      cuda::Gradients entry{type_of(first.scalar_type()), group.role, first.numel(), {}};
-      size_t list = 0;
-      for (int i = 0; i < K; ++i) {
-        if (!(group.reach >> i & 1)) continue;
-        const Tensor& g = grads[start + list++ * group.count + t];
-        DTOKD_CHECK_FIT(g.scalar_type() == first.scalar_type(), op,
-                        ": gradients have another dtype than their parameter");
-        position.check(g, "grads", device);
-        entry.of[i] = g.const_data_ptr();
+// The gradients of all groups, and the positions that they belong to.
+struct Gradients {
+  std::vector<cuda::Gradients> of;
+  std::vector<Position> positions;
+
+  // grads: group by group, in a group objective by objective of its reach. like: what they must be
+  // laid out as, one per tensor; null: as the first of them.
+  Gradients(const TensorList& grads, const std::vector<GroupShape>& groups, int K,
+            const TensorList* like, const Device& device, const char* op) {
+    size_t start = 0;
+    for (const GroupShape& group : groups) {
+      const int lists = __builtin_popcount(group.reach);
+      STD_TORCH_CHECK(lists >= 1 && group.reach >> K == 0 && group.count >= 0 &&
+                          start + size_t(lists * group.count) <= grads.size(),
+                      op, ": grads does not hold what counts and reaches say");
+      for (int64_t t = 0; t < group.count; ++t) {
+        STD_TORCH_CHECK(!like || of.size() < like->size(), op, ": there are ", like->size(),
+                        " tensors for the gradients, expected more");
+        const Position position(like ? (*like)[of.size()] : grads[start + t], op);
+        cuda::Gradients entry{type_of(position.dtype), group.role, position.size, {}};
+        size_t list = 0;
+        for (int i = 0; i < K; ++i) {
+          if (!(group.reach >> i & 1)) continue;
+          const ListedTensor g = grads[start + list++ * group.count + t];
+          DTOKD_CHECK_FIT(g.dtype() == position.dtype, op,
+                          ": gradients have another dtype than their parameter");
+          position.check(g, op, "grads", device);
+          entry.of[i] = g.const_data_ptr();
+        }
+        of.push_back(entry);
+        positions.push_back(position);
       }
-      result.push_back(entry);
+      start += lists * group.count;
     }
-    start += lists * group.count;
+    STD_TORCH_CHECK(start == grads.size(), op, ": grads has ", grads.size(), " tensors, expected ",
+                    start);
   }
-  STD_TORCH_CHECK(start == grads.size(), op, ": grads has ", grads.size(), " tensors, expected ",
-                  start);
-  return result;
-}
+};
 
 int checked_K(int64_t K, const char* op) {
   STD_TORCH_CHECK(K >= 1 && K <= kMaxObjectives, op, ": ", K, " objectives, expected 1 to ",
@@ -156,15 +165,16 @@ struct CallScratch {
   }
 };
 
-Tensor gram_by_role(const Tensors& grads, const Ints& counts, const Ints& roles,
+Tensor gram_by_role(const TensorList& grads, const Ints& counts, const Ints& roles,
                     const Ints& reaches, int64_t objectives, const Tensor& tickets) {
   const char* op = "gram_by_role";
   const int K = checked_K(objectives, op);
-  const Device device(grads.at(0));
-  const auto lists = gradients(grads, group_shapes(counts, roles, reaches, op), K, {}, device, op);
-  const CallScratch scratch(grads[0], cuda::scratch_size(lists, K), tickets, op);
-  Tensor grams = torch::stable::new_empty(grads[0], {kRoles, K, K}, ScalarType::Double);
-  check_launch(cuda::launch_gram(lists, K, scratch.pointers,
+  const Tensor first = grads.at(0).tensor();
+  const Device device(first);
+  const Gradients lists(grads, group_shapes(counts, roles, reaches, op), K, nullptr, device, op);
+  const CallScratch scratch(first, cuda::scratch_size(lists.of, K), tickets, op);
+  Tensor grams = torch::stable::new_empty(first, {kRoles, K, K}, ScalarType::Double);
+  check_launch(cuda::launch_gram(lists.of, K, scratch.pointers,
                                  static_cast<double*>(grams.mutable_data_ptr()), device.stream),
                op);
   return grams;
@@ -186,7 +196,7 @@ struct RecordTensors {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> gram_balance(const Tensors& grads, const Ints& counts,
+std::tuple<Tensor, Tensor, Tensor> gram_balance(const TensorList& grads, const Ints& counts,
                                                 const Ints& roles, const Ints& reaches,
                                                 int64_t objectives, const Tensor& losses,
                                                 bool log_gradients, bool clamp, bool rescale_sum,
@@ -194,14 +204,15 @@ std::tuple<Tensor, Tensor, Tensor> gram_balance(const Tensors& grads, const Ints
                                                 const Tensor& tickets) {
   const char* op = "gram_balance";
   const int K = checked_K(objectives, op);
-  const Device device(grads.at(0));
+  const Tensor first = grads.at(0).tensor();
+  const Device device(first);
   device.check(losses, op, "losses");
-  const auto lists = gradients(grads, group_shapes(counts, roles, reaches, op), K, {}, device, op);
-  const CallScratch scratch(grads[0], cuda::scratch_size(lists, K), tickets, op);
-  const RecordTensors record(torch::stable::new_empty(grads[0], {kRoles, K, K}, ScalarType::Double),
+  const Gradients lists(grads, group_shapes(counts, roles, reaches, op), K, nullptr, device, op);
+  const CallScratch scratch(first, cuda::scratch_size(lists.of, K), tickets, op);
+  const RecordTensors record(torch::stable::new_empty(first, {kRoles, K, K}, ScalarType::Double),
                              K);
   const BalanceOptions options{log_gradients, clamp, rescale_sum, max_norm, loss_floor};
-  check_launch(cuda::launch_gram_balance(lists, K, doubles(losses, K, op, "losses"), options,
+  check_launch(cuda::launch_gram_balance(lists.of, K, doubles(losses, K, op, "losses"), options,
                                          scratch.pointers, record.pointers(), device.stream),
                op);
   return {record.grams, record.values, record.flags};
@@ -246,20 +257,20 @@ Tensor min_norm_weights(const Tensor& gram, bool clamp, const std::optional<Tens
   return out;
 }
 
-void combine_(const Tensors& out, const Tensors& grads, const Tensor& coefficients) {
+void combine_(const TensorList& out, const TensorList& grads, const Tensor& coefficients) {
   if (out.empty()) return;
   const char* op = "combine_";
   const int K = checked_K(coefficients.numel(), op);
-  const Device device(out[0]);
+  const Device device(out[0].tensor());
   device.check(coefficients, op, "coefficients");
   const std::vector<GroupShape> all{{kShared, (1u << K) - 1, int64_t(out.size())}};
-  const auto lists = gradients(grads, all, K, out, device, op);
+  const Gradients lists(grads, all, K, &out, device, op);
   std::vector<void*> targets;
-  for (const Tensor& tensor : out) {
-    device.check(tensor, op, "out");
-    targets.push_back(tensor.mutable_data_ptr());
+  for (size_t t = 0; t < out.size(); ++t) {
+    device.check(out[t], op, "out");
+    targets.push_back(out[t].mutable_data_ptr());
   }
-  check_launch(cuda::launch_combine(lists, targets,
+  check_launch(cuda::launch_combine(lists.of, targets,
                                     {K, doubles(coefficients, K, op, "coefficients"), nullptr},
                                     device.stream),
                op);
@@ -280,9 +291,10 @@ struct Updates {
   const Device device;
   std::vector<GroupShape> groups;
   cuda::Direction direction;
+  std::vector<Position> positions;
   std::vector<cuda::Target> targets;
 
-  Updates(const char* op, const Tensors& params, const Tensors& grads, const Ints& counts,
+  Updates(const char* op, const TensorList& params, const TensorList& grads, const Ints& counts,
           const Ints& roles, const Ints& reaches, const Tensor& table, const Tensor& skipped)
       : Updates(op, params, grads, counts, roles, reaches, checked_K(table.numel() / kRoles, op)) {
     device.check(table, op, "table");
@@ -294,23 +306,24 @@ struct Updates {
   }
 
   // For a launch that decides the direction itself.
-  Updates(const char* op, const Tensors& params, const Tensors& grads, const Ints& counts,
+  Updates(const char* op, const TensorList& params, const TensorList& grads, const Ints& counts,
           const Ints& roles, const Ints& reaches, int K)
       : op(op),
-        first(params.at(0)),
+        first(params.at(0).tensor()),
         device(first),
         groups(group_shapes(counts, roles, reaches, op)),
         direction{K, nullptr, nullptr} {
-    const auto lists = gradients(grads, groups, K, params, device, op);
-    STD_TORCH_CHECK(lists.size() == params.size(), op, ": params has ", params.size(),
-                    " tensors, expected ", lists.size());
+    Gradients lists(grads, groups, K, &params, device, op);
+    positions = std::move(lists.positions);
+    STD_TORCH_CHECK(lists.of.size() == params.size(), op, ": params has ", params.size(),
+                    " tensors, expected ", lists.of.size());
     targets.resize(params.size());
     size_t t = 0;
     for (size_t g = 0; g < groups.size(); ++g) {
       for (int64_t i = 0; i < groups[g].count; ++i, ++t) {
         targets[t] = {};
-        targets[t].grads = lists[t];
-        targets[t].state_type = lists[t].type;
+        targets[t].grads = lists.of[t];
+        targets[t].state_type = lists.of[t].type;
         device.check(params[t], op, "params");
         targets[t].param = params[t].mutable_data_ptr();
         targets[t].group = int(g);
@@ -320,16 +333,15 @@ struct Updates {
 
   // Attaches one kind of state to the tensors of those groups that have it.
   template <class Has, class Attach>
-  void attach(const Tensors& params, const Tensors& state, const char* name, const Has& has,
-              const Attach& attach) {
+  void attach(const TensorList& state, const char* name, const Has& has, const Attach& attach) {
     size_t next = 0, t = 0;
     for (size_t g = 0; g < groups.size(); ++g) {
       for (int64_t i = 0; i < groups[g].count; ++i, ++t) {
         if (!has(g)) continue;
         STD_TORCH_CHECK(next < state.size(), op, ": ", name, " has ", state.size(),
                         " tensors, expected more");
-        const Tensor& tensor = state[next++];
-        Position(op, params[t]).check(tensor, name, device);
+        const ListedTensor tensor = state[next++];
+        positions[t].check(tensor, op, name, device);
         attach(targets[t], tensor);
       }
     }
@@ -337,10 +349,10 @@ struct Updates {
                     " tensors, expected ", next);
   }
 
-  void attach_state(const Tensors& params, const Tensors& state, int slot, const char* name,
+  void attach_state(const TensorList& state, int slot, const char* name,
                     const std::function<bool(size_t)>& has) {
-    attach(params, state, name, has, [&](cuda::Target& target, const Tensor& tensor) {
-      const Type type = type_of(tensor.scalar_type());
+    attach(state, name, has, [&](cuda::Target& target, ListedTensor tensor) {
+      const Type type = type_of(tensor.dtype());
       DTOKD_CHECK_FIT(slot == 0 || type == target.state_type, op,
                       ": the states of a tensor have several dtypes");
       const Type own = target.grads.type;
@@ -352,22 +364,22 @@ struct Updates {
     });
   }
 
-  void attach_masters(const Tensors& params, const Tensors& masters,
-                      const std::function<bool(size_t)>& has) {
-    attach(params, masters, "masters", has, [&](cuda::Target& target, const Tensor& tensor) {
-      DTOKD_CHECK_FIT(tensor.scalar_type() == ScalarType::Float && size_of(target.grads.type) == 2,
-                      op, ": a master copy is float32, beside a half-precision parameter");
+  void attach_masters(const TensorList& masters, const std::function<bool(size_t)>& has) {
+    attach(masters, "masters", has, [&](cuda::Target& target, ListedTensor tensor) {
+      DTOKD_CHECK_FIT(
+          tensor.dtype() == aoti_torch_dtype_float32() && size_of(target.grads.type) == 2, op,
+          ": a master copy is float32, beside a half-precision parameter");
       target.master = static_cast<float*>(tensor.mutable_data_ptr());
     });
   }
 
-  cuda::LearningRate lr(const double* options, const Tensors& lrs) const {
+  cuda::LearningRate lr(const double* options, const TensorList& lrs) const {
     cuda::LearningRate rate{options[0]};
     const int64_t index = int64_t(options[1]);
     if (index < 0) return rate;
-    const Tensor& tensor = lrs.at(index);
+    const ListedTensor tensor = lrs.at(index);
     device.check(tensor, op, "lrs");
-    rate.type = type_of(tensor.scalar_type());
+    rate.type = type_of(tensor.dtype());
     STD_TORCH_CHECK(tensor.numel() == 1 && size_of(rate.type) >= 4, op,
                     ": lr must be a float32 or float64 scalar");
     rate.device = tensor.const_data_ptr();
@@ -385,26 +397,26 @@ struct Updates {
   }
 
   // Attaches AdamW's state; returns what the groups' options say.
-  std::vector<cuda::AdamWGroup> adamw(const Tensors& params, const Tensors& exp_avgs,
-                                      const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
-                                      const Tensors& state_steps, const Tensors& masters,
-                                      const Tensors& lrs, const std::vector<double>& options) {
+  std::vector<cuda::AdamWGroup> adamw(const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+                                      const TensorList& max_exp_avg_sqs,
+                                      const TensorList& state_steps, const TensorList& masters,
+                                      const TensorList& lrs, const std::vector<double>& options) {
     const size_t G = groups.size();
     const auto option = [&](size_t g) { return options_of(options, g, 9, G, op); };
     const auto every = [](size_t) { return true; };
-    attach_state(params, exp_avgs, 0, "exp_avgs", every);
-    attach_state(params, exp_avg_sqs, 1, "exp_avg_sqs", every);
-    attach_state(params, max_exp_avg_sqs, 2, "max_exp_avg_sqs",
+    attach_state(exp_avgs, 0, "exp_avgs", every);
+    attach_state(exp_avg_sqs, 1, "exp_avg_sqs", every);
+    attach_state(max_exp_avg_sqs, 2, "max_exp_avg_sqs",
                  [&](size_t g) { return option(g)[7] != 0; });
-    attach_masters(params, masters, [&](size_t g) { return option(g)[8] != 0; });
-    STD_TORCH_CHECK(state_steps.size() == params.size(), op,
+    attach_masters(masters, [&](size_t g) { return option(g)[8] != 0; });
+    STD_TORCH_CHECK(state_steps.size() == targets.size(), op,
                     ": state_steps must hold one scalar for each of params");
-    for (size_t t = 0; t < params.size(); ++t) {
-      device.check(state_steps[t], op, "state_steps");
-      DTOKD_CHECK_FIT(
-          state_steps[t].numel() == 1 && state_steps[t].scalar_type() == ScalarType::Float, op,
-          ": state_steps must hold float32 scalars");
-      targets[t].step = static_cast<float*>(state_steps[t].mutable_data_ptr());
+    for (size_t t = 0; t < state_steps.size(); ++t) {
+      const ListedTensor step = state_steps[t];
+      device.check(step, op, "state_steps");
+      DTOKD_CHECK_FIT(step.numel() == 1 && step.dtype() == aoti_torch_dtype_float32(), op,
+                      ": state_steps must hold float32 scalars");
+      targets[t].step = static_cast<float*>(step.mutable_data_ptr());
     }
     std::vector<cuda::AdamWGroup> result;
     for (size_t g = 0; g < G; ++g) {
@@ -419,38 +431,40 @@ struct Updates {
 struct AdamWUpdates : Updates {
   std::vector<cuda::AdamWGroup> numbers;
 
-  AdamWUpdates(const char* op, const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-               const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
-               const Tensors& state_steps, const Tensors& masters, const Ints& counts,
-               const Ints& roles, const Ints& reaches, const Tensor& table, const Tensor& skipped,
-               const Tensors& lrs, const std::vector<double>& options)
+  AdamWUpdates(const char* op, const TensorList& params, const TensorList& grads,
+               const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+               const TensorList& max_exp_avg_sqs, const TensorList& state_steps,
+               const TensorList& masters, const Ints& counts, const Ints& roles,
+               const Ints& reaches, const Tensor& table, const Tensor& skipped,
+               const TensorList& lrs, const std::vector<double>& options)
       : Updates(op, params, grads, counts, roles, reaches, table, skipped),
-        numbers(adamw(params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, masters, lrs,
-                      options)) {}
+        numbers(adamw(exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, masters, lrs, options)) {
+  }
 };
 
-void adamw_updates_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-                    const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
-                    const Tensors& state_steps, const Tensors& masters, const Ints& counts,
+void adamw_updates_(const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+                    const TensorList& exp_avg_sqs, const TensorList& max_exp_avg_sqs,
+                    const TensorList& state_steps, const TensorList& masters, const Ints& counts,
                     const Ints& roles, const Ints& reaches, const Tensor& table,
-                    const Tensor& skipped, const Tensors& lrs, const std::vector<double>& options,
-                    const Tensor& tickets) {
+                    const Tensor& skipped, const TensorList& lrs,
+                    const std::vector<double>& options, const Tensor& tickets) {
   const char* op = "adamw_updates_";
   const AdamWUpdates updates(op, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps,
                              masters, counts, roles, reaches, table, skipped, lrs, options);
-  const CallScratch scratch(params[0], 0, tickets, op);
+  const CallScratch scratch(updates.first, 0, tickets, op);
   check_launch(cuda::launch_adamw(updates.targets, updates.numbers, updates.direction,
                                   scratch.pointers, updates.device.stream),
                op);
 }
 
 // The same, and the Gram matrices of the gradients from the same pass: [kRoles, K, K].
-Tensor gram_adamw_updates_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-                           const Tensors& exp_avg_sqs, const Tensors& max_exp_avg_sqs,
-                           const Tensors& state_steps, const Tensors& masters, const Ints& counts,
-                           const Ints& roles, const Ints& reaches, const Tensor& table,
-                           const Tensor& skipped, const Tensors& lrs,
-                           const std::vector<double>& options, const Tensor& tickets) {
+Tensor gram_adamw_updates_(const TensorList& params, const TensorList& grads,
+                           const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+                           const TensorList& max_exp_avg_sqs, const TensorList& state_steps,
+                           const TensorList& masters, const Ints& counts, const Ints& roles,
+                           const Ints& reaches, const Tensor& table, const Tensor& skipped,
+                           const TensorList& lrs, const std::vector<double>& options,
+                           const Tensor& tickets) {
   const char* op = "gram_adamw_updates_";
   const AdamWUpdates updates(op, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps,
                              masters, counts, roles, reaches, table, skipped, lrs, options);
@@ -466,18 +480,18 @@ Tensor gram_adamw_updates_(const Tensors& params, const Tensors& grads, const Te
 // gram_balance and adamw_updates_ in one launch. -> grams, values, flags; empty tensors, with
 // nothing changed, where no such launch fits.
 std::tuple<Tensor, Tensor, Tensor> resident_adamw_(
-    const Tensors& params, const Tensors& grads, const Tensors& exp_avgs,
-    const Tensors& exp_avg_sqs, const Tensors& state_steps, const Ints& counts, const Ints& roles,
-    const Ints& reaches, const Tensor& losses, bool log_gradients, bool clamp, bool rescale_sum,
-    double max_norm, double loss_floor, const Tensors& lrs, const std::vector<double>& options,
-    const Tensor& tickets) {
+    const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+    const TensorList& exp_avg_sqs, const TensorList& state_steps, const Ints& counts,
+    const Ints& roles, const Ints& reaches, const Tensor& losses, bool log_gradients, bool clamp,
+    bool rescale_sum, double max_norm, double loss_floor, const TensorList& lrs,
+    const std::vector<double>& options, const Tensor& tickets) {
   const char* op = "resident_adamw_";
   const int K = checked_K(losses.numel(), op);
   Updates updates(op, params, grads, counts, roles, reaches, K);
   const RecordTensors record(updates.new_grams(), K);
   updates.device.check(losses, op, "losses");
   const std::vector<cuda::AdamWGroup> groups =
-      updates.adamw(params, exp_avgs, exp_avg_sqs, {}, state_steps, {}, lrs, options);
+      updates.adamw(exp_avgs, exp_avg_sqs, {}, state_steps, {}, lrs, options);
   const CallScratch scratch = updates.scratch(tickets);
   const BalanceOptions balance{log_gradients, clamp, rescale_sum, max_norm, loss_floor};
   const int error = cuda::launch_resident_adamw(
@@ -495,15 +509,15 @@ std::tuple<Tensor, Tensor, Tensor> resident_adamw_(
 struct SGDUpdates : Updates {
   std::vector<cuda::SGDGroup> numbers;
 
-  SGDUpdates(const char* op, const Tensors& params, const Tensors& grads,
-             const Tensors& momentum_buffers, const Tensors& masters, const Ints& counts,
+  SGDUpdates(const char* op, const TensorList& params, const TensorList& grads,
+             const TensorList& momentum_buffers, const TensorList& masters, const Ints& counts,
              const Ints& roles, const Ints& reaches, const Tensor& table, const Tensor& skipped,
-             const Tensors& lrs, const std::vector<double>& options)
+             const TensorList& lrs, const std::vector<double>& options)
       : Updates(op, params, grads, counts, roles, reaches, table, skipped) {
     const auto option = [&](size_t g) { return options_of(options, g, 9, groups.size(), op); };
-    attach_state(params, momentum_buffers, 0, "momentum_buffers",
+    attach_state(momentum_buffers, 0, "momentum_buffers",
                  [&](size_t g) { return option(g)[2] != 0; });
-    attach_masters(params, masters, [&](size_t g) { return option(g)[8] != 0; });
+    attach_masters(masters, [&](size_t g) { return option(g)[8] != 0; });
     for (size_t g = 0; g < groups.size(); ++g) {
       const double* o = option(g);
       numbers.push_back({lr(o, lrs), o[2], o[3], o[4], o[5] != 0, o[6] != 0, o[7] != 0});
@@ -511,10 +525,11 @@ struct SGDUpdates : Updates {
   }
 };
 
-void sgd_updates_(const Tensors& params, const Tensors& grads, const Tensors& momentum_buffers,
-                  const Tensors& masters, const Ints& counts, const Ints& roles,
-                  const Ints& reaches, const Tensor& table, const Tensor& skipped,
-                  const Tensors& lrs, const std::vector<double>& options) {
+void sgd_updates_(const TensorList& params, const TensorList& grads,
+                  const TensorList& momentum_buffers, const TensorList& masters, const Ints& counts,
+                  const Ints& roles, const Ints& reaches, const Tensor& table,
+                  const Tensor& skipped, const TensorList& lrs,
+                  const std::vector<double>& options) {
   const char* op = "sgd_updates_";
   const SGDUpdates updates(op, params, grads, momentum_buffers, masters, counts, roles, reaches,
                            table, skipped, lrs, options);
@@ -524,10 +539,10 @@ void sgd_updates_(const Tensors& params, const Tensors& grads, const Tensors& mo
 }
 
 // The same, and the Gram matrices of the gradients from the same pass: [kRoles, K, K].
-Tensor gram_sgd_updates_(const Tensors& params, const Tensors& grads,
-                         const Tensors& momentum_buffers, const Tensors& masters,
+Tensor gram_sgd_updates_(const TensorList& params, const TensorList& grads,
+                         const TensorList& momentum_buffers, const TensorList& masters,
                          const Ints& counts, const Ints& roles, const Ints& reaches,
-                         const Tensor& table, const Tensor& skipped, const Tensors& lrs,
+                         const Tensor& table, const Tensor& skipped, const TensorList& lrs,
                          const std::vector<double>& options, const Tensor& tickets) {
   const char* op = "gram_sgd_updates_";
   const SGDUpdates updates(op, params, grads, momentum_buffers, masters, counts, roles, reaches,
@@ -583,16 +598,16 @@ DTOKD_LIBRARY(STABLE_TORCH_LIBRARY, m) {
 }
 
 DTOKD_LIBRARY(STABLE_TORCH_LIBRARY_IMPL, DTOKD_KEY, m) {
-  m.impl("gram_by_role", TORCH_BOX(&gram_by_role));
-  m.impl("gram_balance", TORCH_BOX(&gram_balance));
+  m.impl("gram_by_role", TORCH_BOX(&WithLists<&gram_by_role>::call));
+  m.impl("gram_balance", TORCH_BOX(&WithLists<&gram_balance>::call));
   m.impl("balance_by_role", TORCH_BOX(&balance_by_role));
   m.impl("min_norm_weights", TORCH_BOX(&min_norm_weights));
-  m.impl("combine_", TORCH_BOX(&combine_));
-  m.impl("adamw_updates_", TORCH_BOX(&adamw_updates_));
-  m.impl("gram_adamw_updates_", TORCH_BOX(&gram_adamw_updates_));
-  m.impl("resident_adamw_", TORCH_BOX(&resident_adamw_));
-  m.impl("sgd_updates_", TORCH_BOX(&sgd_updates_));
-  m.impl("gram_sgd_updates_", TORCH_BOX(&gram_sgd_updates_));
+  m.impl("combine_", TORCH_BOX(&WithLists<&combine_>::call));
+  m.impl("adamw_updates_", TORCH_BOX(&WithLists<&adamw_updates_>::call));
+  m.impl("gram_adamw_updates_", TORCH_BOX(&WithLists<&gram_adamw_updates_>::call));
+  m.impl("resident_adamw_", TORCH_BOX(&WithLists<&resident_adamw_>::call));
+  m.impl("sgd_updates_", TORCH_BOX(&WithLists<&sgd_updates_>::call));
+  m.impl("gram_sgd_updates_", TORCH_BOX(&WithLists<&gram_sgd_updates_>::call));
 }
 
 }  // namespace dtokd::ops

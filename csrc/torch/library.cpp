@@ -26,7 +26,7 @@ struct Kind {
   std::vector<bool> contiguous;
 
   Kind(const char* op, const TensorList& like, size_t count)
-      : op(op), like(like), dtype(like[0].dtype()), type(type_of(like[0].tensor().scalar_type())) {
+      : op(op), like(like), dtype(like[0].dtype()), type(type_of(dtype)) {
     sizes.reserve(count);
     contiguous.reserve(count);
     for (size_t t = 0; t < count; ++t) {

@@ -16,6 +16,8 @@ class ListedTensor {
   int32_t dtype() const { return read<int32_t>(aoti_torch_get_dtype); }
   int64_t numel() const { return read<int64_t>(aoti_torch_get_numel); }
   int64_t dim() const { return read<int64_t>(aoti_torch_get_dim); }
+  int32_t device_type() const { return read<int32_t>(aoti_torch_get_device_type); }
+  int32_t device_index() const { return read<int32_t>(aoti_torch_get_device_index); }
   bool is_contiguous() const { return read<bool>(aoti_torch_is_contiguous); }
   int64_t size(int64_t d) const {
     int64_t size;
@@ -49,6 +51,7 @@ class ListedTensor {
 // for the hundreds of a model that costs as much as all that is checked of them.
 class TensorList {
  public:
+  TensorList() = default;
   explicit TensorList(StableListHandle list) {
     size_t size;
     STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
@@ -69,6 +72,7 @@ class TensorList {
   size_t size() const { return handles_.size(); }
   bool empty() const { return handles_.empty(); }
   ListedTensor operator[](size_t i) const { return ListedTensor(handles_[i]); }
+  ListedTensor at(size_t i) const { return ListedTensor(handles_.at(i)); }
 
  private:
   std::vector<AtenTensorHandle> handles_;
