@@ -162,11 +162,31 @@ def nothing() -> None:
     """Leave the inputs as they are."""
 
 
-def dtokd(case: Case, backend: str = "cpu") -> Competitor:
-    """The balanced step of this project."""
-    optimizer = dk.DTOAdamW(case.params, lr=LR, max_norm=MAX_NORM, capturable=case.on_gpu, backend=backend)
+def optimizer_of(case: Case, **options: Any) -> dk.DTOAdamW:
+    """AdamW of this project on the case's parameters and state, with its gradient sets."""
+    optimizer = dk.DTOAdamW(case.params, lr=LR, max_norm=MAX_NORM, capturable=case.on_gpu, **options)
     optimizer.state = case.state
     fill(optimizer, case.losses, case.grads)
+    return optimizer
+
+
+def lag_step(case: Case, backend: str | None = None) -> Competitor:
+    """One pass over memory that updates and takes the products; the first step, an exact one, is behind."""
+    optimizer = optimizer_of(case, gram="lag", backend=backend)
+    watch = optimizer._source.watch(optimizer._options)
+    assert watch is not None
+    watch.start(case.grads, [True] * len(case.params))
+    for i, row in enumerate(case.grads):
+        for t, gradient in enumerate(row):
+            watch.ready(i, t, gradient)
+    watch.finish()
+    optimizer._sets.watch = watch
+    return Competitor(optimizer.step, nothing, Traffic(20, 12))
+
+
+def dtokd(case: Case, backend: str = "cpu") -> Competitor:
+    """The balanced step of this project."""
+    optimizer = optimizer_of(case, backend=backend)
     # Gram: both gradients. Update: parameters, two moments, and the gradients whose weight is not 0
     traffic = Traffic(28 if case.kind == "interior" else 24, 12) if backend != "reference" else None
     return Competitor(optimizer.step, nothing, traffic)

@@ -21,7 +21,20 @@ import torch
 from dtokd_kernels import backends
 
 from . import gate, report
-from .cases import UNIT, Case, Competitor, Kind, Shapes, clip_fused, dtokd, foreach, foreach_fused, fused, shapes_of
+from .cases import (
+    UNIT,
+    Case,
+    Competitor,
+    Kind,
+    Shapes,
+    clip_fused,
+    dtokd,
+    foreach,
+    foreach_fused,
+    fused,
+    lag_step,
+    shapes_of,
+)
 from .record import Measurement, Row, write
 
 MODELS = ("deit_tiny", "deit_small", "vit_base", "1e9")
@@ -41,6 +54,7 @@ def competitors(device: str) -> dict[str, Callable[[Case], Competitor]]:
             continue
         if (reason := backend.missing()) is None:
             found[f"dtokd {name}"] = partial(dtokd, backend=name)
+            found[f"dtokd {name} lag"] = partial(lag_step, backend=name)
         else:
             print(f"left out: dtokd {name}: {reason}", file=sys.stderr)
     found |= {"foreach_fused": foreach_fused, "foreach": foreach}
@@ -54,7 +68,7 @@ def competitors(device: str) -> dict[str, Callable[[Case], Competitor]]:
 
 
 #: Those whose step has no host sync, so that a graph can hold it.
-CAPTURABLE = ("fused", "dtokd cuda", "dtokd triton")
+CAPTURABLE = ("fused", "dtokd cuda", "dtokd cuda lag", "dtokd triton", "dtokd triton lag")
 
 
 class Clock:

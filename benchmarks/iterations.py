@@ -18,7 +18,7 @@ import dtokd_kernels as dk
 from dtokd_kernels.sources import Every, Feature, Probe
 from dtokd_kernels.weighting import NAMES, Amortized, from_name
 
-from .cases import LR, MAX_NORM, Case, Competitor, Shapes, dtokd, fill, fused, nothing
+from .cases import LR, MAX_NORM, Case, Competitor, Shapes, dtokd, fill, fused, lag_step, nothing, optimizer_of
 from .pair import Pair
 from .record import Measurement
 from .timing import Quiet, seconds_of, time_rounds
@@ -154,7 +154,7 @@ def _measurement(
 
 def overlap_step(case: Case) -> Competitor:
     """`step` after hooks have taken the products: solve and update."""
-    optimizer = _optimizer(case, "overlap")
+    optimizer = optimizer_of(case, gram="overlap")
     sets = optimizer._sets
     watch = optimizer._source.watch(optimizer._options)
     assert watch is not None
@@ -165,27 +165,6 @@ def overlap_step(case: Case) -> Competitor:
     watch.finish()
     sets.watch = watch
     return Competitor(optimizer.step, nothing)
-
-
-def lag_step(case: Case) -> Competitor:
-    """One pass over memory that updates and takes the products; the first step, an exact one, is behind."""
-    optimizer = _optimizer(case, "lag")
-    watch = optimizer._source.watch(optimizer._options)
-    assert watch is not None
-    watch.start(case.grads, [True] * len(case.params))
-    for i, row in enumerate(case.grads):
-        for t, gradient in enumerate(row):
-            watch.ready(i, t, gradient)
-    watch.finish()
-    optimizer._sets.watch = watch
-    return Competitor(optimizer.step, nothing)
-
-
-def _optimizer(case: Case, gram: str) -> dk.DTOAdamW:
-    optimizer = dk.DTOAdamW(case.params, lr=LR, max_norm=MAX_NORM, gram=gram)
-    optimizer.state = case.state
-    fill(optimizer, case.losses, case.grads)
-    return optimizer
 
 
 #: Steps, from the end of backward to the end of step.
