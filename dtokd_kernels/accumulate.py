@@ -14,8 +14,7 @@ from .gradients import GradientSets, Losses, named_losses
 from .ops import group_rows
 from .sources import Source, choose
 from .types import Balance, Private, Rescale, Role, Weighting, of_reach
-from .weighed import solve_sets
-from .weighting import Stateful
+from .weighed import commit, solve_sets
 
 
 def backward(
@@ -93,11 +92,10 @@ def backward(
     groups = {role: group_rows([rows[i] for i in where]) for role, where in members.items()}
     with torch.no_grad():
         by_role = {role: [group for group, _ in found.values()] for role, found in groups.items() if found}
-        record, applied = solve_sets(sets, by_role, source, replace(options, loss_scale=loss_scale))
+        options = replace(options, loss_scale=loss_scale)
+        record, applied = solve_sets(sets, by_role, source, options)
         record = replace(record, names=sets.names)
-        source.commit(sets.names, record)
-        if isinstance(options.weighting, Stateful):
-            options.weighting.commit(record.skipped)
+        commit(sets, source, options, record)
         if loss_scale is None and record.skipped.device.type == "cpu" and record.skipped:
             return record
         table, in_place_of_skipped = applied.table, torch.zeros_like(record.norm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from .sources.source import Call, Source, Watch
 from .types import Balance, Options
+from .weighting.stateful import Stateful
 
 if TYPE_CHECKING:
     from .distributed.ranks import Ranks
@@ -39,6 +41,7 @@ class GradientSets:
         grads: one list per set, one gradient per parameter; None where the set's objectives do not reach it.
         weighed: the balance that weighed the sum, of the last call; None if each objective has a set.
         calls: how many calls of `collect` there were.
+        used: whether a step has taken these gradients.
         watch: what looked at the gradients while they were made.
     """
 
@@ -62,6 +65,7 @@ class GradientSets:
         self.losses: Tensor | None = None
         self.weighed: Balance | None = None
         self.calls = 0
+        self.used = False
         self.watch: Watch | None = None
 
     def collect(
@@ -81,7 +85,7 @@ class GradientSets:
 
         While the pass of a set runs, each parameter's `.grad` is its gradient in that set, so autograd accumulates
         in place and its hooks fire; afterwards `.grad` is what it was. Other parameters than `params` get what
-        plain backward calls give them.
+        plain backward calls give them, or, where one pass is taken, that of the weighted sum.
 
         Args:
             losses: K scalar tensors, by position or by name; a single tensor is one objective.
@@ -107,6 +111,13 @@ class GradientSets:
             if ranks is not None:
                 ranks.refuse()
             raise
+        if self.used:
+            warnings.warn(
+                f"{op}: gradients that a step has taken are still there, and these are added to them; call "
+                "zero_grad() of this optimizer after each step (that of the model does not reach them)",
+                stacklevel=3,
+            )
+            self.used = False
         current = torch.stack([v.detach().reshape(()).to(values[0].device, torch.float64) for v in values])
         started = self.losses is not None
         one_pass = self.weighed is not None or (not started and source.one_pass(names))
@@ -177,6 +188,8 @@ class GradientSets:
         K = len(values)
         if K > 8:
             raise ValueError(f"{op}: losses has {K} objectives, at most 8 are supported; add some of them up")
+        if isinstance(options.weighting, Stateful):
+            options.weighting.expect(names)
         return names, values
 
     def _around(

@@ -169,7 +169,7 @@ def balance(
         weighting: default `DTO()`; any callable (gram [K, K], losses [K]) -> weights [K] or gram -> weights. It gets
             the Gram of the log-gradients, or the raw one if it has `log_gradients = False`.
         max_norm: clip the combined direction to this norm.
-        rescale: "none" (the paper) or "sum": coefficients divided by their sum.
+        rescale: "none" (the paper) or "sum": coefficients divided by the sum of their sizes.
         loss_floor: smallest loss divided by.
 
     Returns:

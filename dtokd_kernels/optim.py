@@ -21,7 +21,7 @@ from .gradients import GradientSets, Losses
 from .ops import run_step, run_updates, runs_steps
 from .sources import Exact, Source, choose
 from .types import Balance, Group, Options, Private, Rescale, Role, Update, Weighting
-from .weighed import solve_sets
+from .weighed import commit, solve_sets
 from .weighting import Stateful
 
 
@@ -80,13 +80,22 @@ class Balanced(torch.optim.Optimizer):
         return torch.zeros_like(p, dtype=self._precision[0], memory_format=torch.preserve_format)
 
     def _masters(self, params: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-        """Master copies of parameters of one dtype, as an update's state; nothing if they have none."""
+        """Master copies of parameters of one dtype, as an update's state; nothing if they have none.
+
+        One that the parameter is not the rounding of is made anew: somebody else has written the parameter.
+        """
         if not self._precision[1] or params[0].dtype not in (torch.float16, torch.bfloat16):
             return {}
+        ranks = self._options.ranks
         for p in params:
-            if "master" not in self.state[p]:
-                ranks = self._options.ranks
-                self.state[p]["master"] = p.detach().to(torch.float32, copy=True) if ranks is None else ranks.master(p)
+            if p._version == self._versions.get(p):
+                continue
+            now = p.detach().to(torch.float32, copy=True) if ranks is None else ranks.master(p)
+            master = self.state[p].get("master")
+            if master is None:
+                self.state[p]["master"] = now
+            else:
+                master.copy_(torch.where(master.to(p.dtype) == now.to(p.dtype), master, now))
         return {"masters": [self.state[p]["master"] for p in params]}
 
     def _forget(self) -> None:
@@ -96,6 +105,7 @@ class Balanced(torch.optim.Optimizer):
         self._plan: tuple[Any, list[_Bucket]] | None = None
         self._scaled: tuple[Tensor, Tensor] | None = None  # see expect_scaled
         self._looked = False  # for other ranks
+        self._versions: dict[Tensor, int] = {}  # of parameters with a master copy, as the last step left them
 
     @property
     def weighting(self) -> Weighting:
@@ -207,6 +217,15 @@ class Balanced(torch.optim.Optimizer):
                 f"{type(self).__name__}.step: the gradients were gathered inside no_sync() and are those of this rank "
                 "alone; call backward outside of it for the last part of the batch"
             )
+        try:
+            self._balance = replace(self._take_step(), names=self._sets.names)
+        finally:
+            self._scaled = None  # said for this step
+        self._sets.used = True
+        return loss
+
+    def _take_step(self) -> Balance:
+        """A step with the gradient sets as they are."""
         loss_scale = self._loss_scale()
         self._settle()
         buckets = self._buckets()
@@ -218,15 +237,13 @@ class Balanced(torch.optim.Optimizer):
         record = self._run_at_once(buckets, lists, options)
         if record is None:
             record = self._solve_and_run(buckets, lists, options)
+        if self._precision[1]:
+            self._versions = {p: p._version for p, state in self.state.items() if "master" in state}
         self._count(record.skipped)
         if self._scaled is not None:
             self._scaled[1].copy_(~record.norm.isfinite())
-            self._scaled = None
-        self._source.commit(self._sets.names, record)
-        if isinstance(self.weighting, Stateful):
-            self.weighting.commit(record.skipped)
-        self._balance = replace(record, names=self._sets.names)
-        return loss
+        commit(self._sets, self._source, options, record)
+        return record
 
     def _initializes(self) -> bool:
         """Make the state, if `torch.distributed.checkpoint` asks for it: by a step with gradients and lr of zero."""
@@ -270,6 +287,9 @@ class Balanced(torch.optim.Optimizer):
             set_to_none: False keeps the memory of the sets and fills it with zeros.
         """
         super().zero_grad(set_to_none)
+        self._scaled = None
+        for name in ("grad_scale", "found_inf"):  # of a scaler whose step has raised
+            self.__dict__.pop(name, None)
         if self._options.ranks is not None:
             self._options.ranks.unsynced = False
         if set_to_none:

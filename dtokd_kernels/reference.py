@@ -178,8 +178,8 @@ def balance(
         weighting: a callable from (Gram [K, K], losses [K]), or from the Gram alone, to weights [K]. Its
             attribute `log_gradients` (default True) says whether it weighs log-gradients or raw ones (u = 1).
         max_norm: clip the combined direction to this norm, as `torch.nn.utils.clip_grad_norm_` does.
-        rescale: "sum" divides the coefficients by their sum, so that the direction stays and the step's size
-            is that of a weighted sum of the losses; "none" is the paper.
+        rescale: "sum" divides the coefficients by the sum of their sizes, so that the direction stays and the step's
+            size is that of a weighted sum of the losses; "none" is the paper.
         loss_floor: smallest loss divided by.
         private_gram: [K, K], over parameters that only some objectives reach; they take their own objectives'
             gradients at weight 1 (u_i with rescale "none").
@@ -203,7 +203,7 @@ def balance(
     coefficients = weights * scale
     private_coefficients = scale
     if rescale == "sum":
-        total = coefficients.sum()
+        total = coefficients.abs().sum()  # some weightings give negative ones, whose sum may be as small as it likes
         coefficients = coefficients / torch.where(total > 0, total, 1.0)
         private_coefficients = ones
     table = torch.stack([coefficients, private_coefficients, ones])
@@ -241,8 +241,11 @@ def weigh(weighting: Weighting, gram: Tensor, losses: Tensor, loss_floor: float 
     if getattr(weighting, "log_gradients", True) and getattr(weighting, "needs_gram", True):
         scale = 1 / losses.clamp(min=loss_floor)
         gram = scale[:, None] * gram * scale[None, :]
+    arguments = [gram, losses] if takes_losses(weighting) else [gram]
+    if not type(weighting).__module__.startswith(f"{__package__}."):
+        arguments = [t.clone() for t in arguments]  # a user's function may write to them
     with debug.watch(weighting):
-        weights = weighting(gram, losses) if takes_losses(weighting) else weighting(gram)
+        weights = weighting(*arguments)
     if not isinstance(weights, Tensor) or weights.shape != (len(gram),):
         got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
         raise ValueError(f"weighting {weighting!r} returned {got}, expected ({len(gram)},): one weight each")

@@ -47,6 +47,11 @@ class Options:
         """Whether the weighting weighs log-gradients."""
         return getattr(self.weighting, "log_gradients", True)
 
+    @property
+    def scale_free(self) -> bool:
+        """Whether the direction does not grow with the losses' unit, as the coefficients shrink with it."""
+        return self.rescale == "none" and (self.log_gradients or getattr(self.weighting, "scale_free", False))
+
     def role(self, balanced: bool, reach: tuple[int, ...], K: int) -> Role:
         """The role of a parameter.
 

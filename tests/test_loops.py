@@ -512,3 +512,31 @@ def test_fills_grad_without_a_copy(backend):
     before = p.grad.data_ptr()
     dk.backward([p.square().sum(), (p - 3).square().sum()], [p])
     assert p.grad.data_ptr() == before
+
+
+def test_every_logs_unscaled_numbers_in_all_steps():
+    """In those that keep the weights too."""
+    model = Student()
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.0, rescale="sum", gram=dk.sources.Every(3))
+    scaler = dk.amp.GradScaler("cpu", init_scale=2.0**10)
+    for _ in range(4):
+        optimizer.zero_grad()
+        optimizer.backward({n: scaler.scale(value) for n, value in losses_of(model, batch()).items()})
+        scaler.step(optimizer)
+        scaler.update()
+        exact = dk.backward(losses_of(model, batch()), model.parameters())
+        torch.testing.assert_close(optimizer.balance.norms, exact.norms, rtol=1e-6, atol=0)
+        torch.testing.assert_close(optimizer.balance.gram, exact.gram, rtol=1e-6, atol=1e-9)
+
+
+def test_what_a_scaler_said_is_forgotten_with_the_gradients():
+    models = [Student(), Student()]
+    made = [dk.DTOSGD(m.parameters(), lr=0.1) for m in models]
+    scaler = dk.amp.GradScaler("cpu")
+    made[0].backward({n: scaler.scale(value) for n, value in losses_of(models[0], batch()).items()})
+    scaler.unscale_(made[0])
+    made[0].zero_grad()  # given up
+    for model, optimizer in zip(models, made, strict=True):
+        optimizer.backward(losses_of(model, batch()))
+        optimizer.step()
+    assert_same(parameters(models[0]), parameters(models[1]))

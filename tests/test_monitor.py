@@ -414,3 +414,25 @@ def test_two_objectives_of_one_name():
         dk.backward({1: p.sum(), "1": p.sum()}, [p])
     assert p.grad is None
     assert optimizer.objectives == ()
+
+
+def test_steps_that_measured_nothing_say_nothing_of_conflicts():
+    kept, model = Kept(), Student()
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.1, weighting=dk.weighting.LogSum())
+    with BalanceLogger([kept], every=2, optimizer=optimizer):
+        train(2, optimizer, model=model)
+    ((rows, means),) = kept.flushes
+    assert all(math.isnan(row["conflict"]) and math.isnan(row["dominance"]) for row in rows)
+    assert math.isnan(means["conflict_rate"])
+    assert math.isnan(means["dominance"])
+    assert means["norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("names", "scalars"), [(("a", "b_c", "a_b", "c"), {}), (("a", "b"), {"norm": torch.tensor(1.0)})]
+)
+def test_columns_of_one_name_are_refused(names, scalars):
+    w = nn.Parameter(torch.ones(3))
+    record = dk.backward({name: (w * i).sum() for i, name in enumerate(names, 1)}, [w])
+    with BalanceLogger([], every=1) as logger, pytest.raises(ValueError, match="would stand twice"):
+        logger.log(record, **scalars)

@@ -123,3 +123,27 @@ def test_state_dict_keeps_the_precision(backend, name):
 def test_unknown_dtype_of_state(dtype):
     with pytest.raises(ValueError, match=r"DTOAdamW: state_dtype is .*choose torch\.float32 or torch\.bfloat16"):
         dk.DTOAdamW([nn.Parameter(torch.ones(1))], state_dtype=dtype)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_master_copy_follows_who_writes_the_parameter(backend, name):
+    """Weights that were loaded, or trained by another optimizer in between, are where the next step starts."""
+    p, gradients = case(torch.bfloat16)
+    optimizer = ours(p, name, master_weights=True)
+    start = p.detach().clone()
+    for _ in range(5):
+        step(optimizer, p, [100 * g for g in gradients])
+    master = optimizer.state[p]["master"]
+    moved = p.detach().clone()
+    assert not torch.equal(moved, start)
+    with torch.no_grad():
+        p[:35].copy_(start[:35])
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    before = master.clone()
+    step(optimizer, p, gradients)
+    assert torch.equal(p[:35], start[:35])
+    assert torch.equal(p[35:], moved[35:])
+    changed = start[:35] != moved[:35]
+    assert torch.equal(master[:35][changed], start[:35][changed].float())
+    assert torch.equal(master[35:], before[35:])  # what the rounding has lost is still there

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import pickle
 
 import pytest
 import torch
@@ -749,12 +750,26 @@ def test_step_again_and_retained_graphs(backend, source):
     for _ in range(2):
         optimizer.step()
         assert not optimizer.balance.skipped
-    optimizer.backward(losses_of(model, batch(3)))
+    with pytest.warns(UserWarning, match="gradients that a step has taken are still there"):
+        optimizer.backward(losses_of(model, batch(3)))
     optimizer.step()
     optimizer.zero_grad()
     losses = losses_of(model, batch())
     optimizer.backward(losses, retain_graph=True)
     losses["task"].backward()
+
+
+def test_a_model_with_a_feature_can_be_copied_and_pickled():
+    """A copy's outputs are its own affair: an EMA model runs between the forward and the backward pass."""
+    model = Student()
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.1, gram=Feature(model.trunk))
+    average = copy.deepcopy(model)
+    pickle.loads(pickle.dumps((model, optimizer)))
+    losses = losses_of(model, batch())
+    losses_of(average, batch(1))
+    optimizer.backward(losses)
+    optimizer.step()
+    assert not optimizer.balance.skipped
 
 
 @each_source

@@ -611,7 +611,7 @@ def test_amortized_descends_what_it_says(reading, K):
         close(step(rule, grams[i], values[i]), logits.softmax(0), 64 * K * (i + 1) * U)
 
 
-@pytest.mark.parametrize("observed", [True, False])
+@pytest.mark.parametrize("observed", ["in order", "by name", False])
 def test_famo_agrees_with_torchjd(observed):
     """Without weight decay, as theirs is coupled; the same losses told after the step, or found in the next one."""
     theirs = js.FAMO(3, lr=0.1, weight_decay=0.0).double()
@@ -622,7 +622,7 @@ def test_famo_agrees_with_torchjd(observed):
         theirs(before)
         theirs.update(after)
         if observed:
-            rule.observe(list(after))
+            rule.observe(dict(zip("abc", after, strict=True)) if observed == "by name" else list(after))
     assert (theirs._w.detach().softmax(0) - 1 / 3).abs().max() > 0.05  # it went somewhere
 
 
@@ -645,7 +645,7 @@ def test_famo_ignores_losses_that_have_no_logarithm():
     before = rule.state_dict()
     for bad in (0.0, -1.0, float("nan"), float("inf")):
         rule.observe(torch.tensor([1.0, bad]))
-        assert all(torch.equal(before[name], value) for name, value in rule.state_dict().items())
+        assert memories_equal(rule.state_dict(), before)
 
 
 def test_famo_is_invariant_to_units():
@@ -750,7 +750,8 @@ def test_dwa_agrees_with_torchjd():
 
 
 def memories_equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    same = [torch.equal(a[n], b[n]) if isinstance(a[n], torch.Tensor) else a[n] == b[n] for n in a if n in b]
+    return a.keys() == b.keys() and all(same)
 
 
 def remember(name, steps=3):
@@ -885,13 +886,121 @@ def test_memory_of_another_rule_is_refused_before_anything_changes(backend):
     before = second.state_dict()
     state = first.state_dict()
     state["param_groups"][0]["lr"] = 123.0
-    with pytest.raises(ValueError, match=r"Amortized: the state has \['count'.*expected \['exp_avg'.*'weighting'"):
+    with pytest.raises(
+        ValueError, match=r"Amortized famo: the state is of DWA and has \['count'.*expected \['exp_avg'.*'weighting'"
+    ):
         second.load_state_dict(state)
     assert second.param_groups[0]["lr"] != 123.0
     assert memories_equal(second.state_dict()["weighting"], before["weighting"])
     del state["weighting"]
     second.load_state_dict(state)
     assert second.param_groups[0]["lr"] == 123.0
+
+
+@pytest.mark.parametrize(("one", "other"), [("uncertainty", "gram"), ("rlw", "pcgrad"), ("gram", "famo")])
+def test_memory_of_a_rule_with_the_same_names_is_refused(one, other):
+    with pytest.raises(ValueError, match="belongs to another weighting"):
+        MAKERS[other]().load_state_dict(remember(one).state_dict())
+
+
+@pytest.mark.parametrize("source", ["exact", None])
+def test_objectives_in_another_order_are_refused(source):
+    """A memory knows its objectives by their places; also one that was loaded."""
+    model = Student()
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.1, weighting=weighting.UncertaintyWeighting(), gram=source)
+    for i in range(2):
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(model, batch(i)))
+        optimizer.step()
+    optimizer.zero_grad()
+    other = dk.DTOSGD(model.parameters(), lr=0.1, weighting=weighting.UncertaintyWeighting(), gram=source)
+    other.load_state_dict(optimizer.state_dict())
+    for refusing in (optimizer, other):
+        swapped = dict(reversed(losses_of(model, batch()).items()))
+        with pytest.raises(ValueError, match=r"remembers the objectives \['task', 'distill'\], but the losses are"):
+            refusing.backward(swapped)
+        refusing.backward(losses_of(model, batch()))
+
+
+def test_a_call_that_no_step_follows_leaves_no_memory():
+    model = Student()
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.1, weighting=weighting.DWA())
+    optimizer.backward([*losses_of(model, batch()).values(), model.head.bias.square().sum()])
+    optimizer.zero_grad()
+    optimizer.backward(losses_of(model, batch()))
+    optimizer.step()
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("name", ["uncertainty", "dwa", "rlw", "famo"])
+def test_one_pass_remembers_the_whole_batch(name, scaled):
+    """The parts of a batch, and losses that a GradScaler has multiplied: the memory is as that of the batch."""
+    made = []
+    for parts in (1, 4):
+        model = Student()
+        options = {"rescale": "sum", "weighting": MAKERS[name]()}
+        optimizer = dk.DTOSGD(model.parameters(), lr=0.0, **options)
+        scaler = dk.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled and parts > 1)
+        for step in range(3):
+            optimizer.zero_grad()
+            for _ in range(parts):
+                losses = losses_of(model, batch(step))
+                optimizer.backward({n: scaler.scale(value / parts) for n, value in losses.items()})
+            scaler.step(optimizer)
+            scaler.update()
+        made.append(optimizer.weighting.state_dict())
+    for name, value in made[0].items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(made[1][name], value, rtol=1e-6, atol=1e-9)  # float32 losses
+
+
+def test_nash_in_one_pass_is_of_the_mean_direction():
+    """Its direction has length sqrt(K), of the parts of a batch too; a GradScaler's factor would be lost."""
+    model = Student()
+    optimizer = dk.DTOSGD(
+        model.trunk.parameters(),
+        lr=0.0,
+        rescale="none",
+        weighting=weighting.NashMTL(),
+        gram=dk.sources.Probe(model.trunk),
+    )
+    for _ in range(4):
+        optimizer.backward({n: value / 4 for n, value in losses_of(model, batch()).items()})
+    optimizer.step()
+    assert abs(optimizer.balance.norm - 2**0.5) < 1e-3
+    optimizer.zero_grad()
+    scaler = dk.amp.GradScaler("cpu")
+    optimizer.backward({n: scaler.scale(value) for n, value in losses_of(model, batch()).items()})
+    with pytest.raises(RuntimeError, match="nor with NashMTL"):
+        scaler.step(optimizer)
+    optimizer.zero_grad()  # and nothing of the scaler stays
+    optimizer.backward(losses_of(model, batch()))
+    optimizer.step()
+
+
+def test_a_weighting_that_writes_to_its_arguments(backend):
+    def careless(gram, losses):
+        gram.zero_()
+        return losses.div_(losses.sum())
+
+    model = Student()
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.1, rescale="none", weighting=careless)
+    losses = losses_of(model, batch())
+    values = torch.stack([v.detach() for v in losses.values()]).double()
+    optimizer.backward(losses)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.balance.coefficients, (1 / values.sum()).expand(2))
+    assert optimizer.balance.gram.all()
+
+
+def test_negative_weights_keep_the_length_of_a_step(backend):
+    """`rescale="sum"` divides by the sum of their sizes."""
+    gram = torch.tensor([[1.0, 0.5], [0.5, 4.0]], dtype=torch.float64)
+    for second in (-0.99, -1.0, -1.01, 0.5):
+        weights = torch.tensor([1.0, second], dtype=torch.float64)
+        chosen = weighting.Fixed(weights.tolist())
+        got = dk.balance(gram, torch.ones(2), chosen, rescale="sum").coefficients
+        assert (got - weights / weights.abs().sum()).abs().max() <= 1e-15
 
 
 def test_other_number_of_objectives_is_refused():
@@ -922,7 +1031,8 @@ def test_own_rule_with_a_memory(backend):
         optimizer.step()
         seen.append(optimizer.balance.weights.tolist())
     assert seen == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
-    assert optimizer.state_dict()["weighting"] == {"turn": 1}
+    memory = optimizer.state_dict()["weighting"]
+    assert memory == {"turn": 1, "rule": "Alternating", "objectives": ["task", "distill"]}
 
 
 # ---- names and refusals

@@ -82,6 +82,10 @@ class Every(Wrapper):
         self._fresh = True
         return self.inner.solve(groups, names, losses, watch, weighting, options)
 
+    def unscale(self, record: Balance, scale: Tensor) -> Balance:
+        """What was measured in an earlier step is unscaled already."""
+        return super().unscale(record, scale) if self._fresh else record
+
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """Count the step; remember what was measured."""
         if self._fresh:

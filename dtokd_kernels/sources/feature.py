@@ -38,14 +38,7 @@ class Feature(Source):
             return
         if not isinstance(of, nn.Module):
             raise TypeError(f"Feature: of is a {type(of).__name__}; pass the module whose output the objectives share")
-        here = weakref.ref(self)
-
-        def keep(module: nn.Module, inputs: Any, output: Any) -> None:
-            source = here()
-            if source is not None and torch.is_grad_enabled():
-                source._output = output
-
-        weakref.finalize(self, of.register_forward_hook(keep).remove)
+        weakref.finalize(self, of.register_forward_hook(_Keep(self)).remove)
 
     def __reduce__(self) -> Any:
         return Feature, (self._of,)  # a copy has a hook of its own
@@ -88,3 +81,18 @@ class Feature(Source):
                     f"{call.op}: features[{i}] is {got}; pass the tensor that the losses were computed from"
                 )
         return features
+
+
+class _Keep:
+    """The forward hook of a source's module: keeps its output. In a copy of the module it does nothing."""
+
+    def __init__(self, source: Feature | None) -> None:
+        self._source = None if source is None else weakref.ref(source)
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        source = None if self._source is None else self._source()
+        if source is not None and torch.is_grad_enabled():
+            source._output = output
+
+    def __reduce__(self) -> Any:
+        return _Keep, (None,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -123,6 +123,10 @@ class Source:
         """Carry out the updates of K gradients; returns the balance as it is known after that."""
         ops.run_updates(updates, balance, options.backend)
         return balance
+
+    def unscale(self, record: Balance, scale: Tensor) -> Balance:
+        """What `weigh` returned, in units of losses that were not multiplied with `scale`."""
+        return replace(record, gram=record.gram / scale.square(), norms=record.norms / scale)
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """A step is over: remember what the next needs, unless the balance says `skipped`."""

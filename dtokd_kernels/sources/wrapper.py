@@ -55,6 +55,10 @@ class Wrapper(Source):
         """As the source."""
         return self.inner.run(updates, balance, options)
 
+    def unscale(self, record: Balance, scale: Tensor) -> Balance:
+        """As the source."""
+        return self.inner.unscale(record, scale)
+
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """As the source."""
         self.inner.commit(names, balance)

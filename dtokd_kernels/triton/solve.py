@@ -223,7 +223,7 @@ def write_balance(
     shared = weights * scale
     private = scale
     if RESCALE_SUM:
-        total = tl.sum(shared)
+        total = tl.sum(tl.abs(shared))
         shared = shared / tl.where(total > 0, total, 1.0)
         private = tl.full([OBJECTIVES], 1.0, tl.float64)
     plain = tl.full([OBJECTIVES], 1.0, tl.float64)

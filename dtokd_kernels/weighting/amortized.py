@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -57,6 +57,11 @@ class Amortized(Stateful):
         _learned.check("Amortized", self.lr, self.weight_decay)
 
     @property
+    def rule(self) -> str:
+        """Readings remember different things."""
+        return f"Amortized {self.reading}"
+
+    @property
     def needs_gram(self) -> bool:
         """Whether the weights depend on the Gram matrix."""
         return self.reading == "gram"
@@ -86,7 +91,7 @@ class Amortized(Stateful):
         return weights, self._descend(memory, (weights @ logs) * logs)
 
     @torch.no_grad()
-    def observe(self, losses: Tensor | Sequence[Tensor]) -> None:
+    def observe(self, losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> None:
         """Tell what the last step made of its losses: the same batch again, with the parameters after the step.
 
         Evaluate without gradient, in the objectives' order, and so that the second evaluation differs from the first
@@ -94,7 +99,7 @@ class Amortized(Stateful):
         same dropout and drop path (restore the random state, or have none).
 
         Args:
-            losses: [K], or K scalars. If one is not finite and positive nothing changes.
+            losses: [K], or K scalars, or those by name. If one is not finite and positive nothing changes.
 
         Raises:
             RuntimeError: the reading is not "famo", or there was no step before.
@@ -108,6 +113,8 @@ class Amortized(Stateful):
             raise RuntimeError("Amortized.observe: there was no step yet; call it after optimizer.step()")
         memory = self._memory
         before = memory["log_losses"]
+        if isinstance(losses, Mapping):
+            losses = list(losses.values())
         if not isinstance(losses, Tensor):
             losses = torch.stack([loss.reshape(()) for loss in losses])
         if losses.shape != before.shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class NashMTL:
     """
 
     log_gradients: bool = False
+    scale_free: ClassVar[bool] = True
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
         """Weights of a Gram matrix of the gradients this weighting asks for.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ class Stateful(ABC):
     """
 
     _memory: Memory | None = None
-    _next: Memory | None = None
+    _next: tuple[Memory, Memory] | None = None  # what the last call found, and what it proposed
+    _names: tuple[str, ...] = ()  # of the memory's objectives, where they are known
+    _expected: tuple[str, ...] = ()
 
     @abstractmethod
     def initial(self, gram: Tensor) -> Memory:
@@ -46,18 +49,31 @@ class Stateful(ABC):
         Raises:
             ValueError: the memory is of another number of objectives.
         """
-        if self._memory is None:
-            self._memory = self.initial(gram)
-        for name, value in self._memory.items():
+        memory = self.initial(gram) if self._memory is None else self._memory
+        for name, value in memory.items():
             if value.dim() == 1 and len(value) != len(gram):
                 raise ValueError(
                     f"{type(self).__name__}: {name} remembers {len(value)} objectives, but there are {len(gram)}; "
                     "make a new weighting when the objectives change"
                 )
             if value.device != gram.device:  # just loaded
-                self._memory[name] = value.to(gram.device)
-        weights, self._next = self.advance(self._memory, gram, losses)
+                memory[name] = value.to(gram.device)
+        weights, new = self.advance(memory, gram, losses)
+        self._next = memory, new
         return weights
+
+    def expect(self, names: tuple[str, ...]) -> None:
+        """Be told whose losses come next.
+
+        Raises:
+            ValueError: the memory is that of as many other objectives, or of the same in another order.
+        """
+        if len(self._names) == len(names) and self._names != names:
+            raise ValueError(
+                f"{type(self).__name__} remembers the objectives {list(self._names)}, but the losses are "
+                f"{list(names)}; pass them in that order, or make a new weighting"
+            )
+        self._expected = names
 
     def commit(self, skipped: Tensor) -> None:
         """Take over the memory that the last call proposed, once.
@@ -65,8 +81,10 @@ class Stateful(ABC):
         Args:
             skipped: scalar bool: the step changes nothing, so the memory stays.
         """
-        if self._memory is not None and self._next is not None:
-            self._write(choose(skipped, self._memory, self._next))
+        if self._next is not None:
+            self._memory, new = self._next
+            self._write(choose(skipped, self._memory, new))
+            self._names = self._expected
         self._next = None
 
     def _write(self, new: Memory) -> None:
@@ -74,24 +92,35 @@ class Stateful(ABC):
         for name, value in new.items():
             self._memory[name].copy_(value)
 
-    def state_dict(self) -> Memory:
-        """A copy of the memory; empty before the first call."""
-        return {name: value.clone() for name, value in (self._memory or {}).items()}
+    @property
+    def rule(self) -> str:
+        """Whose memory it is."""
+        return type(self).__name__
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of the memory, under "rule" whose it is, and under "objectives" of which; empty before a step."""
+        if self._memory is None:
+            return {}
+        memory = {name: value.clone() for name, value in self._memory.items()}
+        return {**memory, "rule": self.rule, "objectives": list(self._names)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; from an empty one, start anew.
 
         Raises:
             ValueError: it is another weighting's state. Nothing has changed then.
         """
         expected = self.initial(torch.eye(1, dtype=torch.float64))
-        if state and state.keys() != expected.keys():
+        memory = {name: value for name, value in state.items() if name not in ("rule", "objectives")}
+        rule = state.get("rule", self.rule)
+        if memory and (memory.keys() != expected.keys() or rule != self.rule):
             raise ValueError(
-                f"{type(self).__name__}: the state has {sorted(state)}, expected {sorted(expected)}; it belongs to "
-                "another weighting: load it into that one, or leave out the state dict's 'weighting'"
+                f"{self.rule}: the state is of {rule} and has {sorted(memory)}, expected {sorted(expected)}; it "
+                "belongs to another weighting: load it into that one, or leave out the state dict's 'weighting'"
             )
-        loaded = {name: state[name].to(like.dtype, copy=True) for name, like in expected.items() if state}
+        loaded = {name: memory[name].to(like.dtype, copy=True) for name, like in expected.items() if memory}
         self._memory = loaded or None
+        self._names = tuple(state.get("objectives", ()))
         self._next = None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -107,6 +107,10 @@ class BalanceLogger:
                 f"BalanceLogger.log: objectives and columns are {[*names, *extra]}, but were "
                 f"{[*self._names, *self._extra]}; log other ones with another logger"
             )
+        if not self._names:
+            columns = [name for name, _ in self._named([0.0] * (2 * K + K * K + 3 + len(extra)), names, extra)]
+            if twice := sorted({name for name in columns if columns.count(name) > 1}):
+                raise ValueError(f"BalanceLogger.log: columns {twice} would stand twice; rename objectives or scalars")
         self._names, self._extra = names, extra
         # one operation, into memory of its own: a captured graph writes its record anew in each replay
         parts = [balance.weights, balance.norms, balance.gram, balance.norm, balance.vertex, balance.skipped]
@@ -130,18 +134,26 @@ class BalanceLogger:
             sink.write(rows, means)
 
     def _columns(self, values: list[float]) -> Row:
-        names, K = self._names, len(self._names)
+        return dict(self._named(values, self._names, self._extra))
+
+    @staticmethod
+    def _named(values: list[float], names: tuple[str, ...], extra: tuple[str, ...]) -> Iterator[tuple[str, float]]:
+        """The columns of a kept step."""
+        K = len(names)
         weights, norms, gram = values[:K], values[K : 2 * K], values[2 * K : 2 * K + K * K]
-        norm, vertex, skipped, *extra = values[2 * K + K * K :]
+        norm, vertex, skipped, *scalars = values[2 * K + K * K :]
         pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
-        row = {f"weight_{name}": value for name, value in zip(names, weights, strict=True)}
-        row |= {f"norm_{name}": value for name, value in zip(names, norms, strict=True)}
-        row |= {f"cosine_{names[i]}_{names[j]}": _ratio(gram[i * K + j], norms[i] * norms[j]) for i, j in pairs}
-        row["conflict"] = float(any(gram[i * K + j] < 0 for i, j in pairs))
+        products = [gram[i * K + j] for i, j in pairs]
+        yield from zip([f"weight_{name}" for name in names], weights, strict=True)
+        yield from zip([f"norm_{name}" for name in names], norms, strict=True)
+        for (i, j), product in zip(pairs, products, strict=True):
+            yield f"cosine_{names[i]}_{names[j]}", _ratio(product, norms[i] * norms[j])
+        unmeasured = any(math.isnan(product) for product in products)
+        yield "conflict", math.nan if unmeasured else float(any(product < 0 for product in products))
         if K > 1:
-            row["dominance"] = _ratio(norms[1], norms[0])
-        row |= {"vertex": vertex, "norm": norm, "skipped": skipped}
-        return row | dict(zip(self._extra, extra, strict=True))
+            yield "dominance", _ratio(norms[1], norms[0])
+        yield from (("vertex", vertex), ("norm", norm), ("skipped", skipped))
+        yield from zip(extra, scalars, strict=True)
 
     def close(self) -> None:
         """Write what is left and close the sinks; a second call does nothing."""
@@ -171,7 +183,7 @@ def means_of(rows: Sequence[Row]) -> Row:
     def mean(name: str) -> float:
         values = [row[name] for row in taken]
         if name == "dominance":
-            logs = [math.log(v) if v > 0 else -math.inf for v in values]
+            logs = [-math.inf if v == 0 else math.log(v) for v in values]
             return math.exp(math.fsum(logs) / len(logs)) if logs else math.nan
         return sum(values) / len(values) if values else math.nan
 

@@ -56,7 +56,7 @@ DTOKD_HD void finish_balance(const double* const* grams, const double* losses,
     out.coefficients[0][i] = out.weights[i] * scale;
     out.coefficients[1][i] = options.rescale_sum ? 1 : scale;
     out.coefficients[2][i] = 1;
-    total += out.coefficients[0][i];
+    total += out.coefficients[0][i] < 0 ? -out.coefficients[0][i] : out.coefficients[0][i];
     finite = finite && is_finite(losses[i]) && is_finite(out.weights[i]);
     positive = positive && losses[i] > 0;
   }
