@@ -348,8 +348,14 @@ class Balanced(torch.optim.Optimizer):
         weighting = self.weighting if "weighting" in state_dict else None
         if isinstance(weighting, Stateful):
             copy.copy(weighting).load_state_dict(state_dict["weighting"])  # refuses before anything has changed
-        super().load_state_dict({**state_dict, "param_groups": groups})
-        self._restore_precision(state_dict)
+        loaded: list[dict[str, Any]] = []  # after the user's hooks before, and restored ahead of those after
+        before = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
+        after = self.register_load_state_dict_post_hook(lambda _: self._restore_precision(loaded[-1]), prepend=True)
+        try:
+            super().load_state_dict({**state_dict, "param_groups": groups})
+        finally:
+            before.remove()
+            after.remove()
         if (ranks := self._options.ranks) is not None:
             for p, state in self.state.items():
                 for name, value in state.items():

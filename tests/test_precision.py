@@ -147,3 +147,26 @@ def test_a_master_copy_follows_who_writes_the_parameter(backend, name):
     changed = start[:35] != moved[:35]
     assert torch.equal(master[:35][changed], start[:35][changed].float())
     assert torch.equal(master[35:], before[35:])  # what the rounding has lost is still there
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_hooks_of_loading_have_the_last_word(where):
+    p, gradients = case(torch.bfloat16)
+    optimizer = ours(p, "adamw", state_dtype=torch.float32)
+    step(optimizer, p, gradients)
+    state = optimizer.state_dict()
+    if where == "before":
+
+        def halved(_, state):
+            first = {**state["state"][0], "exp_avg": state["state"][0]["exp_avg"] / 2}
+            return {**state, "state": {0: first}}
+
+        optimizer.register_load_state_dict_pre_hook(halved)
+    else:
+        optimizer.register_load_state_dict_post_hook(
+            lambda loaded: loaded.state[p].update(exp_avg=loaded.state[p]["exp_avg"] / 2)
+        )
+    expected = optimizer.state[p]["exp_avg"] / 2
+    optimizer.load_state_dict(state)
+    assert torch.equal(optimizer.state[p]["exp_avg"], expected)
+    assert expected.dtype == torch.float32
