@@ -255,6 +255,21 @@ def test_records_do_not_change_with_the_memory(backend, source):
     assert all(torch.equal(now, then) for now, then in kept)
 
 
+@pytest.mark.parametrize("source", [Ema(0.5), Every(3), Lag()], ids=repr)
+def test_what_no_step_follows_leaves_the_memory(source):
+    model = Student()
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.1, gram=source)
+    train(model, optimizer, 2)
+    before = optimizer.state_dict()["gram"]
+    optimizer.zero_grad()
+    optimizer.backward([*losses_of(model, batch()).values(), model.head.bias.square().sum()])
+    optimizer.zero_grad()
+    after = optimizer.state_dict()["gram"]
+    assert before.keys() == after.keys()
+    for a, b in zip(before.values(), after.values(), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
 @pytest.mark.parametrize(
     ("source", "memory"),
     [

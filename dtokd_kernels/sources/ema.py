@@ -38,7 +38,8 @@ class Ema(Wrapper):
     source: Source | str = "exact"
     _names: tuple[str, ...] = field(default=(), init=False, repr=False)
     _kept: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)  # sums of G and of shares
-    _next: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    #: what the step's measurement found, and what it made of it
+    _next: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta < 1:
@@ -68,25 +69,24 @@ class Ema(Wrapper):
 
     def average(self, names: tuple[str, ...], gram: Tensor) -> Tensor:
         """The average that counts this matrix as the last; remembered when the step is over."""
-        if self._kept is None or names != self._names:
-            self._kept, self._names = (torch.zeros_like(gram), torch.zeros_like(gram)), names
-        total, shares = (t.to(gram.device) for t in self._kept)
+        before = self._kept
+        if before is None or names != self._names:
+            before = torch.zeros_like(gram), torch.zeros_like(gram)
+        total, shares = (t.to(gram.device) for t in before)
         present = gram.diagonal() != 0  # NaN is no absence
         known = present[:, None] & present[None, :]
         total = torch.where(known, self.beta * total + (1 - self.beta) * gram, total)
         shares = torch.where(known, self.beta * shares + (1 - self.beta), shares)
-        self._next = total, shares
+        self._next = before, (total, shares)
         return torch.where(known, total / shares, 0.0)
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """Take over what the step's measurement made of the average."""
         self.inner.commit(names, balance)
-        if self._next is not None and self._kept is not None:
-            (total, shares), (new_total, new_shares) = self._kept, self._next
-            self._kept = (
-                remember(total, new_total, balance.skipped),
-                remember(shares, new_shares, balance.skipped),
-            )
+        if self._next is not None:
+            (total, shares), (new_total, new_shares) = self._next
+            self._kept = remember(total, new_total, balance.skipped), remember(shares, new_shares, balance.skipped)
+            self._names = names
         self._next = None
 
     def state_dict(self) -> dict[str, Any]:
