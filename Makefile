@@ -37,18 +37,24 @@ kernels: $(VENV)/test
 	$(BIN)/python -m benchmarks.kernels $(KERNELS)
 
 # On a machine with a GPU, with the torch that is installed there and without a network: builds the CUDA extension in
-# place, runs the tests on the device, checks memory and races where compute-sanitizer is, then the benchmark.
-GPU_TESTS = $(addprefix tests/test_,gpu.py step.py gram.py combine.py weights.py balance.py optim.py backward.py \
+# place, runs what only a GPU shows, the benchmark and the other tests on the device, and checks memory and races where
+# compute-sanitizer is.
+GPU_TESTS = $(addprefix tests/test_,step.py gram.py combine.py weights.py balance.py optim.py backward.py \
 	state.py drop_in.py errors.py long_run.py properties.py torchjd.py)
-SANITIZE = compute-sanitizer --error-exitcode 1 --tool
+# in several processes, if pytest-xdist is there
+XDIST = $(shell $(PYTHON) -c 'import xdist; print("-n 4 --dist loadfile")' 2>/dev/null)
+# without torch's pool of memory, in which a tensor's end is another's beginning
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
 gpu:
 	DTOKD_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace
-	export DTOKD_TEST_DEVICE=cuda; failed=0; \
-	DTOKD_REQUIRE_NATIVE=1 $(PYTHON) -m pytest -q $(GPU_TESTS) || failed=1; \
+	export DTOKD_TEST_DEVICE=cuda DTOKD_REQUIRE_NATIVE=1; failed=0; \
+	$(PYTHON) -m pytest -q tests/test_gpu.py || failed=1; \
+	$(PYTHON) -m benchmarks.gpu $(GPU) || failed=1; \
+	$(PYTHON) -m pytest -q $(XDIST) $(GPU_TESTS) || failed=1; \
 	if command -v compute-sanitizer; then for tool in memcheck racecheck synccheck; do \
 		$(SANITIZE) $$tool $(PYTHON) -m pytest -q tests/test_gpu.py -k same_bits || failed=1; \
 	done; fi; \
-	$(PYTHON) -m benchmarks.gpu $(GPU) && exit $$failed
+	exit $$failed
 
 lint: $(VENV)/lint
 	$(BIN)/ruff check .

@@ -97,13 +97,13 @@ def _version(package: str) -> str:
 
 
 def _git_sha() -> str:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
-        cwd=Path(dtokd_kernels.__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        described = subprocess.run(
+            command, cwd=Path(dtokd_kernels.__file__).parent, capture_output=True, text=True, check=False
+        )
+    except OSError:  # no git
+        return ""
     return described.stdout.strip()
 
 

@@ -49,8 +49,9 @@ def backward(
         retain_graph: keep the graph after the last pass.
 
     Returns:
-        The `Balance`, in units of the unscaled losses. If it says `skipped`, `.grad` is as before; with a scaler and
-        an overflow it is NaN, so that the scaler sees it.
+        The `Balance`, in units of the unscaled losses. If it says `skipped`, `.grad` is as before (but on a GPU,
+        where the host does not know, zeros in the place of None); with a scaler and an overflow it is NaN, so that
+        the scaler sees it.
 
     Raises:
         TypeError, ValueError: bad losses, parameters or options; nothing has changed then.

@@ -52,7 +52,7 @@ def instructions() -> str:
     """The vector instructions that the kernels use on this machine."""
     if missing is not None:
         return "none"
-    return bytes(torch.ops.dtokd.instructions.default(torch.empty(0)).tolist()).decode()
+    return bytes(torch.ops.dtokd.instructions.default(torch.empty(0, device="cpu")).tolist()).decode()
 
 
 def gram(grads: Sequence[Sequence[Tensor]]) -> Tensor:

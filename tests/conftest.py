@@ -46,7 +46,12 @@ def pytest_configure(config) -> None:
     # Triton's interpreter computes in numpy, which warns of what kernels do on purpose, such as inf * 0
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy.*")
-    config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
+    for text in (
+        ".*does not have a deterministic implementation",
+        "Synchronization debug mode is a prototype feature",
+        "Profiler clears events at the end of each cycle",  # torch 2.10 and 2.11, whatever a profiler does
+    ):
+        config.addinivalue_line("filterwarnings", f"ignore:{text}:UserWarning")
 
 
 def pytest_report_header() -> list[str]:

@@ -11,6 +11,7 @@ from torch import nn
 import dtokd_kernels as dk
 from dtokd_kernels import backends
 
+from .device import DEVICE
 from .inputs import gradients
 from .oracle import Student, batch, losses_of
 
@@ -76,7 +77,7 @@ BAD_LISTS = {
     ),
     "device": (
         lambda: with_changed(lambda g: g.to("meta")),
-        r"grads\[1\]\[1\] has device meta, expected cpu as grads\[0\]\[1\]",
+        r"grads\[1\]\[1\] has device meta, expected \w+(:\d+)? as grads\[0\]\[1\]",
     ),
     "sparse": (lambda: with_changed(torch.Tensor.to_sparse), r"grads\[1\]\[1\] is sparse.*\.to_dense\(\)"),
     "integers": (
@@ -115,7 +116,10 @@ BAD_OUT = {
         [torch.zeros(5), torch.zeros(4, 4).double()],
         r"combine: out\[1\] is .* torch.float64 .*expected .*float32",
     ),
-    "device": ([torch.zeros(5), torch.zeros(4, 4).to("meta")], r"combine: out\[1\] is .* on meta, expected .* on cpu"),
+    "device": (
+        [torch.zeros(5), torch.zeros(4, 4).to("meta")],
+        r"combine: out\[1\] is .* on meta, expected .* on \w+(:\d+)?",
+    ),
 }
 
 
@@ -339,6 +343,10 @@ BAD_LOSSES = {
     "-inf": (constant(float("-inf")), ValueError, r"is -inf, not finite"),
     "complex": (lambda losses: losses["task"] + 1j, ValueError, r"is complex; take its real part"),
 }
+if DEVICE.type != "cpu":  # values there are not read; the step is skipped
+    BAD_LOSSES = {
+        name: case for name, case in BAD_LOSSES.items() if name not in ("negative", "zero", "nan", "inf", "-inf")
+    }
 
 
 @pytest.mark.parametrize("case", BAD_LOSSES)

@@ -7,6 +7,7 @@ from torch import nn
 import dtokd_kernels as dk
 from dtokd_kernels import backends, cuda
 from dtokd_kernels.sources import Ema
+from dtokd_kernels.types import Options, Role, Update
 
 from . import emulated
 from .device import DEVICE
@@ -54,8 +55,8 @@ def test_a_step_does_not_stall_the_host(name, kind, source):
     warm(optimizer, module)
     values = losses(module)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         optimizer.backward(values)
         optimizer.step()
         optimizer.zero_grad()
@@ -77,7 +78,7 @@ def test_at_most_three_launches_for_500_tensors_in_two_groups():
 
 
 def test_a_step_of_lag_reads_the_gradients_in_one_launch():
-    module = model(500)
+    module = model(380)  # what a launch's table holds
     optimizer = dk.DTOAdamW(groups(module), lr=1e-3, max_norm=1.0, backend="cuda", gram="lag")
     warm(optimizer, module)
     optimizer.backward(losses(module))
@@ -173,19 +174,39 @@ def test_same_bits_as_the_emulation(emulated_library, K, dtype):
     moments = [[torch.rand(n, generator=generator, device="cpu").to(dtype) for n in sizes] for _ in range(3)]
     loss = torch.rand(K, generator=generator, device="cpu", dtype=torch.float64) + 0.5
 
-    def run(device):
+    def update(device, rule="adamw_step"):
         rows = [[g.to(device) for g in row] for row in grads]
         p, m, v = ([t.to(device).clone() for t in row] for row in moments)
-        steps = [torch.tensor(3.0, device=device) for _ in sizes]
-        everyone = tuple(range(K))
-        record = cuda.gram_balance(
-            {dk.types.Role.SHARED: [(everyone, rows)]}, loss.to(device), dk.weighting.DTO(), max_norm=1.0
-        )
-        cuda.adamw_step(
-            p, rows, m, v, [], steps, record.coefficients, record.skipped,
-            lr=1e-2, beta1=0.9, beta2=0.999, weight_decay=0.1, eps=1e-8, amsgrad=False, maximize=False,
-        )  # fmt: skip
-        return [record.gram, record.weights, record.table, record.norm, *p, *m, *v, *steps]
+        numbers = {"lr": 1e-2, "weight_decay": 0.1, "maximize": False}
+        if rule == "sgd_step":
+            numbers |= {"momentum": 0.9, "dampening": 0.1, "nesterov": True, "first": False}
+            state = {"momentum_buffers": m}
+        else:
+            numbers |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False}
+            steps = [torch.tensor(3.0, device=device) for _ in sizes]
+            state = {"exp_avgs": m, "exp_avg_sqs": v, "max_exp_avg_sqs": [], "state_steps": steps}
+        return Update(rule, Role.SHARED, tuple(range(K)), p, rows, state, numbers)
+
+    def tensors(updates):
+        return [t for u in updates for t in (*u.params, *(s for values in u.state.values() for s in values))]
+
+    def run(device):
+        """What every kernel leaves: in two launches, in one that measures, in the one for small models."""
+        two, sgd = update(device), update(device, "sgd_step")
+        groups, losses = {Role.SHARED: [(two.reach, two.grads)]}, loss.to(device)
+        record = cuda.gram_balance(groups, losses, dk.weighting.DTO(), max_norm=1.0)
+        cuda.run_updates([two], record.table, record.skipped)
+        cuda.run_updates([sgd], record.table, record.skipped)
+        measured = [update(device), update(device, "sgd_step")]
+        grams = [cuda.measure_and_update([u], record.table, record.skipped) for u in measured]
+        combined = cuda.combine(two.grads, record.coefficients)
+        one = update(device)
+        whole = cuda.run_step([one], losses, Options(dk.weighting.DTO(), 1.0, "none", "own", 1e-8))
+        if whole is not None:
+            assert all(torch.equal(a, b) for a, b in zip(tensors([one]), tensors([two]), strict=True))
+            assert torch.equal(whole.table, record.table)
+        kept = [record.gram, record.weights, record.table, record.norm, *grams, *combined]
+        return kept + tensors([two, sgd, *measured])
 
     on_gpu = run(DEVICE)
     with emulated.emulated_cuda(emulated_library):

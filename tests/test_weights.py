@@ -125,7 +125,7 @@ def test_is_never_longer_than_slsqp(backend, K):
     for family, J in families(K).items():
         gram = gram_of(J)
         gram = gram / gram.diagonal().max().clamp(min=1e-300)
-        A = gram.numpy()
+        A = gram.cpu().numpy()
         found = minimize(
             lambda x, A=A: x @ A @ x,
             [1 / K] * K,
@@ -135,7 +135,7 @@ def test_is_never_longer_than_slsqp(backend, K):
             method="SLSQP",
             options={"ftol": 1e-12, "maxiter": 500},
         )
-        theirs = torch.from_numpy(found.x).clamp(min=0)
+        theirs = torch.from_numpy(found.x).to(gram.device).clamp(min=0)
         theirs /= theirs.sum()
         ours = dk.min_norm_weights(gram)
         excess = (theirs @ gram @ theirs - ours @ gram @ ours).item()

@@ -64,6 +64,7 @@ Residency residency(Kernel* kernel, int threads, int blocks_per_multiprocessor) 
       !get(cudaDevAttrMaxSharedMemoryPerMultiprocessor, &shared) ||
       !get(cudaDevAttrReservedSharedMemoryPerBlock, &reserved) ||
       !get(cudaDevAttrMaxSharedMemoryPerBlockOptin, &most)) {
+    cudaGetLastError();  // other launches do without: forget it
     return {};
   }
   Residency result;
@@ -75,6 +76,7 @@ Residency residency(Kernel* kernel, int threads, int blocks_per_multiprocessor) 
                            result.dynamic_shared_bytes) ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&together, kernel, threads,
                                                     result.dynamic_shared_bytes)) {
+    cudaGetLastError();
     return {};
   }
   result.blocks = together * multiprocessors;
@@ -89,9 +91,10 @@ int launch_cooperative(void (*kernel)(Parameters...), unsigned blocks, unsigned 
   const cudaError_t error =
       cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), blocks, threads, pointers,
                                   dynamic_shared_bytes, static_cast<cudaStream_t>(stream));
-  if (error != cudaErrorCooperativeLaunchTooLarge) return int(error);
-  cudaGetLastError();  // another process has a part of the device: forget it
-  return kUnfit;
+  if (error == cudaSuccess) return 0;
+  cudaGetLastError();  // said already
+  // another process has a part of the device
+  return error == cudaErrorCooperativeLaunchTooLarge ? kUnfit : int(error);
 }
 
 }  // namespace dtokd::cuda

@@ -38,7 +38,7 @@ class Device {
   explicit Device(const Tensor& like) : index_(like.get_device_index()) {}
 #else
   explicit Device(const Tensor& like) : index_(like.get_device_index()), guard_(index_) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    check_code(aoti_torch_get_current_cuda_stream(index_, &stream));
   }
 #endif
   void check(const Tensor& tensor, const char* op, const char* name) const {

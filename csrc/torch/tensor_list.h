@@ -2,10 +2,16 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <vector>
 
 namespace dtokd::ops {
+
+// Throws if a call of torch's C interface failed. torch's own macro has several names.
+inline void check_code(int32_t code) {
+  STD_TORCH_CHECK(code == 0, "dtokd: a call of torch's C interface failed");
+}
 
 // A tensor of a list that outlives it; the part of torch::stable::Tensor that is needed here.
 class ListedTensor {
@@ -21,19 +27,19 @@ class ListedTensor {
   bool is_contiguous() const { return read<bool>(aoti_torch_is_contiguous); }
   int64_t size(int64_t d) const {
     int64_t size;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_size(handle_, d, &size));
+    check_code(aoti_torch_get_size(handle_, d, &size));
     return size;
   }
   int64_t stride(int64_t d) const {
     int64_t stride;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_stride(handle_, d, &stride));
+    check_code(aoti_torch_get_stride(handle_, d, &stride));
     return stride;
   }
   const void* const_data_ptr() const { return read<const void*>(torch_get_const_data_ptr); }
   void* mutable_data_ptr() const { return read<void*>(torch_get_mutable_data_ptr); }
   torch::stable::Tensor tensor() const {
     AtenTensorHandle copy;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handle_, &copy));
+    check_code(aoti_torch_new_tensor_handle(handle_, &copy));
     return torch::stable::Tensor(copy);
   }
 
@@ -41,7 +47,7 @@ class ListedTensor {
   template <class T, class Getter>
   T read(Getter getter) const {
     T value;
-    STABLE_TORCH_ERROR_CODE_CHECK(getter(handle_, &value));
+    check_code(getter(handle_, &value));
     return value;
   }
   AtenTensorHandle handle_;
@@ -54,14 +60,14 @@ class TensorList {
   TensorList() = default;
   explicit TensorList(StableListHandle list) {
     size_t size;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+    check_code(torch_list_size(list, &size));
     handles_.reserve(size);
     for (size_t i = 0; i < size; ++i) {
       StableIValue item;
-      STABLE_TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &item));
+      check_code(torch_list_get_item(list, i, &item));
       handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
     }
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+    check_code(torch_delete_list(list));
   }
   TensorList(const TensorList&) = delete;
   TensorList& operator=(const TensorList&) = delete;

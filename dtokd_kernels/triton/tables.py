@@ -100,7 +100,10 @@ def _copied(device: torch.device, stream: int, values: tuple[float, ...]) -> Ten
 
 
 def _copy(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    # on the CPU whatever the default device is: a copy from pageable memory would wait
+    return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=device.type == "cuda").to(
+        device, non_blocking=True
+    )
 
 
 @lru_cache(maxsize=64)
