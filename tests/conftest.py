@@ -48,8 +48,8 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy.*")
     for text in (
         ".*does not have a deterministic implementation",
-        "Synchronization debug mode is a prototype feature",
-        "Profiler clears events at the end of each cycle",  # torch 2.10 and 2.11, whatever a profiler does
+        ".*Synchronization debug mode is a prototype feature",
+        ".*Profiler clears events at the end of each cycle",  # torch 2.10 and 2.11, whatever a profiler does
     ):
         config.addinivalue_line("filterwarnings", f"ignore:{text}:UserWarning")
 
