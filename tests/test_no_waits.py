@@ -1,0 +1,112 @@
+"""No host sync between `backward` and the end of `step`: on tensors that say they are on a GPU, and raise where it is.
+
+`test_gpu.py` asks a real device the same.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+import dtokd_kernels as dk
+from dtokd_kernels import backends, cuda
+from dtokd_kernels.sources import Ema, Every, Probe
+
+from . import emulated
+from .device import DEVICE
+from .pretended import GPU, Pretended, Waits, pretending
+
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU is there")
+#: With dampening a second step reads once whether the first was skipped.
+OPTIMIZERS = {"adamw": dk.DTOAdamW, "sgd": lambda params, **o: dk.DTOSGD(params, momentum=0.9, **o)}
+
+
+@pytest.fixture
+def device(emulated_library, monkeypatch):
+    """A GPU that is none, whose CUDA kernels are emulated."""
+    with emulated.emulated_cuda(emulated_library), pretending():
+        tickets = torch.zeros(4, dtype=torch.int32, device=GPU)
+        monkeypatch.setattr(cuda.fused, "tickets", lambda device: tickets)
+        monkeypatch.setitem(backends._BACKENDS, "cuda", backends.Backend(lambda: cuda, "cuda", lambda: None))
+        yield GPU
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.trunk = nn.Linear(3, 5)
+        self.head = nn.Linear(5, 2)
+        for module in (self.trunk, self.head):
+            for name, p in list(module.named_parameters()):
+                setattr(module, name, nn.Parameter(Pretended(torch.randn(p.shape, generator=generator))))
+
+    def losses(self, seed):
+        x = Pretended(torch.randn(4, 3, generator=torch.Generator().manual_seed(seed)))
+        z = self.trunk(x).tanh()
+        return {"task": self.head(z).square().mean(), "distill": (z - 1).square().mean()}
+
+
+def run(optimizer, model, steps=3):
+    for step in range(steps):
+        optimizer.zero_grad()
+        optimizer.backward(model.losses(step))
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["exact", "overlap", "lag", Ema(0.5), Every(2), lambda model: Probe(model.trunk)],
+    ids=["exact", "overlap", "lag", "ema", "every", "probe"],
+)
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("name", ["cuda", "reference"])
+def test_a_step_does_not_wait(device, name, make, source):
+    model = Model()
+    groups = [{"params": model.trunk.parameters()}, {"params": model.head.parameters(), "weight_decay": 0.1}]
+    source = source(model) if callable(source) else source
+    optimizer = make(groups, lr=1e-2, max_norm=1.0, gram=source, backend=name)
+    before = [p.host.clone() for p in model.parameters()]
+    run(optimizer, model)
+    assert not any(torch.equal(p.host, b) for p, b in zip(model.parameters(), before, strict=True))
+    assert not optimizer.balance.skipped.host
+
+
+@pytest.mark.parametrize("name", [n for n in dk.weighting.NAMES if n not in ("fixed",)])
+def test_a_weighting_does_not_wait(device, name):
+    model = Model()
+    weighting = dk.weighting.from_name(name)
+    optimizer = dk.DTOAdamW(model.parameters(), lr=1e-2, weighting=weighting, gram="exact", backend="cuda")
+    run(optimizer, model)
+    assert optimizer.balance.weights.host.isfinite().all()
+
+
+def test_a_scaled_step_does_not_wait(device):
+    model = Model()
+    optimizer = dk.DTOAdamW(model.parameters(), lr=1e-2, max_norm=1.0, backend="cuda")
+    scale = Pretended(torch.tensor(64.0))
+    for step in range(2):
+        optimizer.zero_grad()
+        optimizer.backward({name: scale * value for name, value in model.losses(step).items()})
+        found_inf = Pretended(torch.zeros(()))
+        optimizer.expect_scaled(scale.reciprocal(), found_inf)
+        optimizer.step()
+        assert found_inf.host == 0
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        lambda gram: torch.tensor([1.0, gram[0, 0].item()]),
+        lambda gram: torch.ones(2) if gram[0, 1] < 0 else torch.zeros(2),
+        lambda gram: gram.diagonal()[gram.diagonal() > 0],
+        lambda gram: gram.cpu().diagonal(),
+        lambda gram: torch.tensor([0.5, 0.5], device=gram.device),
+        lambda gram: gram @ torch.ones(2, dtype=torch.float64),
+    ],
+    ids=["item", "branch", "mask", "cpu", "numbers", "devices"],
+)
+def test_what_waits_is_seen(device, waiting):
+    model = Model()
+    optimizer = dk.DTOAdamW(model.parameters(), lr=1e-2, weighting=waiting, backend="cuda")
+    with pytest.raises(Waits):
+        run(optimizer, model, steps=1)
