@@ -82,13 +82,15 @@ class Balanced(torch.optim.Optimizer):
     def _masters(self, params: Sequence[Tensor]) -> dict[str, list[Tensor]]:
         """Master copies of parameters of one dtype, as an update's state; nothing if they have none.
 
-        One that the parameter is not the rounding of is made anew: somebody else has written the parameter.
+        One that the parameter is not the rounding of is made anew: somebody else has written the parameter, in a way
+        that its version counts.
         """
         if not self._precision[1] or params[0].dtype not in (torch.float16, torch.bfloat16):
             return {}
         ranks = self._options.ranks
+        self._mastered += params
         for p in params:
-            if p._version == self._versions.get(p):
+            if "master" in self.state[p] and p._version == self._versions.get(p):
                 continue
             now = p.detach().to(torch.float32, copy=True) if ranks is None else ranks.master(p)
             master = self.state[p].get("master")
@@ -105,7 +107,8 @@ class Balanced(torch.optim.Optimizer):
         self._plan: tuple[Any, list[_Bucket]] | None = None
         self._scaled: tuple[Tensor, Tensor] | None = None  # see expect_scaled
         self._looked = False  # for other ranks
-        self._versions: dict[Tensor, int] = {}  # of parameters with a master copy, as the last step left them
+        self._mastered: list[Tensor] = []  # whose master copies this step takes
+        self._versions: dict[Tensor, int] = {}  # of parameters with a master copy, as their last step left them
 
     @property
     def weighting(self) -> Weighting:
@@ -207,6 +210,19 @@ class Balanced(torch.optim.Optimizer):
                 loss = closure()
         if self._sets.losses is None and self._initializes():
             return loss
+        try:
+            self._balance = replace(self._take_step(), names=self._sets.names)
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # of a scaler, which now will not take them back
+                self.__dict__.pop(name, None)
+            raise
+        finally:
+            self._scaled = None  # said for this step
+        self._sets.used = True
+        return loss
+
+    def _take_step(self) -> Balance:
+        """A step with the gradient sets as they are."""
         if self._sets.losses is None:
             raise RuntimeError(
                 f"{type(self).__name__}.step: there are no gradients; call backward(losses) of this optimizer first "
@@ -217,15 +233,7 @@ class Balanced(torch.optim.Optimizer):
                 f"{type(self).__name__}.step: the gradients were gathered inside no_sync() and are those of this rank "
                 "alone; call backward outside of it for the last part of the batch"
             )
-        try:
-            self._balance = replace(self._take_step(), names=self._sets.names)
-        finally:
-            self._scaled = None  # said for this step
-        self._sets.used = True
-        return loss
-
-    def _take_step(self) -> Balance:
-        """A step with the gradient sets as they are."""
+        self._mastered = []
         loss_scale = self._loss_scale()
         self._settle()
         buckets = self._buckets()
@@ -237,8 +245,7 @@ class Balanced(torch.optim.Optimizer):
         record = self._run_at_once(buckets, lists, options)
         if record is None:
             record = self._solve_and_run(buckets, lists, options)
-        if self._precision[1]:
-            self._versions = {p: p._version for p, state in self.state.items() if "master" in state}
+        self._versions.update({p: p._version for p in self._mastered})
         self._count(record.skipped)
         if self._scaled is not None:
             self._scaled[1].copy_(~record.norm.isfinite())
@@ -288,8 +295,6 @@ class Balanced(torch.optim.Optimizer):
         """
         super().zero_grad(set_to_none)
         self._scaled = None
-        for name in ("grad_scale", "found_inf"):  # of a scaler whose step has raised
-            self.__dict__.pop(name, None)
         if self._options.ranks is not None:
             self._options.ranks.unsynced = False
         if set_to_none:
@@ -348,6 +353,7 @@ class Balanced(torch.optim.Optimizer):
         weighting = self.weighting if "weighting" in state_dict else None
         if isinstance(weighting, Stateful):
             copy.copy(weighting).load_state_dict(state_dict["weighting"])  # refuses before anything has changed
+        self._versions.clear()
         loaded: list[dict[str, Any]] = []  # after the user's hooks before, and restored ahead of those after
         before = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
         after = self.register_load_state_dict_post_hook(lambda _: self._restore_precision(loaded[-1]), prepend=True)
@@ -501,7 +507,8 @@ _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weigh
         backend: "cuda", "triton", "cpu" or "reference"; default: the best for the parameters' device.
         state_dtype: dtype of the moments, float32 or bfloat16; default: the parameter's, as in torch.
         master_weights: keep a float32 copy of each half-precision parameter in the state ("master"), of which the
-            parameter is the rounding, so that small updates are not lost.
+            parameter is the rounding, so that small updates are not lost. A parameter that somebody else has written
+            counts instead of its copy; what is written through `p.data` is not noticed.
 
     A parameter group takes `balance=False`: its gradient is the sum of the objectives' gradients."""
 

@@ -20,7 +20,7 @@ def commit(sets: GradientSets, source: Source, options: Options, record: Balance
     weighting = options.weighting
     if not isinstance(weighting, Stateful):
         return
-    if sets.weighed is not None and not getattr(weighting, "needs_gram", True):
+    if sets.weighed is not None and weighting.asked and not getattr(weighting, "needs_gram", True):
         # its memory is of the whole batch, not of the last part, and of losses without a GradScaler's factor
         assert sets.losses is not None
         losses = sets.losses if options.loss_scale is None else sets.losses / options.loss_scale.to(sets.losses.device)
@@ -54,14 +54,14 @@ def solve_sets(
         return record, replace(record, table=record.table / scale.to(record.table.device))
     record = sets.weighed
     if scale is not None:
-        if options.scale_free:
+        if source.scale_free(options):
             raise RuntimeError(
                 "a GradScaler cannot be used with one backward pass over log-gradients, nor with NashMTL: their "
                 "coefficients take the scale out before the pass; use rescale='sum', gram='exact', or bfloat16 autocast"
             )
         record = source.unscale(record, scale.to(record.table.device))
     # such directions do not shrink when a loss is divided by the number of its parts, so their sum is a mean
-    parts = sets.calls if options.scale_free else 1
+    parts = sets.calls if source.scale_free(options) else 1
     factor = torch.full((1,), 1 / parts, dtype=torch.float64, device=sets.losses.device)
     plain = replace(options, rescale="none")
     of_sum = ops.solve(groups, torch.ones_like(factor), Given(factor, log_gradients=False), plain)

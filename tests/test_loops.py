@@ -540,3 +540,16 @@ def test_what_a_scaler_said_is_forgotten_with_the_gradients():
         optimizer.backward(losses_of(model, batch()))
         optimizer.step()
     assert_same(parameters(models[0]), parameters(models[1]))
+
+
+def test_zero_grad_inside_a_scaled_step():
+    """By a hook, say: what the scaler has put on the optimizer is the scaler's to take away."""
+    model = Student()
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.1)
+    optimizer.register_step_post_hook(lambda stepped, *_: stepped.zero_grad())
+    scaler = dk.amp.GradScaler("cpu")
+    for step in range(2):
+        optimizer.backward({n: scaler.scale(value) for n, value in losses_of(model, batch(step)).items()})
+        scaler.step(optimizer)
+        scaler.update()
+    assert not optimizer.balance.skipped

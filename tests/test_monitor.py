@@ -429,7 +429,12 @@ def test_steps_that_measured_nothing_say_nothing_of_conflicts():
 
 
 @pytest.mark.parametrize(
-    ("names", "scalars"), [(("a", "b_c", "a_b", "c"), {}), (("a", "b"), {"norm": torch.tensor(1.0)})]
+    ("names", "scalars"),
+    [
+        (("a", "b_c", "a_b", "c"), {}),
+        (("a", "b"), {"norm": torch.tensor(1.0)}),
+        (("a", "b"), {"step": torch.tensor(1.0)}),
+    ],
 )
 def test_columns_of_one_name_are_refused(names, scalars):
     w = nn.Parameter(torch.ones(3))

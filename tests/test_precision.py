@@ -8,6 +8,8 @@ from torch import nn
 
 import dtokd_kernels as dk
 
+from .oracle import nothing_with_gradient
+
 STEPS = 12
 HALF = (torch.bfloat16, torch.float16)
 OPTIMIZERS = {
@@ -170,3 +172,37 @@ def test_hooks_of_loading_have_the_last_word(where):
     optimizer.load_state_dict(state)
     assert torch.equal(optimizer.state[p]["exp_avg"], expected)
     assert expected.dtype == torch.float32
+
+
+@pytest.mark.parametrize("between", ["unreached", "skipped", "cleared", "loaded"])
+def test_a_master_copy_that_a_step_has_not_seen(backend, between):
+    """What is written before such a step counts in the next; a copy that is gone is made anew."""
+    p, gradients = case(torch.bfloat16)
+    q = nn.Parameter(p.detach().clone())
+    plain = dk.weighting.Fixed([1.0, 1.0])
+    optimizer = dk.DTOSGD([p, q], lr=1e-3, master_weights=True, weighting=plain, rescale="none", gram="exact")
+
+    def take(*chosen, more=0.0):
+        optimizer.zero_grad()
+        optimizer.backward([sum((x * g).sum() for x in chosen) + more for g in gradients])
+        optimizer.step()
+
+    take(p, q)
+    if between in ("unreached", "skipped"):
+        with torch.no_grad():
+            q.fill_(5.0)
+        if between == "unreached":
+            take(p)
+        else:
+            take(p, q, more=nothing_with_gradient(q, torch.inf))
+            assert optimizer.balance.skipped
+        take(p, q)
+        assert (q - 5).abs().max() < 0.1
+        return
+    if between == "cleared":
+        optimizer.state.clear()
+    else:
+        optimizer.load_state_dict(dk.DTOSGD([p, q], lr=1e-3).state_dict())
+    take(p, q)
+    for x in (p, q):
+        assert torch.equal(optimizer.state[x]["master"].to(x.dtype), x)

@@ -124,6 +124,10 @@ class Source:
         ops.run_updates(updates, balance, options.backend)
         return balance
 
+    def scale_free(self, options: Options) -> bool:
+        """Whether the direction of what `weigh` returned does not grow with the losses' unit."""
+        return options.scale_free
+
     def unscale(self, record: Balance, scale: Tensor) -> Balance:
         """What `weigh` returned, in units of losses that were not multiplied with `scale`."""
         return replace(record, gram=record.gram / scale.square(), norms=record.norms / scale)

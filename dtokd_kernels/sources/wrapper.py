@@ -55,6 +55,10 @@ class Wrapper(Source):
         """As the source."""
         return self.inner.run(updates, balance, options)
 
+    def scale_free(self, options: Options) -> bool:
+        """As the source."""
+        return self.inner.scale_free(options)
+
     def unscale(self, record: Balance, scale: Tensor) -> Balance:
         """As the source."""
         return self.inner.unscale(record, scale)

@@ -103,7 +103,7 @@ class Amortized(Stateful):
 
         Raises:
             RuntimeError: the reading is not "famo", or there was no step before.
-            ValueError: there are not K losses.
+            ValueError: there are not K losses, or their names are others.
 
         Effects: no host sync. After a skipped step, or a second time for one step, nothing changes.
         """
@@ -114,7 +114,10 @@ class Amortized(Stateful):
         memory = self._memory
         before = memory["log_losses"]
         if isinstance(losses, Mapping):
-            losses = list(losses.values())
+            named = {str(name): loss for name, loss in losses.items()}
+            if named.keys() != set(self._names):
+                raise ValueError(f"Amortized.observe: losses are {list(named)}, expected {list(self._names)}")
+            losses = [named[name] for name in self._names]
         if not isinstance(losses, Tensor):
             losses = torch.stack([loss.reshape(()) for loss in losses])
         if losses.shape != before.shape:

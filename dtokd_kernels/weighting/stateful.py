@@ -74,6 +74,12 @@ class Stateful(ABC):
                 f"{list(names)}; pass them in that order, or make a new weighting"
             )
         self._expected = names
+        self._next = None  # of a call that no step followed
+
+    @property
+    def asked(self) -> bool:
+        """Whether it was called since the last step, so that there is something to take over."""
+        return self._next is not None
 
     def commit(self, skipped: Tensor) -> None:
         """Take over the memory that the last call proposed, once.

@@ -109,6 +109,7 @@ class BalanceLogger:
             )
         if not self._names:
             columns = [name for name, _ in self._named([0.0] * (2 * K + K * K + 3 + len(extra)), names, extra)]
+            columns += ["step", "conflict_rate", "vertex_rate", "skip_rate"]  # of steps, and of their means
             if twice := sorted({name for name in columns if columns.count(name) > 1}):
                 raise ValueError(f"BalanceLogger.log: columns {twice} would stand twice; rename objectives or scalars")
         self._names, self._extra = names, extra
