@@ -39,18 +39,18 @@ def build(folder: Path) -> Path:
 
 
 @contextmanager
-def emulated_cuda(library: Path) -> Iterator[None]:
-    """Inside, backend "cuda" is there and takes CPU tensors."""
+def emulated_cuda(library: Path, device: str = "cpu") -> Iterator[None]:
+    """Inside, backend "cuda" is there and takes CPU tensors; or those that say they are on `device`."""
     operations = torch.ops.dtokd_emulated
     if not hasattr(operations, "gram_by_role"):
         torch.ops.load_library(str(library))
         cuda.register_fakes("dtokd_emulated")
-    tickets = torch.zeros(fused.TICKETS, dtype=torch.int32, device="cpu")
+    tickets = torch.zeros(fused.TICKETS, dtype=torch.int32, device=device)
     before = cuda.OPS, fused.tickets, backends._BACKENDS["cuda"]
     cuda.OPS, fused.tickets = operations, lambda device: tickets
-    backends._BACKENDS["cuda"] = backends.Backend(lambda: cuda, "cpu", lambda: None)
+    backends._BACKENDS["cuda"] = backends.Backend(lambda: cuda, device, lambda: None)
     try:
         yield
     finally:
         cuda.OPS, fused.tickets, backends._BACKENDS["cuda"] = before
-        assert not tickets.any()  # every launch leaves them as it found them
+        assert not getattr(tickets, "host", tickets).any()  # every launch leaves them as it found them

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 import dtokd_kernels as dk
-from dtokd_kernels import backends, cuda
 from dtokd_kernels.sources import Ema, Every, Probe
 
 from . import emulated
 from .device import DEVICE
-from .pretended import GPU, Pretended, Waits, pretending
+from .pretended import Pretended, Waits, pretending
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU is there")
 #: With dampening a second step reads once whether the first was skipped.
@@ -21,13 +20,10 @@ OPTIMIZERS = {"adamw": dk.DTOAdamW, "sgd": lambda params, **o: dk.DTOSGD(params,
 
 
 @pytest.fixture
-def device(emulated_library, monkeypatch):
+def device(emulated_library):
     """A GPU that is none, whose CUDA kernels are emulated."""
-    with emulated.emulated_cuda(emulated_library), pretending():
-        tickets = torch.zeros(4, dtype=torch.int32, device=GPU)
-        monkeypatch.setattr(cuda.fused, "tickets", lambda device: tickets)
-        monkeypatch.setitem(backends._BACKENDS, "cuda", backends.Backend(lambda: cuda, "cuda", lambda: None))
-        yield GPU
+    with pretending(), emulated.emulated_cuda(emulated_library, "cuda"):
+        yield
 
 
 class Model(nn.Module):
