@@ -295,7 +295,8 @@ def test_sharded_refuses_what_it_cannot_do(pools):
 def test_rank_that_dies_ends_the_others_and_torchrun_resumes(tmp_path, kind):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    # on a busy machine torch's own teardown may crash a rank that is done: one life more then has nothing left to do
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
     command += ["-m", "tests.ranks.elastic", str(folder), kind]
     path = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, **ELASTIC, "PYTHONPATH": path}
