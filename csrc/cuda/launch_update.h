@@ -1,5 +1,5 @@
-// Launches of update.cuh and gram_update.cuh, for each rule in a file of its own: they are what
-// takes long to compile.
+// Launches of update.cuh, and what those of gram_update.cuh share with them (launch_gram_update.h).
+// Each rule's are compiled in a file of their own, as they take long.
 #pragma once
 
 #include "cuda/select.h"

@@ -86,15 +86,14 @@ def partial_sums(members: Sequence[Member], K: int) -> Partials:
 
 def gram_by_role(members: Sequence[Member], K: int) -> Tensor:
     """Gram matrices [3, K, K] float64, one for each role: a launch for each member, and one more."""
-    return added_up(partial_sums(members, K), K)
+    partials = partial_sums(members, K)
+    return added_up(partials.sums, partials.chunks, K)
 
 
-def added_up(partials: Partials, K: int) -> Tensor:
-    """The Gram matrices that these sums add up to. One launch; it leaves the ticket alone."""
-    out = torch.empty(len(partials.chunks), K, K, dtype=torch.float64, device=partials.sums.device)
-    gram_sum_kernel[(K, K, len(partials.chunks))](
-        partials.sums, *partials.chunks, out, K=K, LANES=LANES, num_warps=LANES // 32
-    )
+def added_up(sums: Tensor, chunks: Sequence[int], K: int) -> Tensor:
+    """The Gram matrices [3, K, K] float64 of sums per chunk, as `Partials` has them. One launch."""
+    out = torch.empty(len(chunks), K, K, dtype=torch.float64, device=sums.device)
+    gram_sum_kernel[(K, K, len(chunks))](sums, *chunks, out, K=K, LANES=LANES, num_warps=LANES // 32)
     return out
 
 

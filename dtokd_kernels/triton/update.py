@@ -23,16 +23,7 @@ from torch import Tensor
 
 from .. import fused
 from . import tuning
-from .gram import (
-    LANES,
-    Partials,
-    add_products,
-    added_up,
-    columns,
-    no_sums,
-    objectives,
-    store_sums,
-)
+from .gram import LANES, add_products, added_up, columns, no_sums, objectives, store_sums
 from .tables import (
     CHUNK,
     DTYPES,
@@ -107,7 +98,7 @@ class Descent(NamedTuple):
             return None
         of_role = [0, 0, 0]
         of_role[int(self.numbers[0])] = table.chunks
-        return added_up(Partials(sums, tuple(of_role), sums), K)
+        return added_up(sums, of_role, K)
 
 
 def combine(out: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], coefficients: Tensor) -> None:
