@@ -13,7 +13,7 @@ from .checks import check_options, check_params
 from .gradients import GradientSets, Losses, named_losses
 from .ops import group_rows
 from .sources import Source, choose
-from .types import Balance, Private, Rescale, Role, Weighting, of_reach
+from .types import Balance, Group, Private, Rescale, Role, Weighting, of_reach
 from .weighed import commit, solve_sets
 
 
@@ -84,15 +84,12 @@ def backward(
         losses, loss_scale = _scaled(losses, scaler)
     sets = GradientSets()
     sets.collect(losses, params, source, options, features=features, retain_graph=retain_graph)
-    members: dict[Role, list[int]] = {Role.SHARED: [], Role.PRIVATE: []}  # parameters that are reached
-    rows = list(zip(*sets.grads, strict=True))
-    for index, row in enumerate(rows):
-        reach = tuple(i for i, g in enumerate(row) if g is not None)
-        if reach:
-            members[options.role(True, reach, len(row))].append(index)
-    groups = {role: group_rows([rows[i] for i in where]) for role, where in members.items()}
+    found = list(group_rows(zip(*sets.grads, strict=True)).values())
+    roles = [options.role(True, reach, len(sets.grads)) for (reach, _), _ in found]
+    by_role: dict[Role, list[Group]] = {}
+    for role, (group, _) in zip(roles, found, strict=True):
+        by_role.setdefault(role, []).append(group)
     with torch.no_grad():
-        by_role = {role: [group for group, _ in found.values()] for role, found in groups.items() if found}
         options = replace(options, loss_scale=loss_scale)
         record, applied = solve_sets(sets, by_role, source, options)
         record = replace(record, names=sets.names)
@@ -103,16 +100,15 @@ def backward(
         if loss_scale is not None:
             table = table * loss_scale.to(table.device)  # `.grad` stays scaled, as the optimizer's scaler expects it
             in_place_of_skipped = torch.where(record.norm.isfinite(), 0.0, torch.nan)
-        for role, found in groups.items():
-            for (reach, lists), where in found.values():
-                device = lists[0][0].device
-                chosen = of_reach(table[role].to(device), reach)
-                values = backends.select(device).combine(lists, chosen, lists[0])
-                for i, value in zip(where, values, strict=True):
-                    if loss_scale is not None or record.skipped.device.type != "cpu":
-                        value = torch.where(record.skipped.to(device), in_place_of_skipped.to(value), value)
-                    p = params[members[role][i]]
-                    p.grad = value if p.grad is None else p.grad.add_(value)
+        for role, ((reach, lists), where) in zip(roles, found, strict=True):
+            device = lists[0][0].device
+            chosen = of_reach(table[role].to(device), reach)
+            values = backends.select(device).combine(lists, chosen, lists[0])
+            for t, value in zip(where, values, strict=True):
+                if loss_scale is not None or record.skipped.device.type != "cpu":
+                    value = torch.where(record.skipped.to(device), in_place_of_skipped.to(value), value)
+                p = params[t]
+                p.grad = value if p.grad is None else p.grad.add_(value)
     return record
 
 

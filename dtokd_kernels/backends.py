@@ -1,7 +1,6 @@
 """Which implementation of the operations runs, and why.
 
-A backend is a module with the functions of `reference`: gram, min_norm_weights, balance, combine, adamw_step,
-sgd_step. Choosing one is the only thing decided here.
+A backend is a module with the functions of `Implementation`. Choosing one is the only thing decided here.
 """
 
 from __future__ import annotations
@@ -10,14 +9,56 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from . import cuda, native, reference
+from .types import Balance, Options, Update
+
+
+class Implementation(Protocol):
+    """What a backend's module has: functions with the names and meanings of those in `reference`.
+
+    It may also have
+
+        gram_balance(groups, losses, options) -> Balance: `gram` of all roles and `balance` at once;
+        run_step(updates, losses, options) -> Balance | None: a whole step at once; None, with nothing changed, where
+            it does not fit;
+
+    and solvers of weightings (`solvers`) by their names.
+    """
+
+    def gram(self, grads: Sequence[Sequence[Tensor]], /) -> Tensor:
+        """[K, K] of K lists without None, of one dtype and device."""
+
+    def min_norm_weights(self, gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
+        """[K] from [K, K]."""
+
+    def balance(
+        self,
+        gram: Tensor,
+        losses: Tensor,
+        options: Options,
+        private_gram: Tensor | None = None,
+        plain_gram: Tensor | None = None,
+    ) -> Balance:
+        """From the Gram matrices of the three roles to coefficients."""
+
+    def combine(
+        self, grads: Sequence[Sequence[Tensor]], coefficients: Tensor, out: Sequence[Tensor] | None = None, /
+    ) -> list[Tensor]:
+        """The combination of K lists as for `gram`."""
+
+    def run_updates(self, updates: Sequence[Update], table: Tensor, skipped: Tensor) -> None:
+        """Updates on one device, in the order in which memory should be walked."""
+
+    def measure_and_update(self, updates: Sequence[Update], table: Tensor, skipped: Tensor) -> Tensor:
+        """The same, and [3, K, K] of their gradients."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +72,7 @@ class Backend:
         automatic: used without being asked for. (Interpreted kernels are not.)
     """
 
-    module: Callable[[], ModuleType]
+    module: Callable[[], Implementation]
     device: str | None
     missing: Callable[[], str | None]
     automatic: bool = True
@@ -50,7 +91,7 @@ def _missing_triton() -> str | None:
     return None
 
 
-def _triton() -> ModuleType:
+def _triton() -> Implementation:
     from . import triton  # triton itself is imported only when it is used
 
     return triton
@@ -128,7 +169,7 @@ def requested(preferred: str | None = None) -> str | None:
     return name or None
 
 
-def select(device: torch.device, preferred: str | None = None) -> ModuleType:
+def select(device: torch.device, preferred: str | None = None) -> Implementation:
     """The implementation for tensors on `device`.
 
     Args:

@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .types import Options, Private, Rescale, Weighting
+from .types import GradientList, Options, Private, Rescale, Weighting
 from .weighting import DTO
-
-GradientList = Sequence[Tensor | None]
 
 
 def check_options(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from . import fused, native, reference
-from .types import Balance, Group, Options, Rescale, Role, Update, Weighting
+from . import fakes, fused, native, reference
+from .types import Balance, Group, Options, Role, Update
 from .weighting import DTO
 
 RESIDENT_PARAMETERS = 4096 * 4096  # kMaxWholeChunks tiles in csrc/cuda/plan.h: above, `run_step` need not ask
@@ -24,31 +24,10 @@ RESIDENT_PARAMETERS = 4096 * 4096  # kMaxWholeChunks tiles in csrc/cuda/plan.h: 
 OPS: Any = torch.ops.dtokd_cuda
 
 
-def register_fakes(namespace: str) -> None:
-    """What the operations of a namespace return, for torch.compile and opcheck: shapes without values."""
-    fused.register_gram_fakes(namespace)
-
-    @torch.library.register_fake(f"{namespace}::balance_by_role")
-    def balance_fake(grams: Tensor, losses: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-        return fused.new_record(grams, len(losses))
-
-    @torch.library.register_fake(f"{namespace}::min_norm_weights")
-    def min_norm_weights_fake(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
-        return gram.new_empty(len(gram), dtype=torch.float64)
-
-    @torch.library.register_fake(f"{namespace}::resident_adamw_")
-    def resident_fake(params: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        K = len(args[7])
-        return params[0].new_empty(len(Role), K, K, dtype=torch.float64), *fused.new_record(params[0], K)
-
-    fused.register_writing_fakes(namespace, "combine_", "adamw_updates_", "sgd_updates_")
-    fused.register_measuring_fakes(namespace, "gram_adamw_updates_", "gram_sgd_updates_")
-
-
 def _load() -> str | None:
     reason = native.missing or native.load("_cuda", "nvcc")
     if reason is None:
-        register_fakes("dtokd_cuda")
+        fakes.register("dtokd_cuda")
     return reason
 
 
@@ -71,40 +50,26 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
 def balance(
     gram: Tensor,
     losses: Tensor,
-    weighting: Weighting,
-    *,
-    max_norm: float | None = None,
-    rescale: Rescale = "none",
-    loss_floor: float = 1e-8,
+    options: Options,
     private_gram: Tensor | None = None,
     plain_gram: Tensor | None = None,
 ) -> Balance:
     """`reference.balance`, in one launch after the weighting, if that is another than `DTO`."""
     zeros = torch.zeros_like(gram, dtype=torch.float64)
-    grams = torch.stack(
-        [zeros if g is None else g.to(gram.device, torch.float64) for g in (gram, private_gram, plain_gram)]
-    )
-    return _balance(grams, losses, weighting, max_norm, rescale, loss_floor)
+    grams = [zeros if g is None else g.to(gram.device, torch.float64) for g in (gram, private_gram, plain_gram)]
+    return _balance(torch.stack(grams), losses, options)
 
 
-def gram_balance(
-    groups: Mapping[Role, Sequence[Group]],
-    losses: Tensor,
-    weighting: Weighting,
-    *,
-    max_norm: float | None = None,
-    rescale: Rescale = "none",
-    loss_floor: float = 1e-8,
-) -> Balance:
+def gram_balance(groups: Mapping[Role, Sequence[Group]], losses: Tensor, options: Options) -> Balance:
     """Gram matrices of all roles and the `Balance` that follows: one launch, if the weighting is `DTO`."""
     K = len(losses)
-    if type(weighting) is not DTO:
-        return _balance(_grams(groups, K), losses, weighting, max_norm, rescale, loss_floor)
+    if type(options.weighting) is not DTO:
+        return _balance(_grams(groups, K), losses, options)
     call = fused.Groups.by_role(groups)
     losses = losses.to(call.device, torch.float64).contiguous()
-    options = fused.balance_options(weighting, max_norm, rescale, loss_floor)
+    numbers = fused.balance_options(options)
     grams, values, flags = call.run(
-        lambda grads, *shape: OPS.gram_balance.default(grads, *shape, K, losses, *options, fused.tickets(call.device))
+        lambda grads, *shape: OPS.gram_balance.default(grads, *shape, K, losses, *numbers, fused.tickets(call.device))
     )
     return fused.record(grams[Role.SHARED], values, flags)
 
@@ -113,35 +78,8 @@ def combine(
     grads: Sequence[Sequence[Tensor]], coefficients: Tensor, out: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """`reference.combine` for lists without None, of one dtype."""
-    targets = [torch.empty_like(g) for g in grads[0]] if out is None else list(out)
-    coefficients = coefficients.to(targets[0].device, torch.float64).contiguous()
-
-    def run(flat: list[Tensor]) -> None:
-        OPS.combine_.default(targets, flat, coefficients)
-
-    if not fused.run_fitting(run, grads, [targets]):
-        return reference.combine(grads, coefficients, targets)
-    return targets
-
-
-def adamw_step(*args: Any, **options: Any) -> None:
-    """`reference.adamw_step` for tensors of one dtype."""
-    run_updates(*fused.adamw_update(*args, **options))
-
-
-def sgd_step(*args: Any, **options: Any) -> None:
-    """`reference.sgd_step` for tensors of one dtype."""
-    run_updates(*fused.sgd_update(*args, **options))
-
-
-def gram_adamw_step(*args: Any, **options: Any) -> Tensor:
-    """`reference.gram_adamw_step` for tensors of one dtype."""
-    return measure_and_update(*fused.adamw_update(*args, **options))[Role.SHARED]
-
-
-def gram_sgd_step(*args: Any, **options: Any) -> Tensor:
-    """`reference.gram_sgd_step` for tensors of one dtype."""
-    return measure_and_update(*fused.sgd_update(*args, **options))[Role.SHARED]
+    coefficients = coefficients.to(grads[0][0].device, torch.float64).contiguous()
+    return fused.combine(OPS.combine_.default, grads, coefficients, out)
 
 
 def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> None:
@@ -152,19 +90,12 @@ def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> No
         table: [3, K] float64, a `Balance`'s.
         skipped: scalar bool.
     """
-    for same in _by_rule(updates):
-        for update in fused.unfit_updates(same, lambda some: _run(some, table, skipped)):
-            update.run(reference, table, skipped)
+    fused.run_updates(_by_rule(updates), lambda some: _run(some, table, skipped), table, skipped)
 
 
 def measure_and_update(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> Tensor:
     """The same, and the Gram matrices [3, K, K] of the gradients from the same launches."""
-    K = table.shape[1]
-    total = torch.zeros(len(Role), K, K, dtype=torch.float64, device=table.device)
-    for same in _by_rule(updates):
-        for update in fused.unfit_updates(same, lambda some: total.add_(_run(some, table, skipped, "gram_"))):
-            update.run_measured(reference, table, skipped, total)
-    return total
+    return fused.measure_and_update(_by_rule(updates), lambda some: _run(some, table, skipped, "gram_"), table, skipped)
 
 
 def _by_rule(updates: Sequence[Update]) -> list[list[Update]]:
@@ -194,7 +125,7 @@ def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Bal
     in_order = list(reversed(updates))
     call = _Call("adamw_step", in_order)
     losses = losses.to(call.device, torch.float64).contiguous()
-    numbers = fused.balance_options(options.weighting, options.max_norm, options.rescale, options.loss_floor)
+    numbers = fused.balance_options(options)
     exp_avgs, exp_avg_sqs, _, steps, _ = call.state
     try:
         grams, values, flags = call.groups.run(
@@ -223,7 +154,6 @@ def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Bal
     return fused.record(grams[Role.SHARED], values, flags)
 
 
-_OPERATIONS = {"adamw_step": "adamw_updates_", "sgd_step": "sgd_updates_"}
 #: The lists of state of each rule, as its operation takes them.
 _STATE = {
     "adamw_step": ("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "state_steps", "masters"),
@@ -259,7 +189,7 @@ def _run(updates: Sequence[Update], table: Tensor, skipped: Tensor, prefix: str 
     rule = updates[0].rule
     call = _Call(rule, updates)
     table = table.to(torch.float64).contiguous()
-    operation = getattr(OPS, prefix + _OPERATIONS[rule]).default
+    operation = getattr(OPS, prefix + fused.OPERATIONS[rule]).default
     tickets = [fused.tickets(call.device)] if prefix or rule == "adamw_step" else []
 
     def run(grads: list[Tensor], *shape: list[int]) -> Any:
@@ -291,19 +221,11 @@ def _grams(groups: Mapping[Role, Sequence[Group]], K: int) -> Tensor:
     return call.run(lambda grads, *shape: OPS.gram_by_role.default(grads, *shape, K, fused.tickets(call.device)))
 
 
-def _balance(
-    grams: Tensor,
-    losses: Tensor,
-    weighting: Weighting,
-    max_norm: float | None,
-    rescale: Rescale,
-    loss_floor: float,
-) -> Balance:
+def _balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
     gram = grams[Role.SHARED]
     losses = losses.to(grams.device, torch.float64).contiguous()
     weights = None
-    if type(weighting) is not DTO:
-        weights = reference.weigh(weighting, gram, losses, loss_floor).contiguous()
-    options = fused.balance_options(weighting, max_norm, rescale, loss_floor)
-    values, flags = OPS.balance_by_role.default(grams, losses, weights, *options)
+    if type(options.weighting) is not DTO:
+        weights = reference.weigh(gram, losses, options).contiguous()
+    values, flags = OPS.balance_by_role.default(grams, losses, weights, *fused.balance_options(options))
     return fused.record(gram, values, flags)

@@ -7,14 +7,15 @@ or state go through the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .types import Balance, Group, Rescale, Role, Update, Weighting
+from . import reference
+from .types import Balance, Group, Options, Role, Update
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -22,81 +23,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 UNFIT = "dtokd: unfit"
 
 TICKETS = 4  # kTickets in csrc/cuda/launch.h
-
-
-def register_fakes(namespace: str) -> None:
-    """What the operations of a namespace return, for torch.compile and opcheck: shapes without values."""
-
-    @torch.library.register_fake(f"{namespace}::min_norm_weights")
-    def min_norm_weights_fake(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
-        return gram.new_empty(len(gram), dtype=torch.float64)
-
-    @torch.library.register_fake(f"{namespace}::balance")
-    def balance_fake(gram: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-        return new_record(gram, len(gram))
-
-    register_writing_fakes(namespace, "combine_")
-
-
-def register_writing_fakes(namespace: str, *names: str) -> None:
-    """The same for operations that return nothing."""
-    for name in names:
-        torch.library.register_fake(f"{namespace}::{name}", lambda *args, **kwargs: None)
-
-
-def register_measuring_fakes(namespace: str, *names: str) -> None:
-    """The same for updates of parameter groups that return the Gram matrices by role, of a size that `table` has."""
-    for name in names:
-        schema = getattr(getattr(torch.ops, namespace), name).default._schema
-        place = [argument.name for argument in schema.arguments].index("table")
-
-        def fake(*args: Any, place: int = place) -> Tensor:
-            table = args[place]
-            return table.new_empty(len(Role), table.shape[1], table.shape[1])
-
-        torch.library.register_fake(f"{namespace}::{name}", fake)
-
-
-def register_gram_fakes(namespace: str) -> None:
-    """The same for Gram matrices by role, alone and with their balance."""
-
-    @torch.library.register_fake(f"{namespace}::gram_by_role")
-    def gram_fake(
-        grads: list[Tensor], counts: list[int], roles: list[int], reaches: list[int], K: int, *args: object
-    ) -> Tensor:
-        return grads[0].new_empty(len(Role), K, K, dtype=torch.float64)
-
-    @torch.library.register_fake(f"{namespace}::gram_balance")
-    def gram_balance_fake(
-        grads: list[Tensor], counts: list[int], roles: list[int], reaches: list[int], K: int, *args: object
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return grads[0].new_empty(len(Role), K, K, dtype=torch.float64), *new_record(grads[0], K)
-
-
-def new_record(like: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """Room for the two tensors that `record` unpacks."""
-    return like.new_empty(values_size(K), dtype=torch.float64), like.new_empty(2, dtype=torch.bool)
-
-
-def register_gram_step_fakes(namespace: str) -> None:
-    """The same for the Gram matrix of one group, and updates that also return it."""
-
-    @torch.library.register_fake(f"{namespace}::gram")
-    def gram_fake(grads: list[Tensor], K: int) -> Tensor:
-        return grads[0].new_empty(K, K, dtype=torch.float64)
-
-    def products(coefficients: Tensor) -> Tensor:
-        return coefficients.new_empty(len(coefficients), len(coefficients))
-
-    # coefficients come after the lists of tensors: five beside the parameters for AdamW, two for SGD
-    torch.library.register_fake(f"{namespace}::gram_adamw_step_", lambda *args, **kwargs: products(args[6]))
-    torch.library.register_fake(f"{namespace}::gram_sgd_step_", lambda *args, **kwargs: products(args[3]))
-
-
-def register_solver_fakes(namespace: str) -> None:
-    """The same for solvers of weightings: from [K, K] to [K]."""
-    for name in ("dual_cone_weights", "cagrad_weights", "nash_weights", "pcgrad_weights"):
-        torch.library.register_fake(f"{namespace}::{name}", lambda gram, *args: gram.new_empty(len(gram)))
 
 
 def values_size(K: int) -> int:
@@ -137,13 +63,11 @@ def tickets(device: torch.device) -> Tensor:
     return _tickets[key]
 
 
-def balance_options(
-    weighting: Weighting, max_norm: float | None, rescale: Rescale, loss_floor: float
-) -> tuple[bool, bool, bool, float, float]:
+def balance_options(options: Options) -> tuple[bool, bool, bool, float, float]:
     """The options of a balance as the operations take them, of a weighting that is `DTO` or weighed already."""
-    logarithmic = getattr(weighting, "log_gradients", True)
-    clamp = getattr(weighting, "clamp", True)
-    return logarithmic, clamp, rescale == "sum", 0.0 if max_norm is None else max_norm, loss_floor
+    clamp = getattr(options.weighting, "clamp", True)
+    max_norm = 0.0 if options.max_norm is None else options.max_norm
+    return options.log_gradients, clamp, options.rescale == "sum", max_norm, options.loss_floor
 
 
 class Groups:
@@ -180,71 +104,36 @@ class Groups:
         return operation(grads, *self._shape)
 
 
-#: What `run_updates` takes: updates, the table of coefficients [3, K], skipped.
-Updates = tuple[list[Update], Tensor, Tensor]
+#: The operations of each rule for several parameter groups.
+OPERATIONS = {"adamw_step": "adamw_updates_", "sgd_step": "sgd_updates_"}
 
 
-def adamw_update(
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    coefficients: Tensor,
-    skipped: Tensor,
-    *,
-    masters: Sequence[Tensor] = (),
-    **options: Any,
-) -> Updates:
-    """The arguments of `reference.adamw_step` as a backend's `run_updates` takes them."""
-    state = {
-        "exp_avgs": list(exp_avgs),
-        "exp_avg_sqs": list(exp_avg_sqs),
-        "max_exp_avg_sqs": list(max_exp_avg_sqs),
-        "state_steps": list(state_steps),
-        "masters": list(masters),
-    }
-    return _one_update("adamw_step", params, grads, state, coefficients, skipped, options)
+def run_updates(
+    parts: Iterable[list[Update]], run: Callable[[list[Update]], object], table: Tensor, skipped: Tensor
+) -> None:
+    """run(part) for updates that share a call of an operation; those that fit none go through the reference."""
+    unfit = [update for part in parts for update in _unfit(part, run)]
+    reference.run_updates(unfit, table, skipped)
 
 
-def sgd_update(
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    momentum_buffers: Sequence[Tensor],
-    coefficients: Tensor,
-    skipped: Tensor,
-    *,
-    masters: Sequence[Tensor] = (),
-    **options: Any,
-) -> Updates:
-    """The arguments of `reference.sgd_step`, the same way."""
-    state = {"momentum_buffers": list(momentum_buffers), "masters": list(masters)}
-    return _one_update("sgd_step", params, grads, state, coefficients, skipped, options)
+def measure_and_update(
+    parts: Iterable[list[Update]], run: Callable[[list[Update]], Tensor], table: Tensor, skipped: Tensor
+) -> Tensor:
+    """The same with an operation that returns the Gram matrices [3, K, K]; their sum over all updates."""
+    K = table.shape[1]
+    total = torch.zeros(len(Role), K, K, dtype=torch.float64, device=table.device)
+    unfit = [update for part in parts for update in _unfit(part, lambda some: total.add_(run(some)))]
+    return total.add_(reference.measure_and_update(unfit, table, skipped)) if unfit else total
 
 
-def _one_update(
-    rule: Any,
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    state: dict[str, list[Tensor]],
-    coefficients: Tensor,
-    skipped: Tensor,
-    options: dict[str, Any],
-) -> Updates:
-    lists = [list(row) for row in grads]
-    update = Update(rule, Role.SHARED, tuple(range(len(grads))), list(params), lists, state, options)
-    return [update], coefficients.expand(len(Role), -1), skipped
-
-
-def unfit_updates(updates: list[Update], run: Callable[[list[Update]], object]) -> list[Update]:
+def _unfit(updates: list[Update], run: Callable[[list[Update]], object]) -> list[Update]:
     """run(updates), or, if some tensor fits no kernel, run([update]) for each; those that do not fit even so."""
     try:
         run(updates)
     except RuntimeError as error:
         if not is_unfit(error):
             raise
-        return updates if len(updates) == 1 else [u for update in updates for u in unfit_updates([update], run)]
+        return updates if len(updates) == 1 else [u for update in updates for u in _unfit([update], run)]
     return []
 
 
@@ -255,26 +144,38 @@ def has_betas_on_device(updates: Sequence[Update]) -> bool:
 
 
 def run_fitting(
-    run: Callable[[list[Tensor]], None], grads: Sequence[Sequence[Tensor]], written: Sequence[Sequence[Tensor]]
-) -> bool:
-    """Run a kernel that writes to `written`; False, with nothing changed, if those tensors do not fit it.
+    run: Callable[[list[Tensor]], Any], grads: Sequence[Sequence[Tensor]], written: Sequence[Sequence[Tensor]]
+) -> Any:
+    """Run an operation that writes to `written`; what it returns.
 
-    The operation itself checks whether all tensors fit, as that costs least there; gradients that do not are copied.
+    It checks by itself whether all tensors fit, as that costs least there; gradients that do not are copied.
+
+    Raises:
+        RuntimeError: `UNFIT`, with nothing changed: those that it writes to do not.
     """
     try:
-        run(flat(grads))
+        result = run(flat(grads))
     except RuntimeError as error:
         if not is_unfit(error):
             raise
-        try:
-            run(flat(laid_out(grads, written[0])))
-        except RuntimeError as again:
-            if not is_unfit(again):
-                raise
-            return False
+        result = run(flat(laid_out(grads, written[0])))
     for tensors in written:
         increment_version(tensors)
-    return True
+    return result
+
+
+def combine(
+    operation: Any, grads: Sequence[Sequence[Tensor]], coefficients: Tensor, out: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """`reference.combine` by operation(out, flat grads, coefficients)."""
+    targets = [torch.empty_like(g) for g in grads[0]] if out is None else list(out)
+    try:
+        run_fitting(lambda flat: operation(targets, flat, coefficients), grads, [targets])
+    except RuntimeError as error:
+        if not is_unfit(error):
+            raise
+        return reference.combine(grads, coefficients, targets)
+    return targets
 
 
 def is_unfit(error: RuntimeError) -> bool:

@@ -132,7 +132,7 @@ class GradientSets:
             chosen = None if features is None else [features] if isinstance(features, Tensor) else list(features)
             unclipped = replace(options, max_norm=None)  # the sum's norm is known when its gradient is
             with torch.no_grad():
-                record = source.weigh(Call(op, names, values, current, params, chosen), options.weighting, unclipped)
+                record = source.weigh(Call(op, names, values, current, params, chosen), unclipped)
             coefficients = [
                 c.to(v.device, v.dtype).reshape(v.shape) for c, v in zip(record.coefficients, values, strict=True)
             ]

@@ -6,7 +6,7 @@ The functions here have the names and meanings of those in `reference`; `fused` 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused, reference
+from . import fakes, fused, reference
 from .solvers import solved_by
-from .types import Balance, Rescale, Weighting
+from .types import Balance, Options, Role, Update, spread
 from .weighting import DTO
 from .weighting._random import signed
 
@@ -42,10 +42,7 @@ def load(name: str, needs: str) -> str | None:
 #: Why the extension cannot be used, or None.
 missing: str | None = load("_C", "C++ compiler")
 if missing is None:
-    fused.register_fakes("dtokd")
-    fused.register_gram_step_fakes("dtokd")
-    fused.register_writing_fakes("dtokd", "adamw_step_", "sgd_step_")
-    fused.register_solver_fakes("dtokd")
+    fakes.register("dtokd")
 
 
 def instructions() -> str:
@@ -95,11 +92,7 @@ def pcgrad_weights(gram: Tensor, step: Tensor, seed: int) -> Tensor:
 def balance(
     gram: Tensor,
     losses: Tensor,
-    weighting: Weighting,
-    *,
-    max_norm: float | None = None,
-    rescale: Rescale = "none",
-    loss_floor: float = 1e-8,
+    options: Options,
     private_gram: Tensor | None = None,
     plain_gram: Tensor | None = None,
 ) -> Balance:
@@ -107,17 +100,11 @@ def balance(
     gram = gram.double().contiguous()
     losses = losses.to(torch.float64).contiguous()
     weights = None
-    if type(weighting) is not DTO:
+    if type(options.weighting) is not DTO:
         with solved_by(sys.modules[__name__]):
-            weights = reference.weigh(weighting, gram, losses, loss_floor).contiguous()
-    values, flags = torch.ops.dtokd.balance.default(
-        gram,
-        private_gram,
-        plain_gram,
-        losses,
-        weights,
-        *fused.balance_options(weighting, max_norm, rescale, loss_floor),
-    )
+            weights = reference.weigh(gram, losses, options).contiguous()
+    numbers = fused.balance_options(options)
+    values, flags = torch.ops.dtokd.balance.default(gram, private_gram, plain_gram, losses, weights, *numbers)
     return fused.record(gram, values, flags)
 
 
@@ -125,126 +112,43 @@ def combine(
     grads: Sequence[Sequence[Tensor]], coefficients: Tensor, out: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """`reference.combine` for lists without None, of one dtype."""
-    targets = [torch.empty_like(g) for g in grads[0]] if out is None else list(out)
-
-    def run(flat: list[Tensor]) -> None:
-        torch.ops.dtokd.combine_.default(targets, flat, coefficients)
-
-    if not fused.run_fitting(run, grads, [targets]):
-        return reference.combine(grads, coefficients, targets)
-    return targets
+    return fused.combine(torch.ops.dtokd.combine_.default, grads, coefficients, out)
 
 
-def adamw_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> None:
-    """`reference.adamw_step` for tensors of one dtype."""
-    _adamw("adamw_step", params, grads, *args, **options)
+def run_updates(updates: Iterable[Update], table: Tensor, skipped: Tensor) -> None:
+    """`reference.run_updates`."""
+    each = [[update] for update in updates]
+    fused.run_updates(each, lambda one: _run(one[0], table, skipped), table, skipped)
 
 
-def gram_adamw_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> Tensor:
-    """`reference.gram_adamw_step` for tensors of one dtype: one pass over the gradients."""
-    return _adamw("gram_adamw_step", params, grads, *args, **options)  # type: ignore[return-value]
+def measure_and_update(updates: Iterable[Update], table: Tensor, skipped: Tensor) -> Tensor:
+    """`reference.measure_and_update`: one pass over the gradients."""
+    each = [[update] for update in updates]
+    return fused.measure_and_update(each, lambda one: _run(one[0], table, skipped, "gram_"), table, skipped)
 
 
-def _adamw(
-    name: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    coefficients: Tensor,
-    skipped: Tensor,
-    *,
-    lr: float | Tensor,
-    beta1: float | Tensor,
-    beta2: float | Tensor,
-    weight_decay: float,
-    eps: float,
-    amsgrad: bool,
-    maximize: bool,
-    masters: Sequence[Tensor] = (),
-) -> Tensor | None:
-    products: Tensor | None = None
+def _run(update: Update, table: Tensor, skipped: Tensor, prefix: str = "") -> Any:
+    """Run an update by its rule's operation, or the one with this prefix, which returns the Gram matrices by role.
 
-    def run(flat: list[Tensor]) -> None:
-        nonlocal products
-        products = getattr(torch.ops.dtokd, f"{name}_").default(
-            params,
-            flat,
-            exp_avgs,
-            exp_avg_sqs,
-            max_exp_avg_sqs,
-            state_steps,
-            coefficients,
-            skipped,
-            lr=float(lr),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            weight_decay=weight_decay,
-            eps=eps,
-            maximize=maximize,
-        )
-
-    state = [params, exp_avgs, exp_avg_sqs, max_exp_avg_sqs] if amsgrad else [params, exp_avgs, exp_avg_sqs]
-    if masters or not fused.run_fitting(run, grads, state):
-        return getattr(reference, name)(
-            params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, coefficients, skipped, lr=lr,
-            beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=amsgrad, maximize=maximize,
-            masters=masters,
-        )  # fmt: skip
-    return products
-
-
-def sgd_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> None:
-    """`reference.sgd_step` for tensors of one dtype."""
-    _sgd("sgd_step", params, grads, *args, **options)
-
-
-def gram_sgd_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> Tensor:
-    """`reference.gram_sgd_step` for tensors of one dtype: one pass over the gradients."""
-    return _sgd("gram_sgd_step", params, grads, *args, **options)  # type: ignore[return-value]
-
-
-def _sgd(
-    name: str,
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    momentum_buffers: Sequence[Tensor],
-    coefficients: Tensor,
-    skipped: Tensor,
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
-    masters: Sequence[Tensor] = (),
-) -> Tensor | None:
-    products: Tensor | None = None
-
-    def run(flat: list[Tensor]) -> None:
-        nonlocal products
-        products = getattr(torch.ops.dtokd, f"{name}_").default(
-            params,
-            flat,
-            momentum_buffers,
-            coefficients,
-            skipped,
-            lr=float(lr),
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-            maximize=maximize,
-            first=first,
-        )
-
-    if masters or not fused.run_fitting(run, grads, [params, momentum_buffers] if momentum != 0 else [params]):
-        return getattr(reference, name)(
-            params, grads, momentum_buffers, coefficients, skipped, lr=lr, momentum=momentum, dampening=dampening,
-            weight_decay=weight_decay, nesterov=nesterov, maximize=maximize, first=first, masters=masters,
-        )  # fmt: skip
-    return products
+    Raises:
+        RuntimeError: `fused.UNFIT`, with nothing changed: some tensor fits no kernel.
+    """
+    if update.state.get("masters"):
+        raise RuntimeError(f"{fused.UNFIT}: master copies")
+    operation = getattr(torch.ops.dtokd, f"{prefix}{update.rule}_").default
+    state = {name: values for name, values in update.state.items() if name != "masters"}
+    coefficients = update.coefficients(table)
+    numbers = {name: value for name, value in update.options.items() if name != "amsgrad"}
+    numbers |= {name: float(value) for name, value in numbers.items() if isinstance(value, Tensor)}
+    written = [update.params, *(values for name, values in state.items() if name != "state_steps")]
+    products = fused.run_fitting(
+        lambda grads: operation(update.params, grads, **state, coefficients=coefficients, skipped=skipped, **numbers),
+        update.grads,
+        written,
+    )
+    if products is None:
+        return None
+    K = table.shape[1]
+    grams = table.new_zeros(len(Role), K, K)
+    grams[update.role] = spread(products, update.reach, K)
+    return grams

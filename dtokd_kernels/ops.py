@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import GradientList, check_gram, check_lists, check_options, check_out
-from .types import Balance, Group, Options, Rescale, Role, Update, Weighting, of_reach, spread
+from .checks import check_gram, check_lists, check_options, check_out
+from .types import Balance, GradientList, Group, Options, Rescale, Role, Update, Weighting, of_reach, spread
 
 
 def gram(grads: Sequence[GradientList], *, backend: str | None = None) -> Tensor:
@@ -59,7 +59,7 @@ def gram_of_groups(groups: Iterable[Group], K: int, backend: str | None = None) 
     return total
 
 
-def solve(groups: Mapping[Role, Sequence[Group]], losses: Tensor, weighting: Weighting, options: Options) -> Balance:
+def solve(groups: Mapping[Role, Sequence[Group]], losses: Tensor, options: Options) -> Balance:
     """Gram matrices and balance of groups of tensors, unchecked: the optimizers' way into `gram` and `balance`.
 
     A backend with a function `gram_balance` takes both at once, if all tensors are on one device.
@@ -67,25 +67,17 @@ def solve(groups: Mapping[Role, Sequence[Group]], losses: Tensor, weighting: Wei
     Args:
         groups: the gradients by role.
         losses: [K].
-        weighting: in place of `options.weighting`.
-        options: the others.
+        options: of the balance.
     """
     devices = {lists[0][0].device for same_role in groups.values() for _, lists in same_role}
     module = backends.select(next(iter(devices), losses.device), options.backend)
     sharded = options.ranks is not None and options.ranks.shards
     if len(devices) == 1 and options.loss_scale is None and not sharded and hasattr(module, "gram_balance"):
-        return module.gram_balance(
-            groups,
-            losses,
-            weighting,
-            max_norm=options.max_norm,
-            rescale=options.rescale,
-            loss_floor=options.loss_floor,
-        )
+        return module.gram_balance(groups, losses, options)
     grams = grams_by_role(groups, len(losses), options.backend)
     if options.ranks is not None:
         grams, losses = options.ranks.total(grams, losses)
-    return balance_grams(grams, losses, weighting, options)
+    return balance_grams(grams, losses, options)
 
 
 def grams_by_role(groups: Mapping[Role, Sequence[Group]], K: int, backend: str | None) -> dict[Role, Tensor]:
@@ -99,7 +91,7 @@ def unscaled(grams: Mapping[Role, Tensor], losses: Tensor, loss_scale: Tensor) -
     return without, losses / loss_scale.to(losses.device)
 
 
-def balance_grams(grams: Mapping[Role, Tensor], losses: Tensor, weighting: Weighting, options: Options) -> Balance:
+def balance_grams(grams: Mapping[Role, Tensor], losses: Tensor, options: Options) -> Balance:
     """The balance of Gram matrices by role, unchecked; arguments as `solve`."""
     K = len(losses)
     if options.loss_scale is not None:
@@ -108,16 +100,8 @@ def balance_grams(grams: Mapping[Role, Tensor], losses: Tensor, weighting: Weigh
     shared = grams.get(Role.SHARED)
     if shared is None:
         shared = torch.zeros(K, K, dtype=torch.float64, device=device)
-    return backends.select(shared.device, options.backend).balance(
-        shared,
-        losses,
-        weighting,
-        max_norm=options.max_norm,
-        rescale=options.rescale,
-        loss_floor=options.loss_floor,
-        private_gram=grams.get(Role.PRIVATE),
-        plain_gram=grams.get(Role.PLAIN),
-    )
+    module = backends.select(shared.device, options.backend)
+    return module.balance(shared, losses, options, grams.get(Role.PRIVATE), grams.get(Role.PLAIN))
 
 
 def min_norm_weights(gram: Tensor, clamp: bool = True, *, present: Tensor | None = None) -> Tensor:
@@ -161,7 +145,7 @@ def balance(
 ) -> Balance:
     """From the Gram matrix of the raw gradients to what multiplies them.
 
-    Source: DTO-KD (ICLR 2026), Eq. 8-12; clipping and rescaling as in FAMO (NeurIPS 2023).
+    Source: DTO-KD (ICLR 2026), Eq. 8-12; rescaling as in FAMO (NeurIPS 2023), clipping as in torch.
 
     Args:
         gram: [K, K], of raw gradients (`gram`).
@@ -192,9 +176,7 @@ def balance(
         raise ValueError(f"balance: losses has shape {tuple(losses.shape)}, expected ({K},) as gram is {K} x {K}")
     options = check_options("balance", weighting, max_norm, rescale, loss_floor)
     with torch.no_grad():
-        return backends.select(gram.device).balance(
-            gram.detach(), losses.detach(), options.weighting, max_norm=max_norm, rescale=rescale, loss_floor=loss_floor
-        )
+        return backends.select(gram.device).balance(gram.detach(), losses.detach(), options)
 
 
 def combine(
@@ -269,15 +251,13 @@ def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Bal
     devices = {update.params[0].device for update in updates}
     if len(devices) != 1:
         return None
-    balance: Balance | None = backends.select(devices.pop(), options.backend).run_step(updates, losses, options)
+    module: Any = backends.select(devices.pop(), options.backend)
+    balance: Balance | None = module.run_step(updates, losses, options)
     return balance
 
 
 def run_updates(updates: Iterable[Update], balance: Balance, backend: str | None = None) -> None:
     """Update parameters and state in place, or change nothing where the balance says `skipped`.
-
-    A backend with a function `run_updates(updates, table, skipped)` takes all updates of a device at once, so that
-    they share launches; the others take them one by one.
 
     Args:
         updates: in the order in which memory should be walked.
@@ -287,19 +267,11 @@ def run_updates(updates: Iterable[Update], balance: Balance, backend: str | None
     Effects: no host sync.
     """
     for same, table, skipped in _by_device(updates, balance):
-        module = backends.select(table.device, backend)
-        if hasattr(module, "run_updates"):
-            module.run_updates(same, table, skipped)
-            continue
-        for update in same:
-            update.run(module, table, skipped)
+        backends.select(table.device, backend).run_updates(same, table, skipped)
 
 
 def measure_and_update(updates: Iterable[Update], balance: Balance, backend: str | None = None) -> Tensor:
     """`run_updates`, and the Gram matrices of the gradients that it reads, from the same pass over them.
-
-    A backend with a function `measure_and_update(updates, table, skipped)` takes all updates of a device at once; the
-    others take them one by one.
 
     Returns:
         [3, K, K] float64 on the balance's device, one matrix for each `Role`; also where nothing was updated.
@@ -307,12 +279,8 @@ def measure_and_update(updates: Iterable[Update], balance: Balance, backend: str
     K = balance.table.shape[1]
     total = torch.zeros(len(Role), K, K, dtype=torch.float64, device=balance.table.device)
     for same, table, skipped in _by_device(updates, balance):
-        module = backends.select(table.device, backend)
-        if hasattr(module, "measure_and_update"):
-            total += module.measure_and_update(same, table, skipped).to(total.device)
-            continue
-        for update in same:
-            update.run_measured(module, table, skipped, total)
+        grams = backends.select(table.device, backend).measure_and_update(same, table, skipped)
+        total += grams.to(total.device)
     return total
 
 

@@ -47,8 +47,6 @@ class Balanced(torch.optim.Optimizer):
     _source: Source
     #: torch's protocol: a GradScaler calls `step` with attributes `grad_scale` and `found_inf`, overflow or not
     _step_supports_amp_scaling = True
-    #: whether some backend has a `run_step` for this rule
-    _may_run_at_once = False
 
     def _set_options(
         self,
@@ -242,9 +240,7 @@ class Balanced(torch.optim.Optimizer):
         if ranks is not None and ranks.shards:
             lists = [[ranks.local(values) for values in grads] for grads in lists]
         options = self._options if loss_scale is None else replace(self._options, loss_scale=loss_scale)
-        record = self._run_at_once(buckets, lists, options)
-        if record is None:
-            record = self._solve_and_run(buckets, lists, options)
+        record = self._run(buckets, lists, options)
         self._versions.update({p: p._version for p in self._mastered})
         self._count(record.skipped)
         if self._scaled is not None:
@@ -432,20 +428,20 @@ class Balanced(torch.optim.Optimizer):
                 bucket.positions.append(position)
         return list(buckets.values())
 
-    def _run_at_once(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], options: Options) -> Balance | None:
-        """The step in one call of the backend, which some backends have for some; None, with nothing changed, else."""
-        if not (self._may_run_at_once and type(self._source) is Exact and buckets):
-            return None
-        if not runs_steps(buckets[0].params[0].device, options):
-            return None
-        assert self._sets.losses is not None
-        return run_step(self._all_updates(buckets, lists), self._sets.losses, options)
-
-    def _solve_and_run(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], options: Options) -> Balance:
+    def _run(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], options: Options) -> Balance:
+        """Solve and update: by one function of the backend, where it has one for such a step, else by two."""
+        updates: list[Update] | None = None
+        if type(self._source) is Exact and buckets and runs_steps(buckets[0].params[0].device, options):
+            assert self._sets.losses is not None
+            updates = self._all_updates(buckets, lists)
+            whole = run_step(updates, self._sets.losses, options)
+            if whole is not None:
+                return whole
         record, applied = solve_sets(self._sets, _by_role(buckets, lists), self._source, options)
         if _known_to_skip(record):
             return record
-        updates = self._all_updates(buckets, lists)
+        if updates is None:
+            updates = self._all_updates(buckets, lists)
         if self._sets.weighed is None:
             record = replace(self._source.run(updates, applied, options), table=record.table)
         else:
@@ -564,8 +560,6 @@ class DTOAdamW(Balanced, torch.optim.AdamW):  # noqa: D101
         torch.optim.AdamW.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable
         )
-
-    _may_run_at_once = True
 
     def _updates(self, bucket: _Bucket, grads: list[list[Tensor]]) -> list[Update]:
         group = bucket.group

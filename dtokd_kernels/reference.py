@@ -14,16 +14,14 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import debug
-from .types import Balance, Rescale, Weighting
-
-GradientList = Sequence[Tensor | None]
+from .types import Balance, GradientList, Options, Role, Update, Weighting, spread
 
 #: ||g_i - g_j||^2 below this share of ||g_i||^2 + ||g_j||^2 is rounding of the float64 Gram: the two are equal.
 EQUAL = 1e-13
@@ -157,11 +155,7 @@ def solve_systems(systems: Tensor, right: Tensor, smallest: Tensor | float) -> t
 def balance(
     gram: Tensor,
     losses: Tensor,
-    weighting: Weighting,
-    *,
-    max_norm: float | None = None,
-    rescale: Rescale = "none",
-    loss_floor: float = 1e-8,
+    options: Options,
     private_gram: Tensor | None = None,
     plain_gram: Tensor | None = None,
 ) -> Balance:
@@ -175,12 +169,11 @@ def balance(
     Args:
         gram: [K, K] float64, raw gradients of the balanced parameters.
         losses: [K] values of the objectives.
-        weighting: a callable from (Gram [K, K], losses [K]), or from the Gram alone, to weights [K]. Its
-            attribute `log_gradients` (default True) says whether it weighs log-gradients or raw ones (u = 1).
-        max_norm: clip the combined direction to this norm, as `torch.nn.utils.clip_grad_norm_` does.
-        rescale: "sum" divides the coefficients by the sum of their sizes, so that the direction stays and the step's
-            size is that of a weighted sum of the losses; "none" is the paper.
-        loss_floor: smallest loss divided by.
+        options: its weighting is a callable from (Gram [K, K], losses [K]), or from the Gram alone, to weights [K],
+            whose attribute `log_gradients` (default True) says whether it weighs log-gradients or raw ones (u = 1).
+            `max_norm` clips the combined direction to this norm, as `torch.nn.utils.clip_grad_norm_` does. `rescale`
+            "sum" divides the coefficients by the sum of their sizes, so that the direction stays and the step's size
+            is that of a weighted sum of the losses; "none" is the paper. `loss_floor` is the smallest loss divided by.
         private_gram: [K, K], over parameters that only some objectives reach; they take their own objectives'
             gradients at weight 1 (u_i with rescale "none").
         plain_gram: [K, K], over parameters outside the balance: they take the sum of the gradients.
@@ -194,29 +187,28 @@ def balance(
     private_gram = zeros if private_gram is None else private_gram.to(gram.device)
     plain_gram = zeros if plain_gram is None else plain_gram.to(gram.device)
     ones = torch.ones_like(losses)
-    logarithmic = getattr(weighting, "log_gradients", True)
-    scale = 1 / losses.clamp(min=loss_floor) if logarithmic else ones
+    scale = 1 / losses.clamp(min=options.loss_floor) if options.log_gradients else ones
 
     present = gram.diagonal() > 0
-    weights = weigh(weighting, gram, losses, loss_floor)
+    weights = weigh(gram, losses, options)
 
     coefficients = weights * scale
     private_coefficients = scale
-    if rescale == "sum":
+    if options.rescale == "sum":
         total = coefficients.abs().sum()  # some weightings give negative ones, whose sum may be as small as it likes
         coefficients = coefficients / torch.where(total > 0, total, 1.0)
         private_coefficients = ones
     table = torch.stack([coefficients, private_coefficients, ones])
     squares = [c @ G @ c for c, G in zip(table, (gram, private_gram, plain_gram), strict=True)]
     norm = (squares[0].clamp(min=0) + squares[1].clamp(min=0) + squares[2].clamp(min=0)).sqrt()
-    if max_norm is not None:
-        clip = (max_norm / (norm + 1e-6)).clamp(max=1)
+    if options.max_norm is not None:
+        clip = (options.max_norm / (norm + 1e-6)).clamp(max=1)
         table = table * clip
 
     everything = gram.diagonal() + private_gram.diagonal() + plain_gram.diagonal()
     skipped = ~(norm.isfinite() & everything.isfinite().all() & losses.isfinite().all() & weights.isfinite().all())
     skipped = skipped | (everything == 0).all()
-    if logarithmic:
+    if options.log_gradients:
         skipped = skipped | (losses <= 0).any()
     norms = gram.diagonal().sqrt()
     lengths = norms[:, None] * norms[None, :]
@@ -232,14 +224,15 @@ def balance(
     )
 
 
-def weigh(weighting: Weighting, gram: Tensor, losses: Tensor, loss_floor: float = 1e-8) -> Tensor:
-    """Weights [K] float64 of any weighting from the raw Gram matrix; 0 for an objective without a gradient.
+def weigh(gram: Tensor, losses: Tensor, options: Options) -> Tensor:
+    """Weights [K] float64 by any weighting from the raw Gram matrix; 0 for an objective without a gradient.
 
     Raises:
         ValueError: the weighting returned something else than a tensor [K].
     """
-    if getattr(weighting, "log_gradients", True) and getattr(weighting, "needs_gram", True):
-        scale = 1 / losses.clamp(min=loss_floor)
+    weighting = options.weighting
+    if options.log_gradients and options.needs_gram:
+        scale = 1 / losses.clamp(min=options.loss_floor)
         gram = scale[:, None] * gram * scale[None, :]
     arguments = [gram, losses] if takes_losses(weighting) else [gram]
     if not type(weighting).__module__.startswith(f"{__package__}."):
@@ -404,22 +397,33 @@ def _assign_parameter(p: Tensor, exact: Tensor, value: Tensor, skip: Tensor) -> 
         _assign(p, value, skip)
 
 
-def gram_adamw_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> Tensor:
-    """`adamw_step` with coefficients that are known beforehand, and the Gram matrix [K, K] of the same gradients.
-
-    Fused implementations read the gradients once for both. The update may be skipped, the matrix is there in any case.
-    """
-    products = gram(grads)
-    adamw_step(params, grads, *args, **options)
-    return products
-
-
-def gram_sgd_step(params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], *args: Any, **options: Any) -> Tensor:
-    """`sgd_step`, as `gram_adamw_step`."""
-    products = gram(grads)
-    sgd_step(params, grads, *args, **options)
-    return products
-
-
 def _assign(target: Tensor, value: Tensor, skip: Tensor) -> None:
     target.copy_(torch.where(skip, target, value.to(target.dtype)))
+
+
+def run_updates(updates: Iterable[Update], table: Tensor, skipped: Tensor) -> None:
+    """Carry out updates, in place.
+
+    Args:
+        updates: on one device.
+        table: [3, K] float64, a `Balance`'s, on that device.
+        skipped: scalar bool on that device: change nothing.
+    """
+    for update in updates:
+        step: Callable[..., None] = adamw_step if update.rule == "adamw_step" else sgd_step
+        coefficients = update.coefficients(table)
+        step(update.params, update.grads, **update.state, coefficients=coefficients, skipped=skipped, **update.options)
+
+
+def measure_and_update(updates: Iterable[Update], table: Tensor, skipped: Tensor) -> Tensor:
+    """The same with a table that is known beforehand, and the Gram matrices [3, K, K] of the gradients by `Role`.
+
+    Fused implementations read the gradients once for both. The updates may be skipped, the matrices are there in any
+    case.
+    """
+    K = table.shape[1]
+    grams = torch.zeros(len(Role), K, K, dtype=torch.float64, device=table.device)
+    for update in updates:
+        grams[update.role] += spread(gram(update.grads), update.reach, K)
+        run_updates([update], table, skipped)
+    return grams

@@ -11,18 +11,17 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from types import ModuleType
 from typing import ParamSpec
 
 from torch import Tensor
 
 _P = ParamSpec("_P")
 
-_backend: ContextVar[ModuleType | None] = ContextVar("dtokd_solvers", default=None)
+_backend: ContextVar[object] = ContextVar("dtokd_solvers", default=None)
 
 
 @contextlib.contextmanager
-def solved_by(backend: ModuleType) -> Iterator[None]:
+def solved_by(backend: object) -> Iterator[None]:
     """Let a backend solve what the weightings called in this block ask for, as far as it can."""
     token = _backend.set(backend)
     try:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,6 +15,8 @@ if TYPE_CHECKING:
 
 Rescale = Literal["none", "sum"]
 Private = Literal["own", "balanced"]
+#: A gradient: a tensor for each parameter, or None where the objective does not reach it.
+GradientList = Sequence[Tensor | None]
 #: (gram [K, K], losses [K]) -> weights [K], or gram [K, K] -> weights [K].
 Weighting = Callable[..., Any]
 #: Tensors that one kernel call can take: which objectives reach them, and a list for each of these.
@@ -34,10 +35,10 @@ class Options:
     """
 
     weighting: Weighting
-    max_norm: float | None
-    rescale: Rescale
-    private: Private
-    loss_floor: float
+    max_norm: float | None = None
+    rescale: Rescale = "none"
+    private: Private = "own"
+    loss_floor: float = 1e-8
     backend: str | None = None
     loss_scale: Tensor | None = None
     ranks: Ranks | None = None
@@ -46,6 +47,11 @@ class Options:
     def log_gradients(self) -> bool:
         """Whether the weighting weighs log-gradients."""
         return getattr(self.weighting, "log_gradients", True)
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether the weighting looks at the Gram matrix at all."""
+        return getattr(self.weighting, "needs_gram", True)
 
     @property
     def scale_free(self) -> bool:
@@ -152,30 +158,9 @@ class Update:
     state: dict[str, list[Tensor]]
     options: dict[str, Any]
 
-    def run(self, module: ModuleType, table: Tensor, skipped: Tensor) -> None:
-        """Carry it out with a backend's function.
-
-        Args:
-            module: the backend.
-            table: [3, K] float64, a `Balance`'s, on the parameters' device.
-            skipped: scalar bool, on the parameters' device.
-        """
-        self._call(getattr(module, self.rule), table, skipped)
-
-    def run_measured(self, module: ModuleType, table: Tensor, skipped: Tensor, grams: Tensor) -> None:
-        """The same with a function that also measures; adds to `grams` [3, K, K] on any device."""
-        part = self._call(getattr(module, f"gram_{self.rule}"), table, skipped)
-        grams[self.role] += spread(part, self.reach, grams.shape[-1]).to(grams.device)
-
-    def _call(self, function: Callable[..., Any], table: Tensor, skipped: Tensor) -> Any:
-        return function(
-            params=self.params,
-            grads=self.grads,
-            **self.state,
-            coefficients=of_reach(table[self.role], self.reach),
-            skipped=skipped,
-            **self.options,
-        )
+    def coefficients(self, table: Tensor) -> Tensor:
+        """[len(reach)], what multiplies its gradients, from the table [3, K] of a `Balance`."""
+        return of_reach(table[self.role], self.reach)
 
 
 def of_reach(coefficients: Tensor, reach: tuple[int, ...]) -> Tensor:

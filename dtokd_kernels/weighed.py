@@ -9,7 +9,7 @@ import torch
 
 from . import ops
 from .gradients import GradientSets
-from .sources.source import Given, Source
+from .sources.source import Gathered, Given, Source
 from .types import Balance, Group, Options, Role
 from .weighting.stateful import Stateful
 
@@ -20,7 +20,7 @@ def commit(sets: GradientSets, source: Source, options: Options, record: Balance
     weighting = options.weighting
     if not isinstance(weighting, Stateful):
         return
-    if sets.weighed is not None and weighting.asked and not getattr(weighting, "needs_gram", True):
+    if sets.weighed is not None and weighting.asked and not options.needs_gram:
         # its memory is of the whole batch, not of the last part, and of losses without a GradScaler's factor
         assert sets.losses is not None
         losses = sets.losses if options.loss_scale is None else sets.losses / options.loss_scale.to(sets.losses.device)
@@ -48,7 +48,7 @@ def solve_sets(
     assert sets.losses is not None
     scale = options.loss_scale
     if sets.weighed is None:
-        record = source.solve(groups, sets.names, sets.losses, sets.watch, options.weighting, options)
+        record = source.solve(Gathered(sets.names, sets.losses, groups, sets.watch), options)
         if scale is None:
             return record, record
         return record, replace(record, table=record.table / scale.to(record.table.device))
@@ -63,8 +63,8 @@ def solve_sets(
     # such directions do not shrink when a loss is divided by the number of its parts, so their sum is a mean
     parts = sets.calls if source.scale_free(options) else 1
     factor = torch.full((1,), 1 / parts, dtype=torch.float64, device=sets.losses.device)
-    plain = replace(options, rescale="none")
-    of_sum = ops.solve(groups, torch.ones_like(factor), Given(factor, log_gradients=False), plain)
+    plain = replace(options, weighting=Given(factor, log_gradients=False), rescale="none")
+    of_sum = ops.solve(groups, torch.ones_like(factor), plain)
     skipped = of_sum.skipped | record.skipped.to(of_sum.skipped.device)
     coefficients = record.coefficients * of_sum.coefficients.to(record.table.device)
     record = replace(record, table=coefficients.expand(len(Role), -1), norm=of_sum.norm, skipped=skipped)

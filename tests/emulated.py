@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from dtokd_kernels import backends, cuda, fused
+from dtokd_kernels import backends, cuda, fakes, fused
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-DDTOKD_EMULATION"]
@@ -44,7 +44,7 @@ def emulated_cuda(library: Path, device: str = "cpu") -> Iterator[None]:
     operations = torch.ops.dtokd_emulated
     if not hasattr(operations, "gram_by_role"):
         torch.ops.load_library(str(library))
-        cuda.register_fakes("dtokd_emulated")
+        fakes.register("dtokd_emulated")
     tickets = torch.zeros(fused.TICKETS, dtype=torch.int32, device=device)
     before = cuda.OPS, fused.tickets, backends._BACKENDS["cuda"]
     cuda.OPS, fused.tickets = operations, lambda device: tickets

@@ -97,8 +97,7 @@ def run_both(updates, table):
     others = [update_like(u) for u in updates]
     never = torch.tensor(False)
     cuda.run_updates(updates, table, never)
-    for other in others:
-        other.run(reference, table, never)
+    reference.run_updates(others, table, never)
     return copies(updates), copies(others)
 
 
@@ -161,10 +160,10 @@ def test_step_of_lag_is_one_update(ops):
 
 
 def test_step_in_one_launch_equals_two(ops):
-    options = Options(dk.weighting.DTO(), 1.0, "none", "own", 1e-8)
+    options = Options(dk.weighting.DTO(), max_norm=1.0)
     one, two = update(), update()
     record = cuda.run_step([one], LOSSES, options)
-    expected = cuda.gram_balance({Role.SHARED: [((0, 1), two.grads)]}, LOSSES, options.weighting, max_norm=1.0)
+    expected = cuda.gram_balance({Role.SHARED: [((0, 1), two.grads)]}, LOSSES, options)
     cuda.run_updates([two], expected.table, expected.skipped)
     assert record is not None
     assert torch.equal(record.table, expected.table)
@@ -174,7 +173,7 @@ def test_step_in_one_launch_equals_two(ops):
 @pytest.mark.parametrize("case", ["amsgrad", "weighting", "three objectives", "sgd", "large"])
 def test_step_that_does_not_fit_one_launch_changes_nothing(ops, case, monkeypatch):
     weighting = dk.weighting.LogSum() if case == "weighting" else dk.weighting.DTO()
-    options = Options(weighting, None, "none", "own", 1e-8)
+    options = Options(weighting)
     one = update("sgd_step") if case == "sgd" else update(amsgrad=case == "amsgrad")
     losses = torch.ones(3).double() if case == "three objectives" else LOSSES
     if case == "large":

@@ -194,14 +194,15 @@ def test_same_bits_as_the_emulation(emulated_library, K, dtype):
         """What every kernel leaves: in two launches, in one that measures, in the one for small models."""
         two, sgd = update(device), update(device, "sgd_step")
         groups, losses = {Role.SHARED: [(two.reach, two.grads)]}, loss.to(device)
-        record = cuda.gram_balance(groups, losses, dk.weighting.DTO(), max_norm=1.0)
+        options = Options(dk.weighting.DTO(), max_norm=1.0)
+        record = cuda.gram_balance(groups, losses, options)
         cuda.run_updates([two], record.table, record.skipped)
         cuda.run_updates([sgd], record.table, record.skipped)
         measured = [update(device), update(device, "sgd_step")]
         grams = [cuda.measure_and_update([u], record.table, record.skipped) for u in measured]
         combined = cuda.combine(two.grads, record.coefficients)
         one = update(device)
-        whole = cuda.run_step([one], losses, Options(dk.weighting.DTO(), 1.0, "none", "own", 1e-8))
+        whole = cuda.run_step([one], losses, options)
         if whole is not None:
             assert all(torch.equal(a, b) for a, b in zip(tensors([one]), tensors([two]), strict=True))
             assert torch.equal(whole.table, record.table)

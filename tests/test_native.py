@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dtokd_kernels import backends, native, reference
+from dtokd_kernels.types import Role, Update
 
 from .inputs import CHUNK
 
@@ -87,12 +88,20 @@ def test_steps_have_the_same_bits_for_any_number_of_threads(name):
     assert torch.equal(results[0], results[2])
 
 
+def run(backend, update, weights):
+    table = weights.expand(3, -1)
+    backend.run_updates([update], table, flag())
+
+
 def test_steps_bump_versions_so_that_autograd_notices():
-    args, kwargs = calls()["adamw_step_"]
-    params, grads, exp_avgs, exp_avg_sqs, _, steps, c, skipped = args
+    params, grads = tensors(2), [tensors(0), tensors(1)]
+    moments = {"exp_avgs": tensors(3), "exp_avg_sqs": tensors(4), "max_exp_avg_sqs": []}
+    state = moments | {"state_steps": [torch.tensor(3.0) for _ in SIZES]}
     versions = [p._version for p in params]
-    native.adamw_step(
-        params, [grads[:4], grads[4:]], exp_avgs, exp_avg_sqs, [], steps, c, skipped, amsgrad=False, **kwargs
+    run(
+        native,
+        Update("adamw_step", Role.SHARED, (0, 1), params, grads, state, ADAMW | {"amsgrad": False}),
+        coefficients(),
     )
     assert all(p._version > v for p, v in zip(params, versions, strict=True))
 
@@ -116,16 +125,19 @@ def layouts():
 @pytest.mark.parametrize("second", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("state", ["contiguous", "channels_last"])
 def test_layouts_that_differ_give_the_same_step(param, first, second, state):
-    def run(backend):
+    def after(backend):
         p, m, v = layouts()[param], layouts()[state].clone(), layouts()[state].clone()
         step = torch.tensor(2.0)
-        backend.adamw_step(
-            [p], [[layouts()[first]], [layouts()[second]]], [m], [v], [], [step], coefficients(), flag(),
-            amsgrad=False, **ADAMW,
-        )  # fmt: skip
+        moments = {"exp_avgs": [m], "exp_avg_sqs": [v], "max_exp_avg_sqs": [], "state_steps": [step]}
+        grads = [[layouts()[first]], [layouts()[second]]]
+        run(
+            backend,
+            Update("adamw_step", Role.SHARED, (0, 1), [p], grads, moments, ADAMW | {"amsgrad": False}),
+            coefficients(),
+        )
         return p, m, v, step
 
-    for got, expected in zip(run(native), run(reference), strict=True):
+    for got, expected in zip(after(native), after(reference), strict=True):
         assert torch.allclose(got, expected, rtol=1e-6, atol=1e-7)
     rows = [[layouts()[first]], [layouts()[second]]]
     assert torch.allclose(native.gram(rows), reference.gram(rows), rtol=1e-14)
@@ -135,8 +147,9 @@ def test_a_vertex_does_not_read_the_gradient_it_leaves_out():
     params, poisoned = tensors(2), [torch.full((n,), torch.nan) for n in SIZES]
     expected = tensors(2)
     weights = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    native.sgd_step(params, [tensors(0), poisoned], tensors(3), weights, flag(), **SGD)
-    native.sgd_step(expected, [tensors(0)], tensors(3), weights[:1], flag(), **SGD)
+    both, one = ({"momentum_buffers": tensors(3)} for _ in range(2))
+    run(native, Update("sgd_step", Role.SHARED, (0, 1), params, [tensors(0), poisoned], both, SGD), weights)
+    run(native, Update("sgd_step", Role.SHARED, (0,), expected, [tensors(0)], one, SGD), weights[:1])
     assert torch.equal(torch.cat(params), torch.cat(expected))
 
 

@@ -9,6 +9,7 @@ import torch
 
 import dtokd_kernels as dk
 from dtokd_kernels import fused, reference
+from dtokd_kernels.types import Options
 
 from . import tolerances
 from .inputs import gradients
@@ -70,21 +71,21 @@ def kernels(tmp_path, monkeypatch):
             made.append(Kernel(getattr(module, name), tmp_path))
             monkeypatch.setattr(module, name, made[-1])
 
-    def adamw_step(params, grads, m, v, largest, steps, coefficients, skipped, *, amsgrad, measured=False, **numbers):
-        of_group = [numbers[name] for name in ("lr", "beta1", "beta2", "weight_decay", "eps")]
-        nothing = torch.full_like(coefficients, torch.nan)
-        table = torch.stack([coefficients, nothing, coefficients])
-        groups = tuple(t % 2 for t in range(len(params)))  # of roles 0 and 2; 2 alone if measured
-        descent = update.Descent(
-            params, grads, groups, 2 ** len(grads) - 1, table, skipped, None, (2 * measured, *of_group, 2, *of_group)
-        )
-        states = [m, v, largest] if amsgrad else [m, v]
-        return update.adamw_step(descent, states, steps, numbers["maximize"], measured)
+    def run_updates(updates, table, skipped, measured=False):
+        (one,) = updates
+        of_group = [one.options[name] for name in ("lr", "beta1", "beta2", "weight_decay", "eps")]
+        table = torch.stack([table[0], torch.full_like(table[0], torch.nan), table[0]])
+        groups = tuple(t % 2 for t in range(len(one.params)))  # of roles 0 and 2; 2 alone if measured
+        numbers = (2 * measured, *of_group, 2, *of_group)
+        reach = 2 ** len(one.grads) - 1
+        descent = update.Descent(one.params, one.grads, groups, reach, table, skipped, None, numbers)
+        states = [one.state["exp_avgs"], one.state["exp_avg_sqs"]]
+        return update.adamw_step(descent, states, one.state["state_steps"], one.options["maximize"], measured)
 
     return SimpleNamespace(
         gram_by_role=gram.gram_by_role,
         gram_balance=solve.gram_balance,
-        adamw_step=adamw_step,
+        run_updates=run_updates,
         launched=lambda: [k.kernel.__name__ for k in made for _ in range(k.launches)],
     )
 
@@ -115,9 +116,7 @@ def test_gram_and_balance(kernels, K):
     zero = [torch.zeros_like(g) for g in private[0]]
     assert_gram(grams[1], [[private[0][0], zero[1]], *[zero] * (K - 2), [zero[0], private[-1][1]]])
     got = fused.record(grams[0], values, flags)
-    expected = reference.balance(
-        grams[0], losses, dk.weighting.DTO(), max_norm=1.0, private_gram=grams[1], plain_gram=grams[2]
-    )
+    expected = reference.balance(grams[0], losses, Options(dk.weighting.DTO(), max_norm=1.0), grams[1], grams[2])
     bound = tolerances.weights_bound(grams[0] / losses.outer(losses)) + 100 * tolerances.unit_roundoff(torch.float64)
     for name in ("weights", "table", "norm", "norms", "cosine"):
         a, b = getattr(got, name), getattr(expected, name)
@@ -130,10 +129,7 @@ def test_gram_and_balance(kernels, K):
 def test_adamw_step_that_measures(kernels, dtype):
     before = Step("adamw", 2, SIZES, dtype)
     after, grams = before.clone(), []
-    measured = SimpleNamespace(
-        adamw_step=lambda *args, **o: grams.append(kernels.adamw_step(*args, measured=True, **o))
-    )
-    after.run(measured)
+    after.run(SimpleNamespace(run_updates=lambda *args: grams.append(kernels.run_updates(*args, measured=True))))
     assert_step(before, after)
     assert_gram(grams[0][2], before.grads)
     assert not grams[0][:2].any()

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import dtokd_kernels as dk
 from dtokd_kernels import backends
 from dtokd_kernels.sources import Ema, Every, Feature, Lag, Probe
+from dtokd_kernels.types import Role, Update
 
 from . import tolerances
 from .inputs import CHUNK, each_dtype, gradients
@@ -22,6 +23,10 @@ from .oracle import Student, assert_directions, balanced, batch, losses_of, noth
 def inverse_norm(gram):
     weights = gram.diagonal().rsqrt()
     return weights / weights.sum()
+
+
+def weights_by(weighting, gram, losses):
+    return weighting(gram, losses) if dk.reference.takes_losses(weighting) else weighting(gram)
 
 
 def by_loss(gram, losses):
@@ -326,7 +331,7 @@ def test_lag_takes_the_previous_weights(backend, rescale, weighting):
         values = torch.stack([v.detach() for v in losses.values()])
         scale = 1 / values if log else torch.ones_like(values)
         gram = scale[:, None] * record.gram * scale
-        previous = dk.sources.source.weights_of(weighting, gram, values, None)
+        previous = weights_by(weighting, gram, values)
 
 
 def test_lag_clips_by_the_previous_gram(backend):
@@ -354,18 +359,22 @@ def test_update_that_measures(backend, rule, K, dtype):
     sgd = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "nesterov": True, "first": False}
     options = {"maximize": False, **(adamw if rule == "adamw_step" else sgd)}
     results = []
-    for name, threads in ((rule, 1), (f"gram_{rule}", 1), (f"gram_{rule}", 2)):
+    for name, threads in (("run_updates", 1), ("measure_and_update", 1), ("measure_and_update", 2)):
         for skipped in (False, True):
             torch.set_num_threads(threads)
             params, exp_avgs, exp_avg_sqs = ([t.clone() for t in row] for row in rows[K:])
             exp_avg_sqs = [t.abs() for t in exp_avg_sqs]
             steps = [torch.tensor(3.0) for _ in shapes]
-            state = [exp_avgs, exp_avg_sqs, [], steps] if rule == "adamw_step" else [exp_avgs]
-            products = getattr(module, name)(params, grads, *state, c, torch.tensor(skipped), **options)
+            state = {"momentum_buffers": exp_avgs}
+            if rule == "adamw_step":
+                state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": [], "state_steps": steps}
+            update = Update(rule, Role.SHARED, tuple(range(K)), params, grads, state, options)
+            products = getattr(module, name)([update], c.expand(3, -1), torch.tensor(skipped))
             results.append((skipped, products, [*params, *exp_avgs, *exp_avg_sqs, *steps]))
     gram = module.gram(grads)
     for skipped, products, tensors in results[2:]:
-        assert torch.equal(products, gram)
+        assert torch.equal(products[Role.SHARED], gram)
+        assert not products[Role.PRIVATE].any()
         expected = results[skipped][2]
         assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
 
@@ -527,7 +536,7 @@ def test_ema(backend, inner, weighting):
         grams.append(scale[:, None] * raw * scale)
         shares = torch.tensor([beta ** (step - s) for s in range(step + 1)], dtype=torch.float64)
         average = (torch.stack(grams) * shares[:, None, None]).sum(0) / shares.sum()
-        expected = dk.sources.source.weights_of(weighting, average, values, None)
+        expected = weights_by(weighting, average, values)
         optimizer.zero_grad()
         optimizer.backward(losses)
         optimizer.step()

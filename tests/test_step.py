@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dtokd_kernels import backends, reference
+from dtokd_kernels.types import Role, Update
 
 from . import tolerances
 from .device import DEVICE
@@ -80,17 +81,16 @@ class Step:
         return other
 
     def run(self, implementation, skipped=NEVER):
-        if self.rule == "adamw":
-            implementation.adamw_step(
-                self.tensors["param"], self.grads, self.tensors["exp_avg"], self.tensors["exp_avg_sq"],
-                self.tensors.get("max_exp_avg_sq", []), self.steps, self.coefficients, skipped, **self.options,
-            )  # fmt: skip
-        else:
-            implementation.sgd_step(
-                self.tensors["param"], self.grads, self.tensors.get("momentum_buffer", []), self.coefficients, skipped,
-                **self.options,
-            )  # fmt: skip
+        implementation.run_updates([self.update()], self.coefficients.expand(3, -1), skipped)
         return self
+
+    def update(self):
+        names = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"] if self.rule == "adamw" else ["momentum_buffer"]
+        state = {f"{name}s": self.tensors.get(name, []) for name in names}
+        if self.rule == "adamw":
+            state["state_steps"] = self.steps
+        reach = tuple(range(len(self.grads)))
+        return Update(f"{self.rule}_step", Role.SHARED, reach, self.tensors["param"], self.grads, state, self.options)
 
     def bounds(self, t, dtype):
         """|error| of the tensors at position t, of a step from the state that is now."""

@@ -18,7 +18,7 @@ import torch
 
 import dtokd_kernels as dk
 from dtokd_kernels import backends, reference
-from dtokd_kernels.types import Role, Update, spread
+from dtokd_kernels.types import Options, Role, Update, spread
 
 from . import tolerances
 from .inputs import DTYPES, IMAGE, each_dtype, gradients
@@ -496,11 +496,11 @@ def test_steps_are_counted_once_by_the_last_program(kernels, skipped):
 def test_balance_of_several_roles(kernels, K, private, plain):
     """Gram matrices of private and plain parameters, which only the optimizers pass."""
     grams = [g @ g.T for g in torch.randn(3, K, 5, dtype=torch.float64)]
-    options = {"max_norm": 0.5, "rescale": "sum", "private_gram": grams[1] if private else None}
-    options["plain_gram"] = grams[2] if plain else None
+    options = Options(dk.weighting.DTO(), max_norm=0.5, rescale="sum")
+    others = grams[1] if private else None, grams[2] if plain else None
     losses = torch.rand(K, dtype=torch.float64) + 0.1
-    got = kernels.balance(grams[0], losses, dk.weighting.DTO(), **options)
-    expected = reference.balance(grams[0], losses, dk.weighting.DTO(), **options)
+    got = kernels.balance(grams[0], losses, options, *others)
+    expected = reference.balance(grams[0], losses, options, *others)
     bound = tolerances.weights_bound(grams[0] / losses.outer(losses)) + 100 * tolerances.unit_roundoff(torch.float64)
     for name in ("weights", "coefficients", "private_coefficients", "plain_coefficients", "norm", "cosine", "norms"):
         a, b = getattr(got, name), getattr(expected, name)

@@ -18,6 +18,7 @@ from torchjd.linalg import QuadprogProjector
 
 import dtokd_kernels as dk
 from dtokd_kernels import reference, weighting
+from dtokd_kernels.types import Options
 from dtokd_kernels.weighting import _eigen, _random, pcgrad
 
 from . import tolerances
@@ -52,7 +53,7 @@ def unit(J):
 
 def step(rule, gram, values, skipped=NO):
     """Weights of one step, with the memory taken over as the optimizers do."""
-    weights = reference.weigh(rule, gram, values)
+    weights = reference.weigh(gram, values, Options(rule))
     if isinstance(rule, weighting.Stateful):
         rule.commit(skipped)
     return weights
@@ -91,7 +92,7 @@ def test_nothing_stalls_the_device(name, K):
         values = torch.empty(K, dtype=torch.float64, device="cuda")
         with OnTheDevice():
             for _ in range(2):
-                balance = reference.balance(gram, values, rule)
+                balance = reference.balance(gram, values, Options(rule))
                 if isinstance(rule, weighting.Stateful):
                     rule.commit(balance.skipped)
             if getattr(rule, "reading", None) == "famo":

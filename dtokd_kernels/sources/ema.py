@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..types import Balance, Group, Options, Role, Weighting
+from .. import backends, reference
+from ..solvers import solved_by
+from ..types import Balance, Options
 from .names import measuring
-from .source import Call, Source, Watch, remember, weights_of
+from .source import Call, Gathered, Source, remember
 from .wrapper import Wrapper
 
 
@@ -50,22 +52,16 @@ class Ema(Wrapper):
         """The same choice, with nothing averaged yet."""
         return Ema(self.beta, self.inner.begin())
 
-    def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
+    def weigh(self, call: Call, options: Options) -> Balance:
         """As the source, with the average."""
-        return self.inner.weigh(call, _Averaged(self, call.names, weighting, options), options)
+        return self.inner.weigh(call, self._averaging(call.names, options))
 
-    def solve(
-        self,
-        groups: Mapping[Role, Sequence[Group]],
-        names: tuple[str, ...],
-        losses: Tensor,
-        watch: Watch | None,
-        weighting: Weighting,
-        options: Options,
-    ) -> Balance:
+    def solve(self, gathered: Gathered, options: Options) -> Balance:
         """As the source, with the average."""
-        averaged = _Averaged(self, names, weighting, options)
-        return self.inner.solve(groups, names, losses, watch, averaged, options)
+        return self.inner.solve(gathered, self._averaging(gathered.names, options))
+
+    def _averaging(self, names: tuple[str, ...], options: Options) -> Options:
+        return replace(options, weighting=_Averaged(self, names, options))
 
     def average(self, names: tuple[str, ...], gram: Tensor) -> Tensor:
         """The average that counts this matrix as the last; remembered when the step is over."""
@@ -108,9 +104,12 @@ class Ema(Wrapper):
 class _Averaged:
     """A weighting of the average instead of the matrix that it is given."""
 
-    def __init__(self, ema: Ema, names: tuple[str, ...], weighting: Weighting, options: Options) -> None:
+    def __init__(self, ema: Ema, names: tuple[str, ...], options: Options) -> None:
         self.log_gradients = options.log_gradients
-        self._ema, self._names, self._weighting, self._backend = ema, names, weighting, options.backend
+        self._ema, self._names, self._options = ema, names, options
 
     def __call__(self, gram: Tensor, losses: Tensor) -> Any:
-        return weights_of(self._weighting, self._ema.average(self._names, gram), losses, self._backend)
+        weighting = self._options.weighting
+        average = self._ema.average(self._names, gram)
+        with solved_by(backends.select(gram.device, self._options.backend)):
+            return weighting(average, losses) if reference.takes_losses(weighting) else weighting(average)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..types import Balance, Group, Options, Role, Weighting
+from ..types import Balance, Options, Role
 from .names import measuring
-from .source import Call, Given, Source, Watch, remember
+from .source import Call, Gathered, Given, Source, remember
 from .wrapper import Wrapper
 
 
@@ -58,29 +58,22 @@ class Every(Wrapper):
         """Between measurements, or if the source itself takes one."""
         return not self._measures(names) or self.inner.one_pass(names)
 
-    def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
+    def weigh(self, call: Call, options: Options) -> Balance:
         """The source's weights, or the last ones."""
         if self._measures(call.names) and self.inner.one_pass(call.names):
             self._fresh = True
-            return self.inner.weigh(call, weighting, options)
+            return self.inner.weigh(call, options)
         assert self._weights is not None
         assert self._gram is not None
         device = call.losses.device
         kept = Given(self._weights.to(device, copy=True), options.log_gradients)
-        return ops.balance_grams({Role.SHARED: self._gram.to(device, copy=True)}, call.losses, kept, options)
+        gram = self._gram.to(device, copy=True)
+        return ops.balance_grams({Role.SHARED: gram}, call.losses, replace(options, weighting=kept))
 
-    def solve(
-        self,
-        groups: Mapping[Role, Sequence[Group]],
-        names: tuple[str, ...],
-        losses: Tensor,
-        watch: Watch | None,
-        weighting: Weighting,
-        options: Options,
-    ) -> Balance:
+    def solve(self, gathered: Gathered, options: Options) -> Balance:
         """As the source."""
         self._fresh = True
-        return self.inner.solve(groups, names, losses, watch, weighting, options)
+        return self.inner.solve(gathered, options)
 
     def scale_free(self, options: Options) -> bool:
         """Kept weights are constants, whatever weighed."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..types import Balance, Options, Role, Weighting
+from ..types import Balance, Options, Role
 from .source import Call, Source
 
 
@@ -50,7 +50,7 @@ class Feature(Source):
         """Always."""
         return True
 
-    def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
+    def weigh(self, call: Call, options: Options) -> Balance:
         """Weights from the gradients at the representation."""
         features = self._features(call)
         rows = [torch.autograd.grad(v, features, retain_graph=True, allow_unused=True) for v in call.values]
@@ -65,7 +65,7 @@ class Feature(Source):
         if options.ranks is not None:
             gram = options.ranks.sample_gram(gram)
         self._output = None
-        return ops.balance_grams({Role.SHARED: gram}, call.losses, weighting, options)
+        return ops.balance_grams({Role.SHARED: gram}, call.losses, options)
 
     def _features(self, call: Call) -> Sequence[Tensor]:
         features = call.features

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..types import Balance, Group, Options, Role, Update, Weighting
+from ..types import Balance, Options, Role, Update
 from .buckets import Buckets
-from .source import Given, Source, Watch, remember
+from .source import Gathered, Given, Source, Watch, remember
 
 
 @dataclass(eq=False)
@@ -46,34 +46,26 @@ class Lag(Source):
         """Looks for gradients that are not finite."""
         return _Finite(options)
 
-    def solve(
-        self,
-        groups: Mapping[Role, Sequence[Group]],
-        names: tuple[str, ...],
-        losses: Tensor,
-        watch: Watch | None,
-        weighting: Weighting,
-        options: Options,
-    ) -> Balance:
+    def solve(self, gathered: Gathered, options: Options) -> Balance:
         """The balance as the previous step's Gram matrices give it."""
-        grams = {}
-        if self._kept is None or names != self._names:
-            grams = ops.grams_by_role(groups, len(losses), options.backend)
+        losses, first = gathered.losses, self._kept is None or gathered.names != self._names
+        grams = ops.grams_by_role(gathered.groups, len(losses), options.backend) if first else {}
         if options.loss_scale is not None:  # it may be another in the next step
             grams, losses = ops.unscaled(grams, losses, options.loss_scale)
             options = replace(options, loss_scale=None)
-        if self._kept is None or names != self._names:
+        if first:
             self._next, self._weights = (_stacked(grams, losses), losses), None
-            return ops.balance_grams(grams, losses, weighting, options)
-        assert isinstance(watch, _Finite)
+            return ops.balance_grams(grams, losses, options)
+        assert self._kept is not None
+        assert isinstance(gathered.watch, _Finite)
         device = losses.device
         before, losses_before = (t.to(device, copy=True) for t in self._kept)
         shared = {Role.SHARED: before[Role.SHARED]}
-        self._weights = ops.balance_grams(shared, losses_before, weighting, options).weights
+        self._weights = ops.balance_grams(shared, losses_before, options).weights
         self._next = before, losses
-        given = Given(self._weights, options.log_gradients)
-        record = ops.balance_grams(dict(zip(Role, before, strict=True)), losses, given, options)
-        return replace(record, skipped=record.skipped | ~watch.usable().to(record.skipped.device))
+        given = replace(options, weighting=Given(self._weights, options.log_gradients))
+        record = ops.balance_grams(dict(zip(Role, before, strict=True)), losses, given)
+        return replace(record, skipped=record.skipped | ~gathered.watch.usable().to(record.skipped.device))
 
     def run(self, updates: Sequence[Update], balance: Balance, options: Options) -> Balance:
         """Update and measure in one pass; the first step has measured already."""
@@ -86,8 +78,8 @@ class Lag(Source):
         losses = self._next[1]
         self._next = grams, losses
         given = Given(self._weights, options.log_gradients)
-        unclipped = replace(options, max_norm=None, loss_scale=None)
-        record = ops.balance_grams(dict(zip(Role, grams, strict=True)), losses, given, unclipped)
+        unclipped = replace(options, weighting=given, max_norm=None, loss_scale=None)
+        record = ops.balance_grams(dict(zip(Role, grams, strict=True)), losses, unclipped)
         return replace(record, weights=balance.weights, table=balance.table, skipped=balance.skipped)
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:

@@ -31,11 +31,10 @@ def choose(op: str, source: Source | str | None, options: Options) -> Source:
     Raises:
         TypeError, ValueError: as `source_of`; 'none' for a weighting that needs the Gram matrix.
     """
-    needs_gram = getattr(options.weighting, "needs_gram", True)
     if source is None:
-        return Exact() if needs_gram else Unmeasured()
+        return Exact() if options.needs_gram else Unmeasured()
     found = source_of(f"{op}: gram", source)
-    if needs_gram and isinstance(found, Unmeasured):
+    if options.needs_gram and isinstance(found, Unmeasured):
         raise ValueError(
             f"{op}: gram is 'none', but weighting {options.weighting!r} needs the Gram matrix; choose another, such as "
             "'exact'"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from .. import ops
-from ..types import Balance, Group, Options, Role, Weighting, spread
+from ..types import Balance, Options, Role, spread
 from .buckets import Buckets
-from .source import Source, Watch
+from .source import Gathered, Source, Watch
 
 
 @dataclass(eq=False)
@@ -31,21 +31,14 @@ class Overlap(Source):
         """Takes the products."""
         return _Products(options)
 
-    def solve(
-        self,
-        groups: Mapping[Role, Sequence[Group]],
-        names: tuple[str, ...],
-        losses: Tensor,
-        watch: Watch | None,
-        weighting: Weighting,
-        options: Options,
-    ) -> Balance:
+    def solve(self, gathered: Gathered, options: Options) -> Balance:
         """The balance of the products that the backward passes left."""
-        assert isinstance(watch, _Products)
-        grams = watch.by_role(len(losses))
+        assert isinstance(gathered.watch, _Products)
+        losses = gathered.losses
+        grams = gathered.watch.by_role(len(losses))
         if options.ranks is not None:
             grams, losses = options.ranks.total(grams, losses)
-        return ops.balance_grams(grams, losses, weighting, options)
+        return ops.balance_grams(grams, losses, options)
 
 
 class _Products:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..types import Balance, Group, Options, Role, Weighting
-from .source import Call, Source, Watch
+from ..types import Balance, Options, Role
+from .source import Call, Gathered, Source, Watch
 
 #: Share of the shared parameters that a probe of its own choice holds; a block of a 12-layer transformer has a twelfth.
 SHARE = 1 / 16
@@ -55,7 +55,7 @@ class Probe(Source):
         """From when the probe's parameters are known."""
         return self._of is not None or self._positions is not None
 
-    def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
+    def weigh(self, call: Call, options: Options) -> Balance:
         """Weights from the probe's gradients."""
         probe = self._among(call)
         gradients = [_gradients(value, probe) for value in call.values]
@@ -70,7 +70,7 @@ class Probe(Source):
             )
         groups = [group for group, _ in ops.group_rows(shared).values()]
         gram = ops.gram_of_groups(groups, len(call.values), options.backend)
-        return ops.balance_grams({Role.SHARED: gram}, call.losses, weighting, options)
+        return ops.balance_grams({Role.SHARED: gram}, call.losses, options)
 
     def _among(self, call: Call) -> list[Tensor]:
         if self._of is None:
@@ -87,20 +87,12 @@ class Probe(Source):
             )
         return probe
 
-    def solve(
-        self,
-        groups: Mapping[Role, Sequence[Group]],
-        names: tuple[str, ...],
-        losses: Tensor,
-        watch: Watch | None,
-        weighting: Weighting,
-        options: Options,
-    ) -> Balance:
+    def solve(self, gathered: Gathered, options: Options) -> Balance:
         """The first step, exact, which finds the last shared parameters."""
-        assert isinstance(watch, _Reached)
+        assert isinstance(gathered.watch, _Reached)
         if self._positions is None:
-            self._positions = watch.last_shared()
-        return super().solve(groups, names, losses, watch, weighting, options)
+            self._positions = gathered.watch.last_shared()
+        return super().solve(gathered, options)
 
     def watch(self, options: Options) -> Watch | None:
         """Knows which parameters all objectives reach."""

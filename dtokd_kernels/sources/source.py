@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .. import backends, ops, reference
-from ..solvers import solved_by
-from ..types import Balance, Group, Options, Role, Update, Weighting
+from .. import ops
+from ..types import Balance, Group, Options, Role, Update
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,23 @@ class Call:
     losses: Tensor
     params: Sequence[Tensor]
     features: Sequence[Tensor] | None
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What the backward passes of a step have left, one for each objective.
+
+    Attributes:
+        names: of the objectives.
+        losses: [K] float64.
+        groups: the gradients by role.
+        watch: what `Source.watch` returned for these gradients.
+    """
+
+    names: tuple[str, ...]
+    losses: Tensor
+    groups: Mapping[Role, Sequence[Group]]
+    watch: Watch | None
 
 
 class Watch(Protocol):
@@ -94,30 +110,13 @@ class Source:
         """What looks at the gradients of this step while they are made."""
         return None
 
-    def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
+    def weigh(self, call: Call, options: Options) -> Balance:
         """The weights of a full pass that follows; only asked for where `one_pass`."""
         raise NotImplementedError
 
-    def solve(
-        self,
-        groups: Mapping[Role, Sequence[Group]],
-        names: tuple[str, ...],
-        losses: Tensor,
-        watch: Watch | None,
-        weighting: Weighting,
-        options: Options,
-    ) -> Balance:
-        """The balance of K gradients by role.
-
-        Args:
-            groups: the gradients.
-            names: [K], of the objectives.
-            losses: [K].
-            watch: what `watch` returned for these gradients.
-            weighting: in place of that in `options`.
-            options: of the optimizer.
-        """
-        return ops.solve(groups, losses, weighting, options)
+    def solve(self, gathered: Gathered, options: Options) -> Balance:
+        """The balance of K gradients."""
+        return ops.solve(gathered.groups, gathered.losses, options)
 
     def run(self, updates: Sequence[Update], balance: Balance, options: Options) -> Balance:
         """Carry out the updates of K gradients; returns the balance as it is known after that."""
@@ -167,10 +166,3 @@ class Given:
     def __call__(self, gram: Tensor, losses: Tensor) -> Tensor:
         """The weights, whatever the Gram matrix."""
         return self.weights
-
-
-def weights_of(weighting: Weighting, gram: Tensor, losses: Tensor, backend: str | None) -> Tensor:
-    """What a weighting makes of the Gram matrix that it asks for, not of the raw one."""
-    with solved_by(backends.select(gram.device, backend)):
-        weights: Tensor = weighting(gram, losses) if reference.takes_losses(weighting) else weighting(gram)
-    return weights

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .. import ops
-from ..types import Balance, Options, Role, Weighting
+from ..types import Balance, Options, Role
 from .source import Call, Source
 
 
@@ -22,10 +22,10 @@ class Unmeasured(Source):
         """Always."""
         return True
 
-    def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
+    def weigh(self, call: Call, options: Options) -> Balance:
         """The weighting sees the identity in place of the Gram matrix."""
         K = len(call.losses)
         gram = torch.eye(K, dtype=torch.float64, device=call.losses.device)
-        record = ops.balance_grams({Role.SHARED: gram}, call.losses, weighting, options)
+        record = ops.balance_grams({Role.SHARED: gram}, call.losses, options)
         unknown = torch.full_like(gram, torch.nan)
         return replace(record, gram=unknown, cosine=unknown, norms=unknown[0])

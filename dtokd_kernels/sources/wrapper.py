@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..types import Balance, Group, Options, Role, Update, Weighting
-from .source import Call, Source, Watch
+from ..types import Balance, Options, Update
+from .source import Source, Watch
 
 
 class Wrapper(Source):
-    """Does in every point as its `source`; `Every` and `Ema` change some of them."""
+    """Does as its `source`, but for `weigh` and `solve`; `Every` and `Ema` change more."""
 
     source: Source | str
 
@@ -34,22 +34,6 @@ class Wrapper(Source):
     def watch(self, options: Options) -> Watch | None:
         """As the source."""
         return self.inner.watch(options)
-
-    def weigh(self, call: Call, weighting: Weighting, options: Options) -> Balance:
-        """As the source."""
-        return self.inner.weigh(call, weighting, options)
-
-    def solve(
-        self,
-        groups: Mapping[Role, Sequence[Group]],
-        names: tuple[str, ...],
-        losses: Tensor,
-        watch: Watch | None,
-        weighting: Weighting,
-        options: Options,
-    ) -> Balance:
-        """As the source."""
-        return self.inner.solve(groups, names, losses, watch, weighting, options)
 
     def run(self, updates: Sequence[Update], balance: Balance, options: Options) -> Balance:
         """As the source."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import fused, reference
-from ..types import Balance, Group, Rescale, Role, Update, Weighting
+from ..types import Balance, Group, Options, Role, Update
 from ..weighting import DTO
 from . import library as _library  # noqa: F401  defines the operations
 from .tables import INTERPRETED as INTERPRETED
@@ -35,36 +35,19 @@ def _grams(groups: Mapping[Role, Sequence[Group]], K: int) -> Tensor:
     return call.run(lambda grads, *shape: OPS.gram_by_role.default(grads, *shape, K))
 
 
-def gram_balance(
-    groups: Mapping[Role, Sequence[Group]],
-    losses: Tensor,
-    weighting: Weighting,
-    *,
-    max_norm: float | None = None,
-    rescale: Rescale = "none",
-    loss_floor: float = 1e-8,
-) -> Balance:
+def gram_balance(groups: Mapping[Role, Sequence[Group]], losses: Tensor, options: Options) -> Balance:
     """Gram matrices of all roles and the `Balance` that follows: two launches, if the weighting is `DTO`.
 
     That is for gradients of one dtype and reach; others take one more each.
     """
     K = len(losses)
-    if type(weighting) is not DTO:
-        grams = dict(zip(Role, _grams(groups, K), strict=True))
-        return balance(
-            grams[Role.SHARED],
-            losses,
-            weighting,
-            max_norm=max_norm,
-            rescale=rescale,
-            loss_floor=loss_floor,
-            private_gram=grams[Role.PRIVATE],
-            plain_gram=grams[Role.PLAIN],
-        )
+    if type(options.weighting) is not DTO:
+        shared, private, plain = _grams(groups, K)
+        return balance(shared, losses, options, private, plain)
     call = fused.Groups.by_role(groups)
     losses = losses.to(call.device, torch.float64)
-    options = fused.balance_options(weighting, max_norm, rescale, loss_floor)
-    grams, values, flags = call.run(lambda grads, *shape: OPS.gram_balance.default(grads, *shape, K, losses, *options))
+    numbers = fused.balance_options(options)
+    grams, values, flags = call.run(lambda grads, *shape: OPS.gram_balance.default(grads, *shape, K, losses, *numbers))
     return fused.record(grams[Role.SHARED], values, flags)
 
 
@@ -76,11 +59,7 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
 def balance(
     gram: Tensor,
     losses: Tensor,
-    weighting: Weighting,
-    *,
-    max_norm: float | None = None,
-    rescale: Rescale = "none",
-    loss_floor: float = 1e-8,
+    options: Options,
     private_gram: Tensor | None = None,
     plain_gram: Tensor | None = None,
 ) -> Balance:
@@ -88,16 +67,10 @@ def balance(
     gram = gram.double()
     losses = losses.to(gram.device, torch.float64)
     weights = None
-    if type(weighting) is not DTO:
-        weights = reference.weigh(weighting, gram, losses, loss_floor)
-    values, flags = OPS.balance.default(
-        gram,
-        private_gram,
-        plain_gram,
-        losses,
-        weights,
-        *fused.balance_options(weighting, max_norm, rescale, loss_floor),
-    )
+    if type(options.weighting) is not DTO:
+        weights = reference.weigh(gram, losses, options)
+    numbers = fused.balance_options(options)
+    values, flags = OPS.balance.default(gram, private_gram, plain_gram, losses, weights, *numbers)
     return fused.record(gram, values, flags)
 
 
@@ -105,34 +78,7 @@ def combine(
     grads: Sequence[Sequence[Tensor]], coefficients: Tensor, out: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
     """`reference.combine` for lists without None, of one dtype."""
-    targets = [torch.empty_like(g) for g in grads[0]] if out is None else list(out)
-
-    def run(flat: list[Tensor]) -> None:
-        OPS.combine_.default(targets, flat, coefficients)
-
-    if not fused.run_fitting(run, grads, [targets]):
-        return reference.combine(grads, coefficients, targets)
-    return targets
-
-
-def adamw_step(*args: Any, **options: Any) -> None:
-    """`reference.adamw_step` for tensors of one dtype."""
-    run_updates(*fused.adamw_update(*args, **options))
-
-
-def sgd_step(*args: Any, **options: Any) -> None:
-    """`reference.sgd_step` for tensors of one dtype."""
-    run_updates(*fused.sgd_update(*args, **options))
-
-
-def gram_adamw_step(*args: Any, **options: Any) -> Tensor:
-    """`reference.gram_adamw_step` for tensors of one dtype."""
-    return measure_and_update(*fused.adamw_update(*args, **options))[Role.SHARED]
-
-
-def gram_sgd_step(*args: Any, **options: Any) -> Tensor:
-    """`reference.gram_sgd_step` for tensors of one dtype."""
-    return measure_and_update(*fused.sgd_update(*args, **options))[Role.SHARED]
+    return fused.combine(OPS.combine_.default, grads, coefficients, out)
 
 
 def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> None:
@@ -146,9 +92,7 @@ def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> No
         skipped: scalar bool.
     """
     table = table.to(torch.float64).contiguous()
-    for same in _together(updates):
-        for update in fused.unfit_updates(same, lambda some: _run(some, table, skipped)):
-            update.run(reference, table, skipped)
+    fused.run_updates(_together(updates), lambda some: _run(some, table, skipped), table, skipped)
 
 
 def measure_and_update(updates: Sequence[Update], table: Tensor, skipped: Tensor) -> Tensor:
@@ -157,12 +101,8 @@ def measure_and_update(updates: Sequence[Update], table: Tensor, skipped: Tensor
     One launch more for each, which adds up what it has left.
     """
     table = table.to(torch.float64).contiguous()
-    K = table.shape[1]
-    total = torch.zeros(len(Role), K, K, dtype=torch.float64, device=table.device)
-    for same in _together(updates, lambda update: update.role):
-        for update in fused.unfit_updates(same, lambda some: total.add_(_run(some, table, skipped, "gram_"))):
-            update.run_measured(reference, table, skipped, total)
-    return total
+    parts = _together(updates, lambda update: update.role)
+    return fused.measure_and_update(parts, lambda some: _run(some, table, skipped, "gram_"), table, skipped)
 
 
 def _together(updates: Sequence[Update], more: Callable[[Update], object] = lambda _: None) -> list[list[Update]]:
@@ -208,20 +148,15 @@ def _run(updates: Sequence[Update], table: Tensor, skipped: Tensor, prefix: str 
             *(update.options[name] for name in _NUMBERS[first.rule]),
         )
     ]
-    operation = getattr(OPS, prefix + _OPERATIONS[first.rule]).default
+    operation = getattr(OPS, prefix + fused.OPERATIONS[first.rule]).default
     flags = [o[name] for name in _FLAGS[first.rule]]
-    result: Tensor | None = None
-
-    def run(flat: list[Tensor]) -> None:
-        nonlocal result
-        result = operation(params, flat, *state.values(), counts, reach, table, skipped, lr, numbers, *flags)
-
-    if not fused.run_fitting(run, lists, [params, *state.values()]):
-        raise RuntimeError(f"{fused.UNFIT}: {first.rule}")
-    return result
+    return fused.run_fitting(
+        lambda flat: operation(params, flat, *state.values(), counts, reach, table, skipped, lr, numbers, *flags),
+        lists,
+        [params, *state.values()],
+    )
 
 
-_OPERATIONS = {"adamw_step": "adamw_updates_", "sgd_step": "sgd_updates_"}
 #: The lists of state of each rule, the numbers of a parameter group, and what all groups of a call have in common, as
 #: its operation takes them.
 _STATE = {

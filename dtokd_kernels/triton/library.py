@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import fused
+from .. import fakes, fused
 from . import solve, update
 from .gram import Member
 from .gram import gram_by_role as launch_gram_by_role
@@ -278,10 +278,7 @@ def _register(implementations: Sequence[Callable[..., object]]) -> None:
         _LIBRARY.define(schema)
         for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
             _LIBRARY.impl(schema.split("(")[0], function, key)
-    fused.register_fakes("dtokd_triton")
-    fused.register_gram_fakes("dtokd_triton")
-    fused.register_writing_fakes("dtokd_triton", "adamw_updates_", "sgd_updates_")
-    fused.register_measuring_fakes("dtokd_triton", "gram_adamw_updates_", "gram_sgd_updates_")
+    fakes.register("dtokd_triton")
 
 
 _register(
