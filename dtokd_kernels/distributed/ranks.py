@@ -53,8 +53,8 @@ class Ranks:
             self._closed = before
 
     def agrees_before(self, one_pass: bool) -> bool:
-        """Whether `agree` comes before the backward passes of a call."""
-        return one_pass or self.syncs
+        """Whether `agree` comes before the backward passes of a call; else losses travel with the Gram matrices."""
+        return one_pass or (self.syncs and not self.shards)
 
     def check(self, source: Source, op: str) -> None:
         """Refuse a source of the Gram matrix that would see gradients of this rank alone.
@@ -87,8 +87,8 @@ class Ranks:
         return packed[: len(losses)] / self.size
 
     def refuse(self) -> None:
-        """Tell the ranks that wait in `agree` that this one raises an error."""
-        if self.syncs and dist.get_backend(self.group) == "gloo":
+        """Tell the ranks that wait in `agree` that this one raises an error; others end at the group's timeout."""
+        if self.syncs and not self.shards and dist.get_backend(self.group) == "gloo":
             self._exchange(torch.zeros(0, dtype=torch.float64), 0, refused=True)
 
     def _exchange(self, losses: Tensor, kind: int, refused: bool) -> Tensor:
@@ -128,8 +128,20 @@ class Ranks:
         return self.sum(gram / self.size**2)
 
     def total(self, grams: Mapping[Role, Tensor], losses: Tensor) -> tuple[dict[Role, Tensor], Tensor]:
-        """Gram matrices over all parameters, from those over this rank's part; and the averaged losses."""
-        return dict(grams), losses
+        """Gram matrices over all parameters and the averaged losses: where ranks have shards, by one all-reduce."""
+        if not self.shards:
+            return dict(grams), losses
+        K = len(losses)
+        device = next((gram.device for gram in grams.values()), losses.device)
+        packed = torch.cat([*(grams[role].flatten() for role in sorted(grams)), losses.to(device)])
+        dist.all_reduce(packed, group=self.group)
+        *parts, mean = packed.split([K * K] * len(grams) + [K])
+        whole = {role: part.view(K, K) for role, part in zip(sorted(grams), parts, strict=True)}
+        return whole, (self.sum_replicas(mean) / self.size).to(losses.device)
+
+    def sum_replicas(self, tensor: Tensor) -> Tensor:
+        """Over ranks that hold the same shards, in place; there is one of each, but for HSDP."""
+        return tensor
 
     def zeros(self, p: Tensor, dtype: torch.dtype | None) -> Tensor:
         """A moment's start."""

@@ -7,7 +7,7 @@ the parameters' bytes, where averaging K gradients on all ranks takes 2 K.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ..sources import Lag
-from ..sources.wrapper import Wrapper
-from ..types import Role, Update
+from ..sources.wrapper import innermost
+from ..types import Update
 from .replicas import BUCKET_BYTES, Pass, Replicas, Slot, Waits, check_dense
 
 if TYPE_CHECKING:
@@ -70,17 +70,8 @@ class Sharded(Replicas):
         Raises:
             ValueError: it is "lag".
         """
-        while isinstance(source, Wrapper):
-            source = source.inner
-        if isinstance(source, Lag):
+        if isinstance(innermost(source), Lag):
             raise ValueError(f"{op}: gram='lag' does not go with shard=True; use 'overlap', or shard=False")
-
-    def agrees_before(self, one_pass: bool) -> bool:
-        """Only if the pass needs the losses; else they travel with the Gram matrices."""
-        return one_pass
-
-    def refuse(self) -> None:
-        """Nobody waits."""
 
     def start(self, i: int, row: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Whole gradients of earlier parts of the batch; reduced ones are kept, as they do not fit in `.grad`."""
@@ -179,15 +170,6 @@ class Sharded(Replicas):
             if held.shape[1] == width and held.dtype == like.dtype:
                 return self._pool.pop(i)
         return torch.empty(self.size, width, dtype=like.dtype, device=like.device)
-
-    def total(self, grams: Mapping[Role, Tensor], losses: Tensor) -> tuple[dict[Role, Tensor], Tensor]:
-        """Gram matrices over all parts, and the averaged losses, in one all-reduce."""
-        K = len(losses)
-        device = next((gram.device for gram in grams.values()), losses.device)
-        packed = self.sum(torch.cat([*(grams[role].flatten() for role in sorted(grams)), losses.to(device)]))
-        *parts, mean = packed.split([K * K] * len(grams) + [K])
-        whole = {role: part.view(K, K) for role, part in zip(sorted(grams), parts, strict=True)}
-        return whole, (mean / self.size).to(losses.device)
 
     def zeros(self, p: Tensor, dtype: torch.dtype | None) -> Tensor:
         """A moment's start: this rank's part of [numel] numbers."""

@@ -8,20 +8,19 @@ the losses.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..sources import Lag, Overlap, Probe
-from ..sources.wrapper import Wrapper
-from ..types import Role, Update
+from ..sources.wrapper import innermost
+from ..types import Update
 from .ranks import Ranks
 
 if TYPE_CHECKING:
@@ -67,26 +66,18 @@ class Shards(Ranks):
         """Nothing to do: FSDP has no place for K sets of unreduced gradients, so each part of a batch is reduced."""
         yield
 
-    def agrees_before(self, one_pass: bool) -> bool:
-        """Only if the pass needs the losses; else they travel with the Gram matrices."""
-        return one_pass
-
     def check(self, source: Source, op: str) -> None:
         """Refuse sources that look at gradients before FSDP has reduced them.
 
         Raises:
             ValueError: it is one.
         """
-        while isinstance(source, Wrapper):
-            source = source.inner
+        source = innermost(source)
         if isinstance(source, (Overlap, Lag, Probe)):
             raise ValueError(
                 f"{op}: gram={source!r} looks at gradients before FSDP has reduced them over the ranks; use "
                 "gram='exact', sources.Feature(), or Every or Ema of these"
             )
-
-    def refuse(self) -> None:
-        """Nobody waits."""
 
     @contextmanager
     def passing(
@@ -104,22 +95,13 @@ class Shards(Ranks):
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Over the whole mesh, in place."""
-        super().sum(tensor)
+        return self.sum_replicas(super().sum(tensor))
+
+    def sum_replicas(self, tensor: Tensor) -> Tensor:
+        """Over the mesh's other dimensions."""
         for group in self._replicas:
             dist.all_reduce(tensor, group=group)
         return tensor
-
-    def total(self, grams: Mapping[Role, Tensor], losses: Tensor) -> tuple[dict[Role, Tensor], Tensor]:
-        """Gram matrices of all shards, and the averaged losses: one all-reduce (and one of K numbers over replicas)."""
-        K = len(losses)
-        device = next((gram.device for gram in grams.values()), losses.device)
-        packed = torch.cat([*(grams[role].flatten() for role in sorted(grams)), losses.to(device)])
-        dist.all_reduce(packed, group=self.group)
-        *parts, mean = packed.split([K * K] * len(grams) + [K])
-        for group in self._replicas:
-            dist.all_reduce(mean, group=group)
-        whole = {role: part.view(K, K) for role, part in zip(sorted(grams), parts, strict=True)}
-        return whole, (mean / self.size).to(losses.device)
 
     def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """This rank's parts, which share memory with the whole."""
@@ -130,6 +112,5 @@ class Shards(Ranks):
         return replace(
             update,
             params=self.local(update.params),
-            grads=[self.local(values) for values in update.grads],
             state={name: self.local(values) for name, values in update.state.items()},
         )

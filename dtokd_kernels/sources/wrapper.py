@@ -59,3 +59,10 @@ class Wrapper(Source):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Give the source what it remembered."""
         self.inner.load_state_dict(state.get("source", {}))
+
+
+def innermost(source: Source) -> Source:
+    """The source that measures."""
+    while isinstance(source, Wrapper):
+        source = source.inner
+    return source
