@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .types import GradientList, Options, Private, Rescale, Weighting
+from .types import MAX_OBJECTIVES, GradientList, Options, Private, Rescale, Weighting
 from .weighting import DTO
 
 
@@ -29,17 +30,24 @@ def check_options(
     """
     if weighting is not None and not callable(weighting):
         raise TypeError(f"{op}: weighting is {weighting!r}; pass a callable such as dtokd_kernels.weighting.DTO()")
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"{op}: max_norm is {max_norm}; pass a positive number, or None for no clipping")
+    if max_norm is not None and not _is_positive(max_norm):
+        raise ValueError(f"{op}: max_norm is {max_norm!r}; pass a positive number, or None for no clipping")
     if rescale not in ("none", "sum"):
         raise ValueError(f"{op}: rescale is {rescale!r}; choose 'none' (the paper) or 'sum'")
     if private not in ("own", "balanced"):
         raise ValueError(f"{op}: private is {private!r}; choose 'own' or 'balanced'")
-    if not loss_floor > 0:
-        raise ValueError(f"{op}: loss_floor is {loss_floor}; pass a positive number, such as 1e-8")
+    if not _is_positive(loss_floor):
+        raise ValueError(f"{op}: loss_floor is {loss_floor!r}; pass a positive number, such as 1e-8")
     if backend is not None:
         backends.check_name(backend, f"{op}: backend")
     return Options(DTO() if weighting is None else weighting, max_norm, rescale, private, loss_floor, backend)
+
+
+def _is_positive(number: Any) -> bool:
+    try:
+        return bool(number > 0)
+    except TypeError:
+        return False
 
 
 def check_params(op: str, params: Iterable[Tensor]) -> list[Tensor]:
@@ -74,11 +82,35 @@ def check_gram(op: str, gram: Tensor) -> int:
     if not isinstance(gram, Tensor):
         raise TypeError(f"{op}: gram is a {type(gram).__name__}; pass a [K, K] tensor")
     K = len(gram) if gram.dim() else 0
-    if gram.shape != (K, K) or not 1 <= K <= 8:
-        raise ValueError(f"{op}: gram has shape {tuple(gram.shape)}, expected (K, K) with K from 1 to 8")
+    if gram.shape != (K, K) or not 1 <= K <= MAX_OBJECTIVES:
+        raise ValueError(f"{op}: gram has shape {tuple(gram.shape)}, expected (K, K) with K from 1 to {MAX_OBJECTIVES}")
     if not gram.is_floating_point():
         raise ValueError(f"{op}: gram is {gram.dtype}; pass a floating-point tensor")
     return K
+
+
+def check_present(op: str, present: Tensor, K: int) -> None:
+    """Refuse what is not [K] bool.
+
+    Raises:
+        TypeError, ValueError: says what it is.
+    """
+    if not isinstance(present, Tensor):
+        raise TypeError(f"{op}: present is a {type(present).__name__}; pass a bool tensor [{K}]")
+    if present.shape != (K,) or present.dtype != torch.bool:
+        raise ValueError(f"{op}: present is {tuple(present.shape)} {present.dtype}, expected ({K},) torch.bool")
+
+
+def numbers(what: str, values: Tensor | Sequence[float]) -> Tensor:
+    """A tensor of what may be a sequence.
+
+    Raises:
+        TypeError: `values` is neither.
+    """
+    try:
+        return torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{what} is {values!r}; pass a tensor or a list of numbers, one for each objective") from error
 
 
 def check_lists(op: str, grads: Sequence[GradientList]) -> list[tuple[Tensor | None, ...]]:
@@ -90,8 +122,8 @@ def check_lists(op: str, grads: Sequence[GradientList]) -> list[tuple[Tensor | N
     if isinstance(grads, Tensor) or not grads:
         raise ValueError(f"{op}: grads is empty or a tensor; pass K lists of tensors, one list per objective")
     rows = [list(row) for row in grads]
-    if len(rows) > 8:
-        raise ValueError(f"{op}: grads has {len(rows)} lists; at most 8 objectives are supported")
+    if len(rows) > MAX_OBJECTIVES:
+        raise ValueError(f"{op}: grads has {len(rows)} lists; at most {MAX_OBJECTIVES} objectives are supported")
     for i, row in enumerate(rows):
         if len(row) != len(rows[0]):
             raise ValueError(f"{op}: grads[{i}] has {len(row)} tensors, expected {len(rows[0])} as grads[0]")

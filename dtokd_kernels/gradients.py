@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .sources.source import Call, Source, Watch
-from .types import Balance, Options
+from .types import MAX_OBJECTIVES, Balance, Options
 from .weighting.stateful import Stateful
 
 if TYPE_CHECKING:
@@ -186,8 +186,8 @@ class GradientSets:
                 f"{_listed(self.names)}; call step() and zero_grad() before the objectives change"
             )
         K = len(values)
-        if K > 8:
-            raise ValueError(f"{op}: losses has {K} objectives, at most 8 are supported; add some of them up")
+        if K > MAX_OBJECTIVES:
+            raise ValueError(f"{op}: losses has {K} objectives, at most {MAX_OBJECTIVES} are supported; add some up")
         if isinstance(options.weighting, Stateful):
             options.weighting.expect(names)
         return names, values

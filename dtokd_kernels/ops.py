@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import check_gram, check_lists, check_options, check_out
+from .checks import check_gram, check_lists, check_options, check_out, check_present, numbers
 from .types import Balance, GradientList, Group, Options, Rescale, Role, Update, Weighting, of_reach, spread
 
 
@@ -119,7 +119,7 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, *, present: Tensor | None
         [K] float64 on the Gram's device, sums to 1. Equal gradients share equally.
 
     Raises:
-        ValueError: `gram` is not [K, K] with 1 <= K <= 8.
+        TypeError, ValueError: `gram` is not [K, K] with 1 <= K <= 8; `present` is not [K] bool.
 
     Numerics: float64. Where gradients are nearly parallel the weights are ill-conditioned, the combination is not.
     Effects: no host sync; mutates nothing; not differentiable.
@@ -129,7 +129,10 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, *, present: Tensor | None
         >>> dk.min_norm_weights(torch.tensor([[18.0, -22.0], [-22.0, 38.0]]))
         tensor([0.6000, 0.4000], dtype=torch.float64)
     """
-    check_gram("min_norm_weights", gram)
+    K = check_gram("min_norm_weights", gram)
+    if present is not None:
+        check_present("min_norm_weights", present, K)
+        present = present.to(gram.device)
     with torch.no_grad():
         return backends.select(gram.device).min_norm_weights(gram, clamp, present)
 
@@ -171,9 +174,12 @@ def balance(
         (tensor([0.6000, 0.4000], dtype=torch.float64), tensor(1.4142, dtype=torch.float64))
     """
     K = check_gram("balance", gram)
-    losses = torch.as_tensor(losses, device=gram.device)
+    losses = numbers("balance: losses", losses).to(gram.device)
     if losses.shape != (K,):
-        raise ValueError(f"balance: losses has shape {tuple(losses.shape)}, expected ({K},) as gram is {K} x {K}")
+        raise ValueError(
+            f"balance: losses has shape {tuple(losses.shape)}, expected ({K},) as gram is {K} x {K}; pass one for each "
+            "objective"
+        )
     options = check_options("balance", weighting, max_norm, rescale, loss_floor)
     with torch.no_grad():
         return backends.select(gram.device).balance(gram.detach(), losses.detach(), options)
@@ -220,9 +226,12 @@ def combine(
         result = list(out)
     for (reach, lists), where in groups.values():
         device = lists[0][0].device
-        chosen = torch.as_tensor(coefficients).to(device, torch.float64)
+        chosen = numbers("combine: coefficients", coefficients).to(device, torch.float64)
         if chosen.shape != (len(grads),):
-            raise ValueError(f"combine: coefficients has shape {tuple(chosen.shape)}, expected ({len(grads)},)")
+            raise ValueError(
+                f"combine: coefficients has shape {tuple(chosen.shape)}, expected ({len(grads)},); pass one for each "
+                "list in grads"
+            )
         targets = None if out is None else [out[i] for i in where]
         with torch.no_grad():
             values = backends.select(device, backend).combine(lists, of_reach(chosen, reach), targets)

@@ -199,7 +199,8 @@ class Balanced(torch.optim.Optimizer):
         Raises:
             RuntimeError: `backward` was not called since the last zero_grad().
 
-        Effects: no host sync on CUDA. If a gradient or loss is not finite, nothing changes and the step counts in
+        Effects: no host sync on CUDA (but for `DTOSGD` with dampening, once, and while Triton tunes its first large
+            step). If a gradient or loss is not finite, nothing changes and the step counts in
             `skipped_steps`.
         """
         loss = None

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Rescale = Literal["none", "sum"]
 Private = Literal["own", "balanced"]
+#: How many objectives the kernels are made for.
+MAX_OBJECTIVES = 8
 #: A gradient: a tensor for each parameter, or None where the objective does not reach it.
 GradientList = Sequence[Tensor | None]
 #: (gram [K, K], losses [K]) -> weights [K], or gram [K, K] -> weights [K].
@@ -95,7 +97,7 @@ class Balance:
         norm: scalar float64, norm of the combined direction before clipping, private and unbalanced
             parameters included.
         vertex: scalar bool, a weight of an objective that has a gradient is exactly 0.
-        skipped: scalar bool, the step changes nothing: a gradient or a loss is not finite, a loss under a
+        skipped: scalar bool, the step changes nothing: a gradient, a loss or a weight is not finite, a loss under a
             logarithm is not positive, or all gradients are zero.
         names: of the K objectives, in their order; empty where `balance` was not told any.
     """

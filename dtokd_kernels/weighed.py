@@ -56,7 +56,7 @@ def solve_sets(
     if scale is not None:
         if source.scale_free(options):
             raise RuntimeError(
-                "a GradScaler cannot be used with one backward pass over log-gradients, nor with NashMTL: their "
+                "step: a GradScaler cannot be used with one backward pass over log-gradients, nor with NashMTL: their "
                 "coefficients take the scale out before the pass; use rescale='sum', gram='exact', or bfloat16 autocast"
             )
         record = source.unscale(record, scale.to(record.table.device))

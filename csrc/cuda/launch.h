@@ -36,7 +36,7 @@ struct Scratch {
 int64_t scratch_size(const std::vector<Gradients>&, int K);
 
 // Where the results of a balance go, all on the device. grams: [kRoles, K, K] of raw gradients;
-// values: [values_size(K)] as write_values lays them out; flags: [2], vertex and skipped.
+// values: [values_size(K)] as write_record lays them out; flags: [2], vertex and skipped.
 struct Record {
   double* grams;
   double* values;

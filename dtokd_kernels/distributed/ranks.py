@@ -11,13 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..types import Role, Update
+from ..types import MAX_OBJECTIVES, Role, Update
 
 if TYPE_CHECKING:
     from ..sources.source import Source, Watch
-
-#: Most objectives there can be: the length of the agreement's part for losses.
-MOST = 8
 
 
 class Ranks:
@@ -73,7 +70,7 @@ class Ranks:
         kind = zlib.crc32(repr((tuple(names), passes, self.syncs)).encode()) % (1 << 20)
         packed = self._exchange(losses, kind, refused=False)
         if packed.device.type == "cpu":
-            errors, kinds, squares = packed[MOST:].tolist()
+            errors, kinds, squares = packed[MAX_OBJECTIVES:].tolist()
             if errors:
                 raise RuntimeError(
                     f"{op}: {int(errors)} of {self.size} ranks refused their losses, with an error of their own; "
@@ -92,9 +89,9 @@ class Ranks:
             self._exchange(torch.zeros(0, dtype=torch.float64), 0, refused=True)
 
     def _exchange(self, losses: Tensor, kind: int, refused: bool) -> Tensor:
-        packed = losses.new_zeros(MOST + 3)
+        packed = losses.new_zeros(MAX_OBJECTIVES + 3)
         packed[: len(losses)] = losses
-        packed[MOST:] = torch.tensor([float(refused), float(kind), float(kind) ** 2], dtype=torch.float64)
+        packed[MAX_OBJECTIVES:] = torch.tensor([float(refused), float(kind), float(kind) ** 2], dtype=torch.float64)
         return self.sum(packed)
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class Ema(Wrapper):
     _next: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta < 1:
+        if not isinstance(self.beta, (int, float)) or not 0 <= self.beta < 1:
             raise ValueError(f"Ema: beta is {self.beta!r}; pass a number from 0 to below 1, such as 0.9")
         self.source = measuring("Ema", self.source)
 

@@ -129,7 +129,9 @@ class _Reached:
             if balanced and all(g is not None for g in column)
         }
         if not sizes:
-            raise ValueError("gram=Probe(): no parameter is reached by all objectives; pass the ones to probe")
+            raise ValueError(
+                "step: gram=Probe() found no parameter that all objectives reach; pass those to probe, as Probe(module)"
+            )
         found: list[int] = []
         while sum(sizes[t] for t in found) < SHARE * sum(sizes.values()):
             found.insert(0, list(sizes)[-1 - len(found)])

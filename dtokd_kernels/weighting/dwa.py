@@ -26,7 +26,7 @@ class DWA(Stateful):
         temperature: T; larger is closer to equal weights.
 
     Raises:
-        ValueError: a period below 1, or a temperature that is not positive.
+        ValueError: a period that is no positive integer, or a temperature that is not positive.
     """
 
     period: int = 1000
@@ -35,8 +35,8 @@ class DWA(Stateful):
     needs_gram: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.period < 1:
-            raise ValueError(f"DWA: period is {self.period}; pass a number of steps, such as those of an epoch")
+        if not isinstance(self.period, int) or isinstance(self.period, bool) or self.period < 1:
+            raise ValueError(f"DWA: period is {self.period!r}; pass a number of steps, such as those of an epoch")
         if not self.temperature > 0:
             raise ValueError(f"DWA: temperature is {self.temperature}; pass a positive number, such as 2.0")
 

@@ -45,7 +45,7 @@ class NashMTL:
             losses: not used.
 
         Returns:
-            [K] float64, positive.
+            [K] float64, positive where there is a gradient.
         """
         return nash_weights(gram)
 

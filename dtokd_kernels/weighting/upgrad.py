@@ -32,6 +32,6 @@ class UPGrad:
             losses: not used.
 
         Returns:
-            [K] float64, at least 1 / K each.
+            [K] float64, at least 1 / K each where there is a gradient.
         """
         return dual_cone_weights(gram, True)

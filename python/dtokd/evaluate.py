@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 import yaml
 from timm.data import resolve_data_config
 from timm.models import load_state_dict
@@ -17,9 +16,10 @@ from timm.task import ClassificationEvaluator
 
 from .errors import UsageError
 from .train import data
-from .train.engine import evaluate
+from .train.engine import autocast, evaluate
 from .train.images import skipped
 from .train.run import make_student
+from .train.world import World
 
 
 def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, float]:
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, floa
         weights = options.run_dir / "student.safetensors"
     if weights is None and not settings.pretrained:
         raise UsageError("dtokd eval: no weights; give a run directory, --checkpoint, or --pretrained")
-    device = torch.device(settings.device if settings.device != "cuda" or torch.cuda.is_available() else "cpu")
+    device = World().device(settings.device)
     record = None if options.run_dir is None else options.run_dir / "bad_images_eval.txt"
     images = data.open_dataset(settings, settings.val_split, record)
     names = data.class_names(images)
@@ -66,11 +66,8 @@ def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, floa
         )
     config = resolve_data_config(vars(settings), model=student)
     loader = data.validation_loader(settings, images, config, device)
-
-    def autocast() -> Any:
-        return torch.autocast(device.type, getattr(torch, settings.amp_dtype)) if settings.amp else nullcontext()
-
-    metrics = evaluate(student.to(device), loader, ClassificationEvaluator(device=device), autocast)
+    evaluator = ClassificationEvaluator(device=device)
+    metrics = evaluate(student.to(device), loader, evaluator, partial(autocast, settings, device))
     result = {**metrics, "images": len(images)}
     if record is not None and (bad := skipped(record)):
         result["skipped_images"] = len(bad)

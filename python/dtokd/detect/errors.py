@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from .detectors.base import MOST
+
 #: A detection is right above the first, and about an object above the second.
 FOREGROUND, BACKGROUND = 0.5, 0.1
 KINDS = ("classification", "localisation", "both", "duplicate", "background", "missed")
-#: COCO's counted detections per image.
-_MOST = 100
 Array = np.ndarray[Any, Any]
 
 
@@ -58,7 +58,7 @@ class _Matched:
         annotations = self._truth.imgToAnns.get(image, [])
         objects = [a for a in annotations if not a["iscrowd"]]
         crowds = [a for a in annotations if a["iscrowd"]]
-        rows = rows[np.argsort(-rows[:, 5], kind="mergesort")][:_MOST]
+        rows = rows[np.argsort(-rows[:, 5], kind="mergesort")][:MOST]
         boxes = np.ascontiguousarray(rows[:, 1:5])
 
         def overlap(others: list[dict[str, Any]], crowd: int) -> Array:

@@ -13,9 +13,7 @@ from .annotations import Annotations
 from .batch import Detections, Target
 from .data import index
 from .errors import split_errors
-
-#: pycocotools' first six numbers.
-METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+from .options import METRICS
 
 
 class CocoEvaluator:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import UsageError
-from ..train.engine import evaluate
+from ..train.engine import autocast, evaluate
+from ..train.world import World
 from .data import make_loader, read_split
 from .detectors.build import load_weights, make_student
 from .evaluate import CocoEvaluator
@@ -33,15 +32,11 @@ def judge(run: dict[str, Any], given: dict[str, Any]) -> dict[str, float]:
         raise UsageError("dtokd eval: the run has no validation split; pass --val-split")
     weights = given.get("checkpoint") or Path(given["run_dir"]) / "student.safetensors"
     split = read_split(options, options.val_split)
-    device = torch.device(options.device if options.device != "cuda" or torch.cuda.is_available() else "cpu")
+    device = World().device(options.device)
     student = make_student(options, len(split.categories))
     load_weights(student, str(weights), "--checkpoint", options.model)
     loader = make_loader(options, split, options.val_split, training=False, device=device)
-
-    def autocast() -> Any:
-        return torch.autocast(device.type, getattr(torch, options.amp_dtype)) if options.amp else nullcontext()
-
-    metrics = evaluate(student.to(device), loader, CocoEvaluator(split), autocast)
+    metrics = evaluate(student.to(device), loader, CocoEvaluator(split), partial(autocast, options, device))
     result = {**metrics, "images": len(split.content["images"])}
     print(json.dumps({"model": options.model, "weights": str(weights), **result}))
     return result

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import torch
 from timm.models import load_state_dict
 from timm.utils import random_seed
 
@@ -16,6 +15,7 @@ from ..train.options import experiment_name
 from ..train.progress import Progress
 from ..train.run import Outcome, fit
 from ..train.rundir import RunDir
+from ..train.world import World
 from .annotations import Annotations
 from .build import build
 from .data import make_loader, read_splits
@@ -33,7 +33,7 @@ def detect(options: argparse.Namespace, progress: Progress | None = None) -> Out
     Raises, Effects: as `dtokd.train.run.train`.
     """
     run = RunDir(options.output / (options.experiment or experiment_name(options).replace(":", "-")))
-    device = torch.device(options.device if options.device != "cuda" or torch.cuda.is_available() else "cpu")
+    device = World().device(options.device)
     progress = progress or Progress(options.epochs)
     train, validation = read_splits(options)
     for split in filter(None, (train, validation)):

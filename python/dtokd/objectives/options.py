@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["logit"],
         help="what the student imitates; several: one objective each",
     )
-    add("--kd-loss-type", choices=["kl"], default="kl", help="loss between logits")
+    add("--kd-loss-type", choices=["kl"], default="kl", help="loss between logits; as in timm, which has one")
     add_weights(group)
     add("--kd-temperature", type=float, default=4.0, help="softmax temperature of logit, token (soft) and dkd")
     add("--kd-token-distill-type", choices=["soft", "hard"], default="soft", help="soft: KL; hard: teacher's argmax")

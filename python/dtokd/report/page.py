@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..train.rundir import read_rows
 from .chart import line_chart
 
 _STYLE = """
@@ -69,7 +69,7 @@ def write_report(run: Path) -> Path:
         f"<p>{_headline(settings, epochs)}</p>",
         f'<div class="grid-of">{"".join(_charts(epochs, steps))}</div>',
         pictures(run / "pictures", "Validation images, best student"),
-        _details("Epochs", _rows(epochs), opened=False),
+        _details("Epochs", _rows(epochs)),
         "<h2>Settings</h2>",
         table([("option", "value"), *((k, _text(v)) for k, v in settings.items() if v not in (None, "", {}))]),
         "<h2>Environment</h2>",
@@ -107,10 +107,7 @@ def pictures(folder: Path, title: str, most: int | None = None) -> str:
 
 def read_columns(path: Path) -> dict[str, list[float]]:
     """A CSV file of numbers; a cell that is empty is NaN. Empty if there is no file."""
-    if not path.exists():
-        return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+    rows = read_rows(path)
     return {key: [float(row[key] or "nan") for row in rows] for key in (rows[0] if rows else {})}
 
 
@@ -178,8 +175,8 @@ def _rows(columns: Mapping[str, list[float]]) -> list[tuple[str, ...]]:
     return [tuple(columns), *(tuple(f"{value:.5g}" for value in row) for row in values)]
 
 
-def _details(title: str, rows: list[tuple[str, ...]], opened: bool) -> str:
-    return f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>{table(rows)}</details>"
+def _details(title: str, rows: list[tuple[str, ...]]) -> str:
+    return f"<details><summary>{escape(title)}</summary>{table(rows)}</details>"
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -128,9 +128,14 @@ class Engine:
         )
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if not self.options.amp:
-            return nullcontext()
-        return torch.autocast(self.device.type, getattr(torch, self.options.amp_dtype))
+        return autocast(self.options, self.device)
+
+
+def autocast(options: argparse.Namespace, device: torch.device) -> AbstractContextManager[Any]:
+    """Around forward passes: what `--amp` and `--amp-dtype` say."""
+    if not options.amp:
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, options.amp_dtype))
 
 
 @torch.no_grad()
