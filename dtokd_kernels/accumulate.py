@@ -29,6 +29,7 @@ def backward(
     scaler: torch.amp.GradScaler | None = None,
     gram: Source | str | None = None,
     features: Tensor | Sequence[Tensor] | None = None,
+    share: float = 1.0,
     retain_graph: bool = False,
 ) -> Balance:
     """Balanced gradients for any optimizer: adds the combined gradient to `.grad`, as `loss.backward()` does.
@@ -46,6 +47,9 @@ def backward(
             "none" for a weighting that needs no Gram. An object such as `Every(10)` remembers: pass the same one
             to each call. "lag" needs an optimizer of this package.
         features: the representation at which `sources.Feature()` measures.
+        share: what is added is multiplied by this. Under accumulation pass the losses of each micro-batch as they are
+            and its part of the batch here, such as 1 / 4: losses that are divided have the same log-gradients. The
+            micro-batches are weighed, and clipped, one by one.
         retain_graph: keep the graph after the last pass.
 
     Returns:
@@ -82,6 +86,8 @@ def backward(
     loss_scale = None
     if scaler is not None and scaler.is_enabled():
         losses, loss_scale = _scaled(losses, scaler)
+    if not 0 < share <= 1:
+        raise ValueError(f"backward: share is {share!r}; pass this call's part of the batch, above 0 and at most 1")
     sets = GradientSets()
     sets.collect(losses, params, source, options, features=features, retain_graph=retain_graph)
     found = list(group_rows(zip(*sets.grads, strict=True)).values())
@@ -96,7 +102,7 @@ def backward(
         commit(sets, source, options, record)
         if loss_scale is None and record.skipped.device.type == "cpu" and record.skipped:
             return record
-        table, in_place_of_skipped = applied.table, torch.zeros_like(record.norm)
+        table, in_place_of_skipped = applied.table * share, torch.zeros_like(record.norm)
         if loss_scale is not None:
             table = table * loss_scale.to(table.device)  # `.grad` stays scaled, as the optimizer's scaler expects it
             in_place_of_skipped = torch.where(record.norm.isfinite(), 0.0, torch.nan)

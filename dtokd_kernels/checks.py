@@ -28,7 +28,7 @@ def check_options(
         TypeError, ValueError: names the option, what it is and what it may be.
         RuntimeError: the backend cannot run here.
     """
-    if weighting is not None and not callable(weighting):
+    if weighting is not None and (not callable(weighting) or isinstance(weighting, type)):
         raise TypeError(f"{op}: weighting is {weighting!r}; pass a callable such as dtokd_kernels.weighting.DTO()")
     if max_norm is not None and not _is_positive(max_norm):
         raise ValueError(f"{op}: max_norm is {max_norm!r}; pass a positive number, or None for no clipping")

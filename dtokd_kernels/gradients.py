@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -38,6 +39,7 @@ class GradientSets:
     Attributes:
         names: the objectives' names, in their order.
         losses: [K] float64, summed over the calls; None before the first.
+        params: whose gradients they are.
         grads: one list per set, one gradient per parameter; None where the set's objectives do not reach it.
         weighed: the balance that weighed the sum, of the last call; None if each objective has a set.
         calls: how many calls of `collect` there were.
@@ -51,6 +53,7 @@ class GradientSets:
     def clear(self) -> None:
         """Forget everything."""
         self._forget_losses()
+        self.params: list[Tensor] = []
         self.grads: list[list[Tensor | None]] = []
 
     def zero(self) -> None:
@@ -59,6 +62,14 @@ class GradientSets:
         held = [g for row in self.grads for g in row if g is not None]
         if held:
             torch._foreach_zero_(held)
+
+    def align(self, params: Sequence[Tensor]) -> None:
+        """Bring the sets to these parameters: those that are gone are forgotten, new ones have no gradient yet."""
+        if len(params) == len(self.params) and all(map(operator.is_, params, self.params)):
+            return
+        held = [{id(p): g for p, g in zip(self.params, row, strict=True)} for row in self.grads]
+        self.grads = [[row.get(id(p)) for p in params] for row in held]
+        self.params = list(params)
 
     def _forget_losses(self) -> None:
         self.names: tuple[str, ...] = ()
@@ -89,7 +100,7 @@ class GradientSets:
 
         Args:
             losses: K scalar tensors, by position or by name; a single tensor is one objective.
-            params: leaf tensors whose gradients are collected; the same in every call, but for more at the end.
+            params: leaf tensors whose gradients are collected.
             source: of the Gram matrix; says which passes there are. Their kind stays until the sets are cleared.
             options: of the balance. Losses that are not positive are refused where log-gradients divide by them.
             balanced: for each parameter, whether it takes part in the balance; default: all do.
@@ -120,7 +131,7 @@ class GradientSets:
             self.used = False
         current = torch.stack([v.detach().reshape(()).to(values[0].device, torch.float64) for v in values])
         started = self.losses is not None
-        one_pass = self.weighed is not None or (not started and source.one_pass(names))
+        one_pass = self.weighed is not None or (not started and source.one_pass(names, params))
         summed = current if self.losses is None else self.losses + current
         if ranks is not None and ranks.agrees_before(one_pass):
             agreed = ranks.agree(current if one_pass else summed, names, 1 if one_pass else len(names), op)
@@ -143,9 +154,8 @@ class GradientSets:
             passes = [([value], None) for value in values]
             weighed, watch = None, self.watch if started else source.watch(options)
         if len(self.grads) != len(passes):
-            self.grads = [[] for _ in passes]
-        for row in self.grads:
-            row.extend([None] * (len(params) - len(row)))
+            self.grads = [[None] * len(self.params) for _ in passes]
+        self.align(params)
         users = [p.grad for p in params]
         try:
             if watch is not None:
@@ -285,8 +295,8 @@ def _check_value(name: str, loss: Tensor, positive: bool, op: str) -> None:
     if positive and value <= 0:
         raise ValueError(
             f"{op}: losses[{name!r}] is {value}, but log-gradients need a positive loss; shift the loss by its lower "
-            "bound, leave an empty objective out of losses, or weigh raw gradients with "
-            "weighting=DTO(log_gradients=False)"
+            "bound, pass loss.clamp(min=1e-7) if that is 0 (once there it has no gradient and is left out of the "
+            "step), or weigh raw gradients with weighting=DTO(log_gradients=False)"
         )
 
 

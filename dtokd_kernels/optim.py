@@ -162,7 +162,7 @@ class Balanced(torch.optim.Optimizer):
                 logarithm; other objectives than before; a sparse gradient; nothing that the source could measure.
                 Parameters and state are as before.
         """
-        params = [p for group in self.param_groups for p in group["params"]]
+        params = self._params()
         if not self._looked:
             self._look(params)
         self._sets.collect(
@@ -176,6 +176,10 @@ class Balanced(torch.optim.Optimizer):
             inputs=inputs,
             op=f"{type(self).__name__}.backward",
         )
+
+    def _params(self) -> list[Tensor]:
+        """Of all groups, in their order."""
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _look(self, params: Sequence[Tensor]) -> None:
         """Find out, once, whether other ranks train these parameters."""
@@ -235,6 +239,7 @@ class Balanced(torch.optim.Optimizer):
         self._mastered = []
         loss_scale = self._loss_scale()
         self._settle()
+        self._sets.align(self._params())
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
         ranks = self._options.ranks
@@ -254,9 +259,11 @@ class Balanced(torch.optim.Optimizer):
         if any(group["lr"] != 0 for group in self.param_groups):
             return False
         owners = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not owners or any(p.grad.any() for _, p in owners):
+            return False
         for group, p in owners:
             self._updates(_Bucket(group, Role.SHARED, (0,), [p], [0]), [[p]])
-        return bool(owners)
+        return True
 
     def expect_scaled(self, inv_scale: Tensor, found_inf: Tensor) -> None:
         """Be told by `amp.GradScaler` that the next step's losses were scaled.
@@ -417,7 +424,7 @@ class Balanced(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 position += 1
-                reach = tuple(i for i, row in enumerate(grads) if position < len(row) and row[position] is not None)
+                reach = tuple(i for i, row in enumerate(grads) if row[position] is not None)
                 if not reach:
                     continue
                 # one set for all objectives is their weighted sum already, for unbalanced parameters as well
@@ -506,6 +513,7 @@ _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weigh
         master_weights: keep a float32 copy of each half-precision parameter in the state ("master"), of which the
             parameter is the rounding, so that small updates are not lost. A parameter that somebody else has written
             counts instead of its copy; what is written through `p.data` is not noticed.
+        foreach, fused: accepted as torch's, and nothing follows from them: `backend` says what runs.
 
     A parameter group takes `balance=False`: its gradient is the sum of the objectives' gradients."""
 
@@ -555,6 +563,8 @@ class DTOAdamW(Balanced, torch.optim.AdamW):  # noqa: D101
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
         self._set_precision(state_dtype, master_weights)
@@ -615,8 +625,11 @@ class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
             combined direction around.
         {_SHARED_ARGS}
 
-    `rescale` is "sum" by default: SGD feels the factor 1 / L_i as a learning rate. With `dampening`, the step after the
-    one that begins the momentum waits for the device once, to learn whether that was skipped; so capture a later one.
+    `rescale` is "sum" by default: SGD feels the factor 1 / L_i as a learning rate. Weightings of raw gradients
+    (`Fixed`, `PCGrad`, ...) have no such factor: with them pass "none", or their sums become means.
+
+    With `dampening`, the step after the one that begins the momentum waits for the device once, to learn whether that
+    was skipped; so capture a later one.
 
     Example:
         >>> import torch, dtokd_kernels as dk
@@ -646,6 +659,8 @@ class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
         backend: str | None = None,
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
     ) -> None:
         self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
         self._set_precision(state_dtype, master_weights)

@@ -54,6 +54,29 @@ def test_adds_to_grad(backend):
             assert torch.equal(p.grad, 2 * first)
 
 
+@pytest.mark.parametrize("rescale", ["none", "sum"])
+@pytest.mark.parametrize("max_norm", [None, 0.05])
+def test_share_of_a_batch(backend, max_norm, rescale):
+    """Equal micro-batches with their share give what one of them gives alone; a clipped sum is no longer."""
+    models = [Student(), Student()]
+    for model, parts in zip(models, (1, 4), strict=True):
+        for _ in range(parts):
+            dk.backward(
+                losses_of(model, batch()), model.parameters(), max_norm=max_norm, rescale=rescale, share=1 / parts
+            )
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5, float("nan")])
+def test_share_out_of_range(share):
+    w = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"^backward: share is .*; pass this call's part of the batch"):
+        dk.backward([w.sum()], [w], share=share)
+    assert w.grad is None
+
+
 @pytest.mark.parametrize("kind", ["list", "tuple", "dict", "generator of parameters", "stacked"])
 def test_kinds_of_arguments(backend, kind):
     model = Student()

@@ -267,7 +267,7 @@ def test_tokens_of_equal_detectors(seen, distance, norm, root):
 
 
 def test_tokens_are_vidts():
-    """The formula of field.md 3.3, term by term, and its root."""
+    """The formula, term by term, and its root."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):

@@ -164,7 +164,7 @@ def test_torch_error_inputs(rule):
     tried = 0
     for error in errors("cpu", torch.float32):
         given = error.optimizer_error_input
-        if not set(given.kwargs) <= set(accepted):
+        if not set(given.kwargs) <= set(accepted) - {"foreach", "fused"}:
             continue  # foreach and fused choose torch's implementation
         tried += 1
         params = [nn.Parameter(torch.ones(2, 2))] if given.params is None else given.params
@@ -380,6 +380,18 @@ def test_named_parameters(backend, rule):
     take_step(optimizer, model, 0, torch.float64)
     assert optimizer.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
     assert not torch.equal(model.scale, Student().scale)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+@pytest.mark.parametrize("how", ["foreach", "fused"])
+def test_torchs_ways_to_run_are_accepted(backend, rule, how):
+    steps = []
+    for options in ({}, {how: True}):
+        model = Student()
+        optimizer = ours_class(rule)(model.parameters(), lr=0.1, weighting=RAW, **options)
+        take_step(optimizer, model, 0, torch.float64)
+        steps.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*steps, strict=True))
 
 
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])

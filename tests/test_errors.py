@@ -181,6 +181,8 @@ BAD_OPTIONS = {
     "loss_floor 0": ({"loss_floor": 0.0}, r"loss_floor is 0.0; pass a positive number, such as 1e-8"),
     "loss_floor nan": ({"loss_floor": float("nan")}, r"loss_floor is nan; pass a positive number"),
     "weighting": ({"weighting": [0.5, 0.5]}, r"weighting is \[0.5, 0.5\]; pass a callable such as .*DTO\(\)"),
+    "weighting class": ({"weighting": dk.weighting.DTO}, r"weighting is <class .*DTO'>; pass a callable such as"),
+    "max_norm text": ({"max_norm": "1"}, r"max_norm is '1'; pass a positive number, or None"),
     "private": ({"private": "mine"}, r"private is 'mine'; choose 'own' or 'balanced'"),
 }
 
@@ -337,7 +339,7 @@ BAD_LOSSES = {
         r"needs no gradient; compute it from the parameters",
     ),
     "negative": (constant(-1.0), ValueError, r"is -1.0, but log-gradients need a positive loss; shift the loss"),
-    "zero": (constant(0.0), ValueError, r"is 0.0, but log-gradients need a positive loss"),
+    "zero": (constant(0.0), ValueError, r"is 0.0, but log-gradients need a positive loss; .*loss.clamp"),
     "nan": (constant(float("nan")), ValueError, r"is nan, not finite; leave this batch out"),
     "inf": (constant(float("inf")), ValueError, r"is inf, not finite; leave this batch out"),
     "-inf": (constant(float("-inf")), ValueError, r"is -inf, not finite"),

@@ -685,6 +685,51 @@ def test_model_larger_than_a_chunk(backend, make):
     assert all((p - q).abs().max() <= tolerances.REORDERED for p, q in zip(*results, strict=True))
 
 
+@each_optimizer
+def test_gradients_follow_their_parameters(backend, make):
+    """Groups deleted, turned around or added between backward and step: as torch, where `.grad` is the parameter's."""
+    a, b, c = (nn.Parameter(torch.full((n,), float(n))) for n in (4, 4, 3))
+    raw = dk.weighting.DTO(log_gradients=False)
+    optimizer = make([{"params": [a]}, {"params": [b]}], weighting=raw)
+    expected = nn.Parameter(b.detach().clone())
+    alone = make([expected], weighting=raw)
+    optimizer.backward([(a - 1).square().sum() + (b + 1).square().sum()])
+    alone.backward([(expected + 1).square().sum()])
+    optimizer.param_groups.reverse()
+    optimizer.add_param_group({"params": [c]})
+    del optimizer.param_groups[1]
+    optimizer.step()
+    alone.step()
+    assert torch.equal(b, expected)
+    assert torch.equal(a, torch.full((4,), 4.0))
+    assert torch.equal(c, torch.full((3,), 3.0))
+    optimizer.zero_grad(set_to_none=False)  # keeps memory, of parameters that are there
+    optimizer.backward([(b + 1).square().sum() + c.square().sum()])
+    optimizer.step()
+    assert not torch.equal(c, torch.full((3,), 3.0))
+
+
+def test_an_objective_at_its_bound_is_left_out(backend):
+    """A student that equals its teacher: a clamped loss of 0 has no gradient; the step is that of the others."""
+    w, v = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    both, one = dk.DTOSGD([w], lr=0.1), dk.DTOSGD([v], lr=0.1)
+    both.backward({"task": w.square().sum(), "distill": (w - w.detach()).square().sum().clamp(min=1e-7)})
+    one.backward({"task": v.square().sum()})
+    both.step()
+    one.step()
+    assert both.balance.weights.tolist() == [1.0, 0.0]
+    assert torch.equal(w, v)
+
+
+def test_no_learning_rate_hides_no_mistake():
+    """Where lr is 0, as in a warm-up's first step, gradients in `.grad` are an error as well."""
+    w = nn.Parameter(torch.ones(2))
+    optimizer = dk.DTOAdamW([w], lr=0.0)
+    w.sum().backward()
+    with pytest.raises(RuntimeError, match=r"not loss.backward\(\)"):
+        optimizer.step()
+
+
 # ---- choosing a backend ----------------------------------------------------------------------------
 
 

@@ -922,9 +922,36 @@ def test_probe_without_shared_parameters(backend):
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = dk.DTOAdamW([a, b], gram="probe")
     optimizer.backward([a.sum(), b.sum()])
-    with pytest.raises(ValueError, match=r"gram=Probe\(\): no parameter is reached by all objectives; pass"):
+    with pytest.raises(ValueError, match=r"gram=Probe\(\) found no parameter that all objectives reach; pass those"):
         optimizer.step()
     assert a.tolist() == [1.0, 1.0]
+
+
+def test_probe_that_was_frozen_is_found_anew(backend):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    optimizer = dk.DTOAdamW(model.parameters(), gram="probe")
+
+    def step():
+        out = model(torch.ones(3, 4))
+        optimizer.backward([out.square().mean(), (out - 1).square().mean()])
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer.balance.gram[0, 0]
+
+    step()
+    step()
+    model[2].requires_grad_(False)
+    exact, probed = step(), step()
+    assert exact > 0
+    assert probed > 0
+
+
+def test_probe_warns_of_what_it_does_not_see(backend):
+    block, head = nn.Linear(4, 4), nn.Linear(4, 2)
+    optimizer = dk.DTOAdamW([*block.parameters(), *head.parameters()], gram=Probe([block, head]))
+    out = head(checkpoint(block, torch.ones(3, 4, requires_grad=True), use_reentrant=True))
+    with pytest.warns(UserWarning, match=r"2 of the 4 parameters of gram=Probe.* have no gradient; .*reentrant"):
+        optimizer.backward([out.square().mean(), (out - 1).square().mean()])
 
 
 def test_backward_refuses_lag():

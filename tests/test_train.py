@@ -152,6 +152,22 @@ def test_balances(digits, teacher, tmp_path, options):
     assert [float(r["step"]) for r in rows(path / "steps.csv")] == list(range(updates))
 
 
+def test_balanced_accumulation_of_another_optimizer(tmp_path):
+    """Two equal micro-batches fill `.grad` with what one of them would: their sum is no longer than a batch's."""
+    from dtokd.train.steps import Filled
+
+    filled = []
+    for share in (1, 2):
+        w = torch.nn.Parameter(torch.ones(3))
+        optimizer, scaler = torch.optim.AdamW([w]), torch.amp.GradScaler("cpu", enabled=False)
+        options = {"weighting": weighting.DTO(), "gram": None, "private": "own", "rescale": "none"}
+        stepper = Filled(optimizer, scaler, None, **options)
+        for _ in range(share):
+            stepper.backward({"objectives": {"task": w.square().sum(), "kl": (w - 3).square().sum()}}, share)
+        filled.append(w.grad)
+    torch.testing.assert_close(*filled)
+
+
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_distillation_token(digits, teacher, tmp_path, kind):
     tiny = ["--model", "deit_tiny_distilled_patch16_224", "--model-kwargs", "depth=1", "embed_dim=24", "num_heads=3"]

@@ -11,11 +11,9 @@ struct OpMath<double> {
   using V = F64;
 };
 
-// ---- Gram
-// ------------------------------------------------------------------------------------------ NOTE
-// [Gram sums in float64]: products of float32, bf16 and f16 are exact in float64, and on a CPU the
-// sums cost no more than float32's, as memory is the limit. So nearly parallel gradients keep their
-// difference, and the same bits come out of every instruction set.
+// NOTE [Gram sums in float64]: products of float32, bf16 and f16 are exact in float64, and on a CPU
+// the sums cost no more than float32's, as memory is the limit. So nearly parallel gradients keep
+// their difference, and the same bits come out of every instruction set.
 
 // A chunk is summed in four parts, each with sums of its own, so that walking them side by side or
 // one after the other gives the same bits.
@@ -179,9 +177,6 @@ void gram_of(const void* const* grads, int K, int64_t n, double* sums) {
   }
 }
 
-// ---- Combination and updates
-// -----------------------------------------------------------------------
-
 // d = sum_i c_i g_i at an offset. K = 0: known at run time only.
 template <class T, int K>
 struct Combined {
@@ -306,9 +301,6 @@ void sgd_of(const Gradients& from, const SGDScalars& s, void* p, void* buffer, d
              [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], nullptr, false, false); });
   }
 }
-
-// ---- Choice of type and K
-// --------------------------------------------------------------------------
 
 template <class T_, int K_ = 0>
 struct Choice {

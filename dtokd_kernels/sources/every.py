@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,13 +54,13 @@ class Every(Wrapper):
     def _measures(self, names: tuple[str, ...]) -> bool:
         return self._weights is None or names != self._names or self._taken >= self.n
 
-    def one_pass(self, names: tuple[str, ...]) -> bool:
+    def one_pass(self, names: tuple[str, ...], params: Sequence[Tensor]) -> bool:
         """Between measurements, or if the source itself takes one."""
-        return not self._measures(names) or self.inner.one_pass(names)
+        return not self._measures(names) or self.inner.one_pass(names, params)
 
     def weigh(self, call: Call, options: Options) -> Balance:
         """The source's weights, or the last ones."""
-        if self._measures(call.names) and self.inner.one_pass(call.names):
+        if self._measures(call.names) and self.inner.one_pass(call.names, call.params):
             self._fresh = True
             return self.inner.weigh(call, options)
         assert self._weights is not None

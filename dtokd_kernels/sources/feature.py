@@ -46,7 +46,7 @@ class Feature(Source):
     def __repr__(self) -> str:
         return "Feature()" if self._of is None else f"Feature({type(self._of).__name__})"
 
-    def one_pass(self, names: tuple[str, ...]) -> bool:
+    def one_pass(self, names: tuple[str, ...], params: Sequence[Tensor]) -> bool:
         """Always."""
         return True
 
@@ -58,7 +58,8 @@ class Feature(Source):
             if all(g is None for g in row):
                 raise ValueError(
                     f"{call.op}: objective {name!r} was not computed from the features of gram={self!r}; choose a "
-                    "representation that all objectives share"
+                    "representation that all objectives share; inside torch.compile or a reentrant checkpoint it is "
+                    "not seen: return it and pass backward(losses, features=z)"
                 )
         groups = [group for group, _ in ops.group_rows(list(zip(*rows, strict=True))).values()]
         gram = ops.gram_of_groups(groups, len(rows), options.backend)

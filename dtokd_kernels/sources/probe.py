@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -51,9 +52,11 @@ class Probe(Source):
         """The same choice, without the parameters found."""
         return Probe(self._of)
 
-    def one_pass(self, names: tuple[str, ...]) -> bool:
-        """From when the probe's parameters are known."""
-        return self._of is not None or self._positions is not None
+    def one_pass(self, names: tuple[str, ...], params: Sequence[Tensor]) -> bool:
+        """While the probe's parameters are known; those it found itself may have been frozen or removed."""
+        if self._of is not None:
+            return True
+        return any(t < len(params) and params[t].requires_grad for t in self._positions or ())
 
     def weigh(self, call: Call, options: Options) -> Balance:
         """Weights from the probe's gradients."""
@@ -61,7 +64,14 @@ class Probe(Source):
         gradients = [_gradients(value, probe) for value in call.values]
         if options.ranks is not None:
             gradients = options.ranks.average(gradients)
-        rows = zip(*gradients, strict=True)
+        rows = list(zip(*gradients, strict=True))
+        unseen = sum(all(g is None for g in row) for row in rows)
+        if unseen:
+            warnings.warn(
+                f"{call.op}: {unseen} of the {len(rows)} parameters of gram={self!r} have no gradient; a probe does "
+                "not see through checkpoint(use_reentrant=True)",
+                stacklevel=4,
+            )
         shared = [row for row in rows if all(g is not None for g in row)]
         if not shared:
             raise ValueError(
@@ -88,15 +98,14 @@ class Probe(Source):
         return probe
 
     def solve(self, gathered: Gathered, options: Options) -> Balance:
-        """The first step, exact, which finds the last shared parameters."""
+        """An exact step, which finds the last shared parameters."""
         assert isinstance(gathered.watch, _Reached)
-        if self._positions is None:
-            self._positions = gathered.watch.last_shared()
+        self._positions = gathered.watch.last_shared()
         return super().solve(gathered, options)
 
     def watch(self, options: Options) -> Watch | None:
         """Knows which parameters all objectives reach."""
-        return None if self.one_pass(()) else _Reached()
+        return _Reached()
 
     def state_dict(self) -> dict[str, Any]:
         """Which parameters were found."""

@@ -98,11 +98,12 @@ class Source:
         """The same choice without memory, for an optimizer of its own."""
         return self
 
-    def one_pass(self, names: tuple[str, ...]) -> bool:
+    def one_pass(self, names: tuple[str, ...], params: Sequence[Tensor]) -> bool:
         """Whether the step that now begins takes one full backward pass, of the weighted sum of the losses.
 
         Args:
             names: of its objectives.
+            params: whose gradients are collected.
         """
         return False
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from .. import ops
 from ..types import Balance, Options, Role
@@ -18,7 +20,7 @@ class Unmeasured(Source):
     Cost: that of a weighted sum. `balance` has NaN for what was not measured: gram, cosine, norms.
     """
 
-    def one_pass(self, names: tuple[str, ...]) -> bool:
+    def one_pass(self, names: tuple[str, ...], params: Sequence[Tensor]) -> bool:
         """Always."""
         return True
 

@@ -27,9 +27,9 @@ class Wrapper(Source):
         """As the source."""
         return self.inner.measures_in_step
 
-    def one_pass(self, names: tuple[str, ...]) -> bool:
+    def one_pass(self, names: tuple[str, ...], params: Sequence[Tensor]) -> bool:
         """As the source."""
-        return self.inner.one_pass(names)
+        return self.inner.one_pass(names, params)
 
     def watch(self, options: Options) -> Watch | None:
         """As the source."""

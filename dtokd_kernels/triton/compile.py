@@ -27,7 +27,7 @@ class Variant(NamedTuple):
 
 #: Types of the arguments that are no constants, in all kernels; pointers are 16-byte aligned, as torch's memory is.
 _TYPES = {
-    "table": "*i64", "T": "i32", "chunks": "i32", "row": "i32", "first": "i32", "shared": "i32", "private": "i32",
+    "table": "*i64", "T": "i32", "chunks": "i32", "first": "i32", "shared": "i32", "private": "i32",
     "plain": "i32", "ticket": "*i32", "grams": "*fp64", "partials": "*fp64", "out": "*fp64",
     "coefficients": "*fp64", "skipped": "*i1", "tensor_lr": "*fp64", "numbers": "*fp64",
     "gram": "*fp64", "private_gram": "*fp64", "plain_gram": "*fp64", "losses": "*fp64", "given": "*fp64",

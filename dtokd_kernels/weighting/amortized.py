@@ -119,7 +119,7 @@ class Amortized(Stateful):
                 raise ValueError(f"Amortized.observe: losses are {list(named)}, expected {list(self._names)}")
             losses = [named[name] for name in self._names]
         if not isinstance(losses, Tensor):
-            losses = torch.stack([loss.reshape(()) for loss in losses])
+            losses = torch.stack([torch.as_tensor(loss).reshape(()) for loss in losses])
         if losses.shape != before.shape:
             raise ValueError(
                 f"Amortized.observe: losses has shape {tuple(losses.shape)}, expected {tuple(before.shape)}: "

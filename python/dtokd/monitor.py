@@ -216,7 +216,7 @@ class CSV:
         if self._file is None:
             self._open(list(lines[0]))
         assert self._file is not None
-        writer = csv.writer(self._file)
+        writer = csv.writer(self._file, lineterminator="\n")
         writer.writerows([f"{value:.9g}" for value in line.values()] for line in lines)
         self._file.flush()
 
@@ -230,7 +230,7 @@ class CSV:
                 raise ValueError(f"CSV: {self._path} has the columns {there}, expected {columns}; choose another path")
         self._file = self._path.open("a" if goes_on else "w", newline="")
         if not goes_on:
-            csv.writer(self._file).writerow(columns)
+            csv.writer(self._file, lineterminator="\n").writerow(columns)
 
     def close(self) -> None:
         """Close the file."""

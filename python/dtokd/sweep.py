@@ -53,6 +53,8 @@ def run(options: argparse.Namespace) -> int:
             own = argparse.Namespace(**{**vars(options), **changes, "seed": seed, "resume": "auto"})
             own.output, own.experiment = path.parent, path.name
             del own.seeds, own.balances
+            if own.kd_balance == "none":  # a weighted sum is for the optimizer that ours stands for
+                own.opt = own.opt.lower().removeprefix("dto")
             outcome = train(own, progress)
             if outcome.interrupted:
                 return 128 + outcome.interrupted

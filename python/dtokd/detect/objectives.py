@@ -114,7 +114,7 @@ class Tokens(Objective):
         distance: of `TOKEN_DISTANCES`.
         root: return sqrt(S + eps^2) - eps, as ViDT's code has the root. Its gradient would be infinite at S = 0, hence
             eps. Off by default: VkD has none, and with log-gradients the root only halves this objective's,
-            grad log sqrt(S) = grad log S / 2, which moves the weights (method.md 4.10) and not the direction.
+            grad log sqrt(S) = grad log S / 2, which moves the weights and not the direction.
     """
 
     def __init__(

@@ -145,8 +145,9 @@ def _balancing(options: argparse.Namespace, task: TrainingTask) -> dict[str, Any
         rule = weighting.from_name(options.kd_balance, **keywords)
     except (TypeError, ValueError) as error:
         raise UsageError(f"--kd-balance {options.kd_balance}, --kd-balance-kwargs {keywords}: {error}") from error
-    # SGD feels 1 / L as a learning rate, Adam does not
-    rescale: Rescale = options.kd_balance_rescale or ("none" if "adam" in options.opt.lower() else "sum")
+    # SGD feels 1 / L as a learning rate, Adam does not; raw gradients keep their scale
+    keeps = "adam" in options.opt.lower() or not getattr(rule, "log_gradients", True)
+    rescale: Rescale = options.kd_balance_rescale or ("none" if keeps else "sum")
     student = unwrap_model(task.get_eval_model())
     gram = None if options.kd_balance_gram is None else parse_source(options.kd_balance_gram, student)
     return {

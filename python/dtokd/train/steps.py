@@ -18,6 +18,8 @@ from dtokd_kernels.types import Balance, Private, Rescale, Weighting
 from dtokd_kernels.weighting import Stateful
 
 Result = dict[str, Any]
+#: What a loss is at least.
+LEAST = 1e-7
 
 
 class Stepper(Protocol):
@@ -102,13 +104,14 @@ class Filled(WeightedSum):
     def backward(self, result: Result, share: int) -> None:
         """Balance this micro-batch."""
         self.balance = dk.backward(
-            _losses(result, share),
+            _losses(result, 1),
             [p for group in self.optimizer.param_groups for p in group["params"]],
             self._weighting,
             gram=self._gram,
             private=self._private,
             rescale=self._rescale,
             scaler=self._scaler,
+            share=1 / share,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,7 +170,9 @@ class Fused(WeightedSum):
 
 
 def _losses(result: Result, share: int) -> dict[str, Tensor]:
-    return {name: loss.float() / share if share > 1 else loss.float() for name, loss in result["objectives"].items()}
+    # each has 0 as its lower bound; one that is there, or below by rounding, has no gradient then, and is left out
+    objectives = {name: loss.float().clamp(min=LEAST) for name, loss in result["objectives"].items()}
+    return {name: loss / share for name, loss in objectives.items()} if share > 1 else objectives
 
 
 def clipping(limit: float | None, mode: str, parameters: Iterable[Tensor]) -> Callable[[], None] | None:
