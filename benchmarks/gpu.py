@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dtokd_kernels import backends
+from dtokd_kernels import backends, cuda
 
 from . import gate, report
 from .cases import (
@@ -27,6 +27,7 @@ from .cases import (
     Competitor,
     Kind,
     Shapes,
+    TwoLaunches,
     clip_fused,
     dtokd,
     foreach,
@@ -37,24 +38,28 @@ from .cases import (
 )
 from .record import Measurement, Row, write
 
-MODELS = ("deit_tiny", "deit_small", "vit_base", "1e9")
+#: "12e6" still takes one launch, though an H100 would keep less than half of its gradients; "deit_small" takes two.
+MODELS = ("deit_tiny", "12e6", "deit_small", "vit_base", "1e9")
 COPY_BYTES = 2**30
 
 
 def shapes(model: str) -> Shapes:
-    """Parameter shapes; "1e9" is one bucket of so many."""
+    """Parameter shapes; "1e9" is one tensor of so many."""
     return [(int(float(model)),)] if model[0].isdigit() else shapes_of(model)
 
 
-def competitors(device: str) -> dict[str, Callable[[Case], Competitor]]:
-    """Those that can run here; the unit first."""
+def competitors(device: str, parameters: int = 0) -> dict[str, Callable[[Case], Competitor]]:
+    """Those that can run here, and are not one and the same for so many parameters; the unit first."""
     found: dict[str, Callable[[Case], Competitor]] = {"fused": fused, "clip_fused": clip_fused}
     for name, backend in backends._BACKENDS.items():
         if name == "reference" or backend.device != device:
             continue
         if (reason := backend.missing()) is None:
             found[f"dtokd {name}"] = partial(dtokd, backend=name)
+            if name == "cuda" and parameters <= cuda.RESIDENT_PARAMETERS:
+                found["dtokd cuda two launches"] = partial(dtokd, backend=name, gram=TwoLaunches())
             found[f"dtokd {name} lag"] = partial(lag_step, backend=name)
+            found[f"dtokd {name} lag with check"] = partial(lag_step, backend=name, check=True)
         else:
             print(f"left out: dtokd {name}: {reason}", file=sys.stderr)
     found |= {"foreach_fused": foreach_fused, "foreach": foreach}
@@ -68,7 +73,16 @@ def competitors(device: str) -> dict[str, Callable[[Case], Competitor]]:
 
 
 #: Those whose step has no host sync, so that a graph can hold it.
-CAPTURABLE = ("fused", "dtokd cuda", "dtokd cuda lag", "dtokd triton", "dtokd triton lag")
+CAPTURABLE = (
+    "fused",
+    "dtokd cuda",
+    "dtokd cuda two launches",
+    "dtokd cuda lag",
+    "dtokd cuda lag with check",
+    "dtokd triton",
+    "dtokd triton lag",
+    "dtokd triton lag with check",
+)
 
 
 class Clock:
@@ -126,7 +140,7 @@ def measure(model: str, kind: Kind, device: str, rounds: int, calls: int) -> lis
     """Times, ratios to the unit of the same round, and bandwidths of all competitors."""
     case = Case.build(shapes(model), kind, device=device)
     clock = Clock(device)
-    made = {name: make(case) for name, make in competitors(device).items()}
+    made = {name: make(case) for name, make in competitors(device, case.parameters).items()}
     steps = {("eager", name): (c.step, c.prepare) for name, c in made.items()}
     if device == "cuda":
         steps |= {("graph", n): (captured(made[n]), made[n].prepare) for n in CAPTURABLE if n in made}

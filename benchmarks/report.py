@@ -12,7 +12,7 @@ from .cases import TITLES, UNIT
 from .record import Row
 
 #: Providers that tell this project's step; the first found is what others are compared with.
-OURS = ("dtokd", "dtokd cuda", "dtokd triton", "dtokd cpu")
+OURS = ("dtokd", "dtokd cuda", "dtokd cuda two launches", "dtokd triton", "dtokd cpu")
 #: Colors that people with any color vision tell apart (Okabe and Ito, 2008).
 COLORS = {"interior": "#0072B2", "vertex": "#E69F00", "eager": "#0072B2", "graph": "#E69F00"}
 
@@ -176,6 +176,7 @@ def _ratios(rows: Sequence[Row]) -> str:
     times = _select(rows, metric_name="time")
     ours = {row["x_value"]: float(row["y_value_50"]) for row in _select(times, kernel_provider=_ours(rows))}
     moved, read = byte_counts(rows, ("reads", "writes")), byte_counts(rows, ("reads",))
+    digits = ".3f" if rows[0]["gpu_name"] else ".1f"
     return "\n\n".join(
         [
             "Ratio to the unit: median, 20 and 80 % quantile.",
@@ -183,7 +184,7 @@ def _ratios(rows: Sequence[Row]) -> str:
             f"dtokd moves {moved[0]} bytes per parameter, the unit {moved[1]}: {moved[0] / moved[1]:.2f}. "
             f"It reads {read[0]}, the unit {read[1]}: {read[0] / read[1]:.2f}.",
             "Milliseconds, and how often dtokd's fit in there.",
-            _grid(times, lambda r: f"{_value(r, '.1f')}, {float(r['y_value_50']) / ours[r['x_value']]:.2f} x"),
+            _grid(times, lambda r: f"{_value(r, digits)}, {float(r['y_value_50']) / ours[r['x_value']]:.2f} x"),
             "GB/s moved.",
             _grid(_select(rows, metric_name="bandwidth"), lambda r: _value(r, ".0f")),
         ]
@@ -196,22 +197,23 @@ def _ours(rows: Sequence[Row]) -> str:
 
 
 def byte_counts(rows: Iterable[Row], metrics: Sequence[str]) -> tuple[int, int]:
-    """Bytes per parameter of dtokd and of the unit, summed over these metrics."""
-    rows = list(rows)
+    """Bytes per parameter of dtokd and of the unit, summed over these metrics; of those that are counted."""
+    counted = [row for row in rows if row["metric_name"] in metrics]
     counts = [
-        sum(int(_select(rows, kernel_provider=name, metric_name=metric)[0]["y_value_50"]) for metric in metrics)
-        for name in (_ours(rows), UNIT)
+        sum(int(_select(counted, kernel_provider=name, metric_name=metric)[0]["y_value_50"]) for metric in metrics)
+        for name in (_ours(counted), UNIT)
     ]
     return counts[0], counts[1]
 
 
 def _grid(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
-    """A line per competitor, a column per model."""
+    """A line per competitor, a column per model; empty where there is no such row."""
     models = _distinct(rows, "x_value")
     lines = ["| | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
     for name in _distinct(rows, "kernel_provider"):
         found = {row["x_value"]: row for row in _select(rows, kernel_provider=name)}
-        lines.append(f"| {TITLES.get(name, name)} | " + " | ".join(cell(found[m]) for m in models) + " |")
+        cells = [cell(found[model]) if model in found else "" for model in models]
+        lines.append(f"| {TITLES.get(name, name)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -221,7 +223,8 @@ def plot_ratios(rows: Sequence[Row], path: Path) -> None:
     models, threads = _distinct(ratios, "x_value"), _distinct(ratios, "threads")
     kinds = _distinct(ratios, "kernel_operation_mode")
     names = [name for name in _distinct(ratios, "kernel_provider") if name != UNIT]
-    figure = Figure(figsize=(4 + 3.2 * len(models), 1.2 + 3.6 * len(threads)), layout="constrained")
+    height = max(3.6, 0.4 * len(names))
+    figure = Figure(figsize=(4 + 3.2 * len(models), 1.2 + height * len(threads)), layout="constrained")
     axes = figure.subplots(len(threads), len(models), sharex=True, sharey=True, squeeze=False)
     for line, t in zip(axes, threads, strict=True):
         for ax, model in zip(line, models, strict=True):
@@ -234,7 +237,8 @@ def plot_ratios(rows: Sequence[Row], path: Path) -> None:
     ax.set_yticks(range(len(names)), labels=[TITLES.get(name, name) for name in names])
     ax.invert_yaxis()
     ax.set_xscale("log", base=2)
-    ax.set_xlim(1, 1.7 * max(float(row["y_value_80"]) for row in ratios))
+    low, high = (pick(float(row[f"y_value_{q}"]) for row in ratios) for pick, q in ((min, 20), (max, 80)))
+    ax.set_xlim(min(1, 0.95 * low), 1.7 * high)
     ax.xaxis.set_major_formatter("{x:g}")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2 * len(kinds))
     figure.supxlabel("time of a step / time of torch's fused AdamW with one gradient")

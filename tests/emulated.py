@@ -1,8 +1,12 @@
-"""The CUDA backend on CPU tensors: the package's own bindings and kernels, compiled for the emulation of CUDA."""
+"""The CUDA backend on CPU tensors: the package's own bindings and kernels, compiled for the emulation of CUDA.
+
+`python -m tests.emulated FOLDER` compiles them there, for several runs of the tests.
+"""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,7 +23,8 @@ FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", str(ROOT / "csrc"),
 
 
 def build(folder: Path) -> Path:
-    """Compile the sources of the CUDA extension with a C++ compiler."""
+    """Compile the sources of the CUDA extension with a C++ compiler; the library's path."""
+    folder.mkdir(parents=True, exist_ok=True)
     listed = (ROOT / "csrc/sources.txt").read_text().splitlines()
     lines = (line.split() for line in listed if line[:1] not in ("", "#"))
     sources = [ROOT / "csrc" / path for kind, path in lines if kind in ("cuda", "torch-cuda")]
@@ -54,3 +59,7 @@ def emulated_cuda(library: Path, device: str = "cpu") -> Iterator[None]:
     finally:
         cuda.OPS, fused.tickets, backends._BACKENDS["cuda"] = before
         assert not getattr(tickets, "host", tickets).any()  # every launch leaves them as it found them
+
+
+if __name__ == "__main__":
+    print(build(Path(sys.argv[1])))
