@@ -39,15 +39,8 @@ class Implementation(Protocol):
     def min_norm_weights(self, gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
         """[K] from [K, K]."""
 
-    def balance(
-        self,
-        gram: Tensor,
-        losses: Tensor,
-        options: Options,
-        private_gram: Tensor | None = None,
-        plain_gram: Tensor | None = None,
-    ) -> Balance:
-        """From the Gram matrices of the three roles to coefficients."""
+    def balance(self, grams: Tensor, losses: Tensor, options: Options) -> Balance:
+        """From the Gram matrices [3, K, K] by role to coefficients."""
 
     def combine(
         self, grads: Sequence[Sequence[Tensor]], coefficients: Tensor, out: Sequence[Tensor] | None = None, /

@@ -47,24 +47,23 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
     return OPS.min_norm_weights.default(gram.double().contiguous(), clamp, present)
 
 
-def balance(
-    gram: Tensor,
-    losses: Tensor,
-    options: Options,
-    private_gram: Tensor | None = None,
-    plain_gram: Tensor | None = None,
-) -> Balance:
+def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
     """`reference.balance`, in one launch after the weighting, if that is another than `DTO`."""
-    zeros = torch.zeros_like(gram, dtype=torch.float64)
-    grams = [zeros if g is None else g.to(gram.device, torch.float64) for g in (gram, private_gram, plain_gram)]
-    return _balance(torch.stack(grams), losses, options)
+    grams = grams.double().contiguous()
+    gram = grams[Role.SHARED]
+    losses = losses.to(grams.device, torch.float64).contiguous()
+    weights = None
+    if type(options.weighting) is not DTO:
+        weights = reference.weigh(gram, losses, options).contiguous()
+    values, flags = OPS.balance_by_role.default(grams, losses, weights, *fused.balance_options(options))
+    return fused.record(gram, values, flags)
 
 
 def gram_balance(groups: Mapping[Role, Sequence[Group]], losses: Tensor, options: Options) -> Balance:
     """Gram matrices of all roles and the `Balance` that follows: one launch, if the weighting is `DTO`."""
     K = len(losses)
     if type(options.weighting) is not DTO:
-        return _balance(_grams(groups, K), losses, options)
+        return balance(_grams(groups, K), losses, options)
     call = fused.Groups.by_role(groups)
     losses = losses.to(call.device, torch.float64).contiguous()
     numbers = fused.balance_options(options)
@@ -219,13 +218,3 @@ def _grams(groups: Mapping[Role, Sequence[Group]], K: int) -> Tensor:
     """[3, K, K] float64: the Gram matrix of each role."""
     call = fused.Groups.by_role(groups)
     return call.run(lambda grads, *shape: OPS.gram_by_role.default(grads, *shape, K, fused.tickets(call.device)))
-
-
-def _balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
-    gram = grams[Role.SHARED]
-    losses = losses.to(grams.device, torch.float64).contiguous()
-    weights = None
-    if type(options.weighting) is not DTO:
-        weights = reference.weigh(gram, losses, options).contiguous()
-    values, flags = OPS.balance_by_role.default(grams, losses, weights, *fused.balance_options(options))
-    return fused.record(gram, values, flags)

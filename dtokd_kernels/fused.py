@@ -120,10 +120,11 @@ def measure_and_update(
     parts: Iterable[list[Update]], run: Callable[[list[Update]], Tensor], table: Tensor, skipped: Tensor
 ) -> Tensor:
     """The same with an operation that returns the Gram matrices [3, K, K]; their sum over all updates."""
-    K = table.shape[1]
-    total = torch.zeros(len(Role), K, K, dtype=torch.float64, device=table.device)
-    unfit = [update for part in parts for update in _unfit(part, lambda some: total.add_(run(some)))]
-    return total.add_(reference.measure_and_update(unfit, table, skipped)) if unfit else total
+    grams: list[Tensor] = []
+    unfit = [update for part in parts for update in _unfit(part, lambda some: grams.append(run(some)))]
+    if unfit or not grams:
+        grams.append(reference.measure_and_update(unfit, table, skipped))
+    return sum(grams[1:], grams[0])
 
 
 def _unfit(updates: list[Update], run: Callable[[list[Update]], object]) -> list[Update]:

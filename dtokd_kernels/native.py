@@ -89,15 +89,9 @@ def pcgrad_weights(gram: Tensor, step: Tensor, seed: int) -> Tensor:
     return torch.ops.dtokd.pcgrad_weights.default(gram.contiguous(), step, signed(seed % 2**64))
 
 
-def balance(
-    gram: Tensor,
-    losses: Tensor,
-    options: Options,
-    private_gram: Tensor | None = None,
-    plain_gram: Tensor | None = None,
-) -> Balance:
+def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
     """`reference.balance`, in one call unless the weighting is another than `DTO`."""
-    gram = gram.double().contiguous()
+    gram, private_gram, plain_gram = grams.double().contiguous()
     losses = losses.to(torch.float64).contiguous()
     weights = None
     if type(options.weighting) is not DTO:

@@ -74,34 +74,38 @@ def solve(groups: Mapping[Role, Sequence[Group]], losses: Tensor, options: Optio
     sharded = options.ranks is not None and options.ranks.shards
     if len(devices) == 1 and options.loss_scale is None and not sharded and hasattr(module, "gram_balance"):
         return module.gram_balance(groups, losses, options)
-    grams = grams_by_role(groups, len(losses), options.backend)
+    grams = grams_by_role(groups, losses, options.backend)
     if options.ranks is not None:
         grams, losses = options.ranks.total(grams, losses)
     return balance_grams(grams, losses, options)
 
 
-def grams_by_role(groups: Mapping[Role, Sequence[Group]], K: int, backend: str | None) -> dict[Role, Tensor]:
-    """The Gram matrix [K, K] of each role that has gradients."""
-    return {role: gram_of_groups(same_role, K, backend) for role, same_role in groups.items()}
-
-
-def unscaled(grams: Mapping[Role, Tensor], losses: Tensor, loss_scale: Tensor) -> tuple[dict[Role, Tensor], Tensor]:
-    """Gram matrices and losses as they would be if the losses had not been multiplied with `loss_scale`."""
-    without = {role: gram / loss_scale.to(gram.device).square() for role, gram in grams.items()}
-    return without, losses / loss_scale.to(losses.device)
-
-
-def balance_grams(grams: Mapping[Role, Tensor], losses: Tensor, options: Options) -> Balance:
-    """The balance of Gram matrices by role, unchecked; arguments as `solve`."""
+def grams_by_role(groups: Mapping[Role, Sequence[Group]], losses: Tensor, backend: str | None) -> Tensor:
+    """The Gram matrices [3, K, K] float64, one for each `Role`; on the losses' device if there are no gradients."""
     K = len(losses)
+    return by_role({role: gram_of_groups(same, K, backend) for role, same in groups.items()}, losses)
+
+
+def by_role(grams: Mapping[Role, Tensor], losses: Tensor) -> Tensor:
+    """[3, K, K] float64 of the matrices [K, K] of some roles."""
+    K = len(losses)
+    device = next((gram.device for gram in grams.values()), losses.device)
+    whole = torch.zeros(len(Role), K, K, dtype=torch.float64, device=device)
+    for role, gram in grams.items():
+        whole[role] = gram
+    return whole
+
+
+def unscaled(grams: Tensor, losses: Tensor, loss_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gram matrices and losses as they would be if the losses had not been multiplied with `loss_scale`."""
+    return grams / loss_scale.to(grams.device).square(), losses / loss_scale.to(losses.device)
+
+
+def balance_grams(grams: Tensor, losses: Tensor, options: Options) -> Balance:
+    """The balance of Gram matrices [3, K, K] by role, unchecked; other arguments as `solve`."""
     if options.loss_scale is not None:
         grams, losses = unscaled(grams, losses, options.loss_scale)
-    device = next(iter(grams.values())).device if grams else losses.device
-    shared = grams.get(Role.SHARED)
-    if shared is None:
-        shared = torch.zeros(K, K, dtype=torch.float64, device=device)
-    module = backends.select(shared.device, options.backend)
-    return module.balance(shared, losses, options, grams.get(Role.PRIVATE), grams.get(Role.PLAIN))
+    return backends.select(grams.device, options.backend).balance(grams, losses, options)
 
 
 def min_norm_weights(gram: Tensor, clamp: bool = True, *, present: Tensor | None = None) -> Tensor:
@@ -182,7 +186,7 @@ def balance(
         )
     options = check_options("balance", weighting, max_norm, rescale, loss_floor)
     with torch.no_grad():
-        return backends.select(gram.device).balance(gram.detach(), losses.detach(), options)
+        return balance_grams(by_role({Role.SHARED: gram.detach()}, losses), losses.detach(), options)
 
 
 def combine(

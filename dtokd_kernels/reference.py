@@ -152,13 +152,7 @@ def solve_systems(systems: Tensor, right: Tensor, smallest: Tensor | float) -> t
     return torch.where(solvable[:, None, None], x, 0.0), solvable
 
 
-def balance(
-    gram: Tensor,
-    losses: Tensor,
-    options: Options,
-    private_gram: Tensor | None = None,
-    plain_gram: Tensor | None = None,
-) -> Balance:
+def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
     """From the Gram matrix to the numbers that multiply the raw gradients.
 
     Log-gradients are g_i / L_i (Eq. 8), so their Gram matrix is G_ij / (L_i L_j) and log L is never
@@ -167,25 +161,22 @@ def balance(
         pi = weighting(u_i u_j G_ij),   d = sum_i pi_i u_i g_i,   ||d||^2 = c^T G c  with  c_i = pi_i u_i.
 
     Args:
-        gram: [K, K] float64, raw gradients of the balanced parameters.
+        grams: [3, K, K] float64, of raw gradients, for each `Role`: of the balanced parameters, the G of the formulas;
+            of those that only some objectives reach, which take their own objectives' gradients at weight 1 (u_i with
+            rescale "none"); and of those outside the balance, which take the sum of the gradients.
         losses: [K] values of the objectives.
         options: its weighting is a callable from (Gram [K, K], losses [K]), or from the Gram alone, to weights [K],
             whose attribute `log_gradients` (default True) says whether it weighs log-gradients or raw ones (u = 1).
             `max_norm` clips the combined direction to this norm, as `torch.nn.utils.clip_grad_norm_` does. `rescale`
             "sum" divides the coefficients by the sum of their sizes, so that the direction stays and the step's size
             is that of a weighted sum of the losses; "none" is the paper. `loss_floor` is the smallest loss divided by.
-        private_gram: [K, K], over parameters that only some objectives reach; they take their own objectives'
-            gradients at weight 1 (u_i with rescale "none").
-        plain_gram: [K, K], over parameters outside the balance: they take the sum of the gradients.
 
     Returns:
         The `Balance`.
     """
-    gram = gram.double()
+    grams = grams.double()
+    gram = grams[Role.SHARED]
     losses = losses.to(gram.device, torch.float64)
-    zeros = torch.zeros_like(gram)
-    private_gram = zeros if private_gram is None else private_gram.to(gram.device)
-    plain_gram = zeros if plain_gram is None else plain_gram.to(gram.device)
     ones = torch.ones_like(losses)
     scale = 1 / losses.clamp(min=options.loss_floor) if options.log_gradients else ones
 
@@ -199,13 +190,13 @@ def balance(
         coefficients = coefficients / torch.where(total > 0, total, 1.0)
         private_coefficients = ones
     table = torch.stack([coefficients, private_coefficients, ones])
-    squares = [c @ G @ c for c, G in zip(table, (gram, private_gram, plain_gram), strict=True)]
+    squares = [c @ G @ c for c, G in zip(table, grams, strict=True)]
     norm = (squares[0].clamp(min=0) + squares[1].clamp(min=0) + squares[2].clamp(min=0)).sqrt()
     if options.max_norm is not None:
         clip = (options.max_norm / (norm + 1e-6)).clamp(max=1)
         table = table * clip
 
-    everything = gram.diagonal() + private_gram.diagonal() + plain_gram.diagonal()
+    everything = grams.diagonal(dim1=1, dim2=2).sum(0)
     skipped = ~(norm.isfinite() & everything.isfinite().all() & losses.isfinite().all() & weights.isfinite().all())
     skipped = skipped | (everything == 0).all()
     if options.log_gradients:

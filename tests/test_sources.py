@@ -170,7 +170,7 @@ def test_overlap_leaves_nothing_to_step(backend, monkeypatch):
 
 def test_overlap_takes_products_during_the_pass(backend, monkeypatch):
     """Buckets are taken as soon as they are full, while autograd is still at work."""
-    monkeypatch.setattr("dtokd_kernels.sources.buckets.Buckets.__init__.__defaults__", (8,))
+    monkeypatch.setitem(dk.sources.buckets.BUCKET, "cpu", 8)
     module = backends.select(torch.device("cpu"))
     events, original = [], module.gram
     monkeypatch.setattr(module, "gram", lambda grads: events.append("gram") or original(grads))

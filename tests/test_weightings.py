@@ -92,7 +92,7 @@ def test_nothing_stalls_the_device(name, K):
         values = torch.empty(K, dtype=torch.float64, device="cuda")
         with OnTheDevice():
             for _ in range(2):
-                balance = reference.balance(gram, values, Options(rule))
+                balance = dk.balance(gram, values, rule)
                 if isinstance(rule, weighting.Stateful):
                     rule.commit(balance.skipped)
             if getattr(rule, "reading", None) == "famo":

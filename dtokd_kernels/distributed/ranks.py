@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..types import MAX_OBJECTIVES, Role, Update
+from ..types import MAX_OBJECTIVES, Update
 
 if TYPE_CHECKING:
     from ..sources.source import Source, Watch
@@ -124,17 +124,14 @@ class Ranks:
         """
         return self.sum(gram / self.size**2)
 
-    def total(self, grams: Mapping[Role, Tensor], losses: Tensor) -> tuple[dict[Role, Tensor], Tensor]:
-        """Gram matrices over all parameters and the averaged losses: where ranks have shards, by one all-reduce."""
+    def total(self, grams: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Gram matrices [3, K, K] over all parameters and the averaged losses: one all-reduce, if ranks have shards."""
         if not self.shards:
-            return dict(grams), losses
-        K = len(losses)
-        device = next((gram.device for gram in grams.values()), losses.device)
-        packed = torch.cat([*(grams[role].flatten() for role in sorted(grams)), losses.to(device)])
+            return grams, losses
+        packed = torch.cat([grams.flatten(), losses.to(grams.device)])
         dist.all_reduce(packed, group=self.group)
-        *parts, mean = packed.split([K * K] * len(grams) + [K])
-        whole = {role: part.view(K, K) for role, part in zip(sorted(grams), parts, strict=True)}
-        return whole, (self.sum_replicas(mean) / self.size).to(losses.device)
+        whole, mean = packed.split([grams.numel(), len(losses)])
+        return whole.view_as(grams), (self.sum_replicas(mean) / self.size).to(losses.device)
 
     def sum_replicas(self, tensor: Tensor) -> Tensor:
         """Over ranks that hold the same shards, in place; there is one of each, but for HSDP."""

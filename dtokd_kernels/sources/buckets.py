@@ -9,8 +9,10 @@ from torch import Tensor
 
 from .. import backends
 
-#: Bytes of fresh gradients after which their products are taken: about what a core's own cache holds.
-BUCKET = 1 << 20
+#: Bytes of fresh gradients after which their products are taken: about what a core's own cache holds, and on a GPU
+#: what its L2 cache holds beside other things; a launch takes as long as reading a few megabytes.
+BUCKET = {"cpu": 1 << 20}
+GPU_BUCKET = 16 << 20
 
 
 class Buckets:
@@ -18,11 +20,10 @@ class Buckets:
 
     Args:
         backend: who takes the products.
-        limit: bytes of the last list of a bucket, the one that was just written.
     """
 
-    def __init__(self, backend: str | None, limit: int = BUCKET) -> None:
-        self._backend, self._limit = backend, limit
+    def __init__(self, backend: str | None) -> None:
+        self._backend = backend
         self._waiting: dict[Any, list[list[Tensor]]] = {}
         self._bytes: dict[Any, int] = {}
         self.grams: dict[Any, Tensor] = {}
@@ -34,7 +35,7 @@ class Buckets:
             values.append(tensor)
         size = self._bytes.get(key, 0) + tensors[-1].numel() * tensors[-1].element_size()
         self._bytes[key] = size
-        if size >= self._limit:
+        if size >= BUCKET.get(tensors[-1].device.type, GPU_BUCKET):
             self._take(key)
 
     def finish(self) -> None:

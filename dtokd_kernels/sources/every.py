@@ -67,8 +67,9 @@ class Every(Wrapper):
         assert self._gram is not None
         device = call.losses.device
         kept = Given(self._weights.to(device, copy=True), options.log_gradients)
-        gram = self._gram.to(device, copy=True)
-        return ops.balance_grams({Role.SHARED: gram}, call.losses, replace(options, weighting=kept))
+        gram = self._gram.to(device)
+        grams = ops.by_role({Role.SHARED: gram}, call.losses)
+        return ops.balance_grams(grams, call.losses, replace(options, weighting=kept))
 
     def solve(self, gathered: Gathered, options: Options) -> Balance:
         """As the source."""

@@ -66,7 +66,7 @@ class Feature(Source):
         if options.ranks is not None:
             gram = options.ranks.sample_gram(gram)
         self._output = None
-        return ops.balance_grams({Role.SHARED: gram}, call.losses, options)
+        return ops.balance_grams(ops.by_role({Role.SHARED: gram}, call.losses), call.losses, options)
 
     def _features(self, call: Call) -> Sequence[Tensor]:
         features = call.features

@@ -49,22 +49,22 @@ class Lag(Source):
     def solve(self, gathered: Gathered, options: Options) -> Balance:
         """The balance as the previous step's Gram matrices give it."""
         losses, first = gathered.losses, self._kept is None or gathered.names != self._names
-        grams = ops.grams_by_role(gathered.groups, len(losses), options.backend) if first else {}
+        grams = ops.grams_by_role(gathered.groups, losses, options.backend) if first else None
         if options.loss_scale is not None:  # it may be another in the next step
-            grams, losses = ops.unscaled(grams, losses, options.loss_scale)
+            losses = losses / options.loss_scale.to(losses.device)
+            grams = None if grams is None else grams / options.loss_scale.to(grams.device).square()
             options = replace(options, loss_scale=None)
-        if first:
-            self._next, self._weights = (_stacked(grams, losses), losses), None
+        if grams is not None:
+            self._next, self._weights = (grams, losses), None
             return ops.balance_grams(grams, losses, options)
         assert self._kept is not None
         assert isinstance(gathered.watch, _Finite)
         device = losses.device
         before, losses_before = (t.to(device, copy=True) for t in self._kept)
-        shared = {Role.SHARED: before[Role.SHARED]}
-        self._weights = ops.balance_grams(shared, losses_before, options).weights
+        self._weights = ops.balance_grams(before, losses_before, options).weights
         self._next = before, losses
         given = replace(options, weighting=Given(self._weights, options.log_gradients))
-        record = ops.balance_grams(dict(zip(Role, before, strict=True)), losses, given)
+        record = ops.balance_grams(before, losses, given)
         return replace(record, skipped=record.skipped | ~gathered.watch.usable().to(record.skipped.device))
 
     def run(self, updates: Sequence[Update], balance: Balance, options: Options) -> Balance:
@@ -79,7 +79,7 @@ class Lag(Source):
         self._next = grams, losses
         given = Given(self._weights, options.log_gradients)
         unclipped = replace(options, weighting=given, max_norm=None, loss_scale=None)
-        record = ops.balance_grams(dict(zip(Role, grams, strict=True)), losses, unclipped)
+        record = ops.balance_grams(grams, losses, unclipped)
         return replace(record, weights=balance.weights, table=balance.table, skipped=balance.skipped)
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
@@ -106,12 +106,6 @@ class Lag(Source):
         fits = state.keys() >= {"grams", "losses", "names"}
         self._kept = (state["grams"].clone(), state["losses"].clone()) if fits else None
         self._names = tuple(state["names"]) if fits else ()
-
-
-def _stacked(grams: Mapping[Role, Tensor], losses: Tensor) -> Tensor:
-    K = len(losses)
-    zeros = torch.zeros(K, K, dtype=torch.float64, device=losses.device)
-    return torch.stack([grams[role].to(losses.device) if role in grams else zeros for role in Role])
 
 
 class _Finite:

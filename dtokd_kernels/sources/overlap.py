@@ -35,7 +35,7 @@ class Overlap(Source):
         """The balance of the products that the backward passes left."""
         assert isinstance(gathered.watch, _Products)
         losses = gathered.losses
-        grams = gathered.watch.by_role(len(losses))
+        grams = gathered.watch.grams(losses)
         if options.ranks is not None:
             grams, losses = options.ranks.total(grams, losses)
         return ops.balance_grams(grams, losses, options)
@@ -76,10 +76,11 @@ class _Products:
         present = [g for g in column if g is not None]
         self._buckets.add((self._balanced[t], reach, present[0].dtype, present[0].device), present)
 
-    def by_role(self, K: int) -> dict[Role, Tensor]:
+    def grams(self, losses: Tensor) -> Tensor:
+        K = len(losses)
         grams: dict[Role, Tensor] = {}
         for (balanced, reach, _, _), part in self._buckets.grams.items():
             role = self._options.role(balanced, reach, K)
             whole = spread(part, reach, K)
             grams[role] = grams[role] + whole.to(grams[role].device) if role in grams else whole
-        return grams
+        return ops.by_role(grams, losses)

@@ -80,7 +80,7 @@ class Probe(Source):
             )
         groups = [group for group, _ in ops.group_rows(shared).values()]
         gram = ops.gram_of_groups(groups, len(call.values), options.backend)
-        return ops.balance_grams({Role.SHARED: gram}, call.losses, options)
+        return ops.balance_grams(ops.by_role({Role.SHARED: gram}, call.losses), call.losses, options)
 
     def _among(self, call: Call) -> list[Tensor]:
         if self._of is None:

@@ -76,8 +76,10 @@ def remember(old: Tensor, new: Tensor, skipped: Tensor) -> Tensor:
     Written into `old`, unless that was loaded on another device, so that a replayed CUDA graph finds what its last
     replay has left. So a `Balance` must not share the memory of a source.
     """
-    chosen = torch.where(skipped.to(new.device), old.to(new.device), new)
-    return old.copy_(chosen) if old.device == new.device else chosen
+    skipped = skipped.to(new.device)
+    if old.device != new.device:
+        return torch.where(skipped, old.to(new.device), new)
+    return torch.where(skipped, old, new, out=old)
 
 
 @dataclass(eq=False)

@@ -28,6 +28,6 @@ class Unmeasured(Source):
         """The weighting sees the identity in place of the Gram matrix."""
         K = len(call.losses)
         gram = torch.eye(K, dtype=torch.float64, device=call.losses.device)
-        record = ops.balance_grams({Role.SHARED: gram}, call.losses, options)
+        record = ops.balance_grams(ops.by_role({Role.SHARED: gram}, call.losses), call.losses, options)
         unknown = torch.full_like(gram, torch.nan)
         return replace(record, gram=unknown, cosine=unknown, norms=unknown[0])

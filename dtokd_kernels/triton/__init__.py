@@ -42,8 +42,7 @@ def gram_balance(groups: Mapping[Role, Sequence[Group]], losses: Tensor, options
     """
     K = len(losses)
     if type(options.weighting) is not DTO:
-        shared, private, plain = _grams(groups, K)
-        return balance(shared, losses, options, private, plain)
+        return balance(_grams(groups, K), losses, options)
     call = fused.Groups.by_role(groups)
     losses = losses.to(call.device, torch.float64)
     numbers = fused.balance_options(options)
@@ -56,15 +55,9 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
     return OPS.min_norm_weights.default(gram.double(), clamp, present)
 
 
-def balance(
-    gram: Tensor,
-    losses: Tensor,
-    options: Options,
-    private_gram: Tensor | None = None,
-    plain_gram: Tensor | None = None,
-) -> Balance:
+def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
     """`reference.balance`, in one launch unless the weighting is another than `DTO`."""
-    gram = gram.double()
+    gram, private_gram, plain_gram = grams.double()
     losses = losses.to(gram.device, torch.float64)
     weights = None
     if type(options.weighting) is not DTO:
