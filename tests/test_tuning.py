@@ -38,7 +38,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 def choose(elements=tuning.ENOUGH, dtype=torch.float32, K=2, **flags):
-    table = tuning.Table(torch.zeros(8, 1, dtype=torch.int64), 1, 1, elements, False)
+    table = tuning.Table(torch.zeros(8, 1, dtype=torch.int64), 1, 1, elements, False, False)
     return tuning.choose(None, table, dtype, (), KERNEL, K, **flags)
 
 
