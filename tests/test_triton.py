@@ -165,7 +165,7 @@ def test_tuning_runs_every_configuration_on_tensors_of_its_own(kernels, monkeypa
     before = Step(variant, 2, [CHUNK + 40, 7], torch.float32, coefficients=torch.tensor([0.0, 1.5]).double())
     milliseconds = iter([3.0, 2.0, 1.0, 4.0])
 
-    def do_bench(run, **_):
+    def milliseconds_of(run):
         run()
         for was, now in zip(before.tensors.values(), step.tensors.values(), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(was, now, strict=True))
@@ -174,10 +174,11 @@ def test_tuning_runs_every_configuration_on_tensors_of_its_own(kernels, monkeypa
     launched = []
     options = update.options
     monkeypatch.setattr(update, "options", lambda config: launched.append(config) or options(config))
-    monkeypatch.setattr(tuning.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds_of)
     monkeypatch.setattr(tuning, "INTERPRETED", False)
     monkeypatch.setattr(tuning, "ENOUGH", 1)
-    monkeypatch.setattr(tuning, "SCRATCH", CHUNK)
+    monkeypatch.setattr(tuning, "PROGRAMS", 1)
+    monkeypatch.setattr(tuning, "SCRATCH_BYTES", 0)
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning, "machine", lambda device: {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
