@@ -131,6 +131,49 @@ def test_replays_equal_eager_steps_bit_for_bit(name, source):
     assert torch.equal(eager_optimizer.balance.weights, optimizer.balance.weights)
 
 
+@pytest.mark.skipif("triton" not in NAMES, reason="no Triton")
+def test_a_captured_step_of_triton_takes_three_launches_and_the_tables_of_the_warm_up():
+    """Which it keeps: eager steps of others drop their own, and new tensors take that memory."""
+
+    def build():
+        module, lr = model(152), torch.tensor(1e-2, device=DEVICE)
+        options = {"max_norm": 1.0, "capturable": True, "backend": "triton"}
+        optimizer = dk.DTOAdamW(groups(module), lr=lr, **options)
+        optimizer.backward(losses(module))
+        return module, optimizer
+
+    eager, eager_optimizer = build()
+    replayed, optimizer = build()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    others = [torch.ones(1 + i, device=DEVICE) for i in range(200)]
+    with torch.cuda.stream(stream):
+        for other in others:
+            dk.gram([[other]], backend="triton")
+        noise = [torch.full((1 + 8 * i,), -1, device=DEVICE) for i in range(500)]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    names = [e.name for e in profile.events()]
+    ours = [name for name in names if name.startswith(("gram_", "adamw_"))]
+    assert 2 <= len(ours) <= 3, names
+    assert not any("multi_tensor_apply" in name for name in names), names  # what fills tables
+    graph.replay()
+    for _ in range(4):
+        eager_optimizer.step()
+    for a, b in zip(eager.parameters(), replayed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    del noise
+
+
 @each_backend
 def test_two_streams_at_once(name):
     def run(stream):

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_tuning_runs_every_configuration_on_tensors_of_its_own(kernels, monkeypa
     before = Step(variant, 2, [CHUNK + 40, 7], torch.float32, coefficients=torch.tensor([0.0, 1.5]).double())
     milliseconds = iter([3.0, 2.0, 1.0, 4.0])
 
-    def do_bench(run, **_):
+    def milliseconds_of(run):
         run()
         for was, now in zip(before.tensors.values(), step.tensors.values(), strict=True):
             assert all(torch.equal(a, b) for a, b in zip(was, now, strict=True))
@@ -173,10 +174,11 @@ def test_tuning_runs_every_configuration_on_tensors_of_its_own(kernels, monkeypa
     launched = []
     options = update.options
     monkeypatch.setattr(update, "options", lambda config: launched.append(config) or options(config))
-    monkeypatch.setattr(tuning.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds_of)
     monkeypatch.setattr(tuning, "INTERPRETED", False)
     monkeypatch.setattr(tuning, "ENOUGH", 1)
-    monkeypatch.setattr(tuning, "SCRATCH", CHUNK)
+    monkeypatch.setattr(tuning, "PROGRAMS", 1)
+    monkeypatch.setattr(tuning, "SCRATCH_BYTES", 0)
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(tuning, "machine", lambda device: {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -242,6 +244,127 @@ def test_table_without_host_memory():
 
     numbers = [0, 1, 2**31, 0x7F12_3456_7890, 2**62 + 1, *range(300)]
     assert fill_without_host_memory(numbers, torch.device("cpu")).tolist() == numbers
+
+
+@pytest.fixture
+def stream(monkeypatch):
+    """The stream that tables are made for, as if there were some; None: it captures. And what is filled in captures."""
+    from dtokd_kernels.triton import tables
+
+    stream = SimpleNamespace(id=1, filled=[])
+    fill = tables.fill_without_host_memory
+    monkeypatch.setattr(tables, "_stream", lambda device: stream.id)
+    monkeypatch.setattr(tables, "fill_without_host_memory", lambda *args: stream.filled.append(1) or fill(*args))
+
+    def forget():
+        monkeypatch.setattr(tables, "_captured", {})
+        tables._table.cache_clear()
+        tables._copied.cache_clear()
+
+    stream.forget = forget
+    forget()
+    return stream
+
+
+def other_tables():
+    """More than the caches hold."""
+    from dtokd_kernels.triton import tables
+
+    kept = [torch.ones(3) for _ in range(tables._table.cache_info().maxsize + 1)]
+    for t in kept:
+        tables.table_of([[t]])
+        tables.numbers_of((0.5, 1.0), [t])
+
+
+def steps(stream, kind, source, warmup, captured, moved=False):
+    """Parameters after eager steps on another stream and ones that a graph would hold; how many tables these filled."""
+    params = [torch.nn.Parameter(torch.full((5,), 1.0 + i)) for i in range(4)]
+    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.3, "lr": 0.05}]
+    optimizer = kind(groups, lr=0.1, gram=source, **({"momentum": 0.9} if kind is dk.DTOSGD else {}))
+
+    def backward():
+        optimizer.zero_grad()
+        optimizer.backward([sum(p.square().sum() for p in params), sum((p - 1).square().sum() for p in params)])
+
+    stream.forget()  # of tensors whose place these have taken
+    backward()
+    stream.filled.clear()
+    stream.id = 2
+    for step in range(warmup + captured):
+        if step == warmup:
+            stream.id = None
+        if moved:
+            before = optimizer._sets.grads  # alive, so that the next ones lie elsewhere
+            backward()
+            del before
+        optimizer.step()
+    return torch.stack([p.detach() for p in params]), len(stream.filled)
+
+
+@interpreted
+@pytest.mark.parametrize("source", ["exact", "lag"])
+@pytest.mark.parametrize("kind", [dk.DTOAdamW, dk.DTOSGD])
+def test_a_capture_reads_the_tables_of_the_warm_up(kernels, stream, kind, source):
+    """Those of one stream serve the capture on another; gradients that lie elsewhere get tables in the graph."""
+    eager, filled = steps(stream, kind, source, 4, 0)
+    assert filled == 0
+    got, filled = steps(stream, kind, source, 2, 2)
+    assert filled == 0
+    assert torch.equal(got, eager)
+    got, filled = steps(stream, kind, source, 0, 4)
+    assert filled >= 4
+    assert torch.equal(got, eager)
+    eager, _ = steps(stream, kind, source, 4, 0, moved=True)
+    got, filled = steps(stream, kind, source, 2, 2, moved=True)
+    assert filled >= 2
+    assert torch.equal(got, eager)
+
+
+@interpreted
+def test_what_a_graph_reads_is_kept(stream):
+    """Neither dropped by the caches nor written again, while what the graph filled itself goes with it."""
+    from dtokd_kernels.triton import tables
+
+    a, b = torch.ones(5), torch.ones(5)
+    eager, numbers = tables.table_of([[a]]), tables.numbers_of((0.5, 1.0), [a])
+    expected = eager.numbers.clone()
+    stream.id = None
+    assert tables.table_of([[a]]) is eager
+    assert tables.numbers_of((0.5, 1.0), [a]) is numbers
+    assert not stream.filled
+    stream.id = 1
+    other_tables()
+    assert tables.table_of([[a]]) is not eager
+    stream.id = None
+    assert tables.table_of([[a]]) is eager
+    assert tables.numbers_of((0.5, 1.0), [a]) is numbers
+    assert torch.equal(eager.numbers, expected)
+    own = tables.table_of([[b]])
+    assert (own.chunks, own.elements, own.numbers[:, 0].tolist()) == (1, 5, [0, 5, 1, b.data_ptr()])
+    assert tables.table_of([[b]]) is not own
+    assert len(stream.filled) == 2
+
+
+@interpreted
+def test_a_capture_reads_no_table_that_is_gone_or_of_other_contents(stream):
+    """Equal numbers of another optimizer are other contents: their copy may not be done yet."""
+    from dtokd_kernels.triton import tables
+
+    a, b = torch.ones(5), torch.ones(5)
+    tables.table_of([[a]], groups=(0,))
+    tables.numbers_of((0.5, 1.0), [torch.ones(0), a])
+    stream.id = None
+    for lists, scalars, groups in (([[a]], (), ()), ([[a]], (), (1,)), ([[b]], (), (0,)), ([[a]], (b,), ())):
+        tables.table_of(lists, scalars, groups)
+    assert tables.numbers_of((0.5, 2.0), [a]).tolist() == [0.5, 2.0]
+    assert tables.numbers_of((0.5, 1.0), [b]).tolist() == [0.5, 1.0]
+    assert len(stream.filled) == 6
+    stream.id = 1
+    other_tables()
+    stream.id = None
+    tables.table_of([[a]], groups=(0,))
+    tables.numbers_of((0.5, 1.0), [a])
+    assert len(stream.filled) == 8
 
 
 @interpreted

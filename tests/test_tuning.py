@@ -3,15 +3,19 @@
 That no configuration changes a bit, and that each compiles, is tested in test_triton.py.
 """
 
+import ctypes
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from .device import DEVICE
+
 tuning = pytest.importorskip("dtokd_kernels.triton.tuning", reason="triton is not installed")
 
 KERNEL = SimpleNamespace(__name__="adamw_kernel")
 FASTEST = tuning.CONFIGS[2]
+CHUNK = tuning.CHUNK
 
 
 @pytest.fixture
@@ -38,7 +42,7 @@ def gpu(monkeypatch, tmp_path):
 
 
 def choose(elements=tuning.ENOUGH, dtype=torch.float32, K=2, **flags):
-    table = tuning.Table(torch.zeros(8, 1, dtype=torch.int64), 1, 1, elements, False)
+    table = tuning.Table(torch.zeros(8, 1, dtype=torch.int64), 1, 1, elements, False, False)
     return tuning.choose(None, table, dtype, (), KERNEL, K, **flags)
 
 
@@ -148,29 +152,102 @@ def test_where_memory_is_short_the_default_stays(gpu):
     assert not gpu.files()  # a later process, with more of it, may tune
 
 
-def test_tensors_made_for_measuring_are_of_one_group(monkeypatch):
-    """A row of groups is no row of addresses."""
-    table = tuning.table_of([[torch.ones(3), torch.ones(3)]] * 4, groups=(0, 7))
-    monkeypatch.setattr(tuning, "SCRATCH", tuning.CHUNK)
-    monkeypatch.setattr(tuning.triton.testing, "do_bench", lambda run, **_: run())
+@pytest.fixture
+def small(monkeypatch):
+    """Launches that are timed are small ones, and last one after the other 1, 2, ... ms."""
+    milliseconds = iter(range(1, 5))
+    monkeypatch.setattr(tuning, "PROGRAMS", 2)
+    monkeypatch.setattr(tuning, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run: run() or next(milliseconds))
+
+
+def test_tensors_made_for_measuring_are_of_one_group(small):
+    """A row of groups is no row of addresses, and step counters are no row of numbers."""
+    table = tuning.table_of([[torch.ones(3), torch.ones(3)]] * 4, [torch.ones(()), torch.ones(())], groups=(0, 7))
     launched = []
     tuning.measure(lambda config, scratch, args: launched.append(scratch), table, torch.float32, ())
     assert all(scratch.numbers.shape[0] == table.numbers.shape[0] for scratch in launched)
     assert [int(scratch.numbers[-1, 0]) for scratch in launched] == [0] * len(tuning.CONFIGS)
 
 
-def test_measured_is_all_the_work_and_none_of_the_callers_tensors(monkeypatch):
+def read(address, dtype, count):
+    return torch.frombuffer((ctypes.c_char * (count * dtype.itemsize)).from_address(int(address)), dtype=dtype)
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="reads memory at its address")
+@pytest.mark.parametrize("step", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_numbers_made_for_measuring_are_ordinary(small, dtype, step):
+    """And the same for every process; the random state of the caller is not touched."""
+    table = tuning.table_of([[torch.ones(3, dtype=dtype)]] * 4, [torch.ones((), dtype=step)])
+    seen = []
+
+    def launch(config, scratch, args):
+        *addresses, counter = scratch.numbers[3:, 0]
+        seen.append(torch.stack([read(a, dtype, scratch.elements) for a in addresses]).clone())
+        assert len(set(addresses)) == 4
+        assert read(counter, step, 1) == 0
+
+    before = torch.get_rng_state()
+    tuning.measure(launch, table, dtype, ())
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(lists, seen[0]) for lists in seen)
+    assert ((seen[0] >= 0.5) & (seen[0] <= 1.5)).all()
+    assert (seen[0].double().std(1) > 0.25).all()
+    assert not torch.equal(seen[0][0], seen[0][1])
+
+
+@pytest.mark.parametrize(("dtype", "lists", "programs"), [(torch.float32, 5, 2048), (torch.bfloat16, 2, 10240)])
+def test_measured_is_more_than_a_wave_and_a_cache(monkeypatch, dtype, lists, programs):
+    """Few lists of short numbers have more programs; many have the memory that docs/gpu.md names, or more."""
+    made = SimpleNamespace(add_=lambda number: SimpleNamespace(unbind=lambda: [torch.empty(CHUNK)] * lists))
+    sizes = []
+    monkeypatch.setattr(tuning.torch, "rand", lambda rows, size, **_: sizes.append((rows, size)) or made)
+    monkeypatch.setattr(tuning, "_milliseconds", lambda run: 1.0)
+    table = tuning.table_of([[torch.ones(3, dtype=dtype)]] * lists, [torch.ones(())], groups=(0,))
+    tuning.measure(lambda *args: None, table, dtype, ())
+    assert sizes == [(lists, programs * CHUNK)]
+    assert lists * programs * CHUNK * dtype.itemsize == 320 * 2**20
+
+
+def test_the_time_of_a_launch_is_the_median_of_those_after_the_first(monkeypatch):
+    now = [0.0]
+    events = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = now[0]
+            events.append(self)
+
+        def elapsed_time(self, end):
+            return end.time - self.time
+
+        def synchronize(self):
+            assert self is events[-1]
+
+    durations = iter([1000.0] + [5.0] * (tuning.WARM - 1) + [2.0, 1.0, 9.0] * tuning.TIMED)
+
+    def run():
+        now[0] += next(durations)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert tuning._milliseconds(run) == 2
+    assert len(events) == tuning.TIMED + 1
+
+
+def test_measured_is_all_the_work_and_none_of_the_callers_tensors(small):
     """A coefficient of 0 or a skipped step, as the caller's may be, would leave work out."""
     tensors = [[torch.ones(3)] for _ in range(4)]
     zero, skipped = torch.tensor([0.0, 1.0]).double(), torch.tensor(True)
     table = tuning.table_of(tensors)
     launched = []
-    monkeypatch.setattr(tuning, "SCRATCH", tuning.CHUNK)
-    monkeypatch.setattr(tuning.triton.testing, "do_bench", lambda run, **_: run() or len(launched))
 
     def launch(config, scratch, args):
         launched.append(config)
-        assert (scratch.numbers.shape, scratch.elements) == (table.numbers.shape, tuning.CHUNK)
+        assert (scratch.numbers.shape, scratch.elements) == (table.numbers.shape, 2 * CHUNK)
         assert not {int(a) for a in scratch.numbers[3:].flatten()} & {row[0].data_ptr() for row in tensors}
         coefficients, is_skipped, lr = args
         assert (coefficients != 0).all()

@@ -22,15 +22,25 @@ that were not met before (new gradients; the caching allocator soon repeats itse
   back to torch's pinned allocator, which waits for the copy's event before it hands the memory out.
 - A table belongs to the stream that it was made on: the stream is part of its key. So the copy is done before a kernel
   reads the table, and memory of a dropped table is used again only after the kernels that read it.
-- While a stream captures a CUDA graph, nothing is copied from the host and nothing is cached: a replay would read host
-  memory, or a table that the cache has dropped, later. The numbers are arguments of torch's foreach kernels instead,
-  which fill a table in the graph's own memory: about one more launch per 96 numbers, in the capture and in each replay.
+- A stream that captures a CUDA graph copies nothing from the host: a replay would read host memory later. It takes the
+  table of these contents that an eager step, the warm-up before every capture, has made on any stream. That table is
+  then kept for good, as each replay reads it, and nobody says when a graph is gone. Tables are never rewritten.
+  The copy to it is done before a replay, if replays keep an order that they need anyway: the eager launch that read the
+  table came after the copy, on the same stream, and it, or the update of the same step, wrote to tensors that the graph
+  writes to as well. So numbers of groups are kept together with a tensor that their launch writes to: equal ones of
+  another optimizer, on another stream, may still be on their way. A call that only reads, as `gram` does, has the
+  synchronization with which `torch.cuda.graph` begins. (A capture may not query events of the world outside.)
+- What no eager step has made, such as tables of gradients that lie in the graph's own memory, comes as arguments of
+  torch's foreach kernels, which fill a table in the graph's memory: about one more launch per 96 numbers, in the
+  capture and in each replay. It is not cached: the graph's memory goes with the graph.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 import triton
@@ -53,14 +63,32 @@ DTYPES = {
 }
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Table:
     """A pointer table on the device of its tensors."""
 
     numbers: Tensor  # [3 + rows, T] int64
     tensors: int
     chunks: int
     elements: int
+    counted: bool  # whether the last row of addresses is one of scalars
     grouped: bool  # whether the last row is one of groups
+
+
+class _Contents(NamedTuple):
+    """What the numbers of a table follow from."""
+
+    device: torch.device
+    sizes: tuple[int, ...]
+    addresses: tuple[int, ...]
+    scalars: tuple[int, ...]
+    groups: tuple[int, ...]
+
+
+#: What eager steps have made and the caches below still hold, by its contents.
+_made: WeakValueDictionary[Hashable, Table | Tensor] = WeakValueDictionary()
+#: What captured graphs read of it.
+_captured: dict[Hashable, Table | Tensor] = {}
 
 
 def table_of(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Tensor] = (), groups: tuple[int, ...] = ()) -> Table:
@@ -71,32 +99,63 @@ def table_of(lists: Sequence[Sequence[Tensor]], scalars: Sequence[Tensor] = (), 
         scalars: one more row, of tensors whose alignment does not matter.
         groups: the last row, if there are some.
     """
-    sizes = tuple([t.numel() for t in lists[0]])
-    addresses = tuple([t.data_ptr() for row in lists for t in row])
-    scalar_addresses = tuple([t.data_ptr() for t in scalars])
-    device = lists[0][0].device
-    if device.type != "cuda":
-        return _table(device, 0, sizes, addresses, scalar_addresses, groups)
-    if torch.cuda.is_current_stream_capturing():
-        numbers, chunks = _numbers(sizes, addresses, scalar_addresses, groups)
-        filled = fill_without_host_memory(numbers, device)
-        return Table(filled.view(-1, len(sizes)), len(sizes), chunks, sum(sizes), bool(groups))
-    stream = torch.cuda.current_stream().cuda_stream
-    return _table(device, stream, sizes, addresses, scalar_addresses, groups)
+    contents = _Contents(
+        lists[0][0].device,
+        tuple([t.numel() for t in lists[0]]),
+        tuple([t.data_ptr() for row in lists for t in row]),
+        tuple([t.data_ptr() for t in scalars]),
+        groups,
+    )
+    stream = _stream(contents.device)
+    if stream is not None:
+        return _table(stream, contents)
+    made = _made_before(contents)
+    if isinstance(made, Table):
+        return made
+    return _tabulated(fill_without_host_memory(_numbers(contents), contents.device), contents)
 
 
-def numbers_of(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """Numbers on the device, float64: kept and copied as tables are."""
+def numbers_of(values: tuple[float, ...], written: Sequence[Tensor]) -> Tensor:
+    """Numbers on the device, float64: kept and copied as tables are.
+
+    Args:
+        values: the numbers.
+        written: tensors that the launch writes to which reads them.
+    """
+    device = written[0].device
+    address = next((t.data_ptr() for t in written if t.numel()), 0)
+    stream = _stream(device)
+    if stream is not None:
+        return _copied(stream, device, values, address)
+    made = _made_before((device, values, address))
+    return made if isinstance(made, Tensor) else fill_without_host_memory(values, device, torch.float64)
+
+
+def _stream(device: torch.device) -> int | None:
+    """The current stream, 0 on the CPU; None while it captures a graph."""
     if device.type != "cuda":
-        return _copied(device, 0, values)
-    if torch.cuda.is_current_stream_capturing():
-        return fill_without_host_memory(values, device, torch.float64)
-    return _copied(device, torch.cuda.current_stream().cuda_stream, values)
+        return 0
+    return None if torch.cuda.is_current_stream_capturing() else torch.cuda.current_stream().cuda_stream
+
+
+def _made_before(contents: Hashable) -> Table | Tensor | None:
+    """What an eager step has made of these contents, if it is still there: from now on for good."""
+    made = _captured.get(contents, _made.get(contents))
+    if made is not None:
+        _captured[contents] = made
+    return made
 
 
 @lru_cache(maxsize=64)
-def _copied(device: torch.device, stream: int, values: tuple[float, ...]) -> Tensor:
-    return _copy(values, torch.float64, device)
+def _copied(stream: int, device: torch.device, values: tuple[float, ...], written: int) -> Tensor:
+    numbers = _made[device, values, written] = _copy(values, torch.float64, device)
+    return numbers
+
+
+@lru_cache(maxsize=64)
+def _table(stream: int, contents: _Contents) -> Table:
+    table = _made[contents] = _tabulated(_copy(_numbers(contents), torch.int64, contents.device), contents)
+    return table
 
 
 def _copy(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -106,31 +165,27 @@ def _copy(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) ->
     )
 
 
-@lru_cache(maxsize=64)
-def _table(
-    device: torch.device,
-    stream: int,
-    sizes: tuple[int, ...],
-    addresses: tuple[int, ...],
-    scalars: tuple[int, ...],
-    groups: tuple[int, ...],
-) -> Table:
-    numbers, chunks = _numbers(sizes, addresses, scalars, groups)
-    filled = _copy(numbers, torch.int64, device)
-    return Table(filled.view(-1, len(sizes)), len(sizes), chunks, sum(sizes), bool(groups))
-
-
-def _numbers(
-    sizes: tuple[int, ...], addresses: tuple[int, ...], scalars: tuple[int, ...], groups: tuple[int, ...]
-) -> tuple[list[int], int]:
-    """The table's numbers, row by row, and how many chunks there are."""
+def _numbers(contents: _Contents) -> list[int]:
+    """The table's numbers, row by row."""
+    _, sizes, addresses, scalars, groups = contents
     T = len(sizes)
     starts, chunks = [], 0
     for size in sizes:
         starts.append(chunks)
-        chunks += -(-size // CHUNK)
+        chunks += _chunks(size)
     aligned = [int(all(address % VECTOR_BYTES == 0 for address in addresses[t::T])) for t in range(T)]
-    return [*starts, *sizes, *aligned, *addresses, *scalars, *groups], chunks
+    return [*starts, *sizes, *aligned, *addresses, *scalars, *groups]
+
+
+def _tabulated(numbers: Tensor, contents: _Contents) -> Table:
+    sizes = contents.sizes
+    chunks = sum(_chunks(size) for size in sizes)
+    counted, grouped = bool(contents.scalars), bool(contents.groups)
+    return Table(numbers.view(-1, len(sizes)), len(sizes), chunks, sum(sizes), counted, grouped)
+
+
+def _chunks(size: int) -> int:
+    return -(-size // CHUNK)
 
 
 def fill_without_host_memory(

@@ -7,19 +7,21 @@ of the Gram matrix are not tuned: the places of their additions, hence their bit
 a table of addresses. So here configurations are timed on tensors made for that, never on the caller's.
 
 NOTE [Tuning]: the first large update of a kind on a device compiles every configuration, and waits for the device: it
-is the one exception to "no host sync". It allocates some lists of `SCRATCH` elements for that, and triton's buffer of
-256 MiB that clears the cache; where memory is short, the default stays. Choices are kept in the process, and on disk
-next to triton's compiled kernels, for later processes. Small updates and what the interpreter runs are never tuned;
-a stream that captures a CUDA graph takes what was chosen before, or the default. DTOKD_AUTOTUNE=0: always the default.
+is the one exception to "no host sync". It allocates `SCRATCH_BYTES` for that, more for many lists or float64; where
+memory is short, the default stays. Choices are kept in the process, and on disk next to triton's compiled kernels, for
+later processes. Small updates and what the interpreter runs are never tuned; a stream that captures a CUDA graph takes
+what was chosen before, or the default. DTOKD_AUTOTUNE=0: always the default.
 """
 
 import ctypes
 import hashlib
 import json
 import os
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,8 +44,13 @@ CONFIGS = (Config(8, 1), Config(4, 1), Config(4, 2), Config(16, 1))
 DEFAULT = CONFIGS[0]
 #: Elements of an update that is worth tuning: smaller ones take about as long as a launch.
 ENOUGH = 2**20
-#: Elements of each list that a configuration is timed on: some programs for every multiprocessor.
-SCRATCH = 512 * CHUNK
+#: Programs, at the least, of a launch that is timed: several waves on GPUs that hold some hundreds of them at a time.
+PROGRAMS = 2048
+#: Memory, at the least, of the lists that a configuration is timed on: more than an L2 cache holds (50 MB on an H100,
+#: 126 MB on a B200), so nothing has to clear it. AdamW of float32 and two objectives has `PROGRAMS` chunks then.
+SCRATCH_BYTES = 320 * 2**20
+#: Launches of a configuration before those that are timed, and these.
+WARM, TIMED = 5, 50
 
 #: Launches a kernel in a configuration, on a table and the arguments after it.
 Launch = Callable[[Config, Table, Sequence[Any]], None]
@@ -88,17 +95,31 @@ def machine(device: torch.device) -> dict[str, str]:
 def measure(launch: Launch, table: Table, dtype: torch.dtype, args: Sequence[Any]) -> list[float]:
     """Milliseconds of a launch in each of `CONFIGS`, on as many lists as the table has, of one tensor each.
 
-    Its tensor arguments are replaced: no coefficient is 0, which would skip a gradient, and no step is skipped.
+    The tensors hold ordinary numbers: roots and quotients of 0 and of others take different paths. Its tensor arguments
+    are replaced: no coefficient is 0, which would skip a gradient, and no step is skipped.
     """
     device = table.numbers.device
-    rows = table.numbers.shape[0] - 3 - table.grouped
-    lists = [[row] for row in torch.zeros(rows, SCRATCH, dtype=dtype, device=device).unbind()]
-    scratch = table_of(lists, groups=(0,) if table.grouped else ())
+    rows = table.numbers.shape[0] - 3 - table.counted - table.grouped
+    size = max(PROGRAMS, SCRATCH_BYTES // (rows * dtype.itemsize * CHUNK)) * CHUNK
+    generator = torch.Generator(device).manual_seed(0)  # the caller's stays as it is
+    lists = torch.rand(rows, size, generator=generator, dtype=dtype, device=device).add_(0.5)
+    counter = torch.zeros(int(table.counted), dtype=torch.float64, device=device)  # in float32 it is 0 as well
+    scratch = table_of([[row] for row in lists.unbind()], counter.unbind(), (0,) if table.grouped else ())
     replaced = [_harmless(a) if isinstance(a, Tensor) else a for a in args]
-    return [
-        triton.testing.do_bench(lambda c=config: launch(c, scratch, replaced), warmup=5, rep=20, return_mode="median")
-        for config in CONFIGS
-    ]
+    return [_milliseconds(lambda c=config: launch(c, scratch, replaced)) for config in CONFIGS]  # type: ignore[misc]
+
+
+def _milliseconds(run: Callable[[], None]) -> float:
+    """Median time of a launch. Others are queued before it, so the host's share of a launch does not count."""
+    for _ in range(WARM):
+        run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    events[-1].synchronize()
+    return statistics.median(before.elapsed_time(after) for before, after in pairwise(events))
 
 
 def _harmless(argument: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Descent(NamedTuple):
         Returns:
             If `measured`, the Gram matrices [3, K, K] of the gradients, by one launch more.
         """
-        numbers = numbers_of(self.numbers, self.table.device)
+        numbers = numbers_of(self.numbers, self.params)
         K, chunks = self.table.shape[1], max(table.chunks, 1)
         sums = None
         if measured:
