@@ -157,6 +157,7 @@ def fill(optimizer: dk.DTOAdamW, losses: Tensor, grads: Sequence[Sequence[Tensor
     sets = optimizer._sets
     sets.names = tuple(map(str, range(len(grads))))
     sets.losses = losses
+    sets.params = [p for group in optimizer.param_groups for p in group["params"]]
     sets.grads = [list(row) for row in grads]
 
 
