@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
   unsigned mask = 0;
   for (int i = 0; i < K; ++i) mask |= unsigned(!present || present[i]) << i;
   __syncthreads();
-  block_min_norm_weights<P>(copy, K, mask, clamp, weights);
+  block_min_norm_weights<P, 0>(copy, K, mask, clamp, weights);
   for (int i = threadIdx.x; i < K; i += kThreads) out[i] = weights[i];
 }
 

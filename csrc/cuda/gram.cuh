@@ -200,6 +200,7 @@ DTOKD_DEVICE void put_sums(const double (&sums)[N], const GramJob& job, unsigned
 template <int P>
 DTOKD_DEVICE void add_slots(const GramJob& job, double (*grams)[kGramSize]) {
   constexpr int kPairs = triangle(P);
+  constexpr int kAhead = P <= 2 ? 4 : 1;  // slots whose loads are on their way together
   const int K = job.K;
   int row = 0;  // of pair number threadIdx.x in the triangle
   int column = threadIdx.x;
@@ -207,12 +208,25 @@ DTOKD_DEVICE void add_slots(const GramJob& job, double (*grams)[kGramSize]) {
   column += row;
   for (int role = 0; role < kRoles; ++role) {
     double sums[kPairs] = {0};
+    const unsigned end = job.slots[role + 1];
 #pragma unroll 1
-    for (unsigned slot = job.slots[role] + threadIdx.x; slot < job.slots[role + 1];
-         slot += kThreads) {
+    for (unsigned slot = job.slots[role] + threadIdx.x; slot < end; slot += kAhead * kThreads) {
+      double parts[kAhead][kPairs];
 #pragma unroll
-      for (int p = 0; p < kPairs; ++p) {
-        sums[p] += __ldcg(job.scratch.partials + size_t(slot) * kPairs + p);
+      for (int a = 0; a < kAhead; ++a) {
+        // of the last slot where there is none, so that no load depends on a branch
+        const unsigned there = slot + a * kThreads < end ? slot + a * kThreads : end - 1;
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+          parts[a][p] = __ldcg(job.scratch.partials + size_t(there) * kPairs + p);
+        }
+      }
+#pragma unroll
+      for (int a = 0; a < kAhead; ++a) {
+#pragma unroll
+        for (int p = 0; p < kPairs; ++p) {
+          sums[p] += slot + a * kThreads < end ? parts[a][p] : 0;
+        }
       }
     }
     const double total = block_sum(sums);

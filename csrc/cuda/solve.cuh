@@ -10,10 +10,15 @@ namespace dtokd::cuda {
 constexpr int kGramSize = kMaxObjectives * kMaxObjectives;
 static_assert(kThreads >= 1 << kMaxObjectives, "a thread for every face");
 
+// NOTE [K in the code]: one block makes the weights while the others have nothing left to do, and
+// its instructions are in no cache. N is K where that is known as the code is compiled, which makes
+// it several times shorter, else 0.
+
 // dtokd::min_norm_weights, to the bit. gram, weights: shared; for all threads of a block to call.
-template <int P>
-DTOKD_OUT_OF_LINE void block_min_norm_weights(const double* gram, int K, unsigned present,
+template <int P, int N>
+DTOKD_OUT_OF_LINE void block_min_norm_weights(const double* gram, int objectives, unsigned present,
                                               bool clamp, double* weights) {
+  const int K = N ? N : objectives;
   DTOKD_SHARED(value, double[1 << P]);
   DTOKD_SHARED(solved, bool[1 << P]);
   DTOKD_SHARED(chosen, unsigned);
@@ -37,12 +42,11 @@ DTOKD_OUT_OF_LINE void block_min_norm_weights(const double* gram, int K, unsigne
   __syncthreads();
 }
 
-// dto_weights (unless weights are given) and finish_balance. grams: shared, [kRoles][K * K]; for
-// all threads of a block to call.
-template <int P>
-DTOKD_OUT_OF_LINE void block_balance(const double (*grams)[kGramSize], const double* losses,
-                                     const double* given, int K, const BalanceOptions& options,
-                                     const Record& record) {
+template <int P, int N>
+DTOKD_OUT_OF_LINE void balance_of(const double (*grams)[kGramSize], const double* losses,
+                                  const double* given, int objectives,
+                                  const BalanceOptions& options, const Record& record) {
+  const int K = N ? N : objectives;
   DTOKD_SHARED(scaled, double[kGramSize]);
   DTOKD_SHARED(weights, double[kMaxObjectives]);
   DTOKD_SHARED(balance, Balance);
@@ -53,8 +57,8 @@ DTOKD_OUT_OF_LINE void block_balance(const double (*grams)[kGramSize], const dou
       scaled[i] = scaled_entry(grams[kShared], losses, K, options, i / K, i % K);
     }
     __syncthreads();
-    block_min_norm_weights<P>(scaled, K, present_objectives(grams[kShared], K), options.clamp,
-                              weights);
+    block_min_norm_weights<P, N>(scaled, K, present_objectives(grams[kShared], K), options.clamp,
+                                 weights);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -62,6 +66,23 @@ DTOKD_OUT_OF_LINE void block_balance(const double (*grams)[kGramSize], const dou
     for (int role = 0; role < kRoles; ++role) roles[role] = grams[role];
     finish_balance(roles, losses, weights, K, options, balance);
     write_record(balance, K, record.values, record.flags);
+  }
+}
+
+// dto_weights (unless weights are given) and finish_balance. grams: shared, [kRoles][K * K]; for
+// all threads of a block to call.
+template <int P>
+DTOKD_DEVICE void block_balance(const double (*grams)[kGramSize], const double* losses,
+                                const double* given, int K, const BalanceOptions& options,
+                                const Record& record) {
+  if constexpr (P == 2) {
+    if (K == 2) {
+      balance_of<P, 2>(grams, losses, given, K, options, record);
+    } else {
+      balance_of<P, 1>(grams, losses, given, K, options, record);
+    }
+  } else {
+    balance_of<P, 0>(grams, losses, given, K, options, record);
   }
 }
 

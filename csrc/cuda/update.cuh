@@ -347,7 +347,8 @@ DTOKD_DEVICE void count_steps(const Table& table) {
   for (int i = threadIdx.x; i < table.count; i += kThreads) *table.entries[i].step += 1;
 }
 
-// One block per chunk. The last block to have read its step counter counts up all of the table's.
+// One block per chunk. The last block, when all have read their step counters, counts up all of the
+// table's.
 template <class Rule, int P>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
     update_kernel(DTOKD_PARAMETER(Table<UpdateEntry<P, Rule::kTensors>>) table,
@@ -364,14 +365,8 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
   const UpdateEntry<P, Rule::kTensors>& entry = table.entries[e];
   const typename Rule::Group& group = job.groups[entry.group];
   if (threadIdx.x < P) set_coefficient<Rule, P>(entry, group, job.direction, threadIdx.x, shared);
-  if (threadIdx.x == 0) {
-    set_numbers<Rule, P>(entry, group, shared);
-    if (Rule::kCountsSteps) last = is_last(job.ticket, table.chunks());
-  }
+  if (threadIdx.x == 0) set_numbers<Rule, P>(entry, group, shared);
   __syncthreads();
-  if constexpr (Rule::kCountsSteps) {
-    if (last) count_steps(table);
-  }
 
   const typename Rule::Numbers numbers = shared.numbers;
   typename Rule::V coefficients[P];
@@ -393,6 +388,12 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
     at = words_end;
   }
   if (at < end) update_ragged<Rule, P>(entry, shared, at, end);
+  if constexpr (Rule::kCountsSteps) {
+    // at the end: its fences would keep a block's first loads waiting
+    if (threadIdx.x == 0) last = is_last(job.ticket, table.chunks());
+    __syncthreads();
+    if (last) count_steps(table);
+  }
 }
 
 }  // namespace dtokd::cuda
