@@ -92,7 +92,7 @@ def _rank(rank: int, size: int, port: int, width: int, depth: int, steps: int, a
             sets.losses = torch.stack([value.detach().double() for value in values.values()])
             dist.all_reduce(sets.losses)
             sets.losses /= size
-            sets.names, sets.params = tuple(values), params
+            sets.names, sets.params = tuple(values), list(params)
             optimizer.step()
             optimizer.zero_grad()
 

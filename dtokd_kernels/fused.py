@@ -7,6 +7,7 @@ or state go through the reference.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -124,7 +125,7 @@ def measure_and_update(
     unfit = [update for part in parts for update in _unfit(part, lambda some: grams.append(run(some)))]
     if unfit or not grams:
         grams.append(reference.measure_and_update(unfit, table, skipped))
-    return sum(grams[1:], grams[0])
+    return functools.reduce(Tensor.add, grams)
 
 
 def _unfit(updates: list[Update], run: Callable[[list[Update]], object]) -> list[Update]:

@@ -5,6 +5,7 @@ Here arguments are checked and tensors that may share a kernel call are grouped;
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -289,12 +290,14 @@ def measure_and_update(updates: Iterable[Update], balance: Balance, backend: str
     Returns:
         [3, K, K] float64 on the balance's device, one matrix for each `Role`; also where nothing was updated.
     """
+    device = balance.table.device
+    parts = [
+        backends.select(table.device, backend).measure_and_update(same, table, skipped).to(device)
+        for same, table, skipped in _by_device(updates, balance)
+    ]
     K = balance.table.shape[1]
-    total = torch.zeros(len(Role), K, K, dtype=torch.float64, device=balance.table.device)
-    for same, table, skipped in _by_device(updates, balance):
-        grams = backends.select(table.device, backend).measure_and_update(same, table, skipped)
-        total += grams.to(total.device)
-    return total
+    nothing = [] if parts else [balance.table.new_zeros(len(Role), K, K)]
+    return functools.reduce(Tensor.add, parts + nothing)
 
 
 def _by_device(updates: Iterable[Update], balance: Balance) -> Iterator[tuple[list[Update], Tensor, Tensor]]:

@@ -181,7 +181,7 @@ def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
     scale = 1 / losses.clamp(min=options.loss_floor) if options.log_gradients else ones
 
     present = gram.diagonal() > 0
-    weights = weigh(gram, losses, options)
+    weights = torch.where(present, weigh(gram, losses, options), 0.0)
 
     coefficients = weights * scale
     private_coefficients = scale
@@ -216,7 +216,7 @@ def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
 
 
 def weigh(gram: Tensor, losses: Tensor, options: Options) -> Tensor:
-    """Weights [K] float64 by any weighting from the raw Gram matrix; 0 for an objective without a gradient.
+    """Weights [K] float64 by any weighting from the raw Gram matrix; those of zero gradients do not count.
 
     Raises:
         ValueError: the weighting returned something else than a tensor [K].
@@ -233,7 +233,7 @@ def weigh(gram: Tensor, losses: Tensor, options: Options) -> Tensor:
     if not isinstance(weights, Tensor) or weights.shape != (len(gram),):
         got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
         raise ValueError(f"weighting {weighting!r} returned {got}, expected ({len(gram)},): one weight each")
-    return torch.where(gram.diagonal() > 0, weights.to(gram.device, torch.float64), 0.0)
+    return weights.to(gram.device, torch.float64)
 
 
 def takes_losses(weighting: Weighting) -> bool:

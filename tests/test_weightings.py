@@ -53,7 +53,8 @@ def unit(J):
 
 def step(rule, gram, values, skipped=NO):
     """Weights of one step, with the memory taken over as the optimizers do."""
-    weights = reference.weigh(gram, values, Options(rule))
+    grams = torch.stack([gram, torch.zeros_like(gram), torch.zeros_like(gram)])
+    weights = reference.balance(grams, values, Options(rule)).weights
     if isinstance(rule, weighting.Stateful):
         rule.commit(skipped)
     return weights

@@ -59,8 +59,7 @@ class Lag(Source):
             return ops.balance_grams(grams, losses, options)
         assert self._kept is not None
         assert isinstance(gathered.watch, _Finite)
-        device = losses.device
-        before, losses_before = (t.to(device, copy=True) for t in self._kept)
+        before, losses_before = self._kept[0].to(losses.device, copy=True), self._kept[1].to(losses.device)
         self._weights = ops.balance_grams(before, losses_before, options).weights
         self._next = before, losses
         given = replace(options, weighting=Given(self._weights, options.log_gradients))
@@ -132,4 +131,4 @@ class _Finite:
     def usable(self) -> Tensor:
         if self._total is None:
             return torch.zeros((), dtype=torch.bool)
-        return (self._total.isfinite() & (self._total > 0)).reshape(())
+        return ((self._total > 0) & (self._total < torch.inf)).reshape(())
