@@ -63,13 +63,18 @@ class GradientSets:
         if held:
             torch._foreach_zero_(held)
 
-    def align(self, params: Sequence[Tensor]) -> None:
-        """Bring the sets to these parameters: those that are gone are forgotten, new ones have no gradient yet."""
+    def align(self, params: Sequence[Tensor]) -> bool:
+        """Bring the sets to these parameters: those that are gone are forgotten, new ones have no gradient yet.
+
+        Returns:
+            Whether they were others before.
+        """
         if len(params) == len(self.params) and all(map(operator.is_, params, self.params)):
-            return
+            return False
         held = [{id(p): g for p, g in zip(self.params, row, strict=True)} for row in self.grads]
         self.grads = [[row.get(id(p)) for p in params] for row in held]
         self.params = list(params)
+        return True
 
     def _forget_losses(self) -> None:
         self.names: tuple[str, ...] = ()

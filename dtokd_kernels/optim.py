@@ -45,6 +45,8 @@ class Balanced(torch.optim.Optimizer):
 
     _options: Options
     _source: Source
+    #: whether a backend may have a `run_step` for the rule: to ask, `_updates` has to make the state
+    _may_run_at_once = False
     #: torch's protocol: a GradScaler calls `step` with attributes `grad_scale` and `found_inf`, overflow or not
     _step_supports_amp_scaling = True
 
@@ -170,7 +172,7 @@ class Balanced(torch.optim.Optimizer):
             params,
             self._source,
             self._options,
-            balanced=[group["balance"] for group in self.param_groups for _ in group["params"]],
+            balanced=self._balanced(),
             features=features,
             retain_graph=retain_graph,
             inputs=inputs,
@@ -180,6 +182,10 @@ class Balanced(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         """Of all groups, in their order."""
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _balanced(self) -> list[bool]:
+        """For each parameter, whether its group is balanced."""
+        return [group["balance"] for group in self.param_groups for _ in group["params"]]
 
     def _look(self, params: Sequence[Tensor]) -> None:
         """Find out, once, whether other ranks train these parameters."""
@@ -239,7 +245,9 @@ class Balanced(torch.optim.Optimizer):
         self._mastered = []
         loss_scale = self._loss_scale()
         self._settle()
-        self._sets.align(self._params())
+        if self._sets.align(self._params()) and self._sets.watch is not None:
+            self._sets.watch.start(self._sets.grads, self._balanced())  # looks at what is there now
+            self._sets.watch.finish()
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
         ranks = self._options.ranks
@@ -439,7 +447,8 @@ class Balanced(torch.optim.Optimizer):
     def _run(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], options: Options) -> Balance:
         """Solve and update: by one function of the backend, where it has one for such a step, else by two."""
         updates: list[Update] | None = None
-        if type(self._source) is Exact and buckets and runs_steps(buckets[0].params[0].device, options):
+        asks = self._may_run_at_once and type(self._source) is Exact and bool(buckets)
+        if asks and runs_steps(buckets[0].params[0].device, options):
             assert self._sets.losses is not None
             updates = self._all_updates(buckets, lists)
             whole = run_step(updates, self._sets.losses, options)
@@ -471,7 +480,8 @@ class Balanced(torch.optim.Optimizer):
     def _count(self, skipped: Tensor) -> None:
         if self._skipped_steps is None:
             self._skipped_steps = torch.zeros((), dtype=torch.int64, device=skipped.device)
-        self._skipped_steps += skipped  # in place, so that a replayed CUDA graph counts on
+        # in place, so that a replayed CUDA graph counts on
+        self._skipped_steps += skipped.to(self._skipped_steps.device)
 
     def _settle(self) -> None:
         """Take back state that the last step made, if that step turned out to be skipped and it matters."""
@@ -571,6 +581,8 @@ class DTOAdamW(Balanced, torch.optim.AdamW):  # noqa: D101
         torch.optim.AdamW.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable
         )
+
+    _may_run_at_once = True
 
     def _updates(self, bucket: _Bucket, grads: list[list[Tensor]]) -> list[Update]:
         group = bucket.group

@@ -225,15 +225,20 @@ def weigh(gram: Tensor, losses: Tensor, options: Options) -> Tensor:
     if options.log_gradients and options.needs_gram:
         scale = 1 / losses.clamp(min=options.loss_floor)
         gram = scale[:, None] * gram * scale[None, :]
-    arguments = [gram, losses] if takes_losses(weighting) else [gram]
-    if not type(weighting).__module__.startswith(f"{__package__}."):
-        arguments = [t.clone() for t in arguments]  # a user's function may write to them
     with debug.watch(weighting):
-        weights = weighting(*arguments)
+        weights = ask(weighting, gram, losses)
     if not isinstance(weights, Tensor) or weights.shape != (len(gram),):
         got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
         raise ValueError(f"weighting {weighting!r} returned {got}, expected ({len(gram)},): one weight each")
     return weights.to(gram.device, torch.float64)
+
+
+def ask(weighting: Weighting, gram: Tensor, losses: Tensor) -> Any:
+    """What a weighting makes of the matrix that it asks for."""
+    arguments = [gram, losses] if takes_losses(weighting) else [gram]
+    if not type(weighting).__module__.startswith(f"{__package__}."):
+        arguments = [t.clone() for t in arguments]  # a user's function may write to them
+    return weighting(*arguments)
 
 
 def takes_losses(weighting: Weighting) -> bool:

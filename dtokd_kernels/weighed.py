@@ -48,7 +48,7 @@ def solve_sets(
     assert sets.losses is not None
     scale = options.loss_scale
     if sets.weighed is None:
-        record = source.solve(Gathered(sets.names, sets.losses, groups, sets.watch), options)
+        record = source.solve(Gathered(sets.names, sets.losses, sets.params, groups, sets.watch), options)
         if scale is None:
             return record, record
         return record, replace(record, table=record.table / scale.to(record.table.device))

@@ -927,23 +927,30 @@ def test_probe_without_shared_parameters(backend):
     assert a.tolist() == [1.0, 1.0]
 
 
-def test_probe_that_was_frozen_is_found_anew(backend):
+@pytest.mark.parametrize("change", ["frozen", "removed"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_probe_whose_parameters_are_gone_finds_others(backend, change, set_to_none):
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
-    optimizer = dk.DTOAdamW(model.parameters(), gram="probe")
+    optimizer = dk.DTOAdamW([{"params": model[2].parameters()}, {"params": model[0].parameters()}], gram="probe")
+    optimizer.param_groups.reverse()  # the last ones are probed
 
     def step():
         out = model(torch.ones(3, 4))
         optimizer.backward([out.square().mean(), (out - 1).square().mean()])
         optimizer.step()
-        optimizer.zero_grad()
-        return optimizer.balance.gram[0, 0]
+        optimizer.zero_grad(set_to_none)
+        return optimizer.balance.gram[0, 0], optimizer._sets.grads
 
     step()
-    step()
-    model[2].requires_grad_(False)
-    exact, probed = step(), step()
+    assert len(step()[1]) in (0, 1)  # one pass
+    if change == "frozen":
+        model[2].requires_grad_(False)
+    else:
+        del optimizer.param_groups[1]
+    exact, probed = step()[0], step()[0]
     assert exact > 0
     assert probed > 0
+    assert all(any(p is q for q in model[0].parameters()) for p in optimizer._source._found)
 
 
 def test_probe_warns_of_what_it_does_not_see(backend):
@@ -952,6 +959,36 @@ def test_probe_warns_of_what_it_does_not_see(backend):
     out = head(checkpoint(block, torch.ones(3, 4, requires_grad=True), use_reentrant=True))
     with pytest.warns(UserWarning, match=r"2 of the 4 parameters of gram=Probe.* have no gradient; .*reentrant"):
         optimizer.backward([out.square().mean(), (out - 1).square().mean()])
+
+
+@pytest.mark.parametrize("gram", ["exact", "overlap", "lag"])
+def test_removed_parameters_are_in_no_product(backend, gram):
+    """A group that goes between backward and step: its gradients count no more, whoever took their products."""
+    grams = []
+    for both in (True, False):
+        a, b = (nn.Parameter(torch.full((n,), float(n))) for n in (3, 2))
+        optimizer = dk.DTOSGD([{"params": [a]}, {"params": [b]}] if both else [b], lr=0.1, gram=gram)
+        optimizer.backward([a.sum() + b.square().sum(), a.square().sum() + (b - 1).square().sum()])
+        if both:
+            del optimizer.param_groups[0]
+        optimizer.step()
+        grams.append(optimizer.balance.gram)
+    assert torch.equal(*grams)
+
+
+def test_weightings_under_ema_may_write_to_their_arguments(backend):
+    def greedy(gram, losses):
+        weights = losses / losses.sum()
+        gram.zero_()
+        losses.zero_()
+        return weights
+
+    w = nn.Parameter(torch.ones(2))
+    optimizer = dk.DTOSGD([w], lr=0.1, weighting=greedy, gram=Ema(0.5))
+    optimizer.backward([w.sum(), (2 * w).square().sum()])
+    optimizer.step()
+    assert not optimizer.balance.skipped
+    assert optimizer.balance.gram.diagonal().all()
 
 
 def test_backward_refuses_lag():

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -85,17 +86,18 @@ Residency ask_residency(Kernel* kernel, int threads, int blocks_per_multiprocess
   return result;
 }
 
-// The same, asked once for each device and kernel: it takes nine calls of the runtime.
+// The same, asked once for each device, kernel and shape: it takes nine calls of the runtime.
 template <class Kernel>
 Residency residency(Kernel* kernel, int threads, int blocks_per_multiprocessor) {
   static std::mutex mutex;
-  static std::map<std::pair<int, const void*>, Residency> known;
+  static std::map<std::tuple<int, const void*, int, int>, Residency> known;
   int device = 0;
   if (cudaGetDevice(&device)) return {};
   const std::lock_guard<std::mutex> lock(mutex);
-  Residency& found = known[{device, reinterpret_cast<const void*>(kernel)}];
-  if (found.blocks == 0) found = ask_residency(kernel, threads, blocks_per_multiprocessor);
-  return found;
+  const auto [found, is_new] = known.try_emplace(
+      {device, reinterpret_cast<const void*>(kernel), threads, blocks_per_multiprocessor});
+  if (is_new) found->second = ask_residency(kernel, threads, blocks_per_multiprocessor);
+  return found->second;
 }
 
 template <class... Parameters>

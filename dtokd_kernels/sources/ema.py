@@ -109,7 +109,6 @@ class _Averaged:
         self._ema, self._names, self._options = ema, names, options
 
     def __call__(self, gram: Tensor, losses: Tensor) -> Any:
-        weighting = self._options.weighting
         average = self._ema.average(self._names, gram)
         with solved_by(backends.select(gram.device, self._options.backend)):
-            return weighting(average, losses) if reference.takes_losses(weighting) else weighting(average)
+            return reference.ask(self._options.weighting, average, losses)

@@ -43,7 +43,8 @@ class Probe(Source):
 
     def __init__(self, of: nn.Module | Tensor | Iterable[nn.Module | Tensor] | None = None) -> None:
         self._of = None if of is None else _parameters(of)
-        self._positions: list[int] | None = None
+        self._found: list[Tensor] | None = None
+        self._positions: list[int] | None = None  # of what was found
 
     def __repr__(self) -> str:
         return "Probe()" if self._of is None else f"Probe(<{len(self._of)} parameters>)"
@@ -54,13 +55,16 @@ class Probe(Source):
 
     def one_pass(self, names: tuple[str, ...], params: Sequence[Tensor]) -> bool:
         """While the probe's parameters are known; those it found itself may have been frozen or removed."""
-        if self._of is not None:
-            return True
-        return any(t < len(params) and params[t].requires_grad for t in self._positions or ())
+        return self._of is not None or bool(self._among(params))
 
     def weigh(self, call: Call, options: Options) -> Balance:
         """Weights from the probe's gradients."""
-        probe = self._among(call)
+        probe = self._among(call.params)
+        if not probe:
+            raise ValueError(
+                f"{call.op}: gram={self!r} matches no parameter that is optimized and requires a gradient; probe a "
+                "block whose parameters the optimizer has"
+            )
         gradients = [_gradients(value, probe) for value in call.values]
         if options.ranks is not None:
             gradients = options.ranks.average(gradients)
@@ -82,25 +86,21 @@ class Probe(Source):
         gram = ops.gram_of_groups(groups, len(call.values), options.backend)
         return ops.balance_grams(ops.by_role({Role.SHARED: gram}, call.losses), call.losses, options)
 
-    def _among(self, call: Call) -> list[Tensor]:
+    def _among(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """The probe's parameters that are optimized and require a gradient."""
+        place = {id(p): t for t, p in enumerate(params)}
         if self._of is None:
-            assert self._positions is not None
-            probe = [call.params[t] for t in self._positions if t < len(call.params)]
-        else:
-            known = {id(p) for p in call.params}
-            probe = [p for p in self._of if id(p) in known]
-        probe = [p for p in probe if p.requires_grad]
-        if not probe:
-            raise ValueError(
-                f"{call.op}: gram={self!r} matches no parameter that is optimized and requires a gradient; probe a "
-                "block whose parameters the optimizer has"
-            )
-        return probe
+            if self._found is None:  # a state that was loaded has their positions
+                self._found = [params[t] for t in self._positions or () if t < len(params)]
+            self._positions = [place[id(p)] for p in self._found if id(p) in place]
+        held = self._found if self._of is None else self._of
+        return [p for p in held or () if id(p) in place and p.requires_grad]
 
     def solve(self, gathered: Gathered, options: Options) -> Balance:
         """An exact step, which finds the last shared parameters."""
         assert isinstance(gathered.watch, _Reached)
-        self._positions = gathered.watch.last_shared()
+        self._positions = gathered.watch.last_shared(gathered.params)
+        self._found = [gathered.params[t] for t in self._positions]
         return super().solve(gathered, options)
 
     def watch(self, options: Options) -> Watch | None:
@@ -109,11 +109,12 @@ class Probe(Source):
 
     def state_dict(self) -> dict[str, Any]:
         """Which parameters were found."""
-        return {} if self._positions is None else {"positions": list(self._positions)}
+        return {"positions": list(self._positions)} if self._positions else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the parameters that were found."""
         self._positions = list(state["positions"]) if "positions" in state and self._of is None else None
+        self._found = None
 
 
 class _Reached:
@@ -131,11 +132,11 @@ class _Reached:
     def finish(self) -> None:
         pass
 
-    def last_shared(self) -> list[int]:
+    def last_shared(self, params: Sequence[Tensor]) -> list[int]:
         sizes = {
             t: column[0].numel()
             for t, (balanced, *column) in enumerate(zip(self._balanced, *self._rows, strict=True))
-            if balanced and all(g is not None for g in column)
+            if balanced and params[t].requires_grad and all(g is not None for g in column)
         }
         if not sizes:
             raise ValueError(

@@ -41,12 +41,14 @@ class Gathered:
     Attributes:
         names: of the objectives.
         losses: [K] float64.
+        params: whose gradients were collected.
         groups: the gradients by role.
         watch: what `Source.watch` returned for these gradients.
     """
 
     names: tuple[str, ...]
     losses: Tensor
+    params: Sequence[Tensor]
     groups: Mapping[Role, Sequence[Group]]
     watch: Watch | None
 

@@ -69,8 +69,8 @@ class DTOScaler(NativeScaler):
 
         Args:
             losses: unscaled, by position or by name, such as `{"task": ..., "distill": ...}`; divided by the number of
-                accumulation steps as in timm; with another optimizer's log-gradients, which do not feel that, make the
-                scaler with `share=` 1 / that number.
+                accumulation steps as in timm. With another optimizer not divided: make the scaler with `share=` 1 /
+                that number, as log-gradients do not feel a division.
             optimizer: DTOAdamW or DTOSGD; any other takes the balanced gradients as its own.
             clip_grad: largest norm of the combined direction (of all that the optimizer holds), or what `clip_mode`
                 makes of it; None leaves the optimizer's `max_norm` as it is.

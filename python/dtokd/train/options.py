@@ -229,7 +229,8 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kd-balance-rescale",
         choices=["none", "sum"],
-        help="none: the paper's 1/L; sum: the scale of a weighted sum; default: none with Adam, else sum",
+        help="none: the paper's 1/L; sum: the scale of a weighted sum; default: none with Adam and for weightings of "
+        "raw gradients, else sum",
     )
 
 

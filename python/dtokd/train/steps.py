@@ -18,8 +18,6 @@ from dtokd_kernels.types import Balance, Private, Rescale, Weighting
 from dtokd_kernels.weighting import Stateful
 
 Result = dict[str, Any]
-#: What a loss is at least.
-LEAST = 1e-7
 
 
 class Stepper(Protocol):
@@ -169,9 +167,16 @@ class Fused(WeightedSum):
             self._ranks.load_state_dict(state["ranks"])
 
 
+def _at_least(loss: Tensor) -> Tensor:
+    """A loss at its bound of 0, or below by rounding, as a constant: with no gradient it is left out of the step.
+
+    One that is further below is no such loss, and the balance refuses it.
+    """
+    return torch.where((loss > -1e-5) & (loss < 1e-7), 1e-7, loss)
+
+
 def _losses(result: Result, share: int) -> dict[str, Tensor]:
-    # each has 0 as its lower bound; one that is there, or below by rounding, has no gradient then, and is left out
-    objectives = {name: loss.float().clamp(min=LEAST) for name, loss in result["objectives"].items()}
+    objectives = {name: _at_least(loss.float()) for name, loss in result["objectives"].items()}
     return {name: loss / share for name, loss in objectives.items()} if share > 1 else objectives
 
 
