@@ -65,7 +65,7 @@ def test_gram_has_the_same_bits_for_every_instruction_set_and_thread_count(core,
 @pytest.mark.parametrize("K", [1, 2, 3, 5])
 def test_updates_agree_between_instruction_sets(core, dtype, K):
     coefficients = [0.3 + k for k in range(K)]
-    scalars = [1e-2, 0.9, 0.999, 0.1, 1e-8, 0.1, 0.001]
+    scalars = [1e-2, 0.9, 0.999, 0.1, 1e-8, 3]
     outcomes = []
     for name in core.names():
         for threads in (1, 3):

@@ -268,8 +268,8 @@ template <class T, int K>
 void adamw_of(const Gradients& from, const AdamWScalars& s, void* p, void* m, void* v,
               void* largest, double* products) {
   using V = typename OpMath<T>::V;
-  const auto rule = AdamW<V>::of(s.lr, s.beta1, s.beta2, s.weight_decay, s.eps, s.correction1,
-                                 s.correction2, [](double x) DTOKD_INLINE { return V::set(x); });
+  const auto rule = AdamW<V>::of(s.lr, s.beta1, s.beta2, s.weight_decay, s.eps, s.step,
+                                 [](double x) DTOKD_INLINE { return V::set(x); });
   T* const P = static_cast<T*>(p);
   T* const M = static_cast<T*>(m);
   T* const S = static_cast<T*>(v);

@@ -33,7 +33,7 @@ struct Gradients {
 
 struct AdamWScalars {
   double lr, beta1, beta2, weight_decay, eps;
-  double correction1, correction2;  // 1 - beta^t
+  int64_t step;  // this one counted
 };
 
 struct SGDScalars {

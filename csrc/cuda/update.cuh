@@ -158,8 +158,7 @@ struct AdamWRule {
     }
   }
   static DTOKD_DEVICE Numbers numbers(const Group& g, double step) {
-    return Numbers::of(read(g.lr), g.beta1, g.beta2, g.weight_decay, g.eps,
-                       1 - power(g.beta1, int64_t(step)), 1 - power(g.beta2, int64_t(step)),
+    return Numbers::of(read(g.lr), g.beta1, g.beta2, g.weight_decay, g.eps, int64_t(step),
                        [](double x) { return V(x); });
   }
   static DTOKD_DEVICE void* largest(void* const* t) { return kExtras ? t[kTensors - 2] : nullptr; }

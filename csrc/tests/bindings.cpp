@@ -77,7 +77,7 @@ PYBIND11_MODULE(dtokd_core_python, m) {
            const std::vector<int64_t>& sizes, const std::vector<double>& coefficients,
            const std::vector<double>& s, const Addresses& params, const Addresses& exp_avgs,
            const Addresses& exp_avg_sqs, const Addresses& max_exp_avg_sqs) {
-          const AdamWScalars scalars{s.at(0), s.at(1), s.at(2), s.at(3), s.at(4), s.at(5), s.at(6)};
+          const AdamWScalars scalars{s.at(0), s.at(1), s.at(2), s.at(3), s.at(4), int64_t(s.at(5))};
           adamw_step(kernels(name), test_threads(threads), lists(dtype, grads, sizes),
                      coefficients.data(), std::vector<AdamWScalars>(sizes.size(), scalars),
                      pointers(params), pointers(exp_avgs), pointers(exp_avg_sqs),

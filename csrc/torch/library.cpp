@@ -2,7 +2,6 @@
 // torch's stable ABI, so that one binary serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -215,9 +214,7 @@ void adamw(const char* op, const TensorList& params, const TensorList& grads,
   std::vector<cpu::AdamWScalars> scalars;
   scalars.reserve(counts.size());
   for (Count& count : counts) {
-    const double t = count.up();
-    scalars.push_back(
-        {lr, beta1, beta2, weight_decay, eps, 1 - std::pow(beta1, t), 1 - std::pow(beta2, t)});
+    scalars.push_back({lr, beta1, beta2, weight_decay, eps, int64_t(count.up())});
   }
   cpu::adamw_step(cpu::best_kernels(), threads(), descent.lists, descent.coefficients.data(),
                   scalars, p, m, v, largest, products);

@@ -19,16 +19,16 @@ struct AdamW {
   V root_correction;     // 1 / sqrt(1 - beta2^t)
   V eps;
 
-  // correction1, correction2: 1 - beta^t. number: from double to V.
+  // step: t, this one counted. number: from double to V.
   template <class Number>
   static DTOKD_HD AdamW of(double lr, double beta1, double beta2, double weight_decay, double eps,
-                           double correction1, double correction2, const Number& number) {
+                           int64_t step, const Number& number) {
     return {number(1 - lr * weight_decay),
             number(1 - beta1),
             number(beta2),
             number(1 - beta2),
-            number(-lr / correction1),
-            number(1 / dtokd::sqrt(correction2)),
+            number(-lr / (1 - power(beta1, step))),
+            number(1 / dtokd::sqrt(1 - power(beta2, step))),
             number(eps)};
   }
 
