@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from . import amp, debug, sources, weighting
+from . import debug, sources, weighting
 from .accumulate import backward
 from .backends import backend_info, use_backend
 from .ops import balance, combine, gram, min_norm_weights
@@ -26,7 +26,6 @@ __all__ = [
     "DTOSGD",
     "Balance",
     "DTOAdamW",
-    "amp",
     "backend_info",
     "backward",
     "balance",

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_options, check_params
-from .gradients import GradientSets, Losses, named_losses
+from .gradients import GradientSets, Losses, check_share
 from .ops import group_rows
+from .solve import commit, solve_sets
 from .sources import Source, choose
 from .types import Balance, Group, Private, Rescale, Role, Weighting, of_reach
-from .weighed import commit, solve_sets
 
 
 def backward(
@@ -35,21 +35,20 @@ def backward(
     """Balanced gradients for any optimizer: adds the combined gradient to `.grad`, as `loss.backward()` does.
 
     Args:
-        losses: K scalar tensors, as a sequence or as a dict from names.
+        losses: K scalar tensors, as a sequence or as a dict from names. Pass them as they are: neither divided for
+            accumulation nor scaled for fp16.
         params: leaf tensors to balance, such as `model.parameters()`.
         weighting, max_norm, rescale, loss_floor: as in `balance`.
         private: "own": parameters that only some objectives reach stay out of the Gram and take those objectives'
             gradients at weight 1; "balanced": everything is in the Gram.
-        scaler: for fp16: scales the losses, which are passed unscaled. `.grad` is then scaled as after
-            `scaler.scale(loss).backward()`, to be followed by `scaler.step(optimizer)` and `scaler.update()`. (Losses
-            scaled by hand would not do: log-gradients do not know a factor of their loss.)
+        scaler: a `torch.amp.GradScaler` for fp16. `.grad` is then scaled as after `scaler.scale(loss).backward()`,
+            to be followed by `scaler.step(optimizer)` and `scaler.update()`.
         gram: how the Gram matrix is obtained, a name or an object (`dtokd_kernels.sources`); default: "exact", or
             "none" for a weighting that needs no Gram. An object such as `Every(10)` remembers: pass the same one
             to each call. "lag" needs an optimizer of this package.
         features: the representation at which `sources.Feature()` measures.
-        share: what is added is multiplied by this. Under accumulation pass the losses of each micro-batch as they are
-            and its part of the batch here, such as 1 / 4: losses that are divided have the same log-gradients. The
-            micro-batches are weighed, and clipped, one by one.
+        share: this call's part of the batch under accumulation, such as 1 / 4: what is added is multiplied by this.
+            The micro-batches are weighed, and clipped, one by one.
         retain_graph: keep the graph after the last pass.
 
     Returns:
@@ -83,47 +82,34 @@ def backward(
         from .distributed.attach import refuse_wrapped
 
         refuse_wrapped(params, "backward")
-    loss_scale = None
-    if scaler is not None and scaler.is_enabled():
-        losses, loss_scale = _scaled(losses, scaler)
-    if not 0 < share <= 1:
-        raise ValueError(f"backward: share is {share!r}; pass this call's part of the batch, above 0 and at most 1")
+    check_share(share, "backward")
     sets = GradientSets()
-    sets.collect(losses, params, source, options, features=features, retain_graph=retain_graph)
+    sets.collect(losses, params, source, options, scaler=scaler, features=features, retain_graph=retain_graph)
     found = list(group_rows(zip(*sets.grads, strict=True)).values())
     roles = [options.role(True, reach, len(sets.grads)) for (reach, _), _ in found]
     by_role: dict[Role, list[Group]] = {}
     for role, (group, _) in zip(roles, found, strict=True):
         by_role.setdefault(role, []).append(group)
     with torch.no_grad():
-        options = replace(options, loss_scale=loss_scale)
-        record, applied = solve_sets(sets, by_role, source, options)
+        record, table = solve_sets(sets, by_role, source, options)
         record = replace(record, names=sets.names)
         commit(sets, source, options, record)
-        if loss_scale is None and record.skipped.device.type == "cpu" and record.skipped:
+        if sets.scale is None and record.skipped.device.type == "cpu" and record.skipped:
             return record
-        table, in_place_of_skipped = applied.table * share, torch.zeros_like(record.norm)
-        if loss_scale is not None:
-            table = table * loss_scale.to(table.device)  # `.grad` stays scaled, as the optimizer's scaler expects it
+        # the sets stay scaled, as the optimizer's scaler expects `.grad`
+        table, in_place_of_skipped = table * share, torch.zeros_like(record.norm)
+        if sets.scale is not None:
             in_place_of_skipped = torch.where(record.norm.isfinite(), 0.0, torch.nan)
         for role, ((reach, lists), where) in zip(roles, found, strict=True):
             device = lists[0][0].device
             chosen = of_reach(table[role].to(device), reach)
             values = backends.select(device).combine(lists, chosen, lists[0])
             for t, value in zip(where, values, strict=True):
-                if loss_scale is not None or record.skipped.device.type != "cpu":
+                if sets.scale is not None or record.skipped.device.type != "cpu":
                     value = torch.where(record.skipped.to(device), in_place_of_skipped.to(value), value)
                 p = params[t]
                 p.grad = value if p.grad is None else p.grad.add_(value)
     return record
-
-
-def _scaled(losses: Losses, scaler: torch.amp.GradScaler) -> tuple[dict[str, Tensor], Tensor]:
-    """The losses times the scale, and the scale itself as float64."""
-    names, values = named_losses(losses, "backward")
-    scaled = {n: scaler.scale(v) if isinstance(v, Tensor) else v for n, v in zip(names, values, strict=True)}
-    one = torch.ones((), device=next((v.device for v in values if isinstance(v, Tensor)), None))
-    return scaled, scaler.scale(one).double()
 
 
 def _check_once(params: list[Tensor]) -> list[Tensor]:

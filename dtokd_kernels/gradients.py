@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .sources.source import Call, Source, Watch
+from .sources.source import Call, Source, Watch, root_gradient
 from .types import MAX_OBJECTIVES, Balance, Options
 from .weighting.stateful import Stateful
 
@@ -38,11 +38,13 @@ class GradientSets:
 
     Attributes:
         names: the objectives' names, in their order.
-        losses: [K] float64, summed over the calls; None before the first.
+        losses: [K] float64, summed over the calls, each times its share; None before the first.
         params: whose gradients they are.
         grads: one list per set, one gradient per parameter; None where the set's objectives do not reach it.
         weighed: the balance that weighed the sum, of the last call; None if each objective has a set.
-        calls: how many calls of `collect` there were.
+        shares: the sum of the calls' shares.
+        scaler: the GradScaler of the calls; None if there is none, or it is disabled.
+        scale: scalar float64, its scale, which the gradients are multiplied with; None without one.
         used: whether a step has taken these gradients.
         watch: what looked at the gradients while they were made.
     """
@@ -80,7 +82,9 @@ class GradientSets:
         self.names: tuple[str, ...] = ()
         self.losses: Tensor | None = None
         self.weighed: Balance | None = None
-        self.calls = 0
+        self.shares = 0.0
+        self.scaler: torch.amp.GradScaler | None = None
+        self.scale: Tensor | None = None
         self.used = False
         self.watch: Watch | None = None
 
@@ -91,6 +95,8 @@ class GradientSets:
         source: Source,
         options: Options,
         *,
+        share: float = 1.0,
+        scaler: torch.amp.GradScaler | None = None,
         balanced: Sequence[bool] | None = None,
         features: Tensor | Sequence[Tensor] | None = None,
         retain_graph: bool = False,
@@ -101,13 +107,16 @@ class GradientSets:
 
         While the pass of a set runs, each parameter's `.grad` is its gradient in that set, so autograd accumulates
         in place and its hooks fire; afterwards `.grad` is what it was. Other parameters than `params` get what
-        plain backward calls give them, or, where one pass is taken, that of the weighted sum.
+        plain backward calls give them, or, where one pass is taken, that of the weighted sum. Gradients are made times
+        `share` and the scaler's scale: both are where the passes start, so the losses stay as they are.
 
         Args:
             losses: K scalar tensors, by position or by name; a single tensor is one objective.
             params: leaf tensors whose gradients are collected.
             source: of the Gram matrix; says which passes there are. Their kind stays until the sets are cleared.
             options: of the balance. Losses that are not positive are refused where log-gradients divide by them.
+            share: of this call in the step: its part of the batch.
+            scaler: whose scale the gradients are multiplied with; the same in all calls of a step.
             balanced: for each parameter, whether it takes part in the balance; default: all do.
             features: the representation that `sources.Feature` measures at.
             retain_graph: keep the graph after the last pass too.
@@ -121,8 +130,11 @@ class GradientSets:
         Effects: losses on the CPU are checked here; those on another device are not read, so that nothing stalls.
         """
         ranks = options.ranks
+        scaler = scaler if scaler is not None and scaler.is_enabled() else None
         try:
+            check_share(share, op)
             names, values = self._checked(losses, options, op)
+            self._check_scaler(scaler, op)
         except (TypeError, ValueError):
             if ranks is not None:
                 ranks.refuse()
@@ -137,26 +149,35 @@ class GradientSets:
         current = torch.stack([v.detach().reshape(()).to(values[0].device, torch.float64) for v in values])
         started = self.losses is not None
         one_pass = self.weighed is not None or (not started and source.one_pass(names, params))
-        summed = current if self.losses is None else self.losses + current
+        if one_pass and options.log_gradients and options.rescale == "none" and self.shares + share > 1 + 1e-6:
+            raise ValueError(
+                f"{op}: the shares of this step's calls sum to {self.shares + share:g}, but log-gradients do not get "
+                "shorter when a loss is divided: the step would be too long; pass share=1/n to each of n calls"
+            )
+        summed = share * current if self.losses is None else self.losses + share * current
+        scale = self.scale
+        if scaler is not None and scale is None:
+            scale = scaler.scale(torch.ones((), device=values[0].device)).double()
+        factor = share if scale is None else share * scale
         if ranks is not None and ranks.agrees_before(one_pass):
             agreed = ranks.agree(current if one_pass else summed, names, 1 if one_pass else len(names), op)
             if one_pass:
-                current, summed = agreed, agreed if self.losses is None else self.losses + agreed
+                current, summed = agreed, share * agreed if self.losses is None else self.losses + share * agreed
             else:
                 summed = agreed
         if one_pass:
             chosen = None if features is None else [features] if isinstance(features, Tensor) else list(features)
             unclipped = replace(options, max_norm=None)  # the sum's norm is known when its gradient is
             with torch.no_grad():
-                record = source.weigh(Call(op, names, values, current, params, chosen), unclipped)
-            coefficients = [
-                c.to(v.device, v.dtype).reshape(v.shape) for c, v in zip(record.coefficients, values, strict=True)
-            ]
-            passes: list[tuple[list[Tensor], list[Tensor] | None]] = [(values, coefficients)]
+                record = source.weigh(Call(op, names, values, current, params, chosen, scale), unclipped)
+            coefficients = record.coefficients * factor
+            roots = [root_gradient(v, c) for c, v in zip(coefficients, values, strict=True)]
+            passes: list[tuple[list[Tensor], list[Tensor] | None]] = [(values, roots)]
             skipped = record.skipped if self.weighed is None else record.skipped | self.weighed.skipped
             weighed, watch = replace(record, skipped=skipped), None
         else:
-            passes = [([value], None) for value in values]
+            plain = scale is None and share == 1
+            passes = [([value], None if plain else [root_gradient(value, factor)]) for value in values]
             weighed, watch = None, self.watch if started else source.watch(options)
         if len(self.grads) != len(passes):
             self.grads = [[None] * len(self.params) for _ in passes]
@@ -165,13 +186,13 @@ class GradientSets:
         try:
             if watch is not None:
                 watch.start(self.grads, [True] * len(params) if balanced is None else balanced)
-            for i, (roots, weights) in enumerate(passes):
+            for i, (tensors, starts) in enumerate(passes):
                 row = self.grads[i]
                 for p, grad in zip(params, row if ranks is None else ranks.start(i, row), strict=True):
                     p.grad = grad
                 last = i == len(passes) - 1
                 with self._around(i, len(passes), params, watch, ranks):
-                    torch.autograd.backward(roots, weights, retain_graph=retain_graph or not last, inputs=inputs)
+                    torch.autograd.backward(tensors, starts, retain_graph=retain_graph or not last, inputs=inputs)
                 row[:] = [p.grad for p in params] if ranks is None else ranks.result(i, params)
                 _check_dense(row, names[i] if weighed is None else "the weighted sum", op)
             if watch is not None:
@@ -187,7 +208,8 @@ class GradientSets:
                 p.grad = grad
         self.losses = summed
         self.names, self.weighed, self.watch = names, weighed, watch
-        self.calls += 1
+        self.scaler, self.scale = scaler, scale
+        self.shares += share
 
     def _checked(self, losses: Losses, options: Options, op: str) -> tuple[tuple[str, ...], list[Tensor]]:
         names, values = named_losses(losses, op)
@@ -206,6 +228,12 @@ class GradientSets:
         if isinstance(options.weighting, Stateful):
             options.weighting.expect(names)
         return names, values
+
+    def _check_scaler(self, scaler: torch.amp.GradScaler | None, op: str) -> None:
+        if self.losses is not None and scaler is not self.scaler:
+            raise ValueError(
+                f"{op}: scaler is not that of the calls before; pass the same one, or none, to all calls of a step"
+            )
 
     def _around(
         self, i: int, K: int, params: Sequence[Tensor], watch: Watch | None, ranks: Ranks | None
@@ -269,6 +297,16 @@ def named_losses(losses: Losses, op: str) -> tuple[tuple[str, ...], list[Tensor]
     if not values:
         raise ValueError(f"{op}: losses is empty; pass at least one scalar tensor")
     return names, values
+
+
+def check_share(share: float, op: str) -> None:
+    """Refuse a call's part of the batch that is no part.
+
+    Raises:
+        ValueError: it is not above 0 and at most 1.
+    """
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
+        raise ValueError(f"{op}: share is {share!r}; pass this call's part of the batch, above 0 and at most 1")
 
 
 def _check_loss(name: str, loss: Tensor, op: str) -> None:

@@ -60,7 +60,9 @@ def gram_of_groups(groups: Iterable[Group], K: int, backend: str | None = None) 
     return total
 
 
-def solve(groups: Mapping[Role, Sequence[Group]], losses: Tensor, options: Options) -> Balance:
+def solve(
+    groups: Mapping[Role, Sequence[Group]], losses: Tensor, options: Options, scale: Tensor | None = None
+) -> Balance:
     """Gram matrices and balance of groups of tensors, unchecked: the optimizers' way into `gram` and `balance`.
 
     A backend with a function `gram_balance` takes both at once, if all tensors are on one device.
@@ -69,13 +71,15 @@ def solve(groups: Mapping[Role, Sequence[Group]], losses: Tensor, options: Optio
         groups: the gradients by role.
         losses: [K].
         options: of the balance.
+        scale: scalar, what the gradients were multiplied with (the scale of a GradScaler); None for 1. The balance is
+            that of the gradients without it.
     """
     devices = {lists[0][0].device for same_role in groups.values() for _, lists in same_role}
     module = backends.select(next(iter(devices), losses.device), options.backend)
     sharded = options.ranks is not None and options.ranks.shards
-    if len(devices) == 1 and options.loss_scale is None and not sharded and hasattr(module, "gram_balance"):
+    if len(devices) == 1 and scale is None and not sharded and hasattr(module, "gram_balance"):
         return module.gram_balance(groups, losses, options)
-    grams = grams_by_role(groups, losses, options.backend)
+    grams = unscaled(grams_by_role(groups, losses, options.backend), scale)
     if options.ranks is not None:
         grams, losses = options.ranks.total(grams, losses)
     return balance_grams(grams, losses, options)
@@ -97,15 +101,13 @@ def by_role(grams: Mapping[Role, Tensor], losses: Tensor) -> Tensor:
     return whole
 
 
-def unscaled(grams: Tensor, losses: Tensor, loss_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrices and losses as they would be if the losses had not been multiplied with `loss_scale`."""
-    return grams / loss_scale.to(grams.device).square(), losses / loss_scale.to(losses.device)
+def unscaled(grams: Tensor, scale: Tensor | None) -> Tensor:
+    """Gram matrices as they would be if the gradients had not been multiplied with `scale` (scalar; None for 1)."""
+    return grams if scale is None else grams / scale.to(grams.device).square()
 
 
 def balance_grams(grams: Tensor, losses: Tensor, options: Options) -> Balance:
     """The balance of Gram matrices [3, K, K] by role, unchecked; other arguments as `solve`."""
-    if options.loss_scale is not None:
-        grams, losses = unscaled(grams, losses, options.loss_scale)
     return backends.select(grams.device, options.backend).balance(grams, losses, options)
 
 
@@ -248,7 +250,7 @@ def combine(
 def runs_steps(device: torch.device, options: Options) -> bool:
     """Whether the backend has a function `run_step`, which may do `solve` and `run_updates` at once."""
     sharded = options.ranks is not None and options.ranks.shards
-    return options.loss_scale is None and not sharded and hasattr(backends.select(device, options.backend), "run_step")
+    return not sharded and hasattr(backends.select(device, options.backend), "run_step")
 
 
 def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Balance | None:
@@ -270,43 +272,45 @@ def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Bal
     return balance
 
 
-def run_updates(updates: Iterable[Update], balance: Balance, backend: str | None = None) -> None:
-    """Update parameters and state in place, or change nothing where the balance says `skipped`.
+def run_updates(updates: Iterable[Update], table: Tensor, skipped: Tensor, backend: str | None = None) -> None:
+    """Update parameters and state in place, or change nothing where `skipped`.
 
     Args:
         updates: in the order in which memory should be walked.
-        balance: of this step.
+        table: [3, S] float64, what multiplies the S gradient sets, by `Role`.
+        skipped: scalar bool.
         backend: the optimizer's choice.
 
     Effects: no host sync.
     """
-    for same, table, skipped in _by_device(updates, balance):
-        backends.select(table.device, backend).run_updates(same, table, skipped)
+    for same, there, skip in _by_device(updates, table, skipped):
+        backends.select(there.device, backend).run_updates(same, there, skip)
 
 
-def measure_and_update(updates: Iterable[Update], balance: Balance, backend: str | None = None) -> Tensor:
+def measure_and_update(updates: Iterable[Update], table: Tensor, skipped: Tensor, backend: str | None = None) -> Tensor:
     """`run_updates`, and the Gram matrices of the gradients that it reads, from the same pass over them.
 
     Returns:
-        [3, K, K] float64 on the balance's device, one matrix for each `Role`; also where nothing was updated.
+        [3, K, K] float64 on the table's device, one matrix for each `Role`; also where nothing was updated.
     """
-    device = balance.table.device
     parts = [
-        backends.select(table.device, backend).measure_and_update(same, table, skipped).to(device)
-        for same, table, skipped in _by_device(updates, balance)
+        backends.select(there.device, backend).measure_and_update(same, there, skip).to(table.device)
+        for same, there, skip in _by_device(updates, table, skipped)
     ]
-    K = balance.table.shape[1]
-    nothing = [] if parts else [balance.table.new_zeros(len(Role), K, K)]
+    K = table.shape[1]
+    nothing = [] if parts else [table.new_zeros(len(Role), K, K)]
     return functools.reduce(Tensor.add, parts + nothing)
 
 
-def _by_device(updates: Iterable[Update], balance: Balance) -> Iterator[tuple[list[Update], Tensor, Tensor]]:
-    """The updates of each device, in their order, with the balance's table and `skipped` there."""
+def _by_device(
+    updates: Iterable[Update], table: Tensor, skipped: Tensor
+) -> Iterator[tuple[list[Update], Tensor, Tensor]]:
+    """The updates of each device, in their order, with the table and `skipped` there."""
     by_device: dict[torch.device, list[Update]] = {}
     for update in updates:
         by_device.setdefault(update.params[0].device, []).append(update)
     for device, same in by_device.items():
-        yield same, balance.table.to(device), balance.skipped.to(device)
+        yield same, table.to(device), skipped.to(device)
 
 
 def _group_positions(op: str, grads: Sequence[GradientList]) -> dict[Any, tuple[Group, list[int]]]:

@@ -19,9 +19,9 @@ from torch.optim.optimizer import ParamsT
 from .checks import check_options, check_params
 from .gradients import GradientSets, Losses
 from .ops import run_step, run_updates, runs_steps
+from .solve import commit, solve_sets
 from .sources import Exact, Source, choose
 from .types import Balance, Group, Options, Private, Rescale, Role, Update, Weighting
-from .weighed import commit, solve_sets
 from .weighting import Stateful
 
 
@@ -105,7 +105,6 @@ class Balanced(torch.optim.Optimizer):
         self._balance: Balance | None = None
         self._skipped_steps: Tensor | None = None
         self._plan: tuple[Any, list[_Bucket]] | None = None
-        self._scaled: tuple[Tensor, Tensor] | None = None  # see expect_scaled
         self._looked = False  # for other ranks
         self._mastered: list[Tensor] = []  # whose master copies this step takes
         self._versions: dict[Tensor, int] = {}  # of parameters with a master copy, as their last step left them
@@ -145,6 +144,8 @@ class Balanced(torch.optim.Optimizer):
         self,
         losses: Losses,
         *,
+        share: float = 1.0,
+        scaler: torch.amp.GradScaler | None = None,
         features: Tensor | Sequence[Tensor] | None = None,
         retain_graph: bool = False,
         inputs: Sequence[Tensor] | None = None,
@@ -154,14 +155,20 @@ class Balanced(torch.optim.Optimizer):
         Call it several times between steps to accumulate. `.grad` of the parameters stays as it was.
 
         Args:
-            losses: K scalar tensors, as a sequence or as a dict from names; one tensor is one objective.
+            losses: K scalar tensors, as a sequence or as a dict from names; one tensor is one objective. Pass them as
+                they are: neither divided for accumulation nor scaled for fp16.
+            share: this call's part of the batch under accumulation, such as 1 / 4; the shares of a step add up to 1.
+                The step is that of the weighted mean of the calls' losses.
+            scaler: a `torch.amp.GradScaler` for fp16: gradients are made times its scale, and the step takes it out
+                again. Follow with `scaler.step(optimizer)` and `scaler.update()`, as with any optimizer.
             features: the representation at which `sources.Feature()` measures.
             retain_graph: keep the graph after the last pass; it is always freed otherwise.
             inputs: restrict the passes to these leaves.
 
         Raises:
             TypeError, ValueError: a bad loss: not scalar, not finite, needs no gradient, not positive under a
-                logarithm; other objectives than before; a sparse gradient; nothing that the source could measure.
+                logarithm; other objectives or another scaler than before; a `share` outside of (0, 1]; a sparse
+                gradient; nothing that the source could measure.
                 Parameters and state are as before.
         """
         params = self._params()
@@ -172,6 +179,8 @@ class Balanced(torch.optim.Optimizer):
             params,
             self._source,
             self._options,
+            share=share,
+            scaler=scaler,
             balanced=self._balanced(),
             features=features,
             retain_graph=retain_graph,
@@ -207,7 +216,8 @@ class Balanced(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            RuntimeError: `backward` was not called since the last zero_grad().
+            RuntimeError: `backward` was not called since the last zero_grad(); or a GradScaler takes this step whose
+                scale `backward` was not given.
 
         Effects: no host sync on CUDA (but for `DTOSGD` with dampening, once, and while Triton tunes its first large
             step). If a gradient or loss is not finite, nothing changes and the step counts in
@@ -225,8 +235,6 @@ class Balanced(torch.optim.Optimizer):
             for name in ("grad_scale", "found_inf"):  # of a scaler, which now will not take them back
                 self.__dict__.pop(name, None)
             raise
-        finally:
-            self._scaled = None  # said for this step
         self._sets.used = True
         return loss
 
@@ -242,8 +250,12 @@ class Balanced(torch.optim.Optimizer):
                 f"{type(self).__name__}.step: the gradients were gathered inside no_sync() and are those of this rank "
                 "alone; call backward outside of it for the last part of the batch"
             )
+        if self._sets.scaler is None and hasattr(self, "found_inf"):  # set by a scaler around step
+            raise RuntimeError(
+                f"{type(self).__name__}.step: a GradScaler takes this step, but backward did not get it; pass the "
+                "losses as they are, and the scaler: optimizer.backward(losses, scaler=scaler)"
+            )
         self._mastered = []
-        loss_scale = self._loss_scale()
         self._settle()
         if self._sets.align(self._params()) and self._sets.watch is not None:
             self._sets.watch.start(self._sets.grads, self._balanced())  # looks at what is there now
@@ -253,13 +265,15 @@ class Balanced(torch.optim.Optimizer):
         ranks = self._options.ranks
         if ranks is not None and ranks.shards:
             lists = [[ranks.local(values) for values in grads] for grads in lists]
-        options = self._options if loss_scale is None else replace(self._options, loss_scale=loss_scale)
-        record = self._run(buckets, lists, options)
+        record = self._run(buckets, lists)
         self._versions.update({p: p._version for p in self._mastered})
         self._count(record.skipped)
-        if self._scaled is not None:
-            self._scaled[1].copy_(~record.norm.isfinite())
-        commit(self._sets, self._source, options, record)
+        if self._sets.scaler is not None:
+            # torch's scaler looks for overflows in `.grad`, where no gradient set is: this is where it keeps what it
+            # has found, and `update` reads it
+            found = self._sets.scaler._per_optimizer_states[id(self)]["found_inf_per_device"]
+            found[record.norm.device] = (~record.norm.isfinite()).float()
+        commit(self._sets, self._source, self._options, record)
         return record
 
     def _initializes(self) -> bool:
@@ -273,32 +287,6 @@ class Balanced(torch.optim.Optimizer):
             self._updates(_Bucket(group, Role.SHARED, (0,), [p], [0]), [[p]])
         return True
 
-    def expect_scaled(self, inv_scale: Tensor, found_inf: Tensor) -> None:
-        """Be told by `amp.GradScaler` that the next step's losses were scaled.
-
-        Args:
-            inv_scale: scalar; what the gradients count as multiplied with from now on, besides `grad_scale`.
-            found_inf: scalar float; `step` sets it to 1 if a gradient is not finite, else to 0.
-        """
-        self._scaled = inv_scale, found_inf
-
-    def _loss_scale(self) -> Tensor | None:
-        """What the losses were multiplied with, float64; None without a GradScaler.
-
-        Raises:
-            RuntimeError: the scaler is not one that could be told about an overflow.
-        """
-        if self._scaled is None:
-            if hasattr(self, "found_inf"):  # set by a scaler around step
-                raise RuntimeError(
-                    f"{type(self).__name__}.step: this GradScaler checks p.grad and would not see an overflow in the "
-                    "gradient sets; use dtokd_kernels.amp.GradScaler, which takes the same arguments"
-                )
-            return None
-        scale = self._scaled[0].double().reciprocal()
-        grad_scale = getattr(self, "grad_scale", None)  # None after unscale_
-        return scale if grad_scale is None else scale * grad_scale.double()
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradient sets, and clear `.grad` as torch does.
 
@@ -306,7 +294,6 @@ class Balanced(torch.optim.Optimizer):
             set_to_none: False keeps the memory of the sets and fills it with zeros.
         """
         super().zero_grad(set_to_none)
-        self._scaled = None
         if self._options.ranks is not None:
             self._options.ranks.unsynced = False
         if set_to_none:
@@ -444,25 +431,28 @@ class Balanced(torch.optim.Optimizer):
                 bucket.positions.append(position)
         return list(buckets.values())
 
-    def _run(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]], options: Options) -> Balance:
+    def _run(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> Balance:
         """Solve and update: by one function of the backend, where it has one for such a step, else by two."""
+        options, scale = self._options, self._sets.scale
         updates: list[Update] | None = None
-        asks = self._may_run_at_once and type(self._source) is Exact and bool(buckets)
+        asks = self._may_run_at_once and type(self._source) is Exact and scale is None and bool(buckets)
         if asks and runs_steps(buckets[0].params[0].device, options):
             assert self._sets.losses is not None
             updates = self._all_updates(buckets, lists)
             whole = run_step(updates, self._sets.losses, options)
             if whole is not None:
                 return whole
-        record, applied = solve_sets(self._sets, _by_role(buckets, lists), self._source, options)
+        record, table = solve_sets(self._sets, _by_role(buckets, lists), self._source, options)
         if _known_to_skip(record):
             return record
         if updates is None:
             updates = self._all_updates(buckets, lists)
+        if scale is not None:
+            table = table / scale.to(table.device)
         if self._sets.weighed is None:
-            record = replace(self._source.run(updates, applied, options), table=record.table)
+            record = self._source.run(updates, record, table, options)
         else:
-            run_updates(updates, applied, options.backend)
+            run_updates(updates, table, record.skipped, options.backend)
         if options.ranks is not None:
             options.ranks.after_updates()
         return record

@@ -30,8 +30,6 @@ class Options:
     """How gradients are balanced: what the optimizers and `backward` are told once.
 
     Attributes:
-        loss_scale: scalar float64, what the losses of this step were multiplied with before the backward passes (by a
-            GradScaler): the balance is that of the unscaled losses. None: they were not.
         ranks: the other processes that train the same model; None if there are none.
         The others are as the arguments of `DTOAdamW`.
     """
@@ -42,7 +40,6 @@ class Options:
     private: Private = "own"
     loss_floor: float = 1e-8
     backend: str | None = None
-    loss_scale: Tensor | None = None
     ranks: Ranks | None = None
 
     @property
@@ -54,11 +51,6 @@ class Options:
     def needs_gram(self) -> bool:
         """Whether the weighting looks at the Gram matrix at all."""
         return getattr(self.weighting, "needs_gram", True)
-
-    @property
-    def scale_free(self) -> bool:
-        """Whether the direction does not grow with the losses' unit, as the coefficients shrink with it."""
-        return self.rescale == "none" and (self.log_gradients or getattr(self.weighting, "scale_free", False))
 
     def role(self, balanced: bool, reach: tuple[int, ...], K: int) -> Role:
         """The role of a parameter.

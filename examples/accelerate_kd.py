@@ -3,8 +3,7 @@
     python examples/accelerate_kd.py        # or: accelerate launch examples/accelerate_kd.py
 
 `accelerator.backward` takes one loss; the balanced optimizer inside Accelerate's wrapper takes them all. One process:
-nothing here averages gradient sets over ranks. For fp16 use `dtokd_kernels.backward(losses, params,
-scaler=accelerator.scaler)` with any torch optimizer.
+nothing here averages gradient sets over ranks. For fp16 pass `scaler=accelerator.scaler` to `backward`.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ def main(epochs: int = 6, accumulate: int = 2) -> float:
                         soft.log_softmax(1), target.log_softmax(1), reduction="batchmean", log_target=True
                     ),
                 }
-                balanced.backward({name: loss / accumulate for name, loss in losses.items()})
+                balanced.backward(losses, share=1 / accumulate)
                 wrapped.step()  # only at the end of an accumulation, as zero_grad and the schedule
                 schedule.step()
                 wrapped.zero_grad()

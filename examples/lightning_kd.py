@@ -2,9 +2,8 @@
 
     python examples/lightning_kd.py
 
-Manual optimisation, as each loss takes a backward pass of its own, into a gradient set of its own. For fp16 give the
-Trainer `plugins=MixedPrecision("16-mixed", "cuda", scaler=dk.amp.GradScaler("cuda"))` and scale the losses with
-`self.trainer.precision_plugin.scaler.scale`.
+Manual optimisation, as each loss takes a backward pass of its own, into a gradient set of its own. With
+`precision="16-mixed"` pass `scaler=self.trainer.precision_plugin.scaler` to `backward`.
 """
 
 from __future__ import annotations

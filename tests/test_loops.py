@@ -54,7 +54,7 @@ def scaled_loop(make, scaler, steps=STEPS, unscale=False, model=None, losses=los
     optimizer = make(model.parameters())
     for step in range(steps):
         values = losses(model, batch(step))
-        optimizer.backward({name: scaler.scale(loss) for name, loss in values.items()})
+        optimizer.backward(values, scaler=scaler)
         if unscale:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
@@ -82,7 +82,7 @@ SCALED = {
 def test_scale_changes_nothing(backend, make, case, unscale):
     """The scale is a power of 2, so not even the rounding is another; "cuda" takes other launches with a scale."""
     plain, expected = loop(lambda params: make(params, **SCALED[case]))
-    scaler = dk.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     scaled, model = scaled_loop(lambda params: make(params, **SCALED[case]), scaler, unscale=unscale)
     assert scaler.get_scale() == 2.0**12  # it has grown on the way
     if backend == "cuda":
@@ -104,21 +104,20 @@ def test_scale_with_unbalanced_parameters(backend, make):
         ]
 
     ends = []
-    for scaler in (dk.amp.GradScaler("cpu"), dk.amp.GradScaler("cpu", enabled=False)):
+    for scaler in (torch.amp.GradScaler("cpu"), torch.amp.GradScaler("cpu", enabled=False)):
         model = Student()
         scaled_loop(lambda _, m=model: make(groups(m), max_norm=0.1), scaler, model=model)
         ends.append(parameters(model))
     assert_close(*ends, allowed=tolerances.REORDERED if backend == "cuda" else 0.0)
 
 
-def test_scale_that_is_no_power_of_two(backend):
-    """1 / S is rounded to float32 by `unscale_`: 2^-24, in the gradients of raw losses."""
+@pytest.mark.parametrize("unscale", [False, True], ids=["step", "unscale_"])
+def test_scale_that_is_no_power_of_two(backend, unscale):
     raw = {"weighting": dk.weighting.Fixed()}
-    for unscale, allowed in ((False, tolerances.REORDERED), (True, STEPS * 2.0**-24)):
-        _, expected = loop(lambda params: OPTIMIZERS["sgd"](params, **raw))
-        scaler = dk.amp.GradScaler("cpu", init_scale=1000.7)
-        _, model = scaled_loop(lambda params: OPTIMIZERS["sgd"](params, **raw), scaler, unscale=unscale)
-        assert_close(parameters(model), parameters(expected), allowed + 2.0**-52)
+    _, expected = loop(lambda params: OPTIMIZERS["sgd"](params, **raw))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1000.7)
+    _, model = scaled_loop(lambda params: OPTIMIZERS["sgd"](params, **raw), scaler, unscale=unscale)
+    assert_close(parameters(model), parameters(expected))
 
 
 @pytest.mark.parametrize("where", ["task", "distill"])
@@ -127,7 +126,7 @@ def test_scale_that_is_no_power_of_two(backend):
 @each_optimizer
 def test_overflow_in_any_set(backend, make, unscale, reached, where):
     """No parameter, moment or step counter changes; the scale backs off; the loop goes on."""
-    model, scaler = Student(), dk.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    model, scaler = Student(), torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
     optimizer = make(model.parameters())
 
     def step(number, overflow):
@@ -135,7 +134,7 @@ def test_overflow_in_any_set(backend, make, unscale, reached, where):
         if overflow:
             parameter = next(getattr(model, reached).parameters())
             losses[where] = losses[where] + nothing_with_gradient(parameter, torch.inf)
-        optimizer.backward({name: scaler.scale(loss) for name, loss in losses.items()})
+        optimizer.backward(losses, scaler=scaler)
         if unscale:
             scaler.unscale_(optimizer)
         scaler.step(optimizer)
@@ -158,9 +157,9 @@ def test_overflow_in_any_set(backend, make, unscale, reached, where):
 
 def test_step_skipped_for_another_reason_keeps_the_scale(backend):
     """Zero gradients are no overflow: a smaller scale would make them no better."""
-    model, scaler = Student(), dk.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    model, scaler = Student(), torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
     optimizer = dk.DTOAdamW(model.parameters())
-    optimizer.backward([scaler.scale(1 + 0 * p.sum()) for p in (model.trunk.weight, model.scale)])
+    optimizer.backward([1 + 0 * p.sum() for p in (model.trunk.weight, model.scale)], scaler=scaler)
     scaler.step(optimizer)
     scaler.update()
     assert optimizer.skipped_steps == 1
@@ -171,7 +170,7 @@ def test_scaler_never_reads_the_gradients(backend, monkeypatch):
     """The scale is folded into the K coefficients."""
     for name in ("_amp_foreach_non_finite_check_and_unscale_", "_foreach_mul_"):
         monkeypatch.delattr(torch, name)
-    scaled_loop(OPTIMIZERS["adamw"], dk.amp.GradScaler("cpu"))
+    scaled_loop(OPTIMIZERS["adamw"], torch.amp.GradScaler("cpu"))
 
 
 def test_small_gradients_need_the_scale(backend):
@@ -191,7 +190,7 @@ def test_small_gradients_need_the_scale(backend):
 
     moved = {}
     for scale in (1.0, 2.0**16):
-        model, scaler = Student(torch.float32), dk.amp.GradScaler("cpu", init_scale=scale)
+        model, scaler = Student(torch.float32), torch.amp.GradScaler("cpu", init_scale=scale)
         before = parameters(model)
         scaled_loop(lambda p: dk.DTOSGD(p, lr=1e5), scaler, steps=1, model=model, losses=batch32)
         moved[scale] = [p - b for p, b in zip(parameters(model), before, strict=True)]
@@ -223,7 +222,7 @@ def test_overflow_lowers_the_scale_until_it_fits(backend):
             task, distill = model(x)
         return {"task": 20 * (task.float() - y).square().sum(), "distill": 20 * (distill.float() - z).square().sum()}
 
-    model, scaler = Student(torch.float32), dk.amp.GradScaler("cpu", init_scale=2.0**16)
+    model, scaler = Student(torch.float32), torch.amp.GradScaler("cpu", init_scale=2.0**16)
     before = parameters(model)
     optimizer, _ = scaled_loop(OPTIMIZERS["adamw"], scaler, steps=12, model=model, losses=losses)
     assert 0 < optimizer.skipped_steps < 12
@@ -234,10 +233,10 @@ def test_overflow_lowers_the_scale_until_it_fits(backend):
 
 def test_scaled_accumulation(backend):
     model, expected = Student(), Student()
-    scaler, optimizer, plain = dk.amp.GradScaler("cpu"), None, None
+    scaler, optimizer, plain = torch.amp.GradScaler("cpu"), None, None
     optimizer, plain = (OPTIMIZERS["adamw"](m.parameters()) for m in (model, expected))
     for part in range(3):
-        optimizer.backward({n: scaler.scale(v / 3) for n, v in losses_of(model, batch(part)).items()})
+        optimizer.backward(losses_of(model, batch(part)), share=1 / 3, scaler=scaler)
         plain.backward({n: v / 3 for n, v in losses_of(expected, batch(part)).items()})
     scaler.step(optimizer)
     scaler.update()
@@ -245,15 +244,27 @@ def test_scaled_accumulation(backend):
     assert_close(parameters(model), parameters(expected))
 
 
-def test_torchs_scaler_is_refused(backend):
-    """It would take a step whatever the gradients, and fail in update() with a message about something else."""
+def test_losses_scaled_by_hand_are_refused(backend):
+    """Their step would be taken whatever the gradients, and `update` would fail with a message about something else."""
     model, scaler = Student(), torch.amp.GradScaler("cpu")
     optimizer = dk.DTOAdamW(model.parameters())
     before = parameters(model)
     optimizer.backward({n: scaler.scale(v) for n, v in losses_of(model, batch()).items()})
-    with pytest.raises(RuntimeError, match=r"use dtokd_kernels\.amp\.GradScaler"):
+    with pytest.raises(RuntimeError, match=r"optimizer\.backward\(losses, scaler=scaler\)"):
         scaler.step(optimizer)
     assert_same(parameters(model), before)
+
+
+def test_scaler_that_changes_within_a_step_is_refused(backend):
+    model, scaler = Student(), torch.amp.GradScaler("cpu")
+    optimizer = dk.DTOAdamW(model.parameters())
+    optimizer.backward(losses_of(model, batch()), share=0.5, scaler=scaler)
+    before = copy.deepcopy(optimizer._sets.grads)
+    for other in (None, torch.amp.GradScaler("cpu")):
+        with pytest.raises(ValueError, match="scaler is not that of the calls before"):
+            optimizer.backward(losses_of(model, batch()), share=0.5, scaler=other)
+    for row, old in zip(optimizer._sets.grads, before, strict=True):
+        assert all((g is None and o is None) or torch.equal(g, o) for g, o in zip(row, old, strict=True))
 
 
 def test_torchs_scaler_disabled_is_no_scaler(backend):
@@ -262,24 +273,26 @@ def test_torchs_scaler_disabled_is_no_scaler(backend):
     assert_same(parameters(model), parameters(loop(OPTIMIZERS["adamw"])[1]))
 
 
-def test_our_scaler_with_torchs_optimizers():
-    """One scaler, two optimizers: an overflow in one backs off once, and the other still steps, as in torch."""
-    ends = []
-    for kind in (torch.amp.GradScaler, dk.amp.GradScaler):
-        model, scaler = Student(), kind("cpu", init_scale=2.0**10)
-        optimizers = [torch.optim.SGD([p], lr=0.1) for p in (model.trunk.weight, model.head.weight)]
-        loss = losses_of(model, batch())["task"] + nothing_with_gradient(model.head.weight, torch.inf)
-        scaler.scale(loss).backward()
-        for optimizer in optimizers:
-            scaler.step(optimizer)
-        scaler.update()
-        ends.append([*parameters(model), torch.tensor(scaler.get_scale())])
-    assert_same(*ends)
-    assert ends[0][-1] == 2.0**9
+def test_one_scaler_for_two_optimizers(backend):
+    """An overflow in one backs the scale off once, and the other still steps, as in torch."""
+    model, scaler = Student(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    ours, theirs = dk.DTOSGD(model.trunk.parameters(), lr=0.1), torch.optim.SGD(model.head.parameters(), lr=0.1)
+    before = parameters(model.trunk), parameters(model.head)
+    losses = losses_of(model, batch())
+    losses["task"] = losses["task"] + nothing_with_gradient(model.trunk.weight, torch.inf)
+    ours.backward(losses, scaler=scaler)
+    theirs.zero_grad()
+    scaler.scale(losses_of(model, batch())["task"]).backward(inputs=list(model.head.parameters()))
+    for optimizer in (ours, theirs):
+        scaler.step(optimizer)
+    scaler.update()
+    assert_same(parameters(model.trunk), before[0])
+    assert not torch.equal(parameters(model.head)[0], before[1][0])
+    assert scaler.get_scale() == 2.0**9
 
 
 def test_scaler_state_dict(backend):
-    ours, theirs = dk.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2), torch.amp.GradScaler("cpu")
+    ours, theirs = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2), torch.amp.GradScaler("cpu")
     scaled_loop(OPTIMIZERS["sgd"], ours, steps=3)
     theirs.load_state_dict(ours.state_dict())
     assert theirs.get_scale() == 16.0
@@ -518,10 +531,10 @@ def test_every_logs_unscaled_numbers_in_all_steps():
     """In those that keep the weights too."""
     model = Student()
     optimizer = dk.DTOSGD(model.parameters(), lr=0.0, rescale="sum", gram=dk.sources.Every(3))
-    scaler = dk.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for _ in range(4):
         optimizer.zero_grad()
-        optimizer.backward({n: scaler.scale(value) for n, value in losses_of(model, batch()).items()})
+        optimizer.backward(losses_of(model, batch()), scaler=scaler)
         scaler.step(optimizer)
         scaler.update()
         exact = dk.backward(losses_of(model, batch()), model.parameters())
@@ -532,8 +545,8 @@ def test_every_logs_unscaled_numbers_in_all_steps():
 def test_what_a_scaler_said_is_forgotten_with_the_gradients():
     models = [Student(), Student()]
     made = [dk.DTOSGD(m.parameters(), lr=0.1) for m in models]
-    scaler = dk.amp.GradScaler("cpu")
-    made[0].backward({n: scaler.scale(value) for n, value in losses_of(models[0], batch()).items()})
+    scaler = torch.amp.GradScaler("cpu")
+    made[0].backward(losses_of(models[0], batch()), scaler=scaler)
     scaler.unscale_(made[0])
     made[0].zero_grad()  # given up
     for model, optimizer in zip(models, made, strict=True):
@@ -547,9 +560,9 @@ def test_zero_grad_inside_a_scaled_step():
     model = Student()
     optimizer = dk.DTOSGD(model.parameters(), lr=0.1)
     optimizer.register_step_post_hook(lambda stepped, *_: stepped.zero_grad())
-    scaler = dk.amp.GradScaler("cpu")
+    scaler = torch.amp.GradScaler("cpu")
     for step in range(2):
-        optimizer.backward({n: scaler.scale(value) for n, value in losses_of(model, batch(step)).items()})
+        optimizer.backward(losses_of(model, batch(step)), scaler=scaler)
         scaler.step(optimizer)
         scaler.update()
     assert not optimizer.balance.skipped

@@ -76,17 +76,17 @@ def test_a_weighting_does_not_wait(device, name):
     assert optimizer.balance.weights.host.isfinite().all()
 
 
-def test_a_scaled_step_does_not_wait(device):
+@pytest.mark.parametrize("source", ["exact", "lag", Every(2)], ids=["exact", "lag", "every"])
+def test_a_scaled_step_does_not_wait(device, source):
     model = Model()
-    optimizer = dk.DTOAdamW(model.parameters(), lr=1e-2, max_norm=1.0, backend="cuda")
-    scale = Pretended(torch.tensor(64.0))
+    optimizer = dk.DTOAdamW(model.parameters(), lr=1e-2, max_norm=1.0, gram=source, backend="cuda")
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1)
     for step in range(2):
         optimizer.zero_grad()
-        optimizer.backward({name: scale * value for name, value in model.losses(step).items()})
-        found_inf = Pretended(torch.zeros(()))
-        optimizer.expect_scaled(scale.reciprocal(), found_inf)
-        optimizer.step()
-        assert found_inf.host == 0
+        optimizer.backward(model.losses(step), scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler._scale.host == 256
 
 
 @pytest.mark.parametrize(

@@ -599,14 +599,14 @@ def test_exact_still_measures_what_fixed_weights_do_not_need(backend):
 @pytest.mark.parametrize("weighting", [dk.weighting.Fixed(), dk.weighting.LogSum(), None], ids=["raw", "log", "dto"])
 @pytest.mark.parametrize("parts", [1, 4])
 def test_accumulation_in_one_pass(backend, parts, weighting, rescale):
-    """The same batch in n calls with losses divided by n: as one call."""
+    """The same batch in n calls with a share of 1 / n each: as one call."""
     ends = []
     for n in (1, parts):
         model = Student()
         gram = None if weighting is not None else Probe(model.trunk)
         optimizer = dk.DTOSGD(model.parameters(), lr=0.1, weighting=weighting, rescale=rescale, gram=gram)
         for _ in range(n):
-            optimizer.backward({k: v / n for k, v in losses_of(model, batch()).items()})
+            optimizer.backward(losses_of(model, batch()), share=1 / n)
         optimizer.step()
         ends.append((optimizer.balance, copies(model.parameters())))
     (one, expected), (many, actual) = ends
@@ -625,7 +625,7 @@ def test_accumulation(backend, make, source):
         for step in range(4):
             optimizer.zero_grad()
             for _ in range(n):
-                optimizer.backward({k: v / n for k, v in losses_of(model, batch(step)).items()})
+                optimizer.backward(losses_of(model, batch(step)), share=1 / n)
             optimizer.step()
         ends.append(copies(model.parameters()))
     assert_same(ends[0], ends[1], 1e3 * tolerances.REORDERED)

@@ -89,8 +89,8 @@ def test_groups_keep_parameters_out_of_the_balance():
 
 def test_signature_is_that_of_native_scaler():
     ours, theirs = (inspect.signature(kind.__call__).parameters for kind in (DTOScaler, NativeScaler))
-    assert list(ours)[2:] == list(theirs)[2:]
-    assert [p.default for p in list(ours.values())[1:]] == [p.default for p in list(theirs.values())[1:]]
+    assert list(ours)[2:] == [*list(theirs)[2:], "share"]
+    assert [p.default for p in list(ours.values())[1:-1]] == [p.default for p in list(theirs.values())[1:]]
     assert DTOScaler.state_dict_key == NativeScaler.state_dict_key
 
 
@@ -100,15 +100,16 @@ def train(
     """The inner part of timm's train_one_epoch."""
     for update in range(steps):
         for part in range(accumulate):
-            losses = {n: v / accumulate for n, v in losses_of(model, accumulate * update + part).items()}
+            losses = losses_of(model, accumulate * update + part)
             scaler(
-                sum(losses.values()) if single else losses,
+                sum(losses.values()) / accumulate if single else losses,
                 optimizer,
                 clip_grad=clip_grad,
                 clip_mode=clip,
                 parameters=model.parameters(),
                 create_graph=False,
                 need_update=part == accumulate - 1,
+                **({} if single else {"share": 1 / accumulate}),
             )
         optimizer.zero_grad()
         if scheduler is not None:

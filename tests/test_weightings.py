@@ -942,12 +942,11 @@ def test_one_pass_remembers_the_whole_batch(name, scaled):
         model = Student()
         options = {"rescale": "sum", "weighting": MAKERS[name]()}
         optimizer = dk.DTOSGD(model.parameters(), lr=0.0, **options)
-        scaler = dk.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled and parts > 1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled and parts > 1)
         for step in range(3):
             optimizer.zero_grad()
             for _ in range(parts):
-                losses = losses_of(model, batch(step))
-                optimizer.backward({n: scaler.scale(value / parts) for n, value in losses.items()})
+                optimizer.backward(losses_of(model, batch(step)), share=1 / parts, scaler=scaler)
             scaler.step(optimizer)
             scaler.update()
         made.append(optimizer.weighting.state_dict())
@@ -956,8 +955,9 @@ def test_one_pass_remembers_the_whole_batch(name, scaled):
             torch.testing.assert_close(made[1][name], value, rtol=1e-6, atol=1e-9)  # float32 losses
 
 
-def test_nash_in_one_pass_is_of_the_mean_direction():
-    """Its direction has length sqrt(K), of the parts of a batch too; a GradScaler's factor would be lost."""
+@pytest.mark.parametrize("scaled", [False, True])
+def test_nash_in_one_pass_is_of_the_mean_direction(scaled):
+    """Its direction has length sqrt(K), of the parts of a batch and of scaled gradients too."""
     model = Student()
     optimizer = dk.DTOSGD(
         model.trunk.parameters(),
@@ -966,18 +966,11 @@ def test_nash_in_one_pass_is_of_the_mean_direction():
         weighting=weighting.NashMTL(),
         gram=dk.sources.Probe(model.trunk),
     )
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     for _ in range(4):
-        optimizer.backward({n: value / 4 for n, value in losses_of(model, batch()).items()})
-    optimizer.step()
+        optimizer.backward(losses_of(model, batch()), share=1 / 4, scaler=scaler)
+    scaler.step(optimizer)
     assert abs(optimizer.balance.norm - 2**0.5) < 1e-3
-    optimizer.zero_grad()
-    scaler = dk.amp.GradScaler("cpu")
-    optimizer.backward({n: scaler.scale(value) for n, value in losses_of(model, batch()).items()})
-    with pytest.raises(RuntimeError, match="nor with NashMTL"):
-        scaler.step(optimizer)
-    optimizer.zero_grad()  # and nothing of the scaler stays
-    optimizer.backward(losses_of(model, batch()))
-    optimizer.step()
 
 
 @pytest.mark.parametrize("parts", [1, 4])
@@ -990,10 +983,9 @@ def test_nash_kept_by_every_is_a_constant(parts):
     norms = []
     for step in range(3):
         optimizer.zero_grad()
-        scaler = dk.amp.GradScaler("cpu", init_scale=2.0**6, enabled=step == 2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, enabled=step == 2)
         for _ in range(parts):
-            losses = losses_of(model, batch())
-            optimizer.backward({n: scaler.scale(value / parts) for n, value in losses.items()})
+            optimizer.backward(losses_of(model, batch()), share=1 / parts, scaler=scaler)
         scaler.step(optimizer)
         norms.append(optimizer.balance.norm)
     assert all(abs(norm / norms[0] - 1) < 1e-4 for norm in norms)

@@ -76,16 +76,6 @@ class Every(Wrapper):
         self._fresh = True
         return self.inner.solve(gathered, options)
 
-    def scale_free(self, options: Options) -> bool:
-        """Kept weights are constants, whatever weighed."""
-        if self._fresh:
-            return super().scale_free(options)
-        return options.rescale == "none" and options.log_gradients
-
-    def unscale(self, record: Balance, scale: Tensor) -> Balance:
-        """What was measured in an earlier step is unscaled already."""
-        return super().unscale(record, scale) if self._fresh else record
-
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """Count the step; remember what was measured."""
         if self._fresh:

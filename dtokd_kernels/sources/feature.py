@@ -53,7 +53,7 @@ class Feature(Source):
     def weigh(self, call: Call, options: Options) -> Balance:
         """Weights from the gradients at the representation."""
         features = self._features(call)
-        rows = [torch.autograd.grad(v, features, retain_graph=True, allow_unused=True) for v in call.values]
+        rows = [call.gradients(value, features) for value in call.values]
         for name, row in zip(call.names, rows, strict=True):
             if all(g is None for g in row):
                 raise ValueError(
@@ -62,7 +62,7 @@ class Feature(Source):
                     "not seen: return it and pass backward(losses, features=z)"
                 )
         groups = [group for group, _ in ops.group_rows(list(zip(*rows, strict=True))).values()]
-        gram = ops.gram_of_groups(groups, len(rows), options.backend)
+        gram = ops.unscaled(ops.gram_of_groups(groups, len(rows), options.backend), call.scale)
         if options.ranks is not None:
             gram = options.ranks.sample_gram(gram)
         self._output = None

@@ -32,6 +32,7 @@ class Lag(Source):
     _kept: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)  # grams [3, K, K], losses [K]
     _next: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)
     _weights: Tensor | None = field(default=None, init=False, repr=False)  # this step's, unless it is exact
+    _scale: Tensor | None = field(default=None, init=False, repr=False)  # of this step's gradients
 
     @property
     def measures_in_step(self) -> bool:
@@ -49,12 +50,10 @@ class Lag(Source):
     def solve(self, gathered: Gathered, options: Options) -> Balance:
         """The balance as the previous step's Gram matrices give it."""
         losses, first = gathered.losses, self._kept is None or gathered.names != self._names
+        self._scale = gathered.scale
         grams = ops.grams_by_role(gathered.groups, losses, options.backend) if first else None
-        if options.loss_scale is not None:  # it may be another in the next step
-            losses = losses / options.loss_scale.to(losses.device)
-            grams = None if grams is None else grams / options.loss_scale.to(grams.device).square()
-            options = replace(options, loss_scale=None)
         if grams is not None:
+            grams = ops.unscaled(grams, self._scale)
             self._next, self._weights = (grams, losses), None
             return ops.balance_grams(grams, losses, options)
         assert self._kept is not None
@@ -64,20 +63,24 @@ class Lag(Source):
         self._next = before, losses
         given = replace(options, weighting=Given(self._weights, options.log_gradients))
         record = ops.balance_grams(before, losses, given)
-        return replace(record, skipped=record.skipped | ~gathered.watch.usable().to(record.skipped.device))
+        total = gathered.watch.total.to(record.norm.device)
+        return replace(
+            record,
+            norm=torch.where(total.isfinite(), record.norm, total),  # what a GradScaler is told
+            skipped=record.skipped | ~((total > 0) & (total < torch.inf)),
+        )
 
-    def run(self, updates: Sequence[Update], balance: Balance, options: Options) -> Balance:
+    def run(self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options) -> Balance:
         """Update and measure in one pass; the first step has measured already."""
         if self._weights is None:
-            return super().run(updates, balance, options)
+            return super().run(updates, balance, table, options)
         assert self._next is not None
-        grams = ops.measure_and_update(updates, balance, options.backend)
-        if options.loss_scale is not None:
-            grams = grams / options.loss_scale.to(grams.device).square()
+        grams = ops.measure_and_update(updates, table, balance.skipped, options.backend)
+        grams = ops.unscaled(grams, self._scale)
         losses = self._next[1]
         self._next = grams, losses
         given = Given(self._weights, options.log_gradients)
-        unclipped = replace(options, weighting=given, max_norm=None, loss_scale=None)
+        unclipped = replace(options, weighting=given, max_norm=None)
         record = ops.balance_grams(grams, losses, unclipped)
         return replace(record, weights=balance.weights, table=balance.table, skipped=balance.skipped)
 
@@ -128,7 +131,7 @@ class _Finite:
         for part in self._buckets.grams.values():
             self._total = part if self._total is None else self._total + part.to(self._total.device)
 
-    def usable(self) -> Tensor:
-        if self._total is None:
-            return torch.zeros((), dtype=torch.bool)
-        return ((self._total > 0) & (self._total < torch.inf)).reshape(())
+    @property
+    def total(self) -> Tensor:
+        """Scalar float64: the sum of the squares."""
+        return torch.zeros((), dtype=torch.float64) if self._total is None else self._total.reshape(())

@@ -35,7 +35,7 @@ class Overlap(Source):
         """The balance of the products that the backward passes left."""
         assert isinstance(gathered.watch, _Products)
         losses = gathered.losses
-        grams = gathered.watch.grams(losses)
+        grams = ops.unscaled(gathered.watch.grams(losses), gathered.scale)
         if options.ranks is not None:
             grams, losses = options.ranks.total(grams, losses)
         return ops.balance_grams(grams, losses, options)

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -65,7 +64,7 @@ class Probe(Source):
                 f"{call.op}: gram={self!r} matches no parameter that is optimized and requires a gradient; probe a "
                 "block whose parameters the optimizer has"
             )
-        gradients = [_gradients(value, probe) for value in call.values]
+        gradients = [call.gradients(value, probe) for value in call.values]
         if options.ranks is not None:
             gradients = options.ranks.average(gradients)
         rows = list(zip(*gradients, strict=True))
@@ -83,7 +82,7 @@ class Probe(Source):
                 "last block that they share"
             )
         groups = [group for group, _ in ops.group_rows(shared).values()]
-        gram = ops.gram_of_groups(groups, len(call.values), options.backend)
+        gram = ops.unscaled(ops.gram_of_groups(groups, len(call.values), options.backend), call.scale)
         return ops.balance_grams(ops.by_role({Role.SHARED: gram}, call.losses), call.losses, options)
 
     def _among(self, params: Sequence[Tensor]) -> list[Tensor]:
@@ -159,7 +158,3 @@ def _parameters(of: nn.Module | Tensor | Iterable[nn.Module | Tensor]) -> list[T
     if not found:
         raise ValueError(f"Probe: {of!r} has no parameter; probe the last block that all objectives share")
     return list(found.values())
-
-
-def _gradients(value: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    return list(torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -24,6 +24,8 @@ class Call:
         losses: [K] float64, the values without it.
         params: the leaves whose gradients are collected.
         features: what the user passed as shared representation.
+        scale: scalar float64, what gradients are multiplied with while they are made (the scale of a GradScaler); None
+            for 1.
     """
 
     op: str
@@ -32,6 +34,19 @@ class Call:
     losses: Tensor
     params: Sequence[Tensor]
     features: Sequence[Tensor] | None
+    scale: Tensor | None
+
+    def gradients(self, value: Tensor, at: Sequence[Tensor]) -> list[Tensor | None]:
+        """Gradients of one of `values` at some tensors, times `scale`; the graph is kept."""
+        root = None if self.scale is None else root_gradient(value, self.scale)
+        return list(torch.autograd.grad(value, at, root, retain_graph=True, allow_unused=True))
+
+
+def root_gradient(value: Tensor, factor: Tensor | float) -> Tensor:
+    """What a backward pass from `value` (one number) starts with, to make the gradient times `factor`."""
+    if isinstance(factor, Tensor):
+        return factor.to(value.device, value.dtype).reshape(value.shape)
+    return torch.full_like(value, factor)
 
 
 @dataclass(frozen=True)
@@ -43,6 +58,7 @@ class Gathered:
         losses: [K] float64.
         params: whose gradients were collected.
         groups: the gradients by role.
+        scale: scalar float64, what the gradients were multiplied with; None for 1.
         watch: what `Source.watch` returned for these gradients.
     """
 
@@ -50,6 +66,7 @@ class Gathered:
     losses: Tensor
     params: Sequence[Tensor]
     groups: Mapping[Role, Sequence[Group]]
+    scale: Tensor | None
     watch: Watch | None
 
 
@@ -121,20 +138,22 @@ class Source:
 
     def solve(self, gathered: Gathered, options: Options) -> Balance:
         """The balance of K gradients."""
-        return ops.solve(gathered.groups, gathered.losses, options)
+        return ops.solve(gathered.groups, gathered.losses, options, gathered.scale)
 
-    def run(self, updates: Sequence[Update], balance: Balance, options: Options) -> Balance:
-        """Carry out the updates of K gradients; returns the balance as it is known after that."""
-        ops.run_updates(updates, balance, options.backend)
+    def run(self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options) -> Balance:
+        """Carry out the updates of K gradients.
+
+        Args:
+            updates: of all parameters.
+            balance: what `solve` returned.
+            table: [3, K] float64, what multiplies the gradients as they are: the balance's, without their scale.
+            options: of the balance.
+
+        Returns:
+            The balance as it is known after that.
+        """
+        ops.run_updates(updates, table, balance.skipped, options.backend)
         return balance
-
-    def scale_free(self, options: Options) -> bool:
-        """Whether the direction of what `weigh` returned does not grow with the losses' unit."""
-        return options.scale_free
-
-    def unscale(self, record: Balance, scale: Tensor) -> Balance:
-        """What `weigh` returned, in units of losses that were not multiplied with `scale`."""
-        return replace(record, gram=record.gram / scale.square(), norms=record.norms / scale)
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """A step is over: remember what the next needs, unless the balance says `skipped`."""

@@ -35,17 +35,9 @@ class Wrapper(Source):
         """As the source."""
         return self.inner.watch(options)
 
-    def run(self, updates: Sequence[Update], balance: Balance, options: Options) -> Balance:
-        """As the source."""
-        return self.inner.run(updates, balance, options)
-
-    def scale_free(self, options: Options) -> bool:
-        """As the source."""
-        return self.inner.scale_free(options)
-
-    def unscale(self, record: Balance, scale: Tensor) -> Balance:
-        """As the source."""
-        return self.inner.unscale(record, scale)
+    def run(self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options) -> Balance:
+        """The updates, by the source that measures."""
+        return self.inner.run(updates, balance, table, options)
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """As the source."""

@@ -15,8 +15,8 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from timm.utils.cuda import NativeScaler
 from torch import Tensor
 
-from dtokd_kernels import DTOSGD, DTOAdamW, amp, backward
-from dtokd_kernels.gradients import Losses, named_losses
+from dtokd_kernels import DTOSGD, DTOAdamW, backward
+from dtokd_kernels.gradients import Losses
 from dtokd_kernels.optim import Balanced
 
 #: As timm's own "adamw" and "sgd" are described there.
@@ -52,7 +52,7 @@ class DTOScaler(NativeScaler):
     """
 
     def __init__(self, device: str = "cuda", enabled: bool = True, **balance: Any) -> None:
-        self._scaler = amp.GradScaler(device=device, enabled=enabled)
+        self._scaler = torch.amp.GradScaler(device=device, enabled=enabled)
         self._balance = balance
 
     def __call__(
@@ -64,13 +64,14 @@ class DTOScaler(NativeScaler):
         parameters: Iterable[Tensor] | None = None,
         create_graph: bool = False,
         need_update: bool = True,
+        *,
+        share: float = 1.0,
     ) -> None:
         """One micro-batch; with `need_update` the step that ends its accumulation.
 
         Args:
-            losses: unscaled, by position or by name, such as `{"task": ..., "distill": ...}`; divided by the number of
-                accumulation steps as in timm. With another optimizer not divided: make the scaler with `share=` 1 /
-                that number, as log-gradients do not feel a division.
+            losses: as they are (neither scaled nor, as in timm, divided by the number of accumulation steps), by
+                position or by name, such as `{"task": ..., "distill": ...}`.
             optimizer: DTOAdamW or DTOSGD; any other takes the balanced gradients as its own.
             clip_grad: largest norm of the combined direction (of all that the optimizer holds), or what `clip_mode`
                 makes of it; None leaves the optimizer's `max_norm` as it is.
@@ -78,6 +79,7 @@ class DTOScaler(NativeScaler):
             parameters: what to clip, with another optimizer.
             create_graph: not supported.
             need_update: False only accumulates.
+            share: this micro-batch's part of its accumulation, such as 1 / 4.
 
         Raises:
             TypeError, ValueError: bad losses, a `clip_mode` that does not fit the optimizer, `create_graph`.
@@ -88,7 +90,7 @@ class DTOScaler(NativeScaler):
             )
         if not isinstance(optimizer, Balanced):
             params = [p for group in optimizer.param_groups for p in group["params"]]
-            backward(losses, params, scaler=self._scaler, **self._balance)
+            backward(losses, params, scaler=self._scaler, share=share, **self._balance)
             if need_update:
                 if clip_grad is not None:
                     self._scaler.unscale_(optimizer)
@@ -102,8 +104,7 @@ class DTOScaler(NativeScaler):
                     "direction's norm; pass 'norm', or another optimizer"
                 )
             optimizer.max_norm = clip_grad
-        names, values = named_losses(losses, "DTOScaler")
-        optimizer.backward({n: self._scaler.scale(v) for n, v in zip(names, values, strict=True)})
+        optimizer.backward(losses, share=share, scaler=self._scaler)
         if need_update:
             self._step(optimizer)
 

@@ -93,7 +93,7 @@ def train(rank, size, options, steps=4):
         else:
             sync_off = dk.distributed.attach(optimizer, bucket_bytes=bucket, **told).no_sync
     weights = []
-    scaler = dk.amp.GradScaler("cpu", init_scale=1024, enabled="scaled" in options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024, enabled="scaled" in options)
     for batch in _batches(steps):
         parts = options.get("parts", 1)
         share = SAMPLES // (size * parts)
@@ -111,7 +111,7 @@ def train(rank, size, options, steps=4):
                     n = options["sometimes"]
                     kept = (projected[: SAMPLES // n].detach() + 0 * z.sum(), projected[SAMPLES // n :])
                     distill = (torch.cat(kept) - t).square().mean()
-                optimizer.backward({"task": scaler.scale(task), "distill": scaler.scale(distill)}, features=[z])
+                optimizer.backward({"task": task, "distill": distill}, features=[z], scaler=scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=options.get("to_none", True))
@@ -201,12 +201,12 @@ def nan_on_one(rank, size, where, source="exact", shard=False):
 def overflow_on_one(rank, size, shard):
     """Rank 1 has an infinite gradient under a GradScaler: what changed, how many were skipped, and the scale."""
     model, optimizer = _linear(size)
-    ddp, scaler = DistributedDataParallel(model), dk.amp.GradScaler("cpu", init_scale=1024)
+    ddp, scaler = DistributedDataParallel(model), torch.amp.GradScaler("cpu", init_scale=1024)
     dk.distributed.attach(optimizer, ddp, bucket_bytes=64, shard=shard)
     before = [p.detach().clone() for p in model.parameters()]
     if rank == 1:
         model[2].weight.register_hook(lambda g: g * float("inf"))
-    optimizer.backward({name: scaler.scale(loss) for name, loss in _losses(ddp).items()})
+    optimizer.backward(_losses(ddp), scaler=scaler)
     scaler.step(optimizer)
     scaler.update()
     same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

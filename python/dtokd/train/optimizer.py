@@ -14,7 +14,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dtokd_kernels import amp, sources, weighting
+from dtokd_kernels import sources, weighting
 from dtokd_kernels.optim import Balanced
 from dtokd_kernels.sources import Source
 from dtokd_kernels.types import Rescale
@@ -66,7 +66,7 @@ def make_stepper(
         optimizer = create_optimizer_v2(task.get_trainable_module(), **keywords)
     except (TypeError, ValueError, AssertionError) as error:
         raise UsageError(f"--opt {options.opt}: {error}") from error
-    scaler = amp.GradScaler(device.type, enabled=options.amp and options.amp_dtype == "float16")
+    scaler = torch.amp.GradScaler(device.type, enabled=options.amp and options.amp_dtype == "float16")
     if isinstance(optimizer, Balanced):
         return Fused(optimizer, scaler)
     clip = clipping(options.clip_grad, options.clip_mode, task.get_clip_parameters("agc" in options.clip_mode))

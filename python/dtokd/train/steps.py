@@ -31,8 +31,8 @@ class Stepper(Protocol):
     def balance(self) -> Balance | None:
         """Of the last step, if it was balanced."""
 
-    def backward(self, result: Result, share: int) -> None:
-        """Add the gradients of a micro-batch, which is one of `share` in this step."""
+    def backward(self, result: Result, parts: int) -> None:
+        """Add the gradients of a micro-batch, which is one of `parts` in this step."""
 
     def step(self) -> None:
         """Clip, update, and forget the gradients."""
@@ -57,10 +57,10 @@ class WeightedSum:
     ) -> None:
         self.optimizer, self._scaler, self._clip = optimizer, scaler, clip
 
-    def backward(self, result: Result, share: int) -> None:
+    def backward(self, result: Result, parts: int) -> None:
         """One pass."""
         loss = result["loss"]
-        self._scaler.scale(loss / share if share > 1 else loss).backward()
+        self._scaler.scale(loss / parts if parts > 1 else loss).backward()
 
     def step(self) -> None:
         """Unscale, clip, update."""
@@ -99,17 +99,17 @@ class Filled(WeightedSum):
         super().__init__(optimizer, scaler, clip)
         self._weighting, self._gram, self._private, self._rescale = weighting, gram, private, rescale
 
-    def backward(self, result: Result, share: int) -> None:
+    def backward(self, result: Result, parts: int) -> None:
         """Balance this micro-batch."""
         self.balance = dk.backward(
-            _losses(result, 1),
+            _losses(result),
             [p for group in self.optimizer.param_groups for p in group["params"]],
             self._weighting,
             gram=self._gram,
             private=self._private,
             rescale=self._rescale,
             scaler=self._scaler,
-            share=1 / share,
+            share=1 / parts,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -148,10 +148,9 @@ class Fused(WeightedSum):
         """Average gradient sets over ranks; with `shard` each keeps a part of them and of the state."""
         self._ranks = dk.distributed.attach(self.optimizer, module, shard=shard)
 
-    def backward(self, result: Result, share: int) -> None:
-        """One pass per objective, or what the Gram's source says."""
-        losses = _losses(result, share)
-        self.optimizer.backward({name: self._scaler.scale(loss) for name, loss in losses.items()})
+    def backward(self, result: Result, parts: int) -> None:
+        """One pass per objective, or what the Gram's source asks for."""
+        self.optimizer.backward(_losses(result), share=1 / parts, scaler=self._scaler)
 
     def state_dict(self) -> dict[str, Any]:
         """As of one process, whatever the ranks: another number of them can go on."""
@@ -175,9 +174,8 @@ def _at_least(loss: Tensor) -> Tensor:
     return torch.where((loss > -1e-5) & (loss < 1e-7), 1e-7, loss)
 
 
-def _losses(result: Result, share: int) -> dict[str, Tensor]:
-    objectives = {name: _at_least(loss.float()) for name, loss in result["objectives"].items()}
-    return {name: loss / share for name, loss in objectives.items()} if share > 1 else objectives
+def _losses(result: Result) -> dict[str, Tensor]:
+    return {name: _at_least(loss.float()) for name, loss in result["objectives"].items()}
 
 
 def clipping(limit: float | None, mode: str, parameters: Iterable[Tensor]) -> Callable[[], None] | None:

@@ -1,0 +1,60 @@
+"""From gathered gradient sets to what multiplies them: K sets that are weighed now, or one that was weighed before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .gradients import GradientSets
+from .sources.source import Gathered, Given, Source
+from .types import Balance, Group, Options, Role
+from .weighting.stateful import Stateful
+
+
+def commit(sets: GradientSets, source: Source, options: Options, record: Balance) -> None:
+    """A step is over: let source and weighting remember what the next needs."""
+    source.commit(sets.names, record)
+    weighting = options.weighting
+    if not isinstance(weighting, Stateful):
+        return
+    if sets.weighed is not None and weighting.asked and not options.needs_gram:
+        assert sets.losses is not None
+        # its memory is of the whole batch, not of the last part
+        weighting(record.gram, sets.losses)
+    weighting.commit(record.skipped)
+
+
+def solve_sets(
+    sets: GradientSets, groups: Mapping[Role, Sequence[Group]], source: Source, options: Options
+) -> tuple[Balance, Tensor]:
+    """The balance of the K objectives, and what multiplies the S gradient sets.
+
+    S is K, and the table is the balance's; or the sets are one, already weighed by the source, and S is 1.
+
+    Args:
+        sets: what `collect` gathered.
+        groups: their gradients by role.
+        source: of the Gram matrix.
+        options: of the balance.
+
+    Returns:
+        The balance; and the table [3, S] float64 by `Role`, for gradients without the scale of a GradScaler: divide it
+        by `sets.scale` for those of the sets.
+    """
+    assert sets.losses is not None
+    if sets.weighed is None:
+        gathered = Gathered(sets.names, sets.losses, sets.params, groups, sets.scale, sets.watch)
+        record = source.solve(gathered, options)
+        return record, record.table
+    record = sets.weighed
+    one = torch.ones(1, dtype=torch.float64, device=sets.losses.device)
+    plain = replace(options, weighting=Given(one, log_gradients=False), rescale="none")
+    of_sum = ops.solve(groups, one, plain, sets.scale)
+    coefficients = record.coefficients * of_sum.coefficients.to(record.table.device)
+    skipped = of_sum.skipped | record.skipped.to(of_sum.skipped.device)
+    record = replace(record, table=coefficients.expand(len(Role), -1), norm=of_sum.norm, skipped=skipped)
+    return record, of_sum.table
