@@ -14,7 +14,7 @@ from .gradients import GradientSets, Losses, check_share
 from .ops import group_rows
 from .solve import commit, solve_sets
 from .sources import Source, choose
-from .types import Balance, Group, Private, Rescale, Role, Weighting, of_reach
+from .types import Balance, Group, Private, Rescale, Role, Weighting, limit_of, of_reach
 
 
 def backward(
@@ -83,6 +83,7 @@ def backward(
 
         refuse_wrapped(params, "backward")
     check_share(share, "backward")
+    options = replace(options, limit=limit_of(p.dtype for p in params))
     sets = GradientSets()
     sets.collect(losses, params, source, options, scaler=scaler, features=features, retain_graph=retain_graph)
     found = list(group_rows(zip(*sets.grads, strict=True)).values())
@@ -93,22 +94,29 @@ def backward(
     with torch.no_grad():
         record, table = solve_sets(sets, by_role, source, options)
         record = replace(record, names=sets.names)
+        # the sets stay scaled, as the optimizer's scaler expects `.grad`
+        table = table * share
+        combined: list[tuple[int, Tensor]] = []
+        for role, ((reach, lists), where) in zip(roles, found, strict=True):
+            device = lists[0][0].device
+            values = backends.select(device).combine(lists, of_reach(table[role].to(device), reach), lists[0])
+            combined += zip(where, values, strict=True)
+        if sets.scale is None:  # else it is the scaler's to find
+            for _, value in combined:
+                if value.dtype is torch.float16:
+                    overflow = ~value.isfinite().all()
+                    record = replace(record, skipped=record.skipped | overflow.to(record.skipped.device))
         commit(sets, source, options, record)
         if sets.scale is None and record.skipped.device.type == "cpu" and record.skipped:
             return record
-        # the sets stay scaled, as the optimizer's scaler expects `.grad`
-        table, in_place_of_skipped = table * share, torch.zeros_like(record.norm)
+        in_place_of_skipped = torch.zeros_like(record.norm)
         if sets.scale is not None:
             in_place_of_skipped = torch.where(record.norm.isfinite(), 0.0, torch.nan)
-        for role, ((reach, lists), where) in zip(roles, found, strict=True):
-            device = lists[0][0].device
-            chosen = of_reach(table[role].to(device), reach)
-            values = backends.select(device).combine(lists, chosen, lists[0])
-            for t, value in zip(where, values, strict=True):
-                if sets.scale is not None or record.skipped.device.type != "cpu":
-                    value = torch.where(record.skipped.to(device), in_place_of_skipped.to(value), value)
-                p = params[t]
-                p.grad = value if p.grad is None else p.grad.add_(value)
+        for t, value in combined:
+            if sets.scale is not None or record.skipped.device.type != "cpu":
+                value = torch.where(record.skipped.to(value.device), in_place_of_skipped.to(value), value)
+            p = params[t]
+            p.grad = value if p.grad is None else p.grad.add_(value)
     return record
 
 

@@ -64,11 +64,11 @@ def tickets(device: torch.device) -> Tensor:
     return _tickets[key]
 
 
-def balance_options(options: Options) -> tuple[bool, bool, bool, float, float]:
+def balance_options(options: Options) -> tuple[bool, bool, bool, float, float, float]:
     """The options of a balance as the operations take them, of a weighting that is `DTO` or weighed already."""
     clamp = getattr(options.weighting, "clamp", True)
     max_norm = 0.0 if options.max_norm is None else options.max_norm
-    return options.log_gradients, clamp, options.rescale == "sum", max_norm, options.loss_floor
+    return options.log_gradients, clamp, options.rescale == "sum", max_norm, options.loss_floor, options.limit
 
 
 class Groups:

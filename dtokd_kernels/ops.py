@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_gram, check_lists, check_options, check_out, check_present, numbers
+from .trial import run_tried
 from .types import Balance, GradientList, Group, Options, Rescale, Role, Update, Weighting, of_reach, spread
 
 
@@ -272,34 +273,48 @@ def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Bal
     return balance
 
 
-def run_updates(updates: Iterable[Update], table: Tensor, skipped: Tensor, backend: str | None = None) -> None:
+def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor, options: Options) -> Tensor:
     """Update parameters and state in place, or change nothing where `skipped`.
 
     Args:
         updates: in the order in which memory should be walked.
         table: [3, S] float64, what multiplies the S gradient sets, by `Role`.
         skipped: scalar bool.
-        backend: the optimizer's choice.
+        options: of the balance.
+
+    Returns:
+        Scalar bool on the device of `skipped`: it, or float16 numbers that the updates would have written are not
+        finite, so that nothing has changed (`trial.Trial`).
 
     Effects: no host sync.
     """
-    for same, there, skip in _by_device(updates, table, skipped):
-        backends.select(there.device, backend).run_updates(same, there, skip)
+
+    def run(some: Sequence[Update], skip: Tensor) -> None:
+        for same, there, skip_there in _by_device(some, table, skip):
+            backends.select(there.device, options.backend).run_updates(same, there, skip_there)
+
+    return run_tried(updates, skipped, options, run)
 
 
-def measure_and_update(updates: Iterable[Update], table: Tensor, skipped: Tensor, backend: str | None = None) -> Tensor:
+def measure_and_update(
+    updates: Sequence[Update], table: Tensor, skipped: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
     """`run_updates`, and the Gram matrices of the gradients that it reads, from the same pass over them.
 
     Returns:
-        [3, K, K] float64 on the table's device, one matrix for each `Role`; also where nothing was updated.
+        [3, K, K] float64 on the table's device, one matrix for each `Role`; also where nothing was updated. And as
+        `run_updates`.
     """
-    parts = [
-        backends.select(there.device, backend).measure_and_update(same, there, skip).to(table.device)
-        for same, there, skip in _by_device(updates, table, skipped)
-    ]
     K = table.shape[1]
-    nothing = [] if parts else [table.new_zeros(len(Role), K, K)]
-    return functools.reduce(Tensor.add, parts + nothing)
+    grams = [table.new_zeros(len(Role), K, K)]
+
+    def run(some: Sequence[Update], skip: Tensor) -> None:
+        for same, there, skip_there in _by_device(some, table, skip):
+            module = backends.select(there.device, options.backend)
+            grams.append(module.measure_and_update(same, there, skip_there).to(table.device))
+
+    skipped = run_tried(updates, skipped, options, run)
+    return functools.reduce(Tensor.add, grams[1:] or grams), skipped
 
 
 def _by_device(

@@ -21,7 +21,8 @@ from .gradients import GradientSets, Losses
 from .ops import run_step, run_updates, runs_steps
 from .solve import commit, solve_sets
 from .sources import Exact, Source, choose
-from .types import Balance, Group, Options, Private, Rescale, Role, Update, Weighting
+from .trial import stores_float16
+from .types import Balance, Group, Options, Private, Rescale, Role, Update, Weighting, limit_of
 from .weighting import Stateful
 
 
@@ -409,6 +410,8 @@ class Balanced(torch.optim.Optimizer):
         )
         if self._plan is None or self._plan[0] != key:
             self._plan = (key, self._make_buckets())
+            moments = [self._precision[0]] if self._precision[0] is not None else []
+            self._options = replace(self._options, limit=limit_of([*moments, *(p.dtype for p in self._params())]))
         return self._plan[1]
 
     def _make_buckets(self) -> list[_Bucket]:
@@ -439,7 +442,7 @@ class Balanced(torch.optim.Optimizer):
         if asks and runs_steps(buckets[0].params[0].device, options):
             assert self._sets.losses is not None
             updates = self._all_updates(buckets, lists)
-            whole = run_step(updates, self._sets.losses, options)
+            whole = None if any(map(stores_float16, updates)) else run_step(updates, self._sets.losses, options)
             if whole is not None:
                 return whole
         record, table = solve_sets(self._sets, _by_role(buckets, lists), self._source, options)
@@ -452,7 +455,7 @@ class Balanced(torch.optim.Optimizer):
         if self._sets.weighed is None:
             record = self._source.run(updates, record, table, options)
         else:
-            run_updates(updates, table, record.skipped, options.backend)
+            record = replace(record, skipped=run_updates(updates, table, record.skipped, options))
         if options.ranks is not None:
             options.ranks.after_updates()
         return record

@@ -170,6 +170,7 @@ def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
             `max_norm` clips the combined direction to this norm, as `torch.nn.utils.clip_grad_norm_` does. `rescale`
             "sum" divides the coefficients by the sum of their sizes, so that the direction stays and the step's size
             is that of a weighted sum of the losses; "none" is the paper. `loss_floor` is the smallest loss divided by.
+            `limit` is the largest element that a direction may have, before its update might overflow.
 
     Returns:
         The `Balance`.
@@ -199,6 +200,9 @@ def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
     everything = grams.diagonal(dim1=1, dim2=2).sum(0)
     skipped = ~(norm.isfinite() & everything.isfinite().all() & losses.isfinite().all() & weights.isfinite().all())
     skipped = skipped | (everything == 0).all()
+    # no element of a combination, nor of any part of it, is larger than `reach`
+    reach = (table.abs() * grams.diagonal(dim1=1, dim2=2).sqrt()).sum(1)
+    skipped = skipped | ~((reach <= options.limit).all() & (table.abs() <= options.limit**2).all())
     if options.log_gradients:
         skipped = skipped | (losses <= 0).any()
     norms = gram.diagonal().sqrt()

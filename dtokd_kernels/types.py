@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +32,7 @@ class Options:
 
     Attributes:
         ranks: the other processes that train the same model; None if there are none.
+        limit: of what a direction may be, see `limit_of`; beyond it the step is skipped.
         The others are as the arguments of `DTOAdamW`.
     """
 
@@ -41,6 +43,7 @@ class Options:
     loss_floor: float = 1e-8
     backend: str | None = None
     ranks: Ranks | None = None
+    limit: float = math.inf
 
     @property
     def log_gradients(self) -> bool:
@@ -63,6 +66,16 @@ class Options:
         if not balanced:
             return Role.PLAIN
         return Role.PRIVATE if len(reach) < K and self.private == "own" else Role.SHARED
+
+
+def limit_of(dtypes: Iterable[torch.dtype]) -> float:
+    """How large the elements of a direction may be where numbers of these dtypes are computed and stored.
+
+    2^60, or 2^500 if all are float64. Squares, and so second moments, stay below 2^120 and 2^1000, and a sum of 2^60
+    such directions, or one times a learning rate of 2^60, is finite in float32 and bfloat16. Float16, whose largest
+    number is 65504, needs a look at what is written (`ops.run_updates`).
+    """
+    return 2.0**500 if all(dtype is torch.float64 for dtype in dtypes) else 2.0**60
 
 
 class Role(IntEnum):
@@ -89,8 +102,8 @@ class Balance:
         norm: scalar float64, norm of the combined direction before clipping, private and unbalanced
             parameters included.
         vertex: scalar bool, a weight of an objective that has a gradient is exactly 0.
-        skipped: scalar bool, the step changes nothing: a gradient, a loss or a weight is not finite, a loss under a
-            logarithm is not positive, or all gradients are zero.
+        skipped: scalar bool, the step changes nothing: a gradient, a loss, a weight or what the update would write is
+            not finite, a loss under a logarithm is not positive, or all gradients are zero.
         names: of the K objectives, in their order; empty where `balance` was not told any.
     """
 

@@ -80,6 +80,7 @@ EMULATED_IN = (
     "test_combine",
     "test_gram",
     "test_optim",
+    "test_overflow",
     "test_precision",
     "test_step",
 )

@@ -45,7 +45,7 @@ def calls():
     tickets = torch.zeros(fused.TICKETS, dtype=torch.int32)
     gram = torch.tensor([[18.0, -22.0], [-22.0, 38.0]], dtype=torch.float64)
     grams = torch.stack([gram, 0 * gram, gram])
-    options = True, True, False, 1.0, 1e-8
+    options = True, True, False, 1.0, 1e-8, 2.0**60
     table, never = torch.ones(3, 2, dtype=torch.float64), torch.tensor(False)
     steps = [torch.tensor(3.0) for _ in SIZES]
     adamw, sgd = [0.1, -1, 0.9, 0.99, 0.1, 1e-8, 0, 0, 0], [0.1, -1, 0.9, 0, 0.1, 0, 0, 0, 0]

@@ -19,7 +19,7 @@ from .test_gram import assert_gram
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="an emulation, for machines without a GPU")
 
 NAMES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-OPTIONS = (True, True, False, 0.0, 1e-8)  # log_gradients, clamp, rescale_sum, max_norm, loss_floor
+OPTIONS = (True, True, False, 0.0, 1e-8, float("inf"))  # log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit
 ADAMW = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
 NEVER = torch.tensor(False)
 

@@ -42,7 +42,7 @@ def calls():
     made = {
         "gram": ((tensors(0) + tensors(1), 2), {}),
         "min_norm_weights": ((gram, True, torch.tensor([True, True])), {}),
-        "balance": ((gram, None, gram, torch.ones(2).double(), None, True, True, False, 1.0, 1e-8), {}),
+        "balance": ((gram, None, gram, torch.ones(2).double(), None, True, True, False, 1.0, 1e-8, 2.0**60), {}),
         "combine_": ((tensors(2), tensors(0) + tensors(1), coefficients()), {}),
         "adamw_step_": (
             (tensors(2), tensors(0) + tensors(1), tensors(3), tensors(4), [], steps, coefficients(), flag()),

@@ -110,7 +110,7 @@ def test_gram_and_balance(kernels, K):
     members = [Member(0, 2**K - 1, grads), Member(2, 2**K - 1, plain)]
     members += [Member(1, 1, [private[0][:1]]), Member(1, 2 ** (K - 1), [private[-1][1:]])]
     losses = torch.linspace(0.5, 2, K, dtype=torch.float64)
-    grams, values, flags = kernels.gram_balance(members, K, losses, True, True, False, 1.0, 1e-8)
+    grams, values, flags = kernels.gram_balance(members, K, losses, True, True, False, 1.0, 1e-8, 2.0**60)
     assert_gram(grams[0], grads)
     assert_gram(grams[2], plain)
     zero = [torch.zeros_like(g) for g in private[0]]

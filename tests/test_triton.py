@@ -404,11 +404,11 @@ def calls():
     return {
         "gram_by_role": ((tensors(0) + tensors(1) + tensors(2), [4, 4], [0, 1], [3, 2], 2), {}),
         "gram_balance": (
-            (tensors(0) + tensors(1), [4], [0], [3], 2, torch.ones(2).double(), True, True, False, 1.0, 1e-8),
+            (tensors(0) + tensors(1), [4], [0], [3], 2, torch.ones(2).double(), True, True, False, 1.0, 1e-8, 2.0**60),
             {},
         ),
         "min_norm_weights": ((gram, True, torch.tensor([True, True])), {}),
-        "balance": ((gram, None, gram, torch.ones(2).double(), None, True, True, False, 1.0, 1e-8), {}),
+        "balance": ((gram, None, gram, torch.ones(2).double(), None, True, True, False, 1.0, 1e-8, 2.0**60), {}),
         "combine_": ((tensors(2), tensors(0) + tensors(1), c), {}),
         "adamw_updates_": ((tensors(2), tensors(0) + tensors(1), tensors(3), tensors(4), [], steps, *adamw, False), {}),
         "sgd_updates_": ((tensors(2), tensors(0) + tensors(1), tensors(3), *sgd), {}),

@@ -259,7 +259,7 @@ void test_weightings() {
 void test_balance() {
   const double G[] = {18, -22, -22, 38}, zeros[4] = {0}, losses[] = {2, 0.5};
   const double* grams[] = {G, zeros, zeros};
-  const BalanceOptions options{true, true, false, 0, 1e-8};
+  const BalanceOptions options{true, true, false, 0, 1e-8, INFINITY};
   double w[kMaxObjectives];
   Balance b;
   dto_weights(G, losses, 2, options, w);

@@ -81,11 +81,11 @@ void with_scratch(int64_t size, const Launch& launch) {
   }
 }
 
-// log_gradients, clamp, rescale_sum, max_norm, loss_floor
-using OptionsTuple = std::tuple<bool, bool, bool, double, double>;
+// log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit
+using OptionsTuple = std::tuple<bool, bool, bool, double, double, double>;
 
 BalanceOptions options(const OptionsTuple& o) {
-  return {std::get<0>(o), std::get<1>(o), std::get<2>(o), std::get<3>(o), std::get<4>(o)};
+  return std::apply([](auto... values) { return BalanceOptions{values...}; }, o);
 }
 
 Record record(uintptr_t grams, uintptr_t values, uintptr_t flags) {

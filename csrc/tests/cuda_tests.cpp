@@ -124,7 +124,7 @@ uint64_t test_gram_balance(int K, int shift) {
   DeviceMemory memory(tensors, K);
   std::vector<double> losses;
   for (int k = 0; k < K; ++k) losses.push_back(0.5 + k);
-  const BalanceOptions options{true, true, false, 1.0, 1e-8};
+  const BalanceOptions options{true, true, false, 1.0, 1e-8, INFINITY};
   CHECK(launch_gram_balance(tensors, K, losses.data(), options, memory.scratch(), memory.record(),
                             nullptr) == 0);
   memory.check_tickets();
@@ -220,7 +220,7 @@ uint64_t test_adamw(int K, int shift, bool skipped) {
 template <class T>
 uint64_t test_resident(int K, int blocks) {
   const std::vector<double> losses(K, 2.0);
-  const BalanceOptions options{true, true, false, 0, 1e-8};
+  const BalanceOptions options{true, true, false, 0, 1e-8, INFINITY};
   const AdamWGroup group{{0.1}, 0.9, 0.99, 0.01, 1e-8, false};
   uint64_t hashes[2];
   for (bool resident : {false, true}) {

@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> gram_balance(const TensorList& grads, const I
                                                 const Ints& roles, const Ints& reaches,
                                                 int64_t objectives, const Tensor& losses,
                                                 bool log_gradients, bool clamp, bool rescale_sum,
-                                                double max_norm, double loss_floor,
+                                                double max_norm, double loss_floor, double limit,
                                                 const Tensor& tickets) {
   const char* op = "gram_balance";
   const int K = checked_K(objectives, op);
@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> gram_balance(const TensorList& grads, const I
   const CallScratch scratch(first, cuda::scratch_size(lists.of, K), tickets, op);
   const RecordTensors record(torch::stable::new_empty(first, {kRoles, K, K}, ScalarType::Double),
                              K);
-  const BalanceOptions options{log_gradients, clamp, rescale_sum, max_norm, loss_floor};
+  const BalanceOptions options{log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit};
   check_launch(cuda::launch_gram_balance(lists.of, K, doubles(losses, K, op, "losses"), options,
                                          scratch.pointers, record.pointers(), device.stream),
                op);
@@ -221,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor> gram_balance(const TensorList& grads, const I
 std::tuple<Tensor, Tensor> balance_by_role(const Tensor& grams, const Tensor& losses,
                                            const std::optional<Tensor>& weights, bool log_gradients,
                                            bool clamp, bool rescale_sum, double max_norm,
-                                           double loss_floor) {
+                                           double loss_floor, double limit) {
   const char* op = "balance_by_role";
   const int K = checked_K(losses.numel(), op);
   doubles(grams, kRoles * K * K, op, "grams");
@@ -229,7 +229,7 @@ std::tuple<Tensor, Tensor> balance_by_role(const Tensor& grams, const Tensor& lo
   device.check(losses, op, "losses");
   if (weights) device.check(*weights, op, "weights");
   const RecordTensors record(grams, K);
-  const BalanceOptions options{log_gradients, clamp, rescale_sum, max_norm, loss_floor};
+  const BalanceOptions options{log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit};
   check_launch(cuda::launch_balance(K, doubles(losses, K, op, "losses"),
                                     weights ? doubles(*weights, K, op, "weights") : nullptr,
                                     options, record.pointers(), device.stream),
@@ -483,7 +483,7 @@ std::tuple<Tensor, Tensor, Tensor> resident_adamw_(
     const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
     const TensorList& exp_avg_sqs, const TensorList& state_steps, const Ints& counts,
     const Ints& roles, const Ints& reaches, const Tensor& losses, bool log_gradients, bool clamp,
-    bool rescale_sum, double max_norm, double loss_floor, const TensorList& lrs,
+    bool rescale_sum, double max_norm, double loss_floor, double limit, const TensorList& lrs,
     const std::vector<double>& options, const Tensor& tickets) {
   const char* op = "resident_adamw_";
   const int K = checked_K(losses.numel(), op);
@@ -493,7 +493,7 @@ std::tuple<Tensor, Tensor, Tensor> resident_adamw_(
   const std::vector<cuda::AdamWGroup> groups =
       updates.adamw(exp_avgs, exp_avg_sqs, {}, state_steps, {}, lrs, options);
   const CallScratch scratch = updates.scratch(tickets);
-  const BalanceOptions balance{log_gradients, clamp, rescale_sum, max_norm, loss_floor};
+  const BalanceOptions balance{log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit};
   const int error = cuda::launch_resident_adamw(
       updates.targets, groups, K, doubles(losses, K, op, "losses"), balance, scratch.pointers,
       record.pointers(), updates.device.stream);
@@ -567,10 +567,11 @@ DTOKD_LIBRARY(STABLE_TORCH_LIBRARY, m) {
   m.def(
       "gram_balance(Tensor[] grads, int[] counts, int[] roles, int[] reaches, int K, "
       "Tensor losses, bool log_gradients, bool clamp, bool rescale_sum, float max_norm, "
-      "float loss_floor, Tensor(a!) tickets) -> (Tensor, Tensor, Tensor)");
+      "float loss_floor, float limit, Tensor(a!) tickets) -> (Tensor, Tensor, Tensor)");
   m.def(
       "balance_by_role(Tensor grams, Tensor losses, Tensor? weights, bool log_gradients, "
-      "bool clamp, bool rescale_sum, float max_norm, float loss_floor) -> (Tensor, Tensor)");
+      "bool clamp, bool rescale_sum, float max_norm, float loss_floor, "
+      "float limit) -> (Tensor, Tensor)");
   m.def(
       "adamw_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, "
@@ -585,7 +586,8 @@ DTOKD_LIBRARY(STABLE_TORCH_LIBRARY, m) {
       "resident_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
       "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] state_steps, int[] counts, int[] roles, "
       "int[] reaches, Tensor losses, bool log_gradients, bool clamp, bool rescale_sum, "
-      "float max_norm, float loss_floor, Tensor[] lrs, float[] options, Tensor(e!) tickets) -> "
+      "float max_norm, float loss_floor, float limit, Tensor[] lrs, float[] options, "
+      "Tensor(e!) tickets) -> "
       "(Tensor, Tensor, Tensor)");
   m.def(
       "sgd_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "

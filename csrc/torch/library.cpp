@@ -113,8 +113,8 @@ Tensor min_norm_weights(const Tensor& gram, bool clamp, const std::optional<Tens
 std::tuple<Tensor, Tensor> balance(const Tensor& gram, const std::optional<Tensor>& private_gram,
                                    const std::optional<Tensor>& plain_gram, const Tensor& losses,
                                    const std::optional<Tensor>& weights, bool log_gradients,
-                                   bool clamp, bool rescale_sum, double max_norm,
-                                   double loss_floor) {
+                                   bool clamp, bool rescale_sum, double max_norm, double loss_floor,
+                                   double limit) {
   const int K = objectives_of(gram, "balance");
   const double zeros[kMaxObjectives * kMaxObjectives] = {0};
   const auto matrix = [&](const std::optional<Tensor>& tensor, const char* name) {
@@ -123,7 +123,7 @@ std::tuple<Tensor, Tensor> balance(const Tensor& gram, const std::optional<Tenso
   const double* grams[3] = {doubles(gram, K * K, "balance", "gram"),
                             matrix(private_gram, "private_gram"), matrix(plain_gram, "plain_gram")};
   const double* L = doubles(losses, K, "balance", "losses");
-  const BalanceOptions options{log_gradients, clamp, rescale_sum, max_norm, loss_floor};
+  const BalanceOptions options{log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit};
   double chosen[kMaxObjectives];
   if (weights) {
     const double* given = doubles(*weights, K, "balance", "weights");
@@ -297,7 +297,7 @@ STABLE_TORCH_LIBRARY(dtokd, m) {
   m.def(
       "balance(Tensor gram, Tensor? private_gram, Tensor? plain_gram, Tensor losses, "
       "Tensor? weights, bool log_gradients, bool clamp, bool rescale_sum, float max_norm, "
-      "float loss_floor) -> (Tensor, Tensor)");
+      "float loss_floor, float limit) -> (Tensor, Tensor)");
   m.def("combine_(Tensor(a!)[] out, Tensor[] grads, Tensor coefficients) -> ()");
   m.def(
       "adamw_step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "

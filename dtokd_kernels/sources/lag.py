@@ -63,11 +63,12 @@ class Lag(Source):
         self._next = before, losses
         given = replace(options, weighting=Given(self._weights, options.log_gradients))
         record = ops.balance_grams(before, losses, given)
-        total = gathered.watch.total.to(record.norm.device)
+        total = ops.unscaled(gathered.watch.total.to(record.norm.device), self._scale)  # not finite as a gradient is
+        reach = record.table.abs().amax() * (len(losses) * total).sqrt()  # no element of the direction is larger
         return replace(
             record,
-            norm=torch.where(total.isfinite(), record.norm, total),  # what a GradScaler is told
-            skipped=record.skipped | ~((total > 0) & (total < torch.inf)),
+            norm=torch.where(total.isfinite(), record.norm, total),  # what a GradScaler learns
+            skipped=record.skipped | ~((total > 0) & (total < torch.inf) & (reach <= options.limit)),
         )
 
     def run(self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options) -> Balance:
@@ -75,14 +76,14 @@ class Lag(Source):
         if self._weights is None:
             return super().run(updates, balance, table, options)
         assert self._next is not None
-        grams = ops.measure_and_update(updates, table, balance.skipped, options.backend)
+        grams, skipped = ops.measure_and_update(updates, table, balance.skipped, options)
         grams = ops.unscaled(grams, self._scale)
         losses = self._next[1]
         self._next = grams, losses
         given = Given(self._weights, options.log_gradients)
         unclipped = replace(options, weighting=given, max_norm=None)
         record = ops.balance_grams(grams, losses, unclipped)
-        return replace(record, weights=balance.weights, table=balance.table, skipped=balance.skipped)
+        return replace(record, weights=balance.weights, table=balance.table, skipped=skipped)
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """Keep this step's Gram matrices for the next."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -152,8 +152,7 @@ class Source:
         Returns:
             The balance as it is known after that.
         """
-        ops.run_updates(updates, table, balance.skipped, options.backend)
-        return balance
+        return replace(balance, skipped=ops.run_updates(updates, table, balance.skipped, options))
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """A step is over: remember what the next needs, unless the balance says `skipped`."""

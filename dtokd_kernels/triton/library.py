@@ -23,10 +23,12 @@ _LIBRARY = torch.library.Library("dtokd_triton", "DEF")
 _SCHEMAS = (
     "gram_by_role(Tensor[] grads, int[] counts, int[] roles, int[] reaches, int K) -> Tensor",
     "gram_balance(Tensor[] grads, int[] counts, int[] roles, int[] reaches, int K, Tensor losses, "
-    "bool log_gradients, bool clamp, bool rescale_sum, float max_norm, float loss_floor) -> (Tensor, Tensor, Tensor)",
+    "bool log_gradients, bool clamp, bool rescale_sum, float max_norm, float loss_floor, float limit) -> "
+    "(Tensor, Tensor, Tensor)",
     "min_norm_weights(Tensor gram, bool clamp, Tensor? present) -> Tensor",
     "balance(Tensor gram, Tensor? private_gram, Tensor? plain_gram, Tensor losses, Tensor? weights, "
-    "bool log_gradients, bool clamp, bool rescale_sum, float max_norm, float loss_floor) -> (Tensor, Tensor)",
+    "bool log_gradients, bool clamp, bool rescale_sum, float max_norm, float loss_floor, float limit) -> "
+    "(Tensor, Tensor)",
     "combine_(Tensor(a!)[] out, Tensor[] grads, Tensor coefficients) -> ()",
     "adamw_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
     "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, int[] counts, int reach, Tensor table, Tensor skipped, "
@@ -110,12 +112,13 @@ def gram_balance(
     rescale_sum: bool,
     max_norm: float,
     loss_floor: float,
+    limit: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same, and their balance with DTO's weights."""
     members = _members("gram_balance", grads, counts, roles, reaches)
     losses = _doubles("gram_balance", losses, grads[0])
     with torch.cuda.device_of(grads[0]):
-        return solve.gram_balance(members, K, losses, log_gradients, clamp, rescale_sum, max_norm, loss_floor)
+        return solve.gram_balance(members, K, losses, log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit)
 
 
 def min_norm_weights(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
@@ -137,6 +140,7 @@ def balance(
     rescale_sum: bool,
     max_norm: float,
     loss_floor: float,
+    limit: float,
 ) -> tuple[Tensor, Tensor]:
     """`reference.balance`, as values and flags that `fused.record` unpacks."""
     op = "balance"
@@ -152,6 +156,7 @@ def balance(
             rescale_sum,
             max_norm,
             loss_floor,
+            limit,
         )
 
 

@@ -48,6 +48,7 @@ def balance(
     rescale_sum: bool,
     max_norm: float,
     loss_floor: float,
+    limit: float,
 ) -> tuple[Tensor, Tensor]:
     """`reference.balance` of contiguous float64 tensors, with DTO's weights unless they are given; one launch.
 
@@ -68,6 +69,7 @@ def balance(
         flags,
         max_norm,
         loss_floor,
+        limit,
         K=K,
         OBJECTIVES=triton.next_power_of_2(K),
         LOG_GRADIENTS=log_gradients,
@@ -87,6 +89,7 @@ def gram_balance(
     rescale_sum: bool,
     max_norm: float,
     loss_floor: float,
+    limit: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gram matrices by role and what `balance` makes of them: a launch for each member, and one more.
 
@@ -108,6 +111,7 @@ def gram_balance(
         flags,
         max_norm,
         loss_floor,
+        limit,
         K=K,
         OBJECTIVES=triton.next_power_of_2(K),
         LOG_GRADIENTS=log_gradients,
@@ -133,6 +137,7 @@ def gram_balance_kernel(
     flags,
     max_norm: tl.float64,
     loss_floor: tl.float64,
+    limit: tl.float64,
     K: tl.constexpr,
     OBJECTIVES: tl.constexpr,
     LOG_GRADIENTS: tl.constexpr,
@@ -147,7 +152,7 @@ def gram_balance_kernel(
     sum_entry(partials, shared, private, plain, grams, K, LANES)
     if last_program(ticket, K * K * 3):
         write_balance(
-            grams, grams + K * K, grams + 2 * K * K, losses, None, values, flags, max_norm, loss_floor,
+            grams, grams + K * K, grams + 2 * K * K, losses, None, values, flags, max_norm, loss_floor, limit,
             K, OBJECTIVES, LOG_GRADIENTS, CLAMP, RESCALE_SUM,
         )  # fmt: skip
 
@@ -177,6 +182,7 @@ def balance_kernel(
     flags,
     max_norm: tl.float64,
     loss_floor: tl.float64,
+    limit: tl.float64,
     K: tl.constexpr,
     OBJECTIVES: tl.constexpr,
     LOG_GRADIENTS: tl.constexpr,
@@ -185,7 +191,7 @@ def balance_kernel(
 ):
     """Values and flags as `balance` describes them. One program."""
     write_balance(
-        gram, private_gram, plain_gram, losses, given, values, flags, max_norm, loss_floor,
+        gram, private_gram, plain_gram, losses, given, values, flags, max_norm, loss_floor, limit,
         K, OBJECTIVES, LOG_GRADIENTS, CLAMP, RESCALE_SUM,
     )  # fmt: skip
 
@@ -201,6 +207,7 @@ def write_balance(
     flags,
     max_norm,
     loss_floor,
+    limit,
     K: tl.constexpr,
     OBJECTIVES: tl.constexpr,
     LOG_GRADIENTS: tl.constexpr,
@@ -229,18 +236,31 @@ def write_balance(
     plain = tl.full([OBJECTIVES], 1.0, tl.float64)
     square = _squared_norm(gram, shared, K, OBJECTIVES)
     anything = squares
+    # no element of a combination, nor of any part of it, is larger than this
+    reach = tl.sum(tl.abs(shared) * tl.sqrt(squares))
     if private_gram is not None:
+        squares_there = tl.load(private_gram + i * (K + 1), mask=there, other=0.0)
         square += _squared_norm(private_gram, private, K, OBJECTIVES)
-        anything += tl.load(private_gram + i * (K + 1), mask=there, other=0.0)
+        anything += squares_there
+        reach = tl.maximum(reach, tl.sum(private * tl.sqrt(squares_there)))
     if plain_gram is not None:
+        squares_there = tl.load(plain_gram + i * (K + 1), mask=there, other=0.0)
         square += _squared_norm(plain_gram, plain, K, OBJECTIVES)
-        anything += tl.load(plain_gram + i * (K + 1), mask=there, other=0.0)
+        anything += squares_there
+        reach = tl.maximum(reach, tl.sum(plain * tl.sqrt(squares_there)))
     norm = tl.sqrt(square)
     clip = double(max_norm) / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
     clip = tl.where((double(max_norm) > 0) & (clip < 1), clip, 1.0)
 
+    largest = tl.where(there, tl.maximum(tl.abs(shared), private), 0.0) * clip
+    fits = (reach * clip <= double(limit)) & (tl.max(largest) <= double(limit) * double(limit))
     finite = _finite(loss) & _finite(weights) & _finite(anything)
-    skipped = (tl.min(finite.to(tl.int32)) == 0) | (_finite(norm) == 0) | (tl.max((anything != 0).to(tl.int32)) == 0)
+    skipped = (
+        (tl.min(finite.to(tl.int32)) == 0)
+        | (fits == 0)
+        | (_finite(norm) == 0)
+        | (tl.max((anything != 0).to(tl.int32)) == 0)
+    )
     if LOG_GRADIENTS:
         skipped = skipped | (tl.max((loss <= 0).to(tl.int32)) != 0)
     vertex = tl.max(((squares > 0) & (weights == 0)).to(tl.int32)) != 0

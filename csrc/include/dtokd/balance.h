@@ -17,6 +17,8 @@ struct BalanceOptions {
   bool rescale_sum;
   double max_norm;  // <= 0: no clipping
   double loss_floor;
+  double limit;  // of a direction's elements and, squared, of coefficients: beyond it the step is
+                 // skipped, as the update might overflow
 };
 
 struct Balance {
@@ -77,7 +79,19 @@ DTOKD_HD void finish_balance(const double* const* grams, const double* losses,
       for (int i = 0; i < K; ++i) out.coefficients[role][i] *= clip;
     }
   }
-  out.skipped = !(finite && is_finite(out.norm) && is_finite(anything)) || anything == 0 ||
+  // No element of a combination, nor of any part of it, is larger than this.
+  bool fits = true;
+  for (int role = 0; role < kRoles; ++role) {
+    double reach = 0;
+    for (int i = 0; i < K; ++i) {
+      const double c =
+          out.coefficients[role][i] < 0 ? -out.coefficients[role][i] : out.coefficients[role][i];
+      reach += c * dtokd::sqrt(grams[role][i * K + i]);
+      fits = fits && c <= options.limit * options.limit;
+    }
+    fits = fits && reach <= options.limit;
+  }
+  out.skipped = !(finite && fits && is_finite(out.norm) && is_finite(anything)) || anything == 0 ||
                 (options.log_gradients && !positive);
   out.vertex = false;
   for (int i = 0; i < K; ++i) {
