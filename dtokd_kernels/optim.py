@@ -341,8 +341,8 @@ class Balanced(torch.optim.Optimizer):
             state_dict: what `state_dict()` returned.
 
         Raises:
-            ValueError: its groups are not those of this optimizer, or its weighting's memory is another rule's. Nothing
-                has changed then.
+            ValueError: its groups are not those of this optimizer, its moments are those of parameters of other shapes,
+                or its weighting's memory is another rule's. Nothing has changed then.
         """
         self._settle()
         groups = state_dict["param_groups"]
@@ -355,7 +355,12 @@ class Balanced(torch.optim.Optimizer):
             copy.copy(weighting).load_state_dict(state_dict["weighting"])  # refuses before anything has changed
         self._versions.clear()
         loaded: list[dict[str, Any]] = []  # after the user's hooks before, and restored ahead of those after
-        before = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
+
+        def look(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            self._check_shapes(state)
+            loaded.append(state)
+
+        before = self.register_load_state_dict_pre_hook(look)
         after = self.register_load_state_dict_post_hook(lambda _: self._restore_precision(loaded[-1]), prepend=True)
         try:
             super().load_state_dict({**state_dict, "param_groups": groups})
@@ -370,6 +375,24 @@ class Balanced(torch.optim.Optimizer):
         if isinstance(weighting, Stateful):
             weighting.load_state_dict(state_dict["weighting"])
         self._source.load_state_dict(state_dict.get("gram", {}))
+
+    def _check_shapes(self, state_dict: dict[str, Any]) -> None:
+        """Refuse moments of another shape than their parameter: nothing would notice, if they have as many elements."""
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = self._params()
+        if len(saved) != len(params):
+            return  # which torch refuses
+        flat = self._options.ranks is not None  # a state in parts is a list of numbers
+        for t, (i, p) in enumerate(zip(saved, params, strict=True)):
+            for name, value in state_dict["state"].get(i, {}).items():
+                if name == "step" or not isinstance(value, Tensor) or value.shape == p.shape:
+                    continue
+                if flat and value.shape == (p.numel(),):
+                    continue
+                raise ValueError(
+                    f"{type(self).__name__}.load_state_dict: {name} of parameter {t} has shape {list(value.shape)}, "
+                    f"expected {list(p.shape)}; load a state of the same parameters, in the same order"
+                )
 
     def _restore_precision(self, state_dict: dict[str, Any]) -> None:
         """Torch has rounded the loaded state to the parameters' dtype; take it over again where it has another."""

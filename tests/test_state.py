@@ -232,3 +232,43 @@ def test_state_takes_the_parameters_dtype(backend):
     state = second.state[b.trunk.weight]
     assert (state["exp_avg"].dtype, state["step"].dtype) == (torch.bfloat16, torch.float32)
     assert state["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (dk.DTOAdamW, "exp_avg"),
+        (dk.DTOAdamW, "exp_avg_sq"),
+        (lambda params: dk.DTOAdamW(params, amsgrad=True), "max_exp_avg_sq"),
+        (lambda params: dk.DTOAdamW(params, gram="lag"), "exp_avg"),
+        (lambda params: dk.DTOSGD(params, momentum=0.9), "momentum_buffer"),
+    ],
+)
+def test_moments_of_another_shape(backend, make, name):
+    """As many numbers, of a parameter of another shape: refused where they are loaded, and in the step."""
+    first, second = nn.Linear(4, 16, bias=False), nn.Linear(16, 4, bias=False)
+
+    def losses():
+        out = second(first(torch.ones(2, 4)).tanh())
+        return [out.square().mean() + 1, (out - 1).square().mean()]
+
+    def step(optimizer):
+        optimizer.zero_grad()
+        optimizer.backward(losses())
+        optimizer.step()
+
+    old, new = make([first.weight, second.weight]), make([second.weight, first.weight])
+    step(old)
+    step(new)
+    before = copy.deepcopy((new.state_dict(), [p.detach() for p in (first.weight, second.weight)]))
+    with pytest.raises(
+        ValueError, match=r"has shape \[16, 4\], expected \[4, 16\]; load a state of the same parameters"
+    ):
+        new.load_state_dict(old.state_dict())
+    torch.testing.assert_close(new.state_dict()["state"], before[0]["state"], rtol=0, atol=0)
+    for p in (first.weight, second.weight):
+        new.state[p][name] = new.state[p][name].T.contiguous()
+    with pytest.raises((RuntimeError, ValueError)) as error:
+        step(new)
+    assert "csrc" not in str(error.value)
+    assert all(map(torch.equal, (first.weight, second.weight), before[1]))

@@ -461,7 +461,7 @@ def test_refusals_before_anything_changes(kernels):
     args, _ = calls()["adamw_updates_"]
     params, grads, exp_avgs, exp_avg_sqs, largest, steps, *shared = args
     before = torch.cat(params)
-    with pytest.raises(ValueError, match=r"adamw_updates_: exp_avg_sqs\[3\] has 5 elements, expected 8201"):
+    with pytest.raises(ValueError, match=r"adamw_updates_: exp_avg_sqs\[3\] has shape \[5\], expected \[8201\] as its"):
         torch.ops.dtokd_triton.adamw_updates_.default(
             params, grads, exp_avgs, [*exp_avg_sqs[:3], torch.zeros(5)], largest, steps, *shared
         )

@@ -45,8 +45,8 @@ class Device {
     check(ListedTensor(tensor.get()), op, name);
   }
   void check(ListedTensor tensor, const char* op, const char* name) const {
-    STD_TORCH_CHECK(tensor.device_index() == index_ && tensor.device_type() == type_, op, ": ",
-                    name, " must be on the device of the first tensor, number ", index_);
+    DTOKD_CHECK(tensor.device_index() == index_ && tensor.device_type() == type_, op, ": ", name,
+                " must be on the device of the first tensor, number ", index_);
   }
 
   cuda::Stream stream = nullptr;
@@ -62,7 +62,7 @@ class Device {
 };
 
 void check_launch(int error, const char* op) {
-  STD_TORCH_CHECK(error == 0, op, ": the launch failed: ", cuda::error_name(error));
+  DTOKD_CHECK(error == 0, op, ": the launch failed: ", cuda::error_name(error));
 }
 
 // Tensors of one role that the same objectives reach: `count` of them.
@@ -74,12 +74,12 @@ struct GroupShape {
 
 std::vector<GroupShape> group_shapes(const Ints& counts, const Ints& roles, const Ints& reaches,
                                      const char* op) {
-  STD_TORCH_CHECK(counts.size() == roles.size() && counts.size() == reaches.size(), op,
-                  ": counts, roles and reaches must have one number for each group");
+  DTOKD_CHECK(counts.size() == roles.size() && counts.size() == reaches.size(), op,
+              ": counts, roles and reaches must have one number for each group");
   std::vector<GroupShape> groups;
   for (size_t g = 0; g < counts.size(); ++g) {
-    STD_TORCH_CHECK(roles[g] >= 0 && roles[g] < kRoles, op, ": roles[", g, "] is ", roles[g],
-                    ", expected 0 to ", kRoles - 1);
+    DTOKD_CHECK(roles[g] >= 0 && roles[g] < kRoles, op, ": roles[", g, "] is ", roles[g],
+                ", expected 0 to ", kRoles - 1);
     groups.push_back({int(roles[g]), unsigned(reaches[g]), counts[g]});
   }
   return groups;
@@ -96,10 +96,11 @@ struct Position {
       : like(like), size(like.numel()), dtype(like.dtype()), contiguous(like.is_contiguous()) {
     DTOKD_CHECK_FIT(contiguous || is_dense(like), op, ": a tensor is not dense");
   }
-  void check(ListedTensor tensor, const char* op, const char* name, const Device& device) const {
+  // t: its place in the list `name`.
+  void check(ListedTensor tensor, const char* op, const char* name, size_t t,
+             const Device& device) const {
     device.check(tensor, op, name);
-    STD_TORCH_CHECK(tensor.numel() == size, op, ": ", name, " has ", tensor.numel(),
-                    " elements, expected ", size);
+    DTOKD_CHECK_SHAPE(tensor, like, op, name, t);
     DTOKD_CHECK_FIT(contiguous ? tensor.is_contiguous() : same_strides(tensor, like), op, ": ",
                     name, " is laid out otherwise");
   }
@@ -117,12 +118,12 @@ struct Gradients {
     size_t start = 0;
     for (const GroupShape& group : groups) {
       const int lists = __builtin_popcount(group.reach);
-      STD_TORCH_CHECK(lists >= 1 && group.reach >> K == 0 && group.count >= 0 &&
-                          start + size_t(lists * group.count) <= grads.size(),
-                      op, ": grads does not hold what counts and reaches say");
+      DTOKD_CHECK(lists >= 1 && group.reach >> K == 0 && group.count >= 0 &&
+                      start + size_t(lists * group.count) <= grads.size(),
+                  op, ": grads does not hold what counts and reaches say");
       for (int64_t t = 0; t < group.count; ++t) {
-        STD_TORCH_CHECK(!like || of.size() < like->size(), op, ": there are ", like->size(),
-                        " tensors for the gradients, expected more");
+        DTOKD_CHECK(!like || of.size() < like->size(), op, ": there are ", like->size(),
+                    " tensors for the gradients, expected more");
         const Position position(like ? (*like)[of.size()] : grads[start + t], op);
         cuda::Gradients entry{type_of(position.dtype), group.role, position.size, {}};
         size_t list = 0;
@@ -131,7 +132,7 @@ struct Gradients {
           const ListedTensor g = grads[start + list++ * group.count + t];
           DTOKD_CHECK_FIT(g.dtype() == position.dtype, op,
                           ": gradients have another dtype than their parameter");
-          position.check(g, op, "grads", device);
+          position.check(g, op, "grads", of.size(), device);
           entry.of[i] = g.const_data_ptr();
         }
         of.push_back(entry);
@@ -139,14 +140,14 @@ struct Gradients {
       }
       start += lists * group.count;
     }
-    STD_TORCH_CHECK(start == grads.size(), op, ": grads has ", grads.size(), " tensors, expected ",
-                    start);
+    DTOKD_CHECK(start == grads.size(), op, ": grads has ", grads.size(), " tensors, expected ",
+                start);
   }
 };
 
 int checked_K(int64_t K, const char* op) {
-  STD_TORCH_CHECK(K >= 1 && K <= kMaxObjectives, op, ": ", K, " objectives, expected 1 to ",
-                  kMaxObjectives);
+  DTOKD_CHECK(K >= 1 && K <= kMaxObjectives, op, ": ", K, " objectives, expected 1 to ",
+              kMaxObjectives);
   return int(K);
 }
 
@@ -158,8 +159,8 @@ struct CallScratch {
   CallScratch(const Tensor& like, int64_t partials_size, const Tensor& tickets, const char* op)
       : partials(torch::stable::new_empty(like, {partials_size > 0 ? partials_size : 1},
                                           ScalarType::Double)) {
-    STD_TORCH_CHECK(tickets.scalar_type() == ScalarType::Int && tickets.numel() == cuda::kTickets,
-                    op, ": tickets must be ", cuda::kTickets, " int32 zeros");
+    DTOKD_CHECK(tickets.scalar_type() == ScalarType::Int && tickets.numel() == cuda::kTickets, op,
+                ": tickets must be ", cuda::kTickets, " int32 zeros");
     pointers = {static_cast<double*>(partials.mutable_data_ptr()),
                 static_cast<unsigned*>(tickets.mutable_data_ptr())};
   }
@@ -244,9 +245,9 @@ Tensor min_norm_weights(const Tensor& gram, bool clamp, const std::optional<Tens
   const bool* flags = nullptr;
   if (present) {
     device.check(*present, op, "present");
-    STD_TORCH_CHECK(present->scalar_type() == ScalarType::Bool && present->numel() == K &&
-                        present->is_contiguous(),
-                    "min_norm_weights: present must be [K] bool");
+    DTOKD_CHECK(present->scalar_type() == ScalarType::Bool && present->numel() == K &&
+                    present->is_contiguous(),
+                "min_norm_weights: present must be [K] bool");
     flags = static_cast<const bool*>(present->const_data_ptr());
   }
   Tensor out = torch::stable::new_empty(gram, {K}, ScalarType::Double);
@@ -278,8 +279,8 @@ void combine_(const TensorList& out, const TensorList& grads, const Tensor& coef
 
 const double* options_of(const std::vector<double>& options, size_t group, size_t count,
                          size_t groups, const char* op) {
-  STD_TORCH_CHECK(options.size() == count * groups, op, ": options has ", options.size(),
-                  " numbers, expected ", count, " for each of ", groups, " groups");
+  DTOKD_CHECK(options.size() == count * groups, op, ": options has ", options.size(),
+              " numbers, expected ", count, " for each of ", groups, " groups");
   return options.data() + group * count;
 }
 
@@ -299,8 +300,8 @@ struct Updates {
       : Updates(op, params, grads, counts, roles, reaches, checked_K(table.numel() / kRoles, op)) {
     device.check(table, op, "table");
     device.check(skipped, op, "skipped");
-    STD_TORCH_CHECK(skipped.scalar_type() == ScalarType::Bool && skipped.numel() == 1, op,
-                    ": skipped must be one bool");
+    DTOKD_CHECK(skipped.scalar_type() == ScalarType::Bool && skipped.numel() == 1, op,
+                ": skipped must be one bool");
     direction.coefficients = doubles(table, kRoles * direction.K, op, "table");
     direction.skipped = static_cast<const bool*>(skipped.const_data_ptr());
   }
@@ -315,8 +316,8 @@ struct Updates {
         direction{K, nullptr, nullptr} {
     Gradients lists(grads, groups, K, &params, device, op);
     positions = std::move(lists.positions);
-    STD_TORCH_CHECK(lists.of.size() == params.size(), op, ": params has ", params.size(),
-                    " tensors, expected ", lists.of.size());
+    DTOKD_CHECK(lists.of.size() == params.size(), op, ": params has ", params.size(),
+                " tensors, expected ", lists.of.size());
     targets.resize(params.size());
     size_t t = 0;
     for (size_t g = 0; g < groups.size(); ++g) {
@@ -338,15 +339,15 @@ struct Updates {
     for (size_t g = 0; g < groups.size(); ++g) {
       for (int64_t i = 0; i < groups[g].count; ++i, ++t) {
         if (!has(g)) continue;
-        STD_TORCH_CHECK(next < state.size(), op, ": ", name, " has ", state.size(),
-                        " tensors, expected more");
+        DTOKD_CHECK(next < state.size(), op, ": ", name, " has ", state.size(),
+                    " tensors, expected more");
         const ListedTensor tensor = state[next++];
-        positions[t].check(tensor, op, name, device);
+        positions[t].check(tensor, op, name, next - 1, device);
         attach(targets[t], tensor);
       }
     }
-    STD_TORCH_CHECK(next == state.size(), op, ": ", name, " has ", state.size(),
-                    " tensors, expected ", next);
+    DTOKD_CHECK(next == state.size(), op, ": ", name, " has ", state.size(), " tensors, expected ",
+                next);
   }
 
   void attach_state(const TensorList& state, int slot, const char* name,
@@ -380,8 +381,8 @@ struct Updates {
     const ListedTensor tensor = lrs.at(index);
     device.check(tensor, op, "lrs");
     rate.type = type_of(tensor.dtype());
-    STD_TORCH_CHECK(tensor.numel() == 1 && size_of(rate.type) >= 4, op,
-                    ": lr must be a float32 or float64 scalar");
+    DTOKD_CHECK(tensor.numel() == 1 && size_of(rate.type) >= 4, op,
+                ": lr must be a float32 or float64 scalar");
     rate.device = tensor.const_data_ptr();
     return rate;
   }
@@ -409,8 +410,8 @@ struct Updates {
     attach_state(max_exp_avg_sqs, 2, "max_exp_avg_sqs",
                  [&](size_t g) { return option(g)[7] != 0; });
     attach_masters(masters, [&](size_t g) { return option(g)[8] != 0; });
-    STD_TORCH_CHECK(state_steps.size() == targets.size(), op,
-                    ": state_steps must hold one scalar for each of params");
+    DTOKD_CHECK(state_steps.size() == targets.size(), op,
+                ": state_steps must hold one scalar for each of params");
     for (size_t t = 0; t < state_steps.size(); ++t) {
       const ListedTensor step = state_steps[t];
       device.check(step, op, "state_steps");

@@ -36,14 +36,13 @@ struct Kind {
   }
   void check(ListedTensor tensor, const char* name, size_t t) const {
     DTOKD_CHECK_FIT(tensor.dtype() == dtype, op, ": ", name, "[", t, "] has another dtype");
-    STD_TORCH_CHECK(tensor.numel() == sizes[t], "dtokd::", op, ": ", name, "[", t, "] has ",
-                    tensor.numel(), " elements, expected ", sizes[t]);
+    DTOKD_CHECK_SHAPE(tensor, like[t], op, name, t);
     DTOKD_CHECK_FIT(contiguous[t] ? tensor.is_contiguous() : same_strides(tensor, like[t]), op,
                     ": ", name, "[", t, "] is laid out otherwise");
   }
   std::vector<void*> pointers(const TensorList& tensors, const char* name) const {
-    STD_TORCH_CHECK(tensors.size() == sizes.size(), "dtokd::", op, ": ", name, " has ",
-                    tensors.size(), " tensors, expected ", sizes.size());
+    DTOKD_CHECK(tensors.size() == sizes.size(), op, ": ", name, " has ", tensors.size(),
+                " tensors, expected ", sizes.size());
     std::vector<void*> result(tensors.size());
     for (size_t t = 0; t < tensors.size(); ++t) {
       check(tensors[t], name, t);
@@ -52,10 +51,10 @@ struct Kind {
     return result;
   }
   cpu::GradientLists gradients(const TensorList& grads, int64_t K) const {
-    STD_TORCH_CHECK(K >= 1 && K <= kMaxObjectives, "dtokd::", op, ": ", K,
-                    " objectives, expected 1 to ", kMaxObjectives);
-    STD_TORCH_CHECK(grads.size() == sizes.size() * K, "dtokd::", op, ": grads has ", grads.size(),
-                    " tensors, expected ", sizes.size(), " for each of ", K, " objectives");
+    DTOKD_CHECK(K >= 1 && K <= kMaxObjectives, op, ": ", K, " objectives, expected 1 to ",
+                kMaxObjectives);
+    DTOKD_CHECK(grads.size() == sizes.size() * K, op, ": grads has ", grads.size(),
+                " tensors, expected ", sizes.size(), " for each of ", K, " objectives");
     cpu::GradientLists lists{type, int(K), {}, sizes};
     lists.grads.reserve(grads.size());
     for (size_t i = 0; i < grads.size(); ++i) {
@@ -76,14 +75,14 @@ cpu::Threads threads() {
 }
 
 bool is_set(const Tensor& flag, const char* op) {
-  STD_TORCH_CHECK(flag.scalar_type() == ScalarType::Bool && flag.numel() == 1, "dtokd::", op,
-                  ": skipped must be one bool");
+  DTOKD_CHECK(flag.scalar_type() == ScalarType::Bool && flag.numel() == 1, op,
+              ": skipped must be one bool");
   return *static_cast<const bool*>(flag.const_data_ptr());
 }
 
 Tensor gram(const TensorList& grads, int64_t K) {
-  STD_TORCH_CHECK(K >= 1 && !grads.empty() && grads.size() % K == 0,
-                  "dtokd::gram: grads must hold as many tensors for each of K objectives");
+  DTOKD_CHECK(K >= 1 && !grads.empty() && grads.size() % K == 0,
+              "gram: grads must hold as many tensors for each of K objectives");
   const Kind kind("gram", grads, grads.size() / K);
   const cpu::GradientLists lists = kind.gradients(grads, K);
   Tensor out = torch::stable::new_empty(grads[0].tensor(), {K, K}, ScalarType::Double);
@@ -96,9 +95,9 @@ Tensor min_norm_weights(const Tensor& gram, bool clamp, const std::optional<Tens
   const double* G = doubles(gram, K * K, "min_norm_weights", "gram");
   unsigned mask = (1u << K) - 1;
   if (present) {
-    STD_TORCH_CHECK(present->scalar_type() == ScalarType::Bool && present->numel() == K &&
-                        present->is_contiguous(),
-                    "dtokd::min_norm_weights: present must be [K] bool");
+    DTOKD_CHECK(present->scalar_type() == ScalarType::Bool && present->numel() == K &&
+                    present->is_contiguous(),
+                "min_norm_weights: present must be [K] bool");
     const bool* flags = static_cast<const bool*>(present->const_data_ptr());
     for (int i = 0; i < K; ++i) {
       if (!flags[i]) mask &= ~(1u << i);
@@ -206,8 +205,8 @@ void adamw(const char* op, const TensorList& params, const TensorList& grads,
   const std::vector<void*> v = kind.pointers(exp_avg_sqs, "exp_avg_sqs");
   std::vector<void*> largest;
   if (!max_exp_avg_sqs.empty()) largest = kind.pointers(max_exp_avg_sqs, "max_exp_avg_sqs");
-  STD_TORCH_CHECK(state_steps.size() == params.size(), "dtokd::", op,
-                  ": state_steps must hold one scalar for each of params");
+  DTOKD_CHECK(state_steps.size() == params.size(), op,
+              ": state_steps must hold one scalar for each of params");
   std::vector<Count> counts;
   counts.reserve(state_steps.size());
   for (size_t t = 0; t < state_steps.size(); ++t) counts.emplace_back(state_steps[t], op);

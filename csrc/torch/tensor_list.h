@@ -2,15 +2,31 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include <sstream>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace dtokd::ops {
 
+// Throws a RuntimeError of this text. (torch's own macro adds the path of the source file.)
+#define DTOKD_CHECK(condition, ...)                              \
+  do {                                                           \
+    if (!(condition)) [[unlikely]]                               \
+      throw std::runtime_error(dtokd::ops::joined(__VA_ARGS__)); \
+  } while (false)
+
+template <class... Parts>
+std::string joined(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
 // Throws if a call of torch's C interface failed. torch's own macro has several names.
 inline void check_code(int32_t code) {
-  STD_TORCH_CHECK(code == 0, "dtokd: a call of torch's C interface failed");
+  DTOKD_CHECK(code == 0, "dtokd: a call of torch's C interface failed");
 }
 
 // A tensor of a list that outlives it; the part of torch::stable::Tensor that is needed here.

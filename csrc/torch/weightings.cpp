@@ -37,8 +37,8 @@ Tensor nash_weights(const Tensor& gram) {
 }
 
 Tensor pcgrad_weights(const Tensor& gram, const Tensor& step, int64_t seed) {
-  STD_TORCH_CHECK(step.scalar_type() == ScalarType::Long && step.numel() == 1,
-                  "dtokd::pcgrad_weights: step must be one int64");
+  DTOKD_CHECK(step.scalar_type() == ScalarType::Long && step.numel() == 1,
+              "dtokd::pcgrad_weights: step must be one int64");
   const int64_t count = *static_cast<const int64_t*>(step.const_data_ptr());
   return weights_of(gram, "pcgrad_weights", [&](const double* G, int K, double* out) {
     dtokd::pcgrad_weights(G, K, seed, count, out);

@@ -67,8 +67,11 @@ def _check_list(op: str, name: str, tensors: Sequence[Tensor], like: Sequence[Te
     if len(tensors) != len(like):
         raise ValueError(f"dtokd_triton::{op}: {name} has {len(tensors)} tensors, expected {len(like)}")
     for t, (tensor, model) in enumerate(zip(tensors, like, strict=True)):
-        if tensor.numel() != model.numel():
-            raise ValueError(f"dtokd_triton::{op}: {name}[{t}] has {tensor.numel()} elements, expected {model.numel()}")
+        if tensor.shape != model.shape:
+            raise ValueError(
+                f"{op}: {name}[{t}] has shape {list(tensor.shape)}, expected {list(model.shape)} as its parameter; "
+                "gradients and state must be those of the same parameters, in the same order"
+            )
         if tensor.dtype != model.dtype or tensor.device != model.device:
             raise RuntimeError(f"{fused.UNFIT}: {op}: {name}[{t}] is {tensor.dtype} on {tensor.device}")
         if not (tensor.is_contiguous() and model.is_contiguous()) and tensor.stride() != model.stride():
