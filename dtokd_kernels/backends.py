@@ -28,9 +28,7 @@ class Implementation(Protocol):
 
         gram_balance(groups, losses, options) -> Balance: `gram` of all roles and `balance` at once;
         run_step(updates, losses, options) -> Balance | None: a whole step at once; None, with nothing changed, where
-            it does not fit;
-
-    and solvers of weightings (`solvers`) by their names.
+            it does not fit.
     """
 
     def gram(self, grads: Sequence[Sequence[Tensor]], /) -> Tensor:

@@ -5,7 +5,6 @@ The functions here have the names and meanings of those in `reference`; `fused` 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -15,10 +14,8 @@ import torch
 from torch import Tensor
 
 from . import fakes, fused, reference
-from .solvers import solved_by
 from .types import Balance, Options, Role, Update, spread
 from .weighting import DTO
-from .weighting._random import signed
 
 
 def load(name: str, needs: str) -> str | None:
@@ -69,34 +66,13 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
     return torch.ops.dtokd.min_norm_weights.default(gram.double().contiguous(), clamp, present)
 
 
-def dual_cone_weights(gram: Tensor, each: bool) -> Tensor:
-    """The solver of this name (`solvers`), of `UPGrad` and `DualProj`."""
-    return torch.ops.dtokd.dual_cone_weights.default(gram.contiguous(), each)
-
-
-def cagrad_weights(gram: Tensor, c: float) -> Tensor:
-    """The solver of this name."""
-    return torch.ops.dtokd.cagrad_weights.default(gram.contiguous(), c)
-
-
-def nash_weights(gram: Tensor) -> Tensor:
-    """The solver of this name."""
-    return torch.ops.dtokd.nash_weights.default(gram.contiguous())
-
-
-def pcgrad_weights(gram: Tensor, step: Tensor, seed: int) -> Tensor:
-    """The solver of this name; its random orders are those of the one in Python."""
-    return torch.ops.dtokd.pcgrad_weights.default(gram.contiguous(), step, signed(seed % 2**64))
-
-
 def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
     """`reference.balance`, in one call unless the weighting is another than `DTO`."""
     gram, private_gram, plain_gram = grams.double().contiguous()
     losses = losses.to(torch.float64).contiguous()
     weights = None
     if type(options.weighting) is not DTO:
-        with solved_by(sys.modules[__name__]):
-            weights = reference.weigh(gram, losses, options).contiguous()
+        weights = reference.weigh(gram, losses, options).contiguous()
     numbers = fused.balance_options(options)
     values, flags = torch.ops.dtokd.balance.default(gram, private_gram, plain_gram, losses, weights, *numbers)
     return fused.record(gram, values, flags)

@@ -50,12 +50,6 @@ def calls():
         ),
         "sgd_step_": ((tensors(2), tensors(0) + tensors(1), tensors(3), coefficients(), flag()), SGD),
     }
-    made |= {
-        "dual_cone_weights": ((gram, True), {}),
-        "cagrad_weights": ((gram, 0.5), {}),
-        "nash_weights": ((gram,), {}),
-        "pcgrad_weights": ((gram, torch.tensor(3), 5), {}),
-    }
     # updates that also return the Gram matrix of what they read
     made |= {f"gram_{name}": made[name] for name in ("adamw_step_", "sgd_step_")}
     return made

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dtokd_kernels as dk
-from dtokd_kernels import backends
+from dtokd_kernels import backends, native
 from dtokd_kernels.sources import Ema, Every, Feature, Lag, Probe
 from dtokd_kernels.types import Role, Update
 
@@ -557,6 +557,22 @@ def test_ema_of_an_objective_that_is_away(backend):
     assert optimizer.balance.weights.tolist() == [1.0, 0.0]
     after = optimizer.state_dict()["gram"]["total"]
     assert (before != after).tolist() == [[True, False], [False, False]]
+
+
+def test_ema_weighs_with_the_kernel_of_its_backend(monkeypatch):
+    """`DTO`'s weights of an average are the backend's too."""
+    called = []
+    own = native.min_norm_weights
+    monkeypatch.setattr(native, "min_norm_weights", lambda *args: called.append(1) or own(*args))
+    steps = []
+    for backend, calls in (("reference", 0), ("cpu", 1)):
+        p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = dk.DTOSGD([p], lr=0.1, gram=Ema(0.5), backend=backend)
+        optimizer.backward([(p * torch.tensor([1.0, -1.0, 2.0])).sum() + 9, p.square().sum()])
+        optimizer.step()
+        assert len(called) == calls
+        steps.append(p.detach())
+    torch.testing.assert_close(*steps, rtol=1e-13, atol=0)
 
 
 # ---- one pass of a weighted sum ------------------------------------------------------------------------

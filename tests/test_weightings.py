@@ -136,6 +136,23 @@ def test_weights_are_finite_and_the_same_each_time(name, K):
 
 
 @each_weighting
+@pytest.mark.parametrize("K", [3, 8])
+def test_weights_do_not_depend_on_the_number_of_threads(name, K):
+    """Nor on the layout of the matrix."""
+    gram = gram_of(families(K)["conflicting"])
+    strided = torch.zeros(K, 2 * K, dtype=torch.float64)[:, ::2].copy_(gram)
+    before = torch.get_num_threads()
+    seen = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            seen += [step(MAKERS[name](), g, losses(K)) for g in (gram, strided)]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(weights, seen[0]) for weights in seen)
+
+
+@each_weighting
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_gram_that_is_not_finite_is_skipped(backend, name, bad):
     """One entry on the diagonal, or a whole row: no solver raises at it, and the step changes nothing."""

@@ -8,10 +8,6 @@
 
 #include "cpu/lists.h"
 #include "dtokd/balance.h"
-#include "dtokd/cagrad.h"
-#include "dtokd/faces.h"
-#include "dtokd/nash.h"
-#include "dtokd/pcgrad.h"
 #include "tests/check.h"
 #include "tests/threads.h"
 
@@ -196,66 +192,6 @@ void test_min_norm() {
   min_norm_weights(nan, 2, 3, true, w);  // any answer, but an end
 }
 
-// Every set once, each with its own solution, for all K; and what the solvers write is no longer
-// than K.
-void test_weightings() {
-  std::mt19937 random(0);
-  std::normal_distribution<double> normal;
-  for (int K = 1; K <= kMaxObjectives; ++K) {
-    double rows[kMaxObjectives][12];
-    for (auto& row : rows) {
-      for (double& x : row) x = normal(random);
-    }
-    const std::unique_ptr<double[]> gram(new double[K * K]), w(new double[K]);
-    for (int i = 0; i < K; ++i) {
-      for (int j = 0; j < K; ++j) {
-        gram[i * K + j] = 0;
-        for (int e = 0; e < 12; ++e) gram[i * K + j] += rows[i][e] * rows[j][e];
-      }
-    }
-    const UnitGram unit(gram.get(), K);
-    double right[kMaxObjectives][2];
-    for (int i = 0; i < K; ++i) right[i][0] = i + 1, right[i][1] = -i;
-    std::vector<bool> seen(1u << K);
-    solve_on_faces<2>(unit.cosines, K, right, [&](unsigned set, const double (*x)[2]) {
-      CHECK(!seen[set]);
-      seen[set] = true;
-      for (int i = 0; i < K; ++i) {
-        for (int r = 0; r < 2; ++r) {
-          double left = 0;
-          for (int j = 0; j < K; ++j) left += unit.cosines[i][j] * x[j][r];
-          CHECK(set >> i & 1 ? close(left, right[i][r], 1e-11) : x[i][r] == 0);
-        }
-      }
-    });
-    for (bool s : seen) CHECK(s);
-
-    for (bool each : {false, true}) {  // no conflict
-      dual_cone_weights(gram.get(), K, each, w.get());
-      for (int i = 0; i < K; ++i) {
-        double gain = 0;
-        for (int j = 0; j < K; ++j) gain += gram[i * K + j] * w[j];
-        CHECK(gain > -1e-11 && w[i] > 1.0 / K - 1e-15);
-      }
-    }
-    nash_weights(gram.get(), K, w.get());
-    for (int i = 0; i < K; ++i) {
-      double gain = 0;
-      for (int j = 0; j < K; ++j) gain += gram[i * K + j] * w[j];
-      CHECK(close(gain * w[i], 1, 1e-8));
-    }
-    cagrad_weights(gram.get(), K, 0.5, w.get());
-    for (int i = 0; i < K; ++i) CHECK(w[i] > 1.0 / K - 1e-15);
-    pcgrad_weights(gram.get(), K, 0, 3, w.get());
-    for (int i = 0; i < K; ++i) CHECK(w[i] >= 1);
-    for (int i = 0; i < K * K; ++i) gram[i] = NAN;  // any answer, but an end
-    dual_cone_weights(gram.get(), K, true, w.get());
-    cagrad_weights(gram.get(), K, 0.5, w.get());
-    nash_weights(gram.get(), K, w.get());
-    pcgrad_weights(gram.get(), K, 0, 3, w.get());
-  }
-}
-
 void test_balance() {
   const double G[] = {18, -22, -22, 38}, zeros[4] = {0}, losses[] = {2, 0.5};
   const double* grams[] = {G, zeros, zeros};
@@ -292,7 +228,6 @@ void test_type(const Kernels& kernels, int threads) {
 
 int main() {
   test_min_norm();
-  test_weightings();
   test_balance();
   for (const Kernels* kernels : available()) {
     for (int threads : kThreads) {

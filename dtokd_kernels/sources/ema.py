@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
-from ..solvers import solved_by
 from ..types import Balance, Options
+from ..weighting import DTO
 from .names import measuring
 from .source import Call, Gathered, Source, remember
 from .wrapper import Wrapper
@@ -110,5 +110,8 @@ class _Averaged:
 
     def __call__(self, gram: Tensor, losses: Tensor) -> Any:
         average = self._ema.average(self._names, gram)
-        with solved_by(backends.select(gram.device, self._options.backend)):
-            return reference.ask(self._options.weighting, average, losses)
+        weighting = self._options.weighting
+        if type(weighting) is DTO:  # for which backends have a kernel
+            backend = backends.select(gram.device, self._options.backend)
+            return backend.min_norm_weights(average, weighting.clamp, average.diagonal() > 0)
+        return reference.ask(weighting, average, losses)

@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..solvers import solver
 from ._faces import solve_on_faces
 from ._units import unit_gram
 
 
-@solver
 def dual_cone_weights(gram: Tensor, each: bool) -> Tensor:
-    """Weights of the mean gradient, projected; in C++ csrc/include/dtokd/faces.h.
+    """Weights of the mean gradient, projected.
 
     Args:
         gram: [K, K] float64.

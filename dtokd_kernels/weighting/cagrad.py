@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..solvers import solver
 from ._faces import solve_on_faces
 from ._units import unit_gram
 
@@ -56,9 +55,8 @@ class CAGrad:
         return cagrad_weights(gram, self.c)
 
 
-@solver
 def cagrad_weights(gram: Tensor, c: float) -> Tensor:
-    """Weights [K] of a Gram matrix [K, K] float64, at most c from the mean; in C++ csrc/include/dtokd/cagrad.h."""
+    """Weights [K] of a Gram matrix [K, K] float64, at most c from the mean."""
     cosines, norms, inverse = unit_gram(gram)
     mean = norms / len(gram)  # g_0, of unit gradients
     products = cosines @ mean

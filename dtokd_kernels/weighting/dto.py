@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import reference
-from ..solvers import solver
-
-_min_norm_weights = solver(reference.min_norm_weights)
 
 
 @dataclass(frozen=True)
@@ -36,4 +33,4 @@ class DTO:
         Returns:
             [K] float64.
         """
-        return _min_norm_weights(gram, self.clamp, gram.diagonal() > 0)
+        return reference.min_norm_weights(gram, self.clamp, gram.diagonal() > 0)

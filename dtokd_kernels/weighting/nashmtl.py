@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..solvers import solver
 from ._units import unit_gram
 
 #: Added to the cosines' diagonal: gradients that cancel have no solution, and this bounds their weights.
@@ -48,9 +47,8 @@ class NashMTL:
         return nash_weights(gram)
 
 
-@solver
 def nash_weights(gram: Tensor) -> Tensor:
-    """Weights [K] of a Gram matrix [K, K] float64, by Newton's method; in C++ csrc/include/dtokd/nash.h."""
+    """Weights [K] of a Gram matrix [K, K] float64, by Newton's method."""
     K = len(gram)
     cosines, _, inverse = unit_gram(gram)
     identity = torch.eye(K, dtype=torch.float64, device=gram.device)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..solvers import solver
 from . import _random
 from .stateful import Memory, Stateful
 
@@ -41,9 +40,8 @@ class PCGrad(Stateful):
         return pcgrad_weights(gram, memory["step"], self.seed), {"step": memory["step"] + 1}
 
 
-@solver
 def pcgrad_weights(gram: Tensor, step: Tensor, seed: int) -> Tensor:
-    """Weights [K] of a Gram matrix [K, K] float64; in C++ csrc/include/dtokd/pcgrad.h.
+    """Weights [K] of a Gram matrix [K, K] float64.
 
     Args:
         gram: [K, K] float64.
