@@ -115,7 +115,7 @@ def balance_grams(grams: Tensor, losses: Tensor, options: Options) -> Balance:
 def min_norm_weights(gram: Tensor, clamp: bool = True, *, present: Tensor | None = None) -> Tensor:
     """Weights of the shortest convex combination of K gradients.
 
-    Source: DTO-KD (ICLR 2026), Eq. 9-12; exact for K up to 8 by trying every face of the simplex.
+    Source: DTO-KD (ICLR 2026), Eq. 9-12; for K up to 8 every face of the simplex is tried, and nothing iterates.
 
     Args:
         gram: [K, K], symmetric, any float dtype, 1 <= K <= 8.
@@ -129,7 +129,11 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, *, present: Tensor | None
     Raises:
         TypeError, ValueError: `gram` is not [K, K] with 1 <= K <= 8; `present` is not [K] bool.
 
-    Numerics: float64. Where gradients are nearly parallel the weights are ill-conditioned, the combination is not.
+    Numerics: float64, whatever the ratio of the gradients' lengths. With s = sum_i pi_i ||g_i|| the combination's
+        squared length is at most 1e-13 s^2 above the smallest, and no objective ascends by more than 1e-13 s ||g_i||:
+        what the Gram matrix knows. Gradients closer than a share of 3e-7 of their length count as equal, those as close
+        to the affine hull of others as in it. Where gradients are nearly parallel the weights are ill-conditioned, the
+        combination is not.
     Effects: no host sync; mutates nothing; not differentiable.
 
     Example:

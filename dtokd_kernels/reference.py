@@ -55,11 +55,21 @@ def _inner_product(a: Tensor, b: Tensor, chunk: int = 16384) -> Tensor:
 
 
 def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
-    """Weights of the shortest convex combination: argmin over the simplex of 1/2 pi^T G pi (Eq. 9, 10).
+    """Weights of the shortest convex combination d: argmin over the simplex of 1/2 pi^T G pi (Eq. 9, 10).
 
     The minimum lies inside some face of the simplex, where it is the projection of the origin on the affine
-    hull of the face's gradients: solve every face, keep the best that has no negative weight. For K = 2 the
-    faces are the two ends and the segment of Eq. 11 and 12.
+    hull of the face's gradients: solve every face, and of those without a negative weight keep the one that fulfils the
+    condition of the minimum best, <g_i, d> >= ||d||^2 for all i. For K = 2 the faces are the two ends and the segment
+    of Eq. 11 and 12.
+
+    How exact: entries of a float64 Gram matrix err by a share of u = 1e-16 of ||g_i|| ||g_j||, so no solver knows
+    ||d||^2 better than to u s^2 with s = sum_i pi_i ||g_i||. With e = `EQUAL`, whatever the ratio of the lengths:
+
+        ||d||^2 <= min + e s^2,   and   <g_i, d> >= -e s ||g_i||   for all i,
+
+    unless gradients are equal up to a share of sqrt(e) = 3e-7 of their length, or one lies as near to the affine hull
+    of others: then d may be off by that share of s. Which weights give d is determined as far as the gradients are
+    affinely independent.
 
     Args:
         gram: [K, K] symmetric, K <= 8.
@@ -74,27 +84,38 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
     if present is None:
         present = torch.ones(K, dtype=torch.bool, device=gram.device)
     squares = gram.diagonal()
-    distances = squares[:, None] + squares[None, :] - 2 * gram  # ||g_i - g_j||^2
     floor = EQUAL * (squares[:, None] + squares[None, :])
 
     corners = faces(K, gram.device)
-    weights, solvable = _project_on_affine_hulls(gram, floor, corners)
+    base = torch.where(corners, squares, torch.inf).argmin(1)  # [F]
+    weights, solvable = _project_on_affine_hulls(gram, floor, corners, base)
     allowed = solvable & (present | ~corners).all(1)
     if clamp:
         allowed = allowed & (weights >= 0).all(1)
-        value = ((weights @ gram) * weights).sum(1)
+        value = _shortfalls(gram, weights, corners, base, present)
     else:  # the widest face that has a solution: all objectives, but for equal gradients
         value = -corners.sum(1).double()
     first_best = torch.where(allowed, value, torch.inf).argmin(0, keepdim=True)  # [1]: a scalar index would be read
     best = torch.where(allowed.any(), weights[first_best][0], 0.0)
 
-    # equal gradients share: each is grouped with the first that it equals
-    everyone = torch.arange(K, device=gram.device)
-    equal = (distances <= floor) | torch.eye(K, dtype=torch.bool, device=gram.device)
-    leader = torch.where(equal & present[None, :], everyone[None, :], K).amin(1)
-    group = (leader[:, None] == leader[None, :]) & present[None, :]
-    shared = group.double() @ best / group.sum(1).clamp(min=1)
-    return torch.where(present, shared, 0.0)
+    return share_equally(gram, best, present)
+
+
+def share_equally(gram: Tensor, weights: Tensor, present: Tensor) -> Tensor:
+    """Weights [K] of which equal gradients have the same, also those that are equal by way of others.
+
+    Args:
+        gram: [K, K] float64.
+        weights: [K] float64.
+        present: [K] bool; the others get weight 0.
+    """
+    squares = gram.diagonal()
+    sums = squares[:, None] + squares[None, :]
+    equal = (sums - 2 * gram <= EQUAL * sums) | torch.eye(len(gram), dtype=torch.bool, device=gram.device)
+    group = (equal & present[:, None] & present[None, :]).double()
+    for _ in range((len(gram) - 1).bit_length()):
+        group = (group @ group > 0).double()
+    return torch.where(present, group @ weights / group.sum(1).clamp(min=1), 0.0)
 
 
 def faces(K: int, device: torch.device | None = None) -> Tensor:
@@ -103,15 +124,15 @@ def faces(K: int, device: torch.device | None = None) -> Tensor:
     return (masks[:, None] >> torch.arange(K, device=device)) & 1 > 0
 
 
-def _project_on_affine_hulls(gram: Tensor, floor: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
+def _project_on_affine_hulls(gram: Tensor, floor: Tensor, corners: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
     """Weights [F, K] of the points nearest the origin in the faces' affine hulls; [F] False where corners coincide.
 
-    With a face's first corner r as base and d_j = g_j - g_r the condition <d_j, g_r + sum_k t_k d_k> = 0 is the system
-    D t = -<d_j, g_r>. For K = 2 this is Eq. 11: pi_2 = <g_1, g_1 - g_2> / ||g_1 - g_2||^2. Objectives outside the face
-    have t_j = 0 as their equation.
+    With a face's shortest gradient g_r as base and d_j = g_j - g_r the condition <d_j, g_r + sum_k t_k d_k> = 0 is the
+    system D t = -<d_j, g_r>. For K = 2 this is Eq. 11: pi_2 = <g_1, g_1 - g_2> / ||g_1 - g_2||^2. Objectives outside
+    the face have t_j = 0 as their equation. As g_r is the shortest, d_j is about as long as g_j: each entry of D errs
+    by a share of its own size, and the pivots of elimination, which knows no units, are compared with their own size.
     """
     K = len(gram)
-    base = corners.long().argmax(1)  # [F]
     is_base = base[:, None] == torch.arange(K, device=gram.device)
     others = corners & ~is_base
     to_base, square = gram[base], gram.diagonal()[base][:, None]  # <g_j, g_r>, ||g_r||^2
@@ -123,6 +144,19 @@ def _project_on_affine_hulls(gram: Tensor, floor: Tensor, corners: Tensor) -> tu
     # one after the other: absent objectives then leave no trace in the rounding
     total = sum(t.unbind(1), torch.zeros_like(t[:, 0]))
     return torch.where(is_base, 1 - total[:, None], t), solvable
+
+
+def _shortfalls(gram: Tensor, weights: Tensor, corners: Tensor, base: Tensor, present: Tensor) -> Tensor:
+    """[F]: by how much the condition of the minimum is missed, the largest over the objectives, in units of ||g_i||.
+
+    <g_i, d> is to be ||d||^2 for the corners of a face, and not less for the others. ||d||^2 is taken as <g_r, d> with
+    the shortest corner g_r, which errs least. At the minimum only rounding is left, a share of sum_i pi_i ||g_i||: more
+    than ||d||^2 itself would tell, as it errs by as much as it can, and grows with the square of what is missed.
+    """
+    products = sum(w[:, None] * row for w, row in zip(weights.unbind(1), gram, strict=True))  # [F, K], in this order
+    missed = products.gather(1, base[:, None]) - products
+    missed = torch.where(corners, missed.abs(), missed)
+    return (missed * (1 / gram.diagonal().sqrt())).where(present & (missed > 0), 0.0).amax(1)
 
 
 def solve_systems(systems: Tensor, right: Tensor, smallest: Tensor | float) -> tuple[Tensor, Tensor]:

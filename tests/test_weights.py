@@ -1,5 +1,6 @@
 """dk.min_norm_weights: the shortest point of conv{g_1, ..., g_K} (Eq. 9-12), against exact and published solvers."""
 
+import functools
 import itertools
 from fractions import Fraction
 
@@ -32,13 +33,12 @@ def kkt_gap(gram, weights):
 
 
 def solve_exactly(rows):
-    """Min-norm weights of integer gradients in rational arithmetic: every face of the simplex, no rounding at all.
+    """The smallest ||d||^2 and min-norm weights of K gradients, in rational arithmetic: no rounding at all.
 
-    Of faces with the same point the smallest comes first, so affinely dependent gradients get a solution too.
+    Faces of the simplex, the smallest first, until one fulfils the condition of the minimum, which only minima do.
     """
-    K = len(rows)
-    G = [[Fraction(sum(a * b for a, b in zip(x, y, strict=True))) for y in rows] for x in rows]
-    best = None
+    G = exact_gram(rows)
+    K = len(G)
     for size in range(1, K + 1):
         for face in itertools.combinations(range(K), size):
             # stationarity on the face: G_face w = lambda 1, sum w = 1
@@ -47,13 +47,18 @@ def solve_exactly(rows):
             solution = _solve_linear(system)
             if solution is None or min(solution[:size]) < 0:
                 continue
-            weights = [Fraction(0)] * K
-            for i, w in zip(face, solution[:size], strict=True):
-                weights[i] = w
-            value = sum(weights[i] * weights[j] * G[i][j] for i in range(K) for j in range(K))
-            if best is None or value < best[0]:
-                best = value, weights
-    return best
+            value = solution[size]  # lambda = ||d||^2
+            if all(sum(G[i][j] * w for j, w in zip(face, solution, strict=False)) >= value for i in range(K)):
+                weights = [Fraction(0)] * K
+                for i, w in zip(face, solution, strict=False):
+                    weights[i] = w
+                return value, weights
+    raise AssertionError("a convex function has a minimum on the simplex")
+
+
+def exact_gram(rows):
+    rows = [[Fraction(x) for x in row] for row in rows]
+    return [[sum(a * b for a, b in zip(x, y, strict=True)) for y in rows] for x in rows]
 
 
 def _solve_linear(rows):
@@ -117,6 +122,112 @@ def test_affinely_dependent_integers(backend):
             weights = dk.min_norm_weights(gram)
             bound = tolerances.kkt_gap_bound(gram, degenerate=True)
             assert abs((weights @ gram @ weights).item() - float(value)) <= bound
+
+
+#: Gradients whose lengths differ by up to 1e12, and beside that: what float64's Gram matrix knows them by.
+APART = {
+    "independent": lambda normal, K, share: normal(K, K + 3),
+    "conflicting": lambda normal, K, share: (lambda J: J - (1 - share) * J.mean(0))(normal(K, K + 3)),
+    "dependent": lambda normal, K, share: normal(K, K - 1),  # 0 may be a combination
+    "opposite": lambda normal, K, share: (lambda J: torch.cat([J, share * normal(1, K + 3) - 2 * J[:1]]))(
+        normal(K - 1, K + 3)
+    ),
+    "nearly parallel": lambda normal, K, share: normal(1, K + 3) + share * normal(K, K + 3),
+    "nearly dependent": lambda normal, K, share: (lambda J: torch.cat([J, J.mean(0)[None] + share * normal(1, K + 3)]))(
+        normal(K - 1, K + 3)
+    ),
+}
+
+
+@functools.cache
+def apart(kind, K, seed):
+    """Gradients, float64's nearest to their Gram matrix, and the exact ||d||^2 and weights."""
+    generator = torch.Generator().manual_seed(100 * K + seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def draw(low, high):
+        return low + (high - low) * torch.rand((), generator=generator, dtype=torch.float64)
+
+    J = APART[kind](normal, K, 10 ** draw(-9, -1))
+    J = 10 ** (draw(0, 12) * torch.rand(K, generator=generator, dtype=torch.float64))[:, None] * J
+    G = exact_gram(J.tolist())
+    return J, torch.tensor([[float(x) for x in row] for row in G], dtype=torch.float64), G, *solve_exactly(J.tolist())
+
+
+def judged(kind, K, seed):
+    """What the weights of `apart` come to, in exact arithmetic: ||d||^2, its least value, <g_i, d> / ||g_i||, and s."""
+    _, gram, G, least, exact = apart(kind, K, seed)
+    weights = [Fraction(w) for w in dk.min_norm_weights(gram).tolist()]
+    products = [sum(G[i][j] * weights[j] for j in range(K)) for i in range(K)]
+    norms = gram.diagonal().sqrt()
+    size = max((torch.tensor([float(w) for w in row]).double() * norms).sum().item() for row in (weights, exact))
+    gains = torch.tensor([float(x) for x in products], dtype=torch.float64) / norms
+    return float(sum(w * x for w, x in zip(weights, products, strict=True))), float(least), gains, size
+
+
+@pytest.mark.parametrize("K", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("kind", APART)
+def test_lengths_that_are_far_apart(backend, kind, K):
+    """The bounds of `reference.min_norm_weights`: d is no longer than float64's Gram knows, and no objective ascends.
+
+    Where gradients are nearly equal, or one is nearly in the affine hull of others, d may be off by sqrt(EQUAL) of the
+    parts that it is made of, for each gradient that has been taken for another.
+    """
+    for seed in range(12 if K < 5 else 3):
+        square, least, gains, size = judged(kind, K, seed)
+        excess, short = tolerances.EQUAL * size**2, tolerances.EQUAL * size
+        if kind in ("opposite", "nearly parallel", "nearly dependent"):
+            off = K * (2 * tolerances.EQUAL) ** 0.5 * size
+            excess, short = excess + 2 * off * max(least, 0.0) ** 0.5 + off**2, short + off
+        assert square <= least * (1 + 4 * U) + excess, seed
+        assert (gains >= -short).all(), seed
+        if kind == "independent" and least > 1e-6 * size**2:
+            assert square**0.5 <= (1 + 1e-6) * least**0.5, seed
+
+
+@pytest.mark.parametrize("K", [3, 5, 8])
+@pytest.mark.parametrize("kind", ["independent", "conflicting"])
+def test_permutation_of_lengths_that_are_far_apart(backend, kind, K):
+    """Weights, in units of 1 / ||g_i||, go along as far as the unit gradients' matrix is conditioned."""
+    for seed in range(6):
+        J, gram, *_ = apart(kind, K, seed if K < 5 else seed % 3)
+        norms = gram.diagonal().sqrt()
+        weights = dk.min_norm_weights(gram)
+        size = (weights * norms).sum()
+        smallest = torch.linalg.eigvalsh(gram / norms[:, None] / norms)[0].clamp(min=U)
+        order = torch.randperm(K, generator=torch.Generator().manual_seed(seed))
+        moved = (dk.min_norm_weights(gram[order][:, order]) - weights[order]) * norms[order]
+        assert (moved.abs() <= 8 * K * (K + 1) * U * size / smallest).all(), seed
+        assert (moved / norms[order] @ J[order]).norm() <= tolerances.EQUAL**0.5 * size
+        for exponent in (-100, 40):
+            assert torch.equal(dk.min_norm_weights(gram * 4.0**exponent), weights)
+
+
+def test_short_gradient_between_long_ones(backend):
+    """Lengths 1, 4e6 and 4e6: the direction was several times too long, and an objective ascended."""
+    long = 4e6
+    J = torch.tensor([[long, 0.6 * long, 1.0], [-long, 0.2 * long, 0.0], [0.0, -1.0, 0.1]], dtype=torch.float64)
+    for order in itertools.permutations(range(3)):
+        rows = J[list(order)]
+        least, exact = solve_exactly(rows.tolist())
+        weights = dk.min_norm_weights(gram_of(rows))
+        assert (rows @ (weights @ rows) >= 0).all()
+        assert (weights @ rows).norm() <= (1 + 1e-6) * float(least) ** 0.5
+        close_to = torch.tensor([float(w) for w in exact], dtype=torch.float64)
+        assert ((weights - close_to) * rows.norm(dim=1)).abs().max() <= 1e-9
+
+
+@pytest.mark.parametrize("K", range(3, 9))
+def test_chain_of_almost_equal_gradients_in_any_order(backend, K):
+    """Neighbours are equal within rounding, so all are: the same weights in any order."""
+    step = (0.9 * 2 * tolerances.EQUAL) ** 0.5
+    J = torch.stack([torch.ones(K, dtype=torch.float64), step * torch.arange(K)], dim=1)
+    for seed in range(4):
+        order = torch.randperm(K, generator=torch.Generator().manual_seed(seed))
+        weights = dk.min_norm_weights(gram_of(J[order]))
+        assert (weights - 1 / K).abs().max() <= 4 * U
 
 
 @pytest.mark.parametrize("K", range(2, 9))

@@ -22,11 +22,14 @@ DTOKD_OUT_OF_LINE void block_min_norm_weights(const double* gram, int objectives
   DTOKD_SHARED(value, double[1 << P]);
   DTOKD_SHARED(solved, bool[1 << P]);
   DTOKD_SHARED(chosen, unsigned);
+  DTOKD_SHARED(inverse, double[P]);
   const unsigned face = threadIdx.x;
   double solution[P] = {0};
+  if (face < unsigned(K)) inverse[face] = inverse_length(gram, K, face);
+  __syncthreads();
   if (face < 1u << K) {
     solved[face] = face != 0 && !(face & ~present) &&
-                   solve_face<P>(gram, K, face, clamp, solution, &value[face]);
+                   solve_face<P>(gram, inverse, K, present, face, clamp, solution, &value[face]);
   }
   __syncthreads();
   if (threadIdx.x == 0) {

@@ -294,10 +294,14 @@ def _min_norm(
 ):
     """Weights [OBJECTIVES] of the shortest convex combination (Eq. 9-12); present: bit i set if i may have a weight."""
     face = tl.arange(0, 1 << K)  # a lane's face: bit i set if corner i belongs to it
-    base = tl.zeros([1 << K], tl.int32)
+    base = tl.zeros([1 << K], tl.int32)  # the shortest corner, the first of equal ones
+    shortest = tl.full([1 << K], float("inf"), tl.float64)
     corners = tl.zeros([1 << K], tl.int32)
     for i in tl.static_range(K - 1, -1, -1):
-        base = tl.where((face >> i) & 1 != 0, i, base)
+        square = _entry(gram, losses, i, i, loss_floor, K, LOG_GRADIENTS)
+        shorter = ((face >> i) & 1 != 0) & (square <= shortest)
+        base = tl.where(shorter, i, base)
+        shortest = tl.where(shorter, square, shortest)
         corners += (face >> i) & 1
 
     # With d_j = g_j - g_base: D t = -<d_j, g_base>. Rows of corners outside the face are those of the unit matrix.
@@ -369,20 +373,29 @@ def _min_norm(
         if CLAMP:
             allowed = allowed & (weight >= 0)
     if CLAMP:
-        value = tl.zeros([1 << K], tl.float64)
+        # by how much the condition of the minimum is missed: <g_i, d> = ||d||^2 for corners, not less for the others
+        products = ()
+        of_base = tl.zeros([1 << K], tl.float64)
         for j in tl.static_range(K):
             row = tl.zeros([1 << K], tl.float64)
             for k in tl.static_range(K):
                 # volatile: read again, as registers that held the matrix until here would be spilled at K = 8
-                row += tl.load(gram + j * K + k, volatile=True) * (scales[k] * weights[k])
-            value += scales[j] * weights[j] * row
+                row += scales[j] * tl.load(gram + j * K + k, volatile=True) * scales[k] * weights[k]
+            products = products + (row,)
+            of_base = tl.where(base == j, row, of_base)
+        value = tl.zeros([1 << K], tl.float64)
+        for j in tl.static_range(K):
+            missed = of_base - products[j]
+            missed = tl.where((face >> j) & 1 != 0, tl.abs(missed), missed)
+            missed = missed * (1.0 / tl.sqrt(_entry(gram, losses, j, j, loss_floor, K, LOG_GRADIENTS)))
+            value = tl.where(((present >> j) & 1 != 0) & (missed > value), missed, value)
     else:  # the widest face that has a solution
         value = -corners.to(tl.float64)
     value = tl.where(allowed & (value < float("inf")), value, float("inf"))
     lowest = tl.min(value)
     best = tl.min(tl.where((value == lowest) & (value < float("inf")), face, 1 << K))
 
-    # equal gradients share: each is grouped with the first that it equals
+    # equal gradients share, also those that are equal by way of others
     i = tl.arange(0, OBJECTIVES)[:, None]
     j = tl.arange(0, OBJECTIVES)[None, :]
     row, column = tl.minimum(i, K - 1), tl.minimum(j, K - 1)
@@ -390,8 +403,13 @@ def _min_norm(
     squares += _entry(gram, losses, column, column, loss_floor, K, LOG_GRADIENTS)
     distances = squares - 2 * _entry(gram, losses, row, column, loss_floor, K, LOG_GRADIENTS)
     equal = ((distances <= squares * _EQUAL) | (i == j)) & (i < K) & (j < K)
-    leader_of_row = tl.min(tl.where(equal & ((present >> j) & 1 != 0), j, K), axis=1)
-    leader_of_column = tl.min(tl.where(equal & ((present >> i) & 1 != 0), i, K), axis=0)
+    equal = equal & ((present >> i) & 1 != 0) & ((present >> j) & 1 != 0)
+    leader_of_row = tl.min(tl.where(equal, j, K), axis=1)
+    leader_of_column = tl.min(tl.where(equal, i, K), axis=0)
+    for _ in tl.static_range(K - 2):  # on to the first of all
+        first = tl.min(tl.where(equal, leader_of_column[None, :], K), axis=1)
+        leader_of_column = tl.min(tl.where(equal, leader_of_row[:, None], K), axis=0)
+        leader_of_row = first
     group = (leader_of_row[:, None] == leader_of_column[None, :]) & ((present >> j) & 1 != 0)
     chosen = tl.zeros([1, OBJECTIVES], tl.float64)
     for k in tl.static_range(K):
