@@ -284,6 +284,45 @@ def test_upgrad_conflicts_with_no_gradient(K, family):
         assert (cosines @ y >= -projection_gap_bound(cosines, y)).all()
 
 
+def nearly_dependent(K, share, seed):
+    """Conflicting gradients, the last of which is a combination of others up to a share of it; two are equal."""
+    J = families(K, seed)["conflicting"]
+    J[-1] = (J[:2] * torch.tensor([[0.3], [0.6]])).sum(0) + share * J[-1]
+    if K > 3:
+        J[2] = J[0]
+    return J
+
+
+@pytest.mark.parametrize("rule", ["UPGrad", "DualProj", "CAGrad"])
+@pytest.mark.parametrize("K", [3, 5, 8])
+@pytest.mark.parametrize("share", [0.0, 1e-8, 1e-7, 3e-7, 1e-6, 3e-6])
+def test_order_of_objectives_near_dependence(rule, K, share):
+    """Where rounding decides which of several weights give the direction, it decides alike in any order."""
+    for seed in range(4):
+        J = nearly_dependent(K, share, seed)
+        gram = gram_of(J)
+        weights = getattr(weighting, rule)()(gram)
+        for draw in range(4):
+            order = torch.randperm(K, generator=torch.Generator().manual_seed(draw))
+            close(getattr(weighting, rule)()(gram[order][:, order]), weights[order], 4 * U * weights[order])
+        if rule != "CAGrad":
+            y = weights * J.norm(dim=1)
+            assert (unit(J) @ (weights @ J) >= -projection_gap_bound(unit(J) @ unit(J).T, y)).all()
+
+
+@pytest.mark.parametrize("name", ["upgrad", "dualproj", "cagrad", "nashmtl", "pcgrad", "imtlg", "config"])
+@pytest.mark.parametrize("K", [2, 3, 8])
+def test_lengths_that_are_far_apart(name, K):
+    """Gradients 1e-60 to 1e60 long: a program of unit gradients all the same."""
+    J = families(K)["conflicting"] * torch.logspace(-60, 60, K, dtype=torch.float64)[:, None]
+    weights = step(MAKERS[name](), gram_of(J), losses(K))
+    assert weights.isfinite().all()
+    if name in ("upgrad", "dualproj"):
+        cosines = unit(J) @ unit(J).T
+        y = weights * J.norm(dim=1)
+        assert (cosines @ y >= -projection_gap_bound(cosines, y)).all()
+
+
 @pytest.mark.parametrize("K", [2, 3, 8])
 def test_upgrad_is_the_mean_of_projections(K):
     """One unit gradient at a time it is DualProj's program, as quadprog solves it."""
@@ -454,6 +493,35 @@ def test_alignedmtl_has_components_of_one_length(family, K):
     bound = tolerances.sensitivity(lambda gram: gram @ weighting.AlignedMTL()(gram), gram)
     root = (vectors * values.sqrt()) @ vectors.T
     close(gram @ weights, values[0].sqrt() * root.mean(1), bound)
+
+
+def cancelling(K, share, seed):
+    """Gradients of unequal lengths, of which a combination with positive weights leaves about a share of its parts."""
+    J = families(K, seed)["random"] * (1 + torch.arange(K, dtype=torch.float64))[:, None]
+    weights = torch.rand(K - 1, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.1
+    others = (weights @ J[:-1]).norm()
+    J[-1] = -(weights @ J[:-1]) + share * others * unit(J[-1:])[0]
+    return J
+
+
+@pytest.mark.parametrize("K", [2, 3, 5, 8])
+@pytest.mark.parametrize("share", [0.0, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
+def test_gradients_that_cancel(share, K):
+    """IMTL-G's direction goes to 0 with what they leave; ConFIG's is at most as long as they are together."""
+    for seed in range(20):
+        J = cancelling(K, share, seed)
+        if share == 0:
+            J = J.float().double()  # as float32 rounds it
+        gram = gram_of(J)
+        norms = J.norm(dim=1)
+        weights = weighting.IMTLG()(gram)
+        assert (weights @ J).norm() <= 4 * max(share, 1e-7) * norms.max(), seed
+        if share <= 1e-8:
+            assert (weights == 0).all()
+        d = weighting.ConFIG()(gram) @ J
+        assert d.norm() <= (1 + 1e-6) * norms.sum(), seed
+        if K == 2:  # nothing else than what they leave
+            assert d.norm() <= 4 * max(share, 1e-7) * norms.sum(), seed
 
 
 def test_opposite_gradients_have_no_common_direction():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._faces import solve_on_faces
-from ._units import unit_gram
+from ._faces import sets_of, solve_on_faces
+from ._units import in_any_order, unit_gram
 
 
 def dual_cone_weights(gram: Tensor, each: bool) -> Tensor:
@@ -19,9 +19,13 @@ def dual_cone_weights(gram: Tensor, each: bool) -> Tensor:
     Returns:
         [K] float64.
     """
-    cosines, norms, inverse = unit_gram(gram)
-    lower = torch.diag(norms) if each else norms[None] / len(gram)
-    return (_project(cosines, lower) * inverse).mean(0)
+
+    def solve(gram: Tensor) -> Tensor:
+        cosines, norms, inverse = unit_gram(gram)
+        lower = torch.diag(norms) if each else norms[None] / len(gram)
+        return (_project(cosines, lower) * inverse).mean(0)
+
+    return in_any_order(solve, gram)
 
 
 def _project(gram: Tensor, lower: Tensor) -> Tensor:
@@ -38,10 +42,11 @@ def _project(gram: Tensor, lower: Tensor) -> Tensor:
     Returns:
         [R, K]; the entry of a zero gradient stays as it is.
     """
-    # v = u + x: x >= 0, and where x_i > 0 the combination is orthogonal to g_i; then v^T G v = u^T G u - right^T x
-    right = -gram @ lower.T
-    x, solvable = solve_on_faces(gram, right)
+    # v = u + x: x >= 0; no gradient conflicts with the combination, and where x_i > 0 it is orthogonal to g_i
+    x, solvable = solve_on_faces(gram, -gram @ lower.T)
+    v = lower.T + x  # [2^K, K, R]
+    products = (gram[:, :, None] * v[:, None]).sum(2)
+    missed = torch.where(sets_of(len(gram), gram.device)[:, :, None], products.abs(), -products).amax(1)  # [2^K, R]
     allowed = solvable[:, None] & (x >= 0).all(1)
-    gains = (right * x).sum(1)  # [2^K, R]
-    best = gains.where(allowed, -torch.inf).argmax(0)  # [R]
-    return lower + x[best, :, torch.arange(len(lower), device=gram.device)]
+    best = missed.clamp(min=0).where(allowed, torch.inf).argmin(0)  # [R]
+    return v[best, :, torch.arange(len(lower), device=gram.device)]

@@ -54,11 +54,18 @@ def _rotate(A: Tensor, rotations: Tensor) -> Tensor:
     return (rotations.mT @ A.reshape(len(rotations), 2, -1)).view_as(A)
 
 
-def solve_by_pseudoinverse(matrix: Tensor, right: Tensor) -> Tensor:
+def solve_by_pseudoinverse(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The shortest x [K] of those that come nearest to matrix x = right; matrix [K, K] positive semidefinite.
 
-    Eigenvalues below a share of `EQUAL` of the largest are rounding of the Gram matrix, and count as 0.
+    Eigenvalues below a share of `EQUAL` of the largest are rounding of the Gram matrix, and count as 0. So are parts of
+    `right` along an eigenvector whose square is below that share of the whole.
+
+    Returns:
+        x [K]; matrix x [K], the part of `right` that can be had; and scalar bool, whether that is all of it.
     """
     values, vectors = eigh(matrix)
+    parts = vectors.T @ right
     counted = values > EQUAL * values.amax()
-    return vectors @ torch.where(counted, vectors.T @ right / values, 0.0)
+    there = parts.square() > EQUAL * right.square().sum()
+    parts = parts.where(there & counted, 0.0)
+    return vectors @ torch.where(counted, parts / values, 0.0), vectors @ parts, ~(there & ~counted).any()

@@ -8,6 +8,12 @@ from torch import Tensor
 from ..reference import EQUAL, solve_systems
 
 
+def sets_of(K: int, device: torch.device) -> Tensor:
+    """[2^K, K] bool: whether objective i is in the set with number m."""
+    numbers = torch.arange(1 << K, device=device)
+    return (numbers[:, None] >> torch.arange(K, device=device)) & 1 > 0
+
+
 def solve_on_faces(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """For each set F of objectives the x with matrix_FF x_F = right_F and x = 0 elsewhere.
 
@@ -24,8 +30,7 @@ def solve_on_faces(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         the objectives whose bits are set in m; row 0, the empty set, has the solution 0.
     """
     K = len(matrix)
-    sets = torch.arange(1 << K, device=matrix.device)[:, None]
-    inside = (sets >> torch.arange(K, device=matrix.device)) & 1 > 0  # [2^K, K]
+    inside = sets_of(K, matrix.device)
     identity = torch.eye(K, dtype=matrix.dtype, device=matrix.device)
     systems = torch.where(inside[:, :, None] & inside[:, None, :], matrix, identity)
     return solve_systems(systems, torch.where(inside[:, :, None], right, 0.0), EQUAL)

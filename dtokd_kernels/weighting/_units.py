@@ -1,9 +1,13 @@
-"""The Gram matrix of gradients of length 1, so that no threshold depends on the objectives' scales."""
+"""What no rule may depend on: the objectives' scales in its thresholds, and their order."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from ..reference import share_equally
 
 
 def unit_gram(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,3 +24,25 @@ def unit_gram(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
     cosines = (gram * inverse[:, None] * inverse).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     return cosines, norms, inverse
+
+
+def in_any_order(solve: Callable[[Tensor], Tensor], gram: Tensor) -> Tensor:
+    """Weights that go along when the objectives are put in another order, also where rounding decides.
+
+    Where gradients are linearly dependent many weights give one direction, and elimination finds those of the order
+    that it goes in. So the objectives are solved for in an order of their own, and equal gradients share.
+
+    Args:
+        solve: from a Gram matrix to weights.
+        gram: [K, K] float64.
+
+    Returns:
+        [K] float64.
+    """
+    cosines, norms, _ = unit_gram(gram)
+    others = cosines - cosines.diagonal().diag()
+    order = torch.arange(len(gram), device=gram.device)
+    for key in (others.abs().amin(1), others.amax(1), others.amin(1), norms):
+        order = order[key[order].argsort(stable=True)]
+    weights = torch.empty_like(norms).scatter_(0, order, solve(gram[order][:, order]))
+    return share_equally(gram, weights, torch.ones_like(norms, dtype=torch.bool))

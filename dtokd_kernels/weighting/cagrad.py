@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ._faces import solve_on_faces
-from ._units import unit_gram
+from ._units import in_any_order, unit_gram
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CAGrad:
         Returns:
             [K] float64, at least 1 / K each.
         """
-        return cagrad_weights(gram, self.c)
+        return in_any_order(lambda gram: cagrad_weights(gram, self.c), gram)
 
 
 def cagrad_weights(gram: Tensor, c: float) -> Tensor:

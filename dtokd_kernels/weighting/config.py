@@ -16,7 +16,8 @@ class ConFIG:
     """The direction at the same angle to every gradient, as long as the gradients' projections on it together.
 
     With unit gradients u_i, their Gram matrix C and a = C^+ 1: g_u = sum_i a_i u_i / ||sum_i a_i u_i|| and
-    d = (sum_i <g_i, g_u>) g_u.
+    d = (sum_i <g_i, g_u>) g_u, at most as long as the gradients together. Where gradients cancel no direction has equal
+    cosines; the shortest of those that come nearest is taken, which for two opposite gradients is 0.
 
     Source: Liu, Chu and Thuerey (ICLR 2025), Eq. 2.
 
@@ -34,10 +35,9 @@ class ConFIG:
             losses: not used.
 
         Returns:
-            [K] float64; all 0 where no direction has equal cosines (opposite gradients).
+            [K] float64; all 0 for two opposite gradients.
         """
         cosines, norms, inverse = unit_gram(gram)
-        a = solve_by_pseudoinverse(cosines, (inverse > 0).double())
-        products = cosines @ a  # with the unit gradients
+        a, products, _ = solve_by_pseudoinverse(cosines, (inverse > 0).double())  # and those with the unit gradients
         square = a @ products
         return torch.where(square > 0, (norms @ products) / square, 0.0) * a * inverse
