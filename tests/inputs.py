@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+CSRC = Path(__file__).parents[1] / "csrc"
+
+
+def number_in(file: str, name: str) -> int:
+    """A constant of the kernels, from their source: `constexpr TYPE name = number;` in csrc/`file`, once."""
+    (number,) = re.findall(rf"constexpr \w+ {name} = (\d+);", (CSRC / file).read_text())
+    return int(number)
+
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 #: Around a vector (63), a kernel's inner block (1023) and many chunks of the GPU kernels; 65537 leaves one element.
 SIZES = (0, 1, 7, 63, 1023, 65535, 65536, 65537)
-CHUNK = 262144  # of the CPU kernels: kChunk in csrc/cpu/kernels.h
+CHUNK = number_in("cpu/kernels.h", "kChunk")  # of the CPU kernels
 
 #: Shapes of one list: empty tensors first, in the middle and last, and a 0-dimensional one.
 LIST_WITH_EMPTIES = ((0,), (5, 7), (3, 0, 2), (), (129,), (0, 4))

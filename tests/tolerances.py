@@ -17,11 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from .inputs import CHUNK, number_in
+
 SECOND_ORDER = 1.01
 
-#: Longest chain of additions inside one chunk of 65536 elements, in any implementation: the CPU kernels add up a
-#: quarter of it in 16 lanes, 65536 / 4 / 16 = 1024 after each other, and then join lanes and quarters.
-GRAM_CHAIN = 1024 + 16
+#: Longest chain of additions inside one chunk, in any implementation: the CPU kernels (`gram_few` in
+#: csrc/cpu/chunk_kernels.h) add up a quarter of it in 16 lanes, 262144 / 4 / 16 = 4096 after each other, and what is
+#: left over in less than 4; then they join two vectors of 8 lanes (4 additions), and 5 such sums. For more objectives
+#: than 3 they add up blocks of 2048: 128 steps, and 128 blocks. Those of a GPU have shorter chunks and more threads,
+#: and the reference sums 16384 products by torch's cascade.
+GRAM_CHAIN = CHUNK // number_in("cpu/chunk_kernels.h", "kParts") // number_in("cpu/chunk_kernels.h", "kStride") + 16
 
 #: As in reference.EQUAL: squared distances below this share of the squared norms count as zero.
 EQUAL = 1e-13
@@ -46,7 +51,7 @@ def gram_bound(absolute: Tensor, sizes: Sequence[int]) -> Tensor:
     Products of float32, bfloat16 and float16 are exact in float64, one of float64 rounds once; then each product
     goes through a chain of additions, of at most its chunk's and one more per chunk.
     """
-    chunks = sum(-(-n // 65536) for n in sizes)
+    chunks = sum(-(-n // CHUNK) for n in sizes)
     chain = min(GRAM_CHAIN, sum(sizes)) + chunks
     return SECOND_ORDER * (chain + 1) * unit_roundoff(torch.float64) * absolute
 
