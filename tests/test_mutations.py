@@ -195,6 +195,15 @@ MUTATIONS = [
         WRONG,
     ),
     Mutation(
+        "gradients of negative coefficients not read",
+        "update.cuh",
+        "adamw",
+        "shared.grads[k] = c != 0 ?",
+        "shared.grads[k] = c > 0 ?",
+        "run",
+        WRONG,
+    ),
+    Mutation(
         "a chunk too far",
         "update.cuh",
         "adamw",
@@ -267,6 +276,15 @@ MUTATIONS = [
         WRONG,
     ),
     Mutation(
+        "Inf beside an absent gradient measured",
+        "gram_update.cuh",
+        "gram_adamw",
+        "  drop_absent<P>(entry.grads, sums);",
+        "",
+        "run",
+        WRONG,
+    ),
+    Mutation(
         "elements after the last word measured in another order",
         "gram_update.cuh",
         "gram_adamw",
@@ -292,6 +310,15 @@ MUTATIONS = [
         "__syncthreads();",
         "thread",
         RACE,
+    ),
+    Mutation(
+        "only the first of several tables takes a resident step",
+        "launch_resident.cu",
+        "resident",
+        "if (tables.size() != 1) return kUnfit;",
+        "",
+        "run",
+        WRONG,
     ),
     Mutation(
         "every kept tile in the room of the first",

@@ -3,8 +3,9 @@
 // argmin over the simplex of 1/2 pi^T G pi. The minimum lies inside some face of the simplex, where
 // it is the projection of the origin on the affine hull of the face's gradients: solve every face,
 // and of those without a negative weight keep the one that fulfils the condition of the minimum
-// best, <g_i, d> >= ||d||^2 for all i. How exact that is: reference.min_norm_weights. K <= 8: at most 255 faces. The same steps as
-// reference.min_norm_weights. P: at least K, what arrays are sized for, as they cost a GPU memory.
+// best, <g_i, d> >= ||d||^2 for all i. How exact that is: reference.min_norm_weights. K <= 8: at
+// most 255 faces. The same steps as reference.min_norm_weights. P: at least K, what arrays are
+// sized for, as they cost a GPU memory.
 #pragma once
 
 #include "numbers.h"
