@@ -79,6 +79,16 @@ WEIGHTINGS = {
     "NashMTL": {"log_gradients": False},
     "PCGrad": {"seed": 0, "log_gradients": False},
     "RLW": {"seed": 0, "log_gradients": False},
+    "Share": {"shares": None, "beta": 0.99, "total": None, "primary": None, "log_gradients": False},
+    "TaskFirst": {
+        "primary": 0,
+        "rule": "cosine",
+        "ratio": 1.0,
+        "tau": 0.02,
+        "beta": 0.999,
+        "patience": None,
+        "log_gradients": False,
+    },
     "UPGrad": {"log_gradients": False},
     "UncertaintyWeighting": {"lr": 1e-3, "weight_decay": 0.0},
 }

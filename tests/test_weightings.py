@@ -33,6 +33,9 @@ NO, YES = torch.tensor(False), torch.tensor(True)
 
 MAKERS = {name: lambda name=name, **options: weighting.from_name(name, **options) for name in weighting.NAMES}
 MAKERS["gram"] = lambda: weighting.Amortized("gram")
+MAKERS["taskfirst"] = lambda **options: weighting.TaskFirst(
+    0, "pcd", tau=0.9, **options
+)  # "cosine" has weights of 0, 1
 STATEFUL = [name for name, make in MAKERS.items() if isinstance(make(), weighting.Stateful)]
 NEED_NO_GRAM = {"amortized", "dwa", "eq18", "famo", "fixed", "logsum", "rlw", "uncertainty"}
 each_weighting = pytest.mark.parametrize("name", MAKERS)
@@ -181,11 +184,11 @@ def test_says_whether_it_needs_the_gram(name):
     assert torch.equal(*seen) == (not needs)
 
 
-@pytest.mark.parametrize("name", sorted(set(MAKERS) - {"rlw", "fixed", "logsum", "dto", "mgda"}))
+@pytest.mark.parametrize("name", sorted(set(MAKERS) - {"rlw", "fixed", "logsum", "dto", "mgda", "taskfirst"}))
 @pytest.mark.parametrize("K", [2, 3, 8])
 @pytest.mark.parametrize("family", ["random", "conflicting"])
 def test_permutation_of_objectives(name, K, family):
-    """(PCGrad's random order is one of positions, so only for two. `DTO` is in test_weights.py.)"""
+    """(PCGrad's random order and TaskFirst's primary objective are positions. `DTO` is in test_weights.py.)"""
     K = 2 if name == "pcgrad" else K
     gram, values = gram_of(families(K)[family]), losses(K)
 

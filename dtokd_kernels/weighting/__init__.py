@@ -31,6 +31,8 @@ name                        what the weights solve                              
 `AlignedMTL`                principal components of one length                           no    yes   no
 `DWA`                       what falls slowly gets more                                  no    no    yes
 `UncertaintyWeighting`      learned noise divides the losses                             no    no    yes
+`Share`                     each weighted gradient has its share of the norms            no    yes   yes
+`TaskFirst`                 the primary gradient, and what does not work against it      no    yes   yes
 ==========================  ===========================================================  ====  ====  ======
 
 log: the default of `log_gradients`; most take it as an option. (1) for reading "gram" only; (2) yes for `LogSum`.
@@ -55,7 +57,9 @@ from .imtlg import IMTLG
 from .nashmtl import NashMTL
 from .pcgrad import PCGrad
 from .rlw import RLW
+from .share import Share
 from .stateful import Stateful
+from .taskfirst import TaskFirst
 from .uncertainty import UncertaintyWeighting
 from .upgrad import UPGrad
 
@@ -74,7 +78,9 @@ __all__ = [
     "LogSum",
     "NashMTL",
     "PCGrad",
+    "Share",
     "Stateful",
+    "TaskFirst",
     "UPGrad",
     "UncertaintyWeighting",
     "from_name",
@@ -97,6 +103,8 @@ _CONSTRUCTORS: dict[str, Callable[..., Weighting]] = {
     "nashmtl": NashMTL,
     "pcgrad": PCGrad,
     "rlw": RLW,
+    "share": Share,
+    "taskfirst": TaskFirst,
     "uncertainty": UncertaintyWeighting,
     "upgrad": UPGrad,
 }

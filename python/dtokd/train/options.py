@@ -30,6 +30,8 @@ BALANCES = (
     "nashmtl",
     "pcgrad",
     "rlw",
+    "share",
+    "taskfirst",
     "uncertainty",
     "upgrad",
 )

@@ -1,0 +1,34 @@
+"""Objectives that a weighting is told by name or position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def check_primary(rule: str, primary: str | int, names: Sequence[str]) -> None:
+    """Refuse a primary objective that is not among the losses.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if primary not in (*names, *range(len(names))) or isinstance(primary, bool):
+        raise ValueError(f"{rule}: primary is {primary!r}, but the losses are {list(names)}; choose one of them")
+
+
+def position_of(rule: str, objective: str | int, names: Sequence[str], K: int) -> int:
+    """The place of an objective among K.
+
+    Args:
+        rule: what error messages call the weighting.
+        objective: its name or position.
+        names: of the objectives; empty if nobody named them.
+        K: how many there are.
+
+    Raises:
+        ValueError: there is no such objective.
+    """
+    place = objective if isinstance(objective, int) else names.index(objective) if objective in names else -1
+    if not 0 <= place < K:
+        have = list(names) or f"{K} without names: pass a position, or a dict of losses to an optimizer or to backward"
+        raise ValueError(f"{rule}: primary is {objective!r}, but the objectives are {have}")
+    return place
