@@ -222,13 +222,16 @@ def clones(tensors):
 
 @pytest.mark.parametrize("K", [2, 3, 6])
 def test_many_groups_and_roles_in_one_call(launches, K):
-    """Each tensor with its own group's numbers, role's coefficients and step; 40 groups are more than one launch's."""
+    """Each tensor with its own group's numbers, role's coefficients and step; 40 groups are more than one launch's.
+
+    Coefficients of both signs, as affine weights have.
+    """
     sizes = [(37 * n) % 101 + 1 for n in range(80)] + [5000]
     params, grads, states, steps = fresh(sizes, torch.float32, K)
     groups = [ADAMW | {"lr": 1e-3 * (g + 1), "weight_decay": 0.01 * g, "maximize": g % 2 == 1} for g in range(40)]
     of_group = [t % 40 for t in range(81)]
     roles = [t % 3 for t in range(81)]
-    table = 1 + torch.arange(3.0 * K, dtype=torch.float64).view(3, K)
+    table = (1 + torch.arange(3.0 * K, dtype=torch.float64).view(3, K)) * torch.tensor([-1.0, 1.0]).repeat(K)[:K]
     expected = [clones(params), *map(clones, states), clones(steps)]
     for t in range(81):
         reference.adamw_step(
@@ -331,22 +334,27 @@ SGD = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "nest
 SGD["maximize"] = False
 
 
-def measured_and_not(launches, sizes, dtype, K, *, rule="adamw", state_dtype=None, amsgrad=False, masters=False):
+def measured_and_not(
+    launches, sizes, dtype, K, *, rule="adamw", state_dtype=None, amsgrad=False, masters=False, change=lambda _: None,
+    skipped=NEVER
+):  # fmt: skip
     """An update and its Gram matrices from two launches and from one: what each leaves."""
     roles, of_group = [t % 3 for t in range(len(sizes))], [t % 20 for t in range(len(sizes))]
     numbers = ADAMW if rule == "adamw" else SGD
     groups = [numbers | {"lr": 1e-3 * (g + 1), "maximize": g % 2 == 1} for g in range(20)]
-    table = torch.linspace(0, 1, 3 * K, dtype=torch.float64).view(3, K)
+    table = torch.linspace(-1, 1, 3 * K, dtype=torch.float64).view(3, K)
+    table[1, 0] = 0
     results = []
     for measured in (False, True):
         params, grads, states, steps = fresh(sizes, dtype, K)
+        change(grads)
         if amsgrad:
             states.append([2 * s for s in states[1]])
         states = [[s.to(state_dtype or dtype) for s in row] for row in states]
         copies = [p.float() for p in params] if masters else None
         states = states if rule == "adamw" else states[:1]
         targets = targets_of(params, grads, states, steps, roles=roles, of_group=of_group, masters=copies)
-        arguments = targets, groups, K, address(table), address(NEVER)
+        arguments = targets, groups, K, address(table), address(skipped)
         if measured:
             grams = torch.empty(3, K, K, dtype=torch.float64)
             getattr(launches, f"gram_{rule}")(*arguments, address(grams))
@@ -367,6 +375,27 @@ def test_update_that_measures_has_the_bits_of_two_launches(launches, dtype, stat
     sizes = [4096, 0, 5000, 1, *[(37 * n) % 101 + 1 for n in range(30)], 3 * 4096 + 4095]
     for K in (1, 2, 3, 4, 8):
         assert_same_bits(*measured_and_not(launches, sizes, dtype, K, rule=rule, state_dtype=state_dtype), True)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_update_that_measures_beside_an_absent_gradient(launches, rule, bad):
+    """A product with a gradient that is not there is 0, beside Inf too, which is when a step is skipped."""
+
+    def change(grads):
+        for t in (0, 1, 2):  # whole tiles and ragged; each role
+            grads[0][t][5] = bad
+            grads[1][t] = None
+
+    two, one = measured_and_not(
+        launches, [3 * 4096, 77, 9000], torch.float32, 3, rule=rule, change=change, skipped=torch.tensor(True)
+    )
+    assert_same_bits(two[1:], one[1:], True)
+    for grams in (two[0], one[0]):
+        assert not grams[:, 1].any()
+        assert not grams[:, :, 1].any()
+        assert not grams[:, 0, 0].isfinite().any()
+    assert torch.equal(two[0].nan_to_num(7.0), one[0].nan_to_num(7.0))
 
 
 def test_update_that_measures_many_tensors(launches):
@@ -398,7 +427,9 @@ def test_update_that_measures_beside_bfloat16_state(launches):
 # ---- Both in one launch
 
 
-def step_both_ways(launches, sizes, dtype, state_dtype, K, *, blocks, shared_bytes=1 << 16, change=lambda *_: None):
+def step_both_ways(
+    launches, sizes, dtype, state_dtype, K, *, blocks, shared_bytes=1 << 16, change=lambda *_: None, options=OPTIONS
+):
     """One step in two launches and in one, from the same tensors: (what each has left, whether the one ran)."""
     roles = [t % 3 for t in range(len(sizes))]
     of_group = [t % 2 for t in range(len(sizes))]
@@ -414,10 +445,10 @@ def step_both_ways(launches, sizes, dtype, state_dtype, K, *, blocks, shared_byt
         if resident:
             grams = torch.empty(3, K, K, dtype=torch.float64)
             values, flags = torch.empty(launches.values_size(K), dtype=torch.float64), torch.empty(2, dtype=torch.bool)
-            addresses = [address(losses), OPTIONS, address(grams), address(values), address(flags)]
+            addresses = [address(losses), options, address(grams), address(values), address(flags)]
             done = launches.resident_adamw(targets, groups, K, *addresses, blocks, shared_bytes)
         else:
-            grams, values, flags = gram_balance(launches, grads, roles, losses)
+            grams, values, flags = gram_balance(launches, grads, roles, losses, options)
             launches.adamw(targets, groups, K, address(values[K:]), address(flags[1:]))
         results.append([grams, values, flags, *params, *states[0], *states[1], *steps])
     return *results, done
@@ -484,6 +515,31 @@ def test_resident_step_that_is_skipped(launches):
     assert done
     for a, b in zip(two[2:], one[2:], strict=True):
         assert torch.equal(a, b)
+
+
+def test_resident_step_of_negative_coefficients(launches):
+    """Affine weights of parallel gradients of unequal lengths; the numbers themselves are those of `gram_balance`."""
+
+    def change(_, grads, __):
+        grads[1] = [3 * a + 0.1 * b for a, b in zip(*grads, strict=True)]
+
+    affine = (OPTIONS[0], False, *OPTIONS[2:])
+    sizes = [2 * 4096 + 9, 0, 0, 33]
+    two, one, done = step_both_ways(
+        launches, sizes, torch.float32, torch.float32, 2, blocks=2, change=change, options=affine
+    )
+    assert one[1][2:4].min() < 0 < one[1][2:4].max()
+    assert_same_bits(two, one, done)
+
+
+def test_resident_step_of_as_many_tensors_as_a_table_holds(launches):
+    """And of more: one launch would take only those of the first table, and leaves all as they were."""
+    f32 = torch.float32
+    assert_same_bits(*step_both_ways(launches, [7] * 390, f32, f32, 2, blocks=60))
+    _, one, done = step_both_ways(launches, [7] * 800, f32, f32, 2, blocks=60)
+    assert not done
+    params, _, states, steps = fresh([7] * 800, f32, 2)
+    assert all(torch.equal(a, b) for a, b in zip(one[3:], [*params, *states[0], *states[1], *steps], strict=True))
 
 
 def test_resident_step_refuses_what_does_not_fit(launches):

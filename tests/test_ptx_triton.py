@@ -1,5 +1,6 @@
 """triton's PTX on the CPU: the kernels as triton compiles them for a GPU, without interpreter and without GPU."""
 
+import contextlib
 import ctypes
 import importlib
 from types import SimpleNamespace
@@ -12,8 +13,8 @@ from dtokd_kernels import fused, reference
 from dtokd_kernels.types import Options
 
 from . import tolerances
-from .inputs import gradients
-from .ptx.library import Library
+from .inputs import LAYOUTS, gradients
+from .ptx.library import Library, Program
 from .ptx.parser import parse
 from .test_gram import assert_gram
 from .test_step import Step, assert_step
@@ -22,15 +23,22 @@ compiler = pytest.importorskip("dtokd_kernels.triton.compile", reason="triton is
 pytestmark = pytest.mark.skipif(compiler.INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler")
 
 CHUNK = compiler.CHUNK
-Member = importlib.import_module("dtokd_kernels.triton.gram").Member
+MODULES = gram, solve, update, tables = [
+    importlib.import_module(f"dtokd_kernels.triton.{name}") for name in ("gram", "solve", "update", "tables")
+]
+FUNCTIONS = {f for module in MODULES for f in vars(module).values() if hasattr(f, "_unsafe_update_src")}
+Member = gram.Member
 ARGUMENTS = {"i32": ctypes.c_int32, "fp64": ctypes.c_double}
 
 
 class Kernel:
-    """Stands in for a kernel of triton: compiles it for sm_90 when launched, and runs the PTX."""
+    """Stands in for a kernel of triton: compiles it for sm_90 when launched, and runs the PTX.
 
-    def __init__(self, kernel, folder):
-        self.kernel, self.folder, self.launches = kernel, folder, 0
+    memory: what the kernel's tables point to; then it runs under the thread sanitizer.
+    """
+
+    def __init__(self, kernel, folder, memory=None):
+        self.kernel, self.folder, self.memory, self.launches = kernel, folder, memory, 0
 
     def __getitem__(self, grid):
         return lambda *args, **flags: self.launch(grid, args, flags)
@@ -47,8 +55,10 @@ class Kernel:
         # triton adds pointers to scratch memory, which these kernels do not use
         (function,) = (f for f in parse(ptx).functions if f.is_kernel)
         arguments += [None] * (len(function.parameters) - len(arguments))
-        library = Library(ptx, f"{metadata.name}{self.launches}", self.folder)
-        library.launch(metadata.name, grid, (32 * metadata.num_warps,), arguments, shared_bytes=metadata.shared)
+        kind, memory = (Library, ()) if self.memory is None else (Program, (self.memory,))
+        library = kind(ptx, f"{metadata.name}{self.launches}", self.folder)
+        threads = (32 * metadata.num_warps,)
+        library.launch(metadata.name, grid, threads, arguments, *memory, shared_bytes=metadata.shared)
         self.launches += 1
 
     @staticmethod
@@ -61,14 +71,22 @@ class Kernel:
 @pytest.fixture
 def kernels(tmp_path, monkeypatch):
     """The functions that launch triton's kernels, which run as PTX."""
-    gram, solve, update = (
-        importlib.import_module(f"dtokd_kernels.triton.{name}") for name in ("gram", "solve", "update")
-    )
+    return launchers(tmp_path, monkeypatch, None)
+
+
+@pytest.fixture
+def watched_kernels(tmp_path, monkeypatch):
+    """The same with the thread sanitizer over the kernels that take a ticket."""
+    return launchers(tmp_path, monkeypatch, [])
+
+
+def launchers(folder, monkeypatch, memory):
     made = []
     kernels = (gram, ("gram_kernel", "gram_sum_kernel")), (solve, ("gram_balance_kernel",)), (update, ("adamw_kernel",))
     for module, names in kernels:
         for name in names:
-            made.append(Kernel(getattr(module, name), tmp_path))
+            takes_a_ticket = name in ("gram_balance_kernel", "adamw_kernel")
+            made.append(Kernel(getattr(module, name), folder, memory if takes_a_ticket else None))
             monkeypatch.setattr(module, name, made[-1])
 
     def run_updates(updates, table, skipped, measured=False):
@@ -80,6 +98,8 @@ def kernels(tmp_path, monkeypatch):
         reach = 2 ** len(one.grads) - 1
         descent = update.Descent(one.params, one.grads, groups, reach, table, skipped, None, numbers)
         states = [one.state["exp_avgs"], one.state["exp_avg_sqs"]]
+        if memory is not None:
+            memory[:] = [t for row in [one.params, *one.grads, *states, one.state["state_steps"]] for t in row]
         return update.adamw_step(descent, states, one.state["state_steps"], one.options["maximize"], measured)
 
     return SimpleNamespace(
@@ -143,3 +163,77 @@ def test_adamw_step(kernels, dtype):
     assert_step(before, after)
     assert kernels.launched() == ["adamw_kernel"]
     assert all(count == 1 + was for count, was in zip(after.steps, before.steps, strict=True))
+
+
+# ---- What only the PTX shows
+
+
+@contextlib.contextmanager
+def broken(function, old, new):
+    """A function that kernels call, changed on purpose inside the block."""
+    source = function.src
+    assert source.count(old) == 1
+    for text in (source.replace(old, new), source):
+        function._unsafe_update_src(text)
+        for each in FUNCTIONS:  # triton remembers what it has read of a function and of those that it calls
+            each.hash = None
+        if text != source:
+            yield
+
+
+RELAXED = (tables.last_program, 'sem="acq_rel"', 'sem="relaxed"')
+UNCHECKED = (tables.find, " & (tl.load(table + 2 * T + low) != 0)", "")
+
+
+def balance_by_ticket(kernels):
+    grads = gradients(2, [40, 5], torch.float32)
+    losses = torch.tensor([0.5, 2.0], dtype=torch.float64)
+    grams, values, _ = kernels.gram_balance([Member(0, 3, grads)], 2, losses, True, True, False, 1.0, 1e-8)
+    assert_gram(grams[0], grads)
+    expected = reference.balance(grams, losses, Options(dk.weighting.DTO(), max_norm=1.0))
+    assert (values[:2] - expected.weights).abs().max() <= tolerances.weights_bound(grams[0] / losses.outer(losses))
+
+
+def step_by_ticket(kernels):
+    before = Step("adamw", 2, [40, 5], torch.float32)
+    assert_step(before, before.clone().run(kernels))
+
+
+@pytest.mark.parametrize("run", [balance_by_ticket, step_by_ticket])
+def test_what_the_last_program_reads_has_been_passed_on(watched_kernels, run):
+    """The thread sanitizer finds no accesses that barriers and the ticket leave unordered; without its order, some."""
+    run(watched_kernels)
+    with broken(*RELAXED), pytest.raises(RuntimeError, match="ThreadSanitizer: data race"):
+        run(watched_kernels)
+
+
+def shifted_gram(kernels):
+    grads = [[LAYOUTS["misaligned"](g) for g in row] for row in gradients(2, SIZES, torch.float32)]
+    assert_gram(kernels.gram_by_role([Member(0, 3, grads)], 2)[0], grads)
+
+
+def shifted_step(kernels):
+    """One list each time: 16-byte accesses need all of them at multiples of 16 bytes."""
+    before = Step("adamw", 2, SIZES, torch.float32)
+    for name in ("grads", "param", "exp_avg_sq"):
+        after = before.clone()
+        if name == "grads":
+            after.grads[1] = [LAYOUTS["misaligned"](g) for g in after.grads[1]]
+        else:
+            after.tensors[name] = [LAYOUTS["misaligned"](t) for t in after.tensors[name]]
+        assert_step(before, after.run(kernels))
+
+
+@pytest.mark.parametrize("run", [shifted_gram, shifted_step])
+def test_tensors_at_any_address(kernels, run):
+    """The emulation refuses an access at an address that is no multiple of its bytes; and finds one made on purpose."""
+    run(kernels)
+    with broken(*UNCHECKED), pytest.raises(RuntimeError, match="misaligned access"):
+        run(kernels)
+
+
+def test_coefficients_of_both_signs(kernels):
+    """Affine weights may be negative: by whole chunks and by what is left."""
+    coefficients = torch.tensor([1.7, -0.5], dtype=torch.float64)
+    before = Step("adamw", 2, SIZES, torch.float32, coefficients=coefficients)
+    assert_step(before, before.clone().run(kernels))

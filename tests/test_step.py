@@ -4,15 +4,18 @@ Inputs are rounded to the type first, so that the float64 run starts from the sa
 far the results may lie apart, element by element.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from dtokd_kernels import backends, reference
-from dtokd_kernels.types import Role, Update
+from dtokd_kernels.types import Role, Update, spread
 
 from . import tolerances
 from .device import DEVICE
 from .inputs import CHUNK, IMAGE, LAYOUTS, SIZES, each_dtype, gradients
+from .test_gram import assert_gram
 
 COEFFICIENTS = torch.tensor([0.6, 0.4, 1.7, 3e-3, -0.5, 12.0, 1 / 3, 0.1], dtype=torch.float64)
 NEVER = torch.tensor(False)
@@ -146,6 +149,87 @@ def test_every_variant(backend, variant, dtype):
 def test_vertex_coefficients(backend, variant, coefficients, dtype):
     before = Step(variant, 2, [40], dtype, coefficients=torch.tensor(coefficients, dtype=torch.float64))
     assert_step(before, before.clone().run(implementation()))
+
+
+#: A whole chunk of Triton's kernels and tiles of CUDA's, which take 16-byte accesses, with elements left over.
+WHOLE = [8192 + 77, 5]
+
+
+def measured(step, skipped=NEVER, **changes):
+    """Run a step that measures; its Gram matrices [3, K, K]."""
+    K = len(step.grads)
+    table = changes.pop("table", step.coefficients.expand(3, K))
+    return implementation().measure_and_update([replace(step.update(), **changes)], table, skipped)
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 8])
+@pytest.mark.parametrize("variant", ["adamw", "sgd momentum"])
+def test_coefficients_of_both_signs(backend, variant, K):
+    """As affine weights have: a gradient of a negative coefficient counts like any other, measured or not."""
+    coefficients = COEFFICIENTS[:K] * torch.tensor([-1.0, 1.0]).repeat(4)[:K]
+    before = Step(variant, K, WHOLE, torch.float32, coefficients=coefficients)
+    assert_step(before, before.clone().run(implementation()))
+    after = before.clone()
+    assert_gram(measured(after)[Role.SHARED], before.grads)
+    assert_step(before, after)
+
+
+@pytest.mark.parametrize("reach", [(0,), (2,), (0, 2), (1, 2)], ids=str)
+@pytest.mark.parametrize("variant", ["adamw", "sgd momentum"])
+def test_partial_reach(backend, variant, reach):
+    """Some objectives' coefficients of a role; products with the other objectives are 0, beside Inf too."""
+    table = torch.stack([COEFFICIENTS[:3], -COEFFICIENTS[3:6], COEFFICIENTS[5:8]])
+    before = Step(variant, len(reach), WHOLE, torch.float32, coefficients=table[Role.PRIVATE][list(reach)])
+    after = before.clone()
+    grams = measured(after, table=table, reach=reach, role=Role.PRIVATE)
+    assert_step(before, after)
+    assert_gram(grams[Role.PRIVATE][list(reach)][:, list(reach)], before.grads)
+    before.grads[0][0][3] = before.grads[0][1][3] = float("inf")  # such a step is skipped
+    bad = measured(before, torch.tensor(True), table=table, reach=reach, role=Role.PRIVATE)
+    there = spread(torch.ones(len(reach), len(reach)), reach, 3) != 0
+    for matrices in (grams, bad):
+        assert (matrices[Role.PRIVATE][~there] == 0).all()
+        assert not matrices[Role.SHARED].any()
+        assert not matrices[Role.PLAIN].any()
+    assert not bad[Role.PRIVATE][reach[0], reach[0]].isfinite()
+
+
+@pytest.mark.parametrize("variant", ["adamw", "sgd momentum"])
+def test_more_tensors_than_a_launch_takes(backend, variant):
+    """The bits of one long tensor that has the elements of all, in each of several launches."""
+    many = Step(variant, 2, [(37 * n) % 40 for n in range(900)], torch.float32)
+    many.steps = [torch.tensor(3.0) for _ in many.steps]
+    one = many.clone()
+    one.grads = [[torch.cat(row)] for row in one.grads]
+    one.tensors = {name: [torch.cat(values)] for name, values in one.tensors.items()}
+    one.steps = one.steps[:1]
+    again = many.clone()
+    for step in (many, one):
+        step.run(implementation())
+    assert_gram(measured(again)[Role.SHARED], again.grads)
+    for step in (many, again):
+        assert all(torch.equal(torch.cat(step.tensors[name]), one.tensors[name][0]) for name in one.tensors)
+        if variant == "adamw":
+            assert step.steps == [4.0] * 900
+
+
+@pytest.mark.parametrize("what", ["param", "state", "grads"])
+@pytest.mark.parametrize("variant", ["adamw amsgrad", "sgd nesterov"])
+def test_whole_chunks_at_any_address(backend, variant, what):
+    """One list of each at addresses that are no multiples of 16 bytes."""
+    before = Step(variant, 2, WHOLE, torch.float32)
+    for measure in (False, True):
+        after = before.clone()
+        if what == "grads":
+            after.grads[1] = [LAYOUTS["misaligned"](g) for g in after.grads[1]]
+        else:
+            name = [name for name in after.tensors if (name == "param") == (what == "param")][-1]
+            after.tensors[name] = [LAYOUTS["misaligned"](t) for t in after.tensors[name]]
+        if measure:
+            assert_gram(measured(after)[Role.SHARED], before.grads)
+        else:
+            after.run(implementation())
+        assert_step(before, after)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

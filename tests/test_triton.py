@@ -606,9 +606,9 @@ def test_update_that_measures_of_some_objectives(kernels):
 @pytest.mark.parametrize("skipped", [False, True])
 def test_steps_are_counted_once_by_the_last_program(kernels, skipped):
     """Of tensors of several chunks, empty ones, and more of them than are counted at a time."""
-    before = Step("adamw", 1, [CHUNK + 9, 0, *[3] * 140], torch.float32)
+    before = Step("adamw", 1, [CHUNK + 9, *[0] * 520, *[3] * 10], torch.float32)
     after = before.clone().run(kernels, torch.tensor(skipped))
-    assert [int(a - b) for a, b in zip(after.steps, before.steps, strict=True)] == [int(not skipped)] * 142
+    assert [int(a - b) for a, b in zip(after.steps, before.steps, strict=True)] == [int(not skipped)] * 531
     only_empty = Step("adamw", 2, [0, 0], torch.float32)
     assert only_empty.run(kernels).steps == [1, 8]
 

@@ -37,7 +37,9 @@ from .tables import (
     table_of,
 )
 
-COUNT_BLOCK = tl.constexpr(128)
+#: Counters counted at a time: no fewer than any configuration's threads, of which the rest would read a counter beside
+#: the one that writes it.
+COUNT_BLOCK = tl.constexpr(512)
 SUM_LANES = tl.constexpr(LANES)
 
 

@@ -198,8 +198,10 @@ def _access(modifiers: list[str], at: Operand, context: Context) -> tuple[int, s
     """Elements, type and order of a load or store, and the statements before it."""
     _only(modifiers, TYPES, SPACES, SHARED, SCOPES, CACHE, ("v2", "v4", "v8", "weak", "volatile", *ORDERS))
     count = next((int(m[1:]) for m in modifiers if m in ("v2", "v4", "v8")), 1)
-    order = next((m for m in modifiers if m in ORDERS), "relaxed" if "volatile" in modifiers else "")
-    place = context.place(at, any(m in SHARED for m in modifiers))
+    is_shared = any(m in SHARED for m in modifiers)
+    plain = "shared" if is_shared else ""
+    order = next((m for m in modifiers if m in ORDERS), "relaxed" if "volatile" in modifiers else plain)
+    place = context.place(at, is_shared)
     size = count * type_size(modifiers[-1])
     begin = f"const ptx::Bits at = {place}; ptx::check_aligned(at, {size});"
     return count, TYPES[modifiers[-1]], f"_{order}" if order else "", begin
@@ -241,7 +243,8 @@ def _atomic(modifiers: list[str], operands: tuple[Operand, ...], context: Contex
     place = context.place(operands[0], any(m in SHARED for m in modifiers))
     arguments = ", ".join([place, *map(context.value, operands[1:])])
     before = "ptx::fence(); " if {"release", "acq_rel"} & set(modifiers) else ""
-    after = " ptx::fence();" if {"acquire", "acq_rel"} & set(modifiers) else ""
+    after = f" ptx::pass_on({place});" if "acq_rel" in modifiers else ""
+    after += " ptx::fence();" if {"acquire", "acq_rel"} & set(modifiers) else ""
     return before, f"ptx::atom_{operation}<{TYPES[modifiers[-1]]}>({arguments});", after
 
 
@@ -292,7 +295,7 @@ def _ldmatrix(modifiers: list[str], instruction: Instruction, context: Context) 
     targets, place = instruction.operands
     registers, rows = _matrix(modifiers, place, targets, context)
     loads = "".join(
-        f" {context.target(r)} = ptx::load<uint32_t>(ptx::in_row(rows, {i}));" for i, r in enumerate(registers)
+        f" {context.target(r)} = ptx::load_shared<uint32_t>(ptx::in_row(rows, {i}));" for i, r in enumerate(registers)
     )
     return f"{{ {rows}{context.site(instruction.line)});{loads} }}"
 
@@ -301,7 +304,7 @@ def _stmatrix(modifiers: list[str], instruction: Instruction, context: Context) 
     place, values = instruction.operands
     registers, rows = _matrix(modifiers, place, values, context)
     stores = "".join(
-        f" ptx::store<uint32_t>(ptx::in_row(rows, {i}), {context.value(r)});" for i, r in enumerate(registers)
+        f" ptx::store_shared<uint32_t>(ptx::in_row(rows, {i}), {context.value(r)});" for i, r in enumerate(registers)
     )
     return f"{{ {rows}{context.site(instruction.line)});{stores} }}"
 

@@ -393,6 +393,26 @@ template <class T>
 void store(Bits at, Bits value) {
   std::memcpy(pointer(at), &value, sizeof(T));
 }
+// Plain accesses to shared memory. With DTOKD_UNWATCHED_SHARED the thread sanitizer looks away:
+// triton has lanes of a warp store one value to one place.
+#ifdef DTOKD_UNWATCHED_SHARED
+#define PTX_SHARED __attribute__((no_sanitize("thread"), noinline))
+#else
+#define PTX_SHARED
+#endif
+template <class T>
+PTX_SHARED Bits load_shared(Bits at) {
+  T value;
+  __builtin_memcpy(&value, reinterpret_cast<const char*>(at), sizeof(T));
+  if constexpr (std::is_integral_v<T>) return Bits(value);
+  Bits bits = 0;
+  __builtin_memcpy(&bits, &value, sizeof(T));
+  return bits;
+}
+template <class T>
+PTX_SHARED void store_shared(Bits at, Bits value) {
+  __builtin_memcpy(reinterpret_cast<char*>(at), &value, sizeof(T));
+}
 template <class T>
 T* typed(Bits at) {
   return reinterpret_cast<T*>(at);
@@ -449,6 +469,13 @@ Bits atom_exch(Bits at, Bits b) {
 template <class T>
 Bits atom_cas(Bits at, Bits b, Bits c) {
   return update<T>(at, [=](T old) { return old == as<T>(b) ? as<T>(c) : old; });
+}
+
+// What an operation that releases and acquires adds to the fences beside it: its own write comes
+// before what follows the next such operation there.
+inline void pass_on(Bits at) {
+  emulation::observe(pointer(at));
+  emulation::publish(pointer(at));
 }
 
 // ---- Threads
