@@ -92,7 +92,7 @@ def backward(
     for role, (group, _) in zip(roles, found, strict=True):
         by_role.setdefault(role, []).append(group)
     with torch.no_grad():
-        record, table = solve_sets(sets, by_role, source, options)
+        record, table = solve_sets(sets, by_role, source, options, "backward")
         record = replace(record, names=sets.names)
         # the sets stay scaled, as the optimizer's scaler expects `.grad`
         table = table * share

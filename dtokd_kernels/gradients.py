@@ -253,8 +253,8 @@ def _watched(watch: Watch | None, params: Sequence[Tensor], i: int, K: int) -> I
 
     def hook(t: int, ready: Callable[[int, int, Tensor], None]) -> Callable[[Tensor], None]:
         def written(p: Tensor) -> None:
-            assert p.grad is not None
-            if p.grad.layout is torch.strided:  # a sparse one is refused after the pass
+            # a function of the user's may have made none; a sparse one is refused after the pass
+            if p.grad is not None and p.grad.layout is torch.strided:
                 with torch.no_grad():
                     ready(i, t, p.grad)
 

@@ -468,7 +468,8 @@ class Balanced(torch.optim.Optimizer):
             whole = None if any(map(stores_float16, updates)) else run_step(updates, self._sets.losses, options)
             if whole is not None:
                 return whole
-        record, table = solve_sets(self._sets, _by_role(buckets, lists), self._source, options)
+        op = f"{type(self).__name__}.step"
+        record, table = solve_sets(self._sets, _by_role(buckets, lists), self._source, options, op)
         if _known_to_skip(record):
             return record
         if updates is None:

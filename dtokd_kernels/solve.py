@@ -29,7 +29,7 @@ def commit(sets: GradientSets, source: Source, options: Options, record: Balance
 
 
 def solve_sets(
-    sets: GradientSets, groups: Mapping[Role, Sequence[Group]], source: Source, options: Options
+    sets: GradientSets, groups: Mapping[Role, Sequence[Group]], source: Source, options: Options, op: str
 ) -> tuple[Balance, Tensor]:
     """The balance of the K objectives, and what multiplies the S gradient sets.
 
@@ -40,6 +40,7 @@ def solve_sets(
         groups: their gradients by role.
         source: of the Gram matrix.
         options: of the balance.
+        op: what error messages call this.
 
     Returns:
         The balance; and the table [3, S] float64 by `Role`, for gradients without the scale of a GradScaler: divide it
@@ -47,7 +48,7 @@ def solve_sets(
     """
     assert sets.losses is not None
     if sets.weighed is None:
-        gathered = Gathered(sets.names, sets.losses, sets.params, groups, sets.scale, sets.watch)
+        gathered = Gathered(op, sets.names, sets.losses, sets.params, groups, sets.scale, sets.watch)
         record = source.solve(gathered, options)
         return record, record.table
     record = sets.weighed

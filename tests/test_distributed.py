@@ -116,6 +116,29 @@ def test_plain_backward_is_refused(pools):
     assert all("optimizer.backward(losses)" in m for m in pools[2].run(ddp.plain_backward))
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_errors_name_what_the_user_called(pools, shard):
+    assert all(m.startswith("DTOSGD.backward: ") for m in pools[2].run(ddp.sparse_gradient, shard))
+
+
+@pytest.mark.parametrize(("source", "shard"), [("exact", False), ("exact", True), ("overlap", False), ("lag", False)])
+def test_groups_that_change(pools, source, shard):
+    answers = pools[2].run(ddp.changing_groups, shard, source)
+    assert_same_bits(answers)
+    for mine, theirs in zip(answers[0], ddp.changing_groups(0, 1, shard, source), strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(("source", "shard"), [("exact", False), ("exact", True), ("overlap", False), ("lag", False)])
+def test_gradient_that_is_undefined(pools, source, shard):
+    answers = pools[2].run(ddp.undefined_gradient, source, shard)
+    assert_same_bits(answers)
+    for mine, theirs in zip(answers[0], ddp.undefined_gradient(0, 1, source, shard), strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
 def test_step_on_gradients_of_one_rank_is_refused(pools):
     assert all("no_sync" in m for m in pools[2].run(ddp.step_in_no_sync))
 

@@ -938,9 +938,22 @@ def test_probe_without_shared_parameters(backend):
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = dk.DTOAdamW([a, b], gram="probe")
     optimizer.backward([a.sum(), b.sum()])
-    with pytest.raises(ValueError, match=r"gram=Probe\(\) found no parameter that all objectives reach; pass those"):
+    message = r"gram=Probe\(\) found no parameter that all objectives reach; pass those"
+    with pytest.raises(ValueError, match=f"^DTOAdamW.step: {message}"):
         optimizer.step()
     assert a.tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match=f"^backward: {message}"):
+        dk.backward([a.sum(), b.sum()], [a, b], gram="probe")
+
+
+def test_errors_of_scaled_losses_name_what_the_user_called(backend):
+    w, scaler = nn.Parameter(torch.ones(2)), dk.amp.GradScaler("cpu", init_scale=2.0)
+    with pytest.raises(RuntimeError, match=r"^backward: a GradScaler cannot be used with one backward pass"):
+        dk.backward([w.square().sum(), w.sum()], [w], dk.weighting.LogSum(), scaler=scaler)
+    optimizer = dk.DTOSGD([w], weighting=dk.weighting.LogSum(), rescale="none")
+    optimizer.backward([scaler.scale(w.square().sum()), scaler.scale(w.sum())])
+    with pytest.raises(RuntimeError, match=r"^DTOSGD.step: a GradScaler cannot be used with one backward pass"):
+        scaler.step(optimizer)
 
 
 @pytest.mark.parametrize("change", ["frozen", "removed"])
@@ -1014,6 +1027,35 @@ def test_backward_refuses_lag():
     with pytest.raises(ValueError, match=r"^backward: gram is Every\(n=2, .*Lag\(\)\)\), but 'lag' measures"):
         dk.backward([w.sum()], [w], gram=Every(2, Ema(0.5, "lag")))
     assert w.grad is None
+
+
+class NoGradient(torch.autograd.Function):
+    """x + sum(y) that has no gradient for y, though y requires one."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        return x + y.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+@each_source
+def test_gradient_that_is_undefined(backend, source):
+    """It is none: the same step as without the function."""
+    models = [Student(), Student()]
+    for model, apply in zip(models, (NoGradient.apply, lambda x, y: x + y.detach().sum()), strict=True):
+        optimizer = dk.DTOAdamW(model.parameters(), lr=1e-2, gram=source(model))
+        for step in range(4):
+            x, y, z = batch(step)
+            task, distill = model(x)
+            task = apply(task, model.unused)
+            optimizer.zero_grad()
+            optimizer.backward({"task": (task - y).square().mean(), "distill": (distill - z).square().mean()})
+            optimizer.step()
+        assert not optimizer.skipped_steps
+    assert_same(models[0].parameters(), models[1].parameters())
 
 
 def test_large_gradients_are_finite_to_the_watch_of_lag():

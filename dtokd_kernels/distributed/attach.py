@@ -87,6 +87,7 @@ def attach(
             raise ValueError("attach: the modules have different process groups; attach an optimizer to each")
         process_group = next(iter(groups.values()))
     static_graph = static_graph or any(m.static_graph for m in modules)
+    op = f"{type(optimizer).__name__}.backward"
     if shard:
         from .sharded import Sharded
 
@@ -99,11 +100,16 @@ def attach(
         if optimizer.state:
             raise ValueError("attach: shard=True, but the optimizer has a state already; attach it before")
         ranks: Replicas = Sharded(
-            process_group, modules, device=params[0].device.type, bucket_bytes=bucket_bytes, static_graph=static_graph
+            process_group,
+            modules,
+            op=op,
+            device=params[0].device.type,
+            bucket_bytes=bucket_bytes,
+            static_graph=static_graph,
         )
         ranks.check(optimizer._source, "attach")
     else:
-        ranks = Replicas(process_group, modules, bucket_bytes=bucket_bytes, static_graph=static_graph)
+        ranks = Replicas(process_group, modules, op=op, bucket_bytes=bucket_bytes, static_graph=static_graph)
     for p in params:
         if id(p) not in wrapped:
             dist.broadcast(p.detach(), group_src=0, group=process_group)

@@ -21,6 +21,7 @@ class Ranks:
     """The processes of a group that train one model on different samples. A subclass says how gradients meet.
 
     Attributes:
+        op: what error messages call the backward passes.
         group: the process group; None for the default one.
         size: how many ranks it has.
         unsynced: whether the gradient sets hold gradients that the other ranks have not seen.
@@ -29,8 +30,8 @@ class Ranks:
     #: whether a rank's gradients are a part of the parameters, so that Gram matrices are sums over ranks
     shards = False
 
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup | None, op: str) -> None:
+        self.group, self.op = group, op
         self.size = dist.get_world_size(group)
         self.unsynced = False
         self._closed = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Pass:
         self, params: Sequence[Tensor], slots: list[Slot], syncs: bool, reached: frozenset[int] | None
     ) -> None:
         self.params, self.slots, self.syncs, self.reached = params, slots, syncs, reached
+        self.position = {id(p): t for t, p in enumerate(params)}
         self.slot_of = {t: b for b, slot in enumerate(slots) for t in slot.positions}
         self.waiting = [len(slot.positions) for slot in slots]
         self.seen: set[int] = set()
@@ -82,17 +84,19 @@ class Replicas(Ranks):
         group: dist.ProcessGroup | None,
         modules: Sequence[DistributedDataParallel] = (),
         *,
+        op: str,
         bucket_bytes: int = BUCKET_BYTES,
         static_graph: bool = False,
     ) -> None:
-        super().__init__(group)
+        super().__init__(group, op)
         self._modules = tuple(modules)
         self._bucket_bytes = bucket_bytes
         self._static = static_graph
         self._slots: dict[_Key, list[Slot]] = {}
         self._reached: dict[_Key, frozenset[int]] = {}
         self._running: Pass | None = None
-        self._hooked: dict[int, tuple[Tensor, int]] = {}
+        self._hooked: dict[int, Tensor] = {}
+        self._params: list[Tensor] = []  # that the positions in slots and reach count
 
     @property
     def syncs(self) -> bool:
@@ -100,7 +104,7 @@ class Replicas(Ranks):
         open_ = [module.require_backward_grad_sync for module in self._modules]
         if any(open_) and not all(open_):
             raise RuntimeError(
-                "backward: some of the attached modules are inside no_sync() and some are not; enter it for all"
+                f"{self.op}: some of the attached modules are inside no_sync() and some are not; enter it for all"
             )
         return super().syncs and all(open_)
 
@@ -110,6 +114,7 @@ class Replicas(Ranks):
     ) -> Iterator[None]:
         """Reduce the gradients that the backward pass inside writes."""
         leaves = tuple(t for t, p in enumerate(params) if p.requires_grad)
+        self._number(params)
         self.hook(params)
         key = (i, K, leaves)
         slots = self._slots_of(key, params)
@@ -143,10 +148,18 @@ class Replicas(Ranks):
 
     def hook(self, params: Sequence[Tensor]) -> None:
         """Be told of each gradient that autograd writes, in passes of `optimizer.backward` and outside of them."""
-        for t, p in enumerate(params):
+        for p in params:
             if p.requires_grad and id(p) not in self._hooked:
                 p.register_post_accumulate_grad_hook(self._written)
-                self._hooked[id(p)] = p, t
+                self._hooked[id(p)] = p
+
+    def _number(self, params: Sequence[Tensor]) -> None:
+        """Learn anew what is reached, if the optimizer's groups have changed, as positions mean others then."""
+        if len(params) == len(self._params) and all(map(operator.is_, params, self._params)):
+            return
+        if self._params:
+            self._slots, self._reached = {}, {}
+        self._params = list(params)
 
     def _slots_of(self, key: _Key, params: Sequence[Tensor]) -> list[Slot]:
         if key not in self._slots:
@@ -180,21 +193,23 @@ class Replicas(Ranks):
                 "loss.backward() reached a parameter whose optimizer is attached to several ranks: nobody would "
                 "average this gradient; call optimizer.backward(losses), with one loss if there is one"
             )
-        t = self._hooked[id(p)][1]
+        t = running.position.get(id(p))
+        if t is None:  # the optimizer has it no longer
+            return
         if not running.syncs or p.grad is None or p.grad.layout is not torch.strided:  # a sparse one is refused below
             return
         b = running.slot_of.get(t)
         if t in running.seen:
             if b is not None and b < len(running.launched):
                 raise RuntimeError(
-                    f"backward: parameter {t} {tuple(p.shape)} got a second part of its gradient after the first was "
+                    f"{self.op}: parameter {t} {tuple(p.shape)} got a second part of its gradient after the first was "
                     "reduced; use checkpoint(..., use_reentrant=False)"
                 )
             return
         running.seen.add(t)
         if b is None:
             raise RuntimeError(
-                f"backward: an objective reached parameter {t} {tuple(p.shape)} for the first time, but the optimizer "
+                f"{self.op}: an objective reached parameter {t} {tuple(p.shape)} for the first time, but the optimizer "
                 "was attached with static_graph=True; attach it with static_graph=False"
             )
         running.waiting[b] -= 1
@@ -214,7 +229,7 @@ class Replicas(Ranks):
             if p.grad is None:
                 view.zero_()
             else:
-                check_dense(p)
+                check_dense(p, self.op)
                 torch.div(p.grad, self.size, out=view)  # before the sum, which float16 might not hold
         flat[total:] = torch.tensor([float(p.grad is not None) for p in members], dtype=flat.dtype)
         running.launched.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
@@ -256,7 +271,7 @@ class Replicas(Ranks):
         return result
 
 
-def check_dense(p: Tensor) -> None:
+def check_dense(p: Tensor, op: str) -> None:
     """Refuse a sparse gradient.
 
     Raises:
@@ -264,7 +279,7 @@ def check_dense(p: Tensor) -> None:
     """
     if p.grad is not None and p.grad.layout is not torch.strided:
         raise ValueError(
-            f"backward: the gradient of a parameter {tuple(p.shape)} is sparse, which is not supported; build the "
+            f"{op}: the gradient of a parameter {tuple(p.shape)} is sparse, which is not supported; build the "
             "embedding with sparse=False"
         )
 

@@ -45,11 +45,12 @@ class Sharded(Replicas):
         group: dist.ProcessGroup | None,
         modules: Sequence[DistributedDataParallel] = (),
         *,
+        op: str,
         device: str = "cpu",
         bucket_bytes: int = BUCKET_BYTES,
         static_graph: bool = False,
     ) -> None:
-        super().__init__(group, modules, bucket_bytes=bucket_bytes, static_graph=static_graph)
+        super().__init__(group, modules, op=op, bucket_bytes=bucket_bytes, static_graph=static_graph)
         self._rank = dist.get_rank(group)
         whole = group if group is not None else dist.group.WORLD
         assert whole is not None
@@ -80,7 +81,7 @@ class Sharded(Replicas):
             return list(row)
         if not self.syncs:
             raise RuntimeError(
-                "backward: inside no_sync() after a part of the batch that was reduced; with shard=True enter it for "
+                f"{self.op}: inside no_sync() after a part of the batch that was reduced; with shard=True enter it for "
                 "all parts but the last"
             )
         self._earlier = list(row)
@@ -106,7 +107,7 @@ class Sharded(Replicas):
             if p.grad is None:
                 flat[:, start : start + chunk] = 0
             else:
-                check_dense(p)
+                check_dense(p, self.op)
                 if not self._adds:
                     p.grad.div_(self.size)
                 _scatter(flat, start, chunk, p.grad.reshape(-1))
@@ -259,6 +260,8 @@ class _All:
 
 def _scatter(flat: Tensor, start: int, chunk: int, values: Tensor) -> None:
     """Write chunk r of the values to row r, from column `start`; zeros where there is nothing left."""
+    if not chunk:  # an empty parameter
+        return
     full, rest = divmod(len(values), chunk)
     columns = flat[:, start : start + chunk]
     columns[:full] = values[: full * chunk].view(full, chunk)
@@ -270,6 +273,8 @@ def _scatter(flat: Tensor, start: int, chunk: int, values: Tensor) -> None:
 
 def _gather(flat: Tensor, start: int, chunk: int, values: Tensor) -> None:
     """Read what `_scatter` writes."""
+    if not chunk:
+        return
     full, rest = divmod(len(values), chunk)
     columns = flat[:, start : start + chunk]
     values[: full * chunk].view(full, chunk).copy_(columns[:full])

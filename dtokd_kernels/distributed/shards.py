@@ -54,7 +54,7 @@ class Shards(Ranks):
                 f"{op}: parameters are laid out as ({names}); sharding over one mesh dimension is supported, alone or "
                 "with replicas over others"
             )
-        super().__init__(mesh.get_group(kinds.index(Shard)))
+        super().__init__(mesh.get_group(kinds.index(Shard)), op)
         self._replicas = [mesh.get_group(d) for d, kind in enumerate(kinds) if kind is Replicate]
         self.size = mesh.size()
         known = {id(p) for p in params}
@@ -88,7 +88,7 @@ class Shards(Ranks):
             state = module._get_fsdp_state()
             if any(not group.reduce_grads for group in getattr(state, "_fsdp_param_groups", ())):
                 raise RuntimeError(
-                    "backward: set_requires_gradient_sync(False) makes FSDP add up the unreduced gradients of all "
+                    f"{self.op}: set_requires_gradient_sync(False) makes FSDP add up the unreduced gradients of all "
                     "objectives; leave it True, each part of an accumulated batch is reduced"
                 )
         yield

@@ -98,7 +98,7 @@ class Probe(Source):
     def solve(self, gathered: Gathered, options: Options) -> Balance:
         """An exact step, which finds the last shared parameters."""
         assert isinstance(gathered.watch, _Reached)
-        self._positions = gathered.watch.last_shared(gathered.params)
+        self._positions = gathered.watch.last_shared(gathered)
         self._found = [gathered.params[t] for t in self._positions]
         return super().solve(gathered, options)
 
@@ -131,15 +131,16 @@ class _Reached:
     def finish(self) -> None:
         pass
 
-    def last_shared(self, params: Sequence[Tensor]) -> list[int]:
+    def last_shared(self, gathered: Gathered) -> list[int]:
         sizes = {
             t: column[0].numel()
             for t, (balanced, *column) in enumerate(zip(self._balanced, *self._rows, strict=True))
-            if balanced and params[t].requires_grad and all(g is not None for g in column)
+            if balanced and gathered.params[t].requires_grad and all(g is not None for g in column)
         }
         if not sizes:
             raise ValueError(
-                "step: gram=Probe() found no parameter that all objectives reach; pass those to probe, as Probe(module)"
+                f"{gathered.op}: gram=Probe() found no parameter that all objectives reach; pass those to probe, as "
+                "Probe(module)"
             )
         found: list[int] = []
         while sum(sizes[t] for t in found) < SHARE * sum(sizes.values()):

@@ -54,6 +54,7 @@ class Gathered:
     """What the backward passes of a step have left, one for each objective.
 
     Attributes:
+        op: what error messages call the step.
         names: of the objectives.
         losses: [K] float64.
         params: whose gradients were collected.
@@ -62,6 +63,7 @@ class Gathered:
         watch: what `Source.watch` returned for these gradients.
     """
 
+    op: str
     names: tuple[str, ...]
     losses: Tensor
     params: Sequence[Tensor]

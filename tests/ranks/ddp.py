@@ -149,12 +149,74 @@ def not_attached(rank, size):
     return first, second
 
 
+def changing_groups(rank, size, shard, source):
+    """An empty parameter; then groups whose first parameter leaves and that take a smaller one and a larger one."""
+    torch.manual_seed(3)
+    sizes = {"first": 5, "empty": 0, "a": 7, "b": 3, "small": 1, "large": 40}
+    params = {name: nn.Parameter(torch.randn(n, dtype=torch.float64)) for name, n in sizes.items()}
+    early = ["first", "empty", "a", "b"]
+    optimizer = dk.DTOSGD([params[name] for name in early], lr=0.1, momentum=0.9, gram=source)
+    if size > 1:
+        dk.distributed.attach(optimizer, bucket_bytes=64, shard=shard)
+
+    def step(names, number):
+        shift = (rank - (size - 1) / 2) / 10  # its mean over the ranks is 0
+        task = sum((params[name] - 1).square().sum() + shift * params[name].sum() for name in names) + 50
+        distill = sum((params[name] + number).square().sum() for name in names if name != "b") + 50
+        optimizer.backward({"task": task, "distill": distill})
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer.balance.weights.clone()
+
+    weights = [step(early, number) for number in range(2)]
+    optimizer.param_groups[0]["params"][:] = [params[name] for name in ("small", "empty", "b", "a", "large")]
+    late = ["small", "empty", "a", "b", "large"]
+    weights += [step(late, number) for number in range(2)]
+    weights.append(step(["first", *late], 3))  # a removed one gets gradients of its own
+    return [p.detach() for p in params.values()], weights
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y):
+        return x + y.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def undefined_gradient(rank, size, source, shard):
+    """A function of the user's gives a leaf no gradient: as if it were not there."""
+    torch.manual_seed(3)
+    w, v = (nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
+    optimizer = dk.DTOAdamW([w, v], lr=0.1, gram=source)
+    if size > 1:
+        dk.distributed.attach(optimizer, shard=shard)
+    weights = []
+    for _ in range(3):
+        z = _NoGradient.apply(w, v)
+        optimizer.backward({"task": z.square().sum(), "distill": (z - 1).square().sum() + (v - 2).square().sum()})
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(optimizer.balance.weights.clone())
+    return [w.detach(), v.detach()], weights
+
+
 def plain_backward(rank, size):
     """loss.backward() on an attached model."""
     model, optimizer = _linear(size)
     ddp = DistributedDataParallel(model)
     dk.distributed.attach(optimizer, ddp)
     return _error(RuntimeError, _losses(ddp)["task"].backward)
+
+
+def sparse_gradient(rank, size, shard):
+    """A bucket of a parameter whose gradient is sparse."""
+    embedding = nn.Embedding(4, 2, sparse=True)
+    optimizer = dk.DTOSGD(embedding.parameters())
+    dk.distributed.attach(optimizer, shard=shard)
+    return _error(ValueError, lambda: optimizer.backward([embedding(torch.tensor([1])).square().sum() + 1]))
 
 
 def step_in_no_sync(rank, size):
