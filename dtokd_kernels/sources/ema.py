@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,8 +24,18 @@ class Ema(Wrapper):
 
     What is averaged is the matrix that the weighting asks for: that of the log-gradients, which knows no units, or the
     raw one. Not the weights: the weights of a mean are not the mean of the weights. Corrected for its start, as Adam's
-    moments are: A_t = sum_s beta^(t-s) G_s / sum_s beta^(t-s). An entry of an objective without a gradient keeps
-    its average in that step. Clipping and `balance` use what this step measured.
+    moments are: A_t = sum_s beta^(t-s) G_s / sum_s beta^(t-s). Clipping and `balance` use what this step measured.
+
+    An objective without a gradient keeps its squared norm's average in that step, while its cosines with those that
+    have one fade. Each objective i has a clock n_i, the number of its steps with a gradient, and a share
+    d_i = 1 - beta^n_i, which is all that its squared norms have been averaged with:
+
+        A_ij = T_ij / sqrt(d_i d_j),   T = (1 - beta) sum_s B_s P_s G_s P_s B_s,
+
+    where the diagonal matrix P_s keeps the rows of objectives with a gradient in step s, and the diagonal matrix B_s
+    has sqrt(beta) to the number of i's steps with a gradient since s. Every term is a Gram matrix whose rows and
+    columns were multiplied with the same numbers, so T and A are Gram matrices: positive semidefinite, with cosines of
+    at most 1 (to rounding). With a gradient in all steps, all clocks agree and this is the formula above.
 
     Cost: that of the source. Weights: smoother, and 1 / (1 - beta) steps behind.
 
@@ -39,7 +50,7 @@ class Ema(Wrapper):
     beta: float
     source: Source | str = "exact"
     _names: tuple[str, ...] = field(default=(), init=False, repr=False)
-    _kept: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)  # sums of G and of shares
+    _kept: tuple[Tensor, Tensor] | None = field(default=None, init=False, repr=False)  # T [K, K] and d [K]
     #: what the step's measurement found, and what it made of it
     _next: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = field(default=None, init=False, repr=False)
 
@@ -67,14 +78,16 @@ class Ema(Wrapper):
         """The average that counts this matrix as the last; remembered when the step is over."""
         before = self._kept
         if before is None or names != self._names:
-            before = torch.zeros_like(gram), torch.zeros_like(gram)
+            before = torch.zeros_like(gram), torch.zeros_like(gram[0])
         total, shares = (t.to(gram.device) for t in before)
         present = gram.diagonal() != 0  # NaN is no absence
-        known = present[:, None] & present[None, :]
-        total = torch.where(known, self.beta * total + (1 - self.beta) * gram, total)
-        shares = torch.where(known, self.beta * shares + (1 - self.beta), shares)
+        both, one = present[:, None] & present[None, :], present[:, None] | present[None, :]
+        total = torch.where(
+            both, self.beta * total + (1 - self.beta) * gram, torch.where(one, math.sqrt(self.beta) * total, total)
+        )
+        shares = torch.where(present, self.beta * shares + (1 - self.beta), shares)
         self._next = before, (total, shares)
-        return torch.where(known, total / shares, 0.0)
+        return torch.where(both, total / (shares[:, None] * shares[None, :]).sqrt(), 0.0)
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """Take over what the step's measurement made of the average."""
@@ -86,7 +99,7 @@ class Ema(Wrapper):
         self._next = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The average: sums of matrices and of their shares."""
+        """The average: the sum of matrices [K, K] and the objectives' shares [K]."""
         if self._kept is None:
             return super().state_dict()
         total, shares = (t.clone() for t in self._kept)
@@ -95,7 +108,7 @@ class Ema(Wrapper):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with this average, or start anew."""
         super().load_state_dict(state)
-        fits = state.keys() >= {"total", "shares", "names"}
+        fits = state.keys() >= {"total", "shares", "names"} and state["shares"].dim() == 1
         self._kept = (state["total"].clone(), state["shares"].clone()) if fits else None
         self._names = tuple(state["names"]) if fits else ()
         self._next = None

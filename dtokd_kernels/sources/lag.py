@@ -65,11 +65,12 @@ class Lag(Source):
         record = ops.balance_grams(before, losses, given)
         total = ops.unscaled(gathered.watch.total.to(record.norm.device), self._scale)  # not finite as a gradient is
         reach = record.table.abs().amax() * (len(losses) * total).sqrt()  # no element of the direction is larger
-        return replace(
-            record,
-            norm=torch.where(total.isfinite(), record.norm, total),  # what a GradScaler learns
-            skipped=record.skipped | ~((total > 0) & (total < torch.inf) & (reach <= options.limit)),
-        )
+        skipped = record.skipped | ~((total > 0) & (total < torch.inf) & (reach <= options.limit))
+        record = replace(record, skipped=skipped)
+        if skipped.device.type == "cpu" and skipped:  # known on the host: no update follows
+            grams = ops.unscaled(ops.grams_by_role(gathered.groups, losses, options.backend), self._scale)
+            return self._measured(grams, losses, record, options)
+        return record
 
     def run(self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options) -> Balance:
         """Update and measure in one pass; the first step has measured already."""
@@ -80,10 +81,15 @@ class Lag(Source):
         grams = ops.unscaled(grams, self._scale)
         losses = self._next[1]
         self._next = grams, losses
+        return self._measured(grams, losses, replace(balance, skipped=skipped), options)
+
+    def _measured(self, grams: Tensor, losses: Tensor, balance: Balance, options: Options) -> Balance:
+        """The balance that the step was taken, or skipped, with, and what was measured in it."""
+        assert self._weights is not None
         given = Given(self._weights, options.log_gradients)
         unclipped = replace(options, weighting=given, max_norm=None)
         record = ops.balance_grams(grams, losses, unclipped)
-        return replace(record, weights=balance.weights, table=balance.table, skipped=skipped)
+        return replace(record, weights=balance.weights, table=balance.table, skipped=balance.skipped)
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """Keep this step's Gram matrices for the next."""
