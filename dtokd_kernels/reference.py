@@ -25,6 +25,8 @@ from .types import Balance, GradientList, Options, Role, Update, Weighting, spre
 
 #: ||g_i - g_j||^2 below this share of ||g_i||^2 + ||g_j||^2 is rounding of the float64 Gram: the two are equal.
 EQUAL = 1e-13
+#: A loss that is clamped, as is advised, at 1e-7, to the rounding of float16.
+AT_BOUND = 1.25e-7
 
 
 def gram(grads: Sequence[GradientList]) -> Tensor:
@@ -269,6 +271,20 @@ def weigh(gram: Tensor, losses: Tensor, options: Options) -> Tensor:
         got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
         raise ValueError(f"weighting {weighting!r} returned {got}, expected ({len(gram)},): one weight each")
     return weights.to(gram.device, torch.float64)
+
+
+def at_bound(losses: Tensor, options: Options) -> Tensor:
+    """[K] bool: objectives that count as without a gradient where a step does not measure this step's gradients.
+
+    A loss that was clamped at its lower bound is a constant. Its gradient is zero, but who takes one backward pass
+    does not see that beforehand, and with log-gradients such an objective would have the largest coefficient of all:
+    with `rescale` "sum" it would take the whole sum, and training would stand still. So an objective whose loss is
+    at most 1e-7 (or ten times `loss_floor`, where that is less) counts as one without a gradient until it rises again.
+    Weightings of raw gradients don't divide by the loss, and their losses may have any sign: they are left as they are.
+    """
+    if not options.log_gradients:
+        return torch.zeros_like(losses, dtype=torch.bool)
+    return losses <= AT_BOUND * min(1.0, options.loss_floor / 1e-8)
 
 
 def ask(weighting: Weighting, gram: Tensor, losses: Tensor) -> Any:

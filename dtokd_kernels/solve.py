@@ -11,6 +11,7 @@ from torch import Tensor
 from . import ops
 from .gradients import GradientSets
 from .sources.source import Gathered, Given, Source
+from .sources.unmeasured import stand_in
 from .types import Balance, Group, Options, Role
 from .weighting.stateful import Stateful
 
@@ -24,7 +25,7 @@ def commit(sets: GradientSets, source: Source, options: Options, record: Balance
     if sets.weighed is not None and weighting.asked and not options.needs_gram:
         assert sets.losses is not None
         # its memory is of the whole batch, not of the last part
-        weighting(record.gram, sets.losses)
+        weighting(stand_in(sets.losses, options), sets.losses)
     weighting.commit(record.skipped)
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import ops, reference
 from ..types import Balance, Options, Role
 from .names import measuring
 from .source import Call, Gathered, Given, Source, remember
+from .unmeasured import stand_in
 from .wrapper import Wrapper
 
 
@@ -22,9 +23,11 @@ class Every(Wrapper):
 
     Cost: one full backward pass and nothing else in the steps between, where every parameter takes sum_i c_i g_i
     with c_i = pi_i / L_i of this step's losses (private ones too, as with `Probe`). `balance.gram` is the last
-    measured one. Weights: as good as they are slow to change; where they are noise of the mini-batch, stale ones
-    are of no use: see `Ema`. If a step that measures is skipped, the weights before it stay; at first equal ones. Steps
-    are counted on the host: of a CUDA graph capture one that measures and one that does not.
+    measured one. An objective that is at its lower bound now (`reference.at_bound`) is left out of both; if what is
+    left has no positive sum of weights, the others count alike. Weights: as good as they are slow to change; where they are
+    noise of the mini-batch, stale ones are of no use: see `Ema`. If a step that measures is skipped, the weights before
+    it stay; at first equal ones. Steps are counted on the host: of a CUDA graph capture one that measures and one that
+    does not.
 
     Args:
         n: steps from one measurement to the next; 1 measures in all of them.
@@ -66,8 +69,14 @@ class Every(Wrapper):
         assert self._weights is not None
         assert self._gram is not None
         device = call.losses.device
-        kept = Given(self._weights.to(device, copy=True), options.log_gradients)
-        gram = self._gram.to(device)
+        gone = reference.at_bound(call.losses, options)
+        left, instead = ~gone, stand_in(call.losses, options)
+        weights = torch.where(left, self._weights.to(device), 0.0)
+        gram = torch.where(left[:, None] & left, self._gram.to(device), 0.0)
+        nobody = gone.any() & (weights.sum() <= 0)
+        weights = torch.where(nobody, left / left.sum().clamp(min=1), weights)
+        gram = torch.where(nobody, instead, gram)
+        kept = Given(weights, options.log_gradients)
         grams = ops.by_role({Role.SHARED: gram}, call.losses)
         return ops.balance_grams(grams, call.losses, replace(options, weighting=kept))
 

@@ -24,8 +24,8 @@ class Lag(Source):
 
     Cost: K backward passes; `step` is one pass over memory. As that pass cannot know what it will meet, each
     gradient is checked for NaN and Inf when autograd writes it, while it is in cache: a step with such a gradient
-    changes nothing, as ever. Weights: one step old. `max_norm` clips by the norm that the previous Gram matrix gives
-    these weights; `balance.norm`, `gram` and `cosine` are this step's.
+    changes nothing, as ever, and an objective without any is left out. Weights: one step old. `max_norm` clips by the
+    norm that the previous Gram matrix gives these weights; `balance.norm`, `gram` and `cosine` are this step's.
     """
 
     _names: tuple[str, ...] = field(default=(), init=False, repr=False)
@@ -58,12 +58,14 @@ class Lag(Source):
             return ops.balance_grams(grams, losses, options)
         assert self._kept is not None
         assert isinstance(gathered.watch, _Finite)
-        before, losses_before = self._kept[0].to(losses.device, copy=True), self._kept[1].to(losses.device)
+        present = gathered.watch.present().to(losses.device)  # who has no gradient now has no share of this step
+        before = torch.where(present[:, None] & present[None, :], self._kept[0].to(losses.device), 0.0)
+        losses_before = self._kept[1].to(losses.device)
         self._weights = ops.balance_grams(before, losses_before, options).weights
         self._next = before, losses
         given = replace(options, weighting=Given(self._weights, options.log_gradients))
         record = ops.balance_grams(before, losses, given)
-        total = ops.unscaled(gathered.watch.total.to(record.norm.device), self._scale)  # not finite as a gradient is
+        total = ops.unscaled(gathered.watch.total().to(record.norm.device), self._scale)  # not finite as a gradient is
         reach = record.table.abs().amax() * (len(losses) * total).sqrt()  # no element of the direction is larger
         skipped = record.skipped | ~((total > 0) & (total < torch.inf) & (reach <= options.limit))
         record = replace(record, skipped=skipped)
@@ -118,27 +120,41 @@ class Lag(Source):
 
 
 class _Finite:
-    """Sums the squares of all gradients as they are written: not finite if one of them is not, zero if all are."""
+    """Sums each objective's squares as they are written: not finite if a gradient is not, zero if all are."""
 
     def __init__(self, options: Options) -> None:
         self._backend = options.backend
-        self._total: Tensor | None = None
+        self._totals: dict[int, Tensor] = {}  # [1, 1] float64 of each objective that has gradients
+        self._objectives = 0
 
     def watches(self, i: int, K: int) -> bool:
         return True
 
     def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool]) -> None:
-        self._buckets = Buckets(self._backend)
+        self._buckets, self._objectives = Buckets(self._backend), len(rows)
 
     def ready(self, i: int, t: int, gradient: Tensor) -> None:
-        self._buckets.add((gradient.dtype, gradient.device), [gradient])
+        self._buckets.add((i, gradient.dtype, gradient.device), [gradient])
 
     def finish(self) -> None:
         self._buckets.finish()
-        for part in self._buckets.grams.values():
-            self._total = part if self._total is None else self._total + part.to(self._total.device)
+        for (i, _, _), part in self._buckets.grams.items():
+            self._totals[i] = self._totals[i] + part.to(self._totals[i].device) if i in self._totals else part
 
-    @property
+    def _squares(self) -> Tensor:
+        """[K] float64, the sums."""
+        zero = next(iter(self._totals.values()), torch.zeros(1, 1, dtype=torch.float64)).new_zeros(())
+        return torch.stack(
+            [
+                self._totals[i].reshape(()).to(zero.device) if i in self._totals else zero
+                for i in range(self._objectives)
+            ]
+        )
+
+    def present(self) -> Tensor:
+        """[K] bool, whether an objective has a gradient that is not zero; NaN is no absence."""
+        return self._squares() != 0
+
     def total(self) -> Tensor:
-        """Scalar float64: the sum of the squares."""
-        return torch.zeros((), dtype=torch.float64) if self._total is None else self._total.reshape(())
+        """Scalar float64: the sum of all squares."""
+        return self._squares().sum()

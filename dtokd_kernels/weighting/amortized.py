@@ -34,8 +34,9 @@ class Amortized(Stateful):
     Source: DTO-KD (ICLR 2026), Algorithm 1, Eq. 6 and 18; FAMO (Liu et al., NeurIPS 2023), Algorithm 1, which divides
     the coefficients by their sum (`rescale="sum"` of the optimizers) and whose code uses Adam with coupled decay.
 
-    Memory: "learned" (w), AdamW's state; for "famo" also "log_losses" [K] and "pending", whether those still wait for
-    what came of them. On several ranks give `observe` averaged losses; those of `backward` are averaged there.
+    Memory: "learned" (w), AdamW's state; for "famo" also "log_losses" [K] (-inf where there was no gradient) and
+    "pending", whether those still wait for what came of them. On several ranks give `observe` averaged losses; those of
+    `backward` are averaged there.
 
     Args:
         reading: what the logits descend.
@@ -77,18 +78,17 @@ class Amortized(Stateful):
 
     def advance(self, memory: Memory, gram: Tensor, losses: Tensor) -> tuple[Tensor, Memory]:
         """The weights and the memory after them."""
-        if self.reading == "famo":
-            now = losses.log()
-            memory = choose(~memory["pending"], memory, self._descend(memory, memory["log_losses"] - now))
-            weights = memory["learned"].softmax(0)
-            return weights, {**memory, "log_losses": now, "pending": torch.ones_like(memory["pending"])}
-        if self.reading == "gram":
-            # an objective without a gradient is out of the simplex, as in DTO
-            weights = memory["learned"].where(gram.diagonal() > 0, -torch.inf).softmax(0)
-            return weights, self._descend(memory, gram @ weights, weights)
-        weights = memory["learned"].softmax(0)
+        # an objective without a gradient is out of the simplex, as in DTO, and learns nothing
+        present = gram.diagonal() != 0
         logs = losses.log()
-        return weights, self._descend(memory, (weights @ logs) * logs)
+        if self.reading == "famo":
+            memory = choose(~memory["pending"], memory, self._compare(memory, logs))
+            new = {"log_losses": logs.where(present, -torch.inf), "pending": torch.ones_like(memory["pending"])}
+            return _softmax(memory, present), {**memory, **new}
+        weights = _softmax(memory, present)
+        if self.reading == "gram":
+            return weights, self._descend(memory, gram @ weights, weights)
+        return weights, self._descend(memory, (weights @ logs) * logs, weights)
 
     @torch.no_grad()
     def observe(self, losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> None:
@@ -127,11 +127,19 @@ class Amortized(Stateful):
             )
         after = losses.to(before).log()
         usable = memory["pending"] & after.isfinite().all()
-        new = {**self._descend(memory, before - after), "pending": torch.zeros_like(usable)}
+        new = {**self._compare(memory, after), "pending": torch.zeros_like(usable)}
         self._write(choose(~usable, memory, new))
 
-    def _descend(self, memory: Memory, slope: Tensor, weights: Tensor | None = None) -> Memory:
-        if weights is None:
-            weights = memory["learned"].softmax(0)
+    def _compare(self, memory: Memory, logs: Tensor) -> Memory:
+        """Learn what has come of the losses that are remembered; those of absent objectives are -inf."""
+        present = memory["log_losses"] > -torch.inf
+        return self._descend(memory, (memory["log_losses"] - logs).where(present, 0.0), _softmax(memory, present))
+
+    def _descend(self, memory: Memory, slope: Tensor, weights: Tensor) -> Memory:
         gradient = weights * (slope - weights @ slope)
         return _learned.descend(memory, gradient, lr=self.lr, weight_decay=self.weight_decay)
+
+
+def _softmax(memory: Memory, present: Tensor) -> Tensor:
+    """The weights among the objectives that are present ([K] bool)."""
+    return memory["learned"].where(present, -torch.inf).softmax(0)
