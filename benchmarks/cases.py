@@ -187,7 +187,7 @@ def lag_step(case: Case, backend: str | None = None, check: bool = False) -> Com
     def look() -> None:
         watch = optimizer._source.watch(optimizer._options)
         assert watch is not None
-        watch.start(case.grads, [True] * len(case.params))
+        watch.start(case.grads, [True] * len(case.params), optimizer._sets.reach)
         for i, row in enumerate(case.grads):
             for t, gradient in enumerate(row):
                 watch.ready(i, t, gradient)

@@ -159,7 +159,8 @@ def overlap_step(case: Case) -> Competitor:
     watch = optimizer._source.watch(optimizer._options)
     assert watch is not None
     rows: list[list[Tensor | None]] = [list(row) for row in case.grads]
-    watch.start(rows, [True] * len(case.params))
+    sets.reach.begin(sets.names, sets.params)
+    watch.start(rows, [True] * len(case.params), sets.reach)
     for t in reversed(range(len(case.params))):
         watch.ready(len(rows) - 1, t, case.grads[-1][t])
     watch.finish()

@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends
 from .checks import check_options, check_params
 from .gradients import GradientSets, Losses, check_share
 from .ops import group_rows
+from .reach import Known, Reach
 from .solve import commit, solve_sets
 from .sources import Source, choose
 from .types import Balance, Group, Private, Rescale, Role, Weighting, limit_of, of_reach
@@ -59,7 +61,8 @@ def backward(
     Raises:
         TypeError, ValueError: bad losses, parameters or options; nothing has changed then.
 
-    Effects: one backward pass per loss, or what the source says; no host sync on CUDA.
+    Effects: one backward pass per loss, or what the source says; no host sync on CUDA but in the first call
+        with these parameters and objectives (see `reach.Reach`).
 
     Example:
         >>> import torch, dtokd_kernels as dk
@@ -84,12 +87,20 @@ def backward(
         refuse_wrapped(params, "backward")
     check_share(share, "backward")
     options = replace(options, limit=limit_of(p.dtype for p in params))
-    sets = GradientSets()
+    sets = GradientSets(Reach(_known.setdefault(params[0], Known())) if params else None)
     sets.collect(losses, params, source, options, scaler=scaler, features=features, retain_graph=retain_graph)
-    found = list(group_rows(zip(*sets.grads, strict=True)).values())
-    roles = [options.role(True, reach, len(sets.grads)) for (reach, _), _ in found]
+    sets.reach.look(sets.grads, None)
+    of_role: dict[Role, list[int]] = {}  # positions
+    columns = list(zip(*sets.grads, strict=True))
+    for t, column in enumerate(columns):
+        of_role.setdefault(options.role(True, sets.reach.of(t, column), len(column)), []).append(t)
+    found = [
+        (role, group, [positions[t] for t in where])
+        for role, positions in sorted(of_role.items())
+        for group, where in group_rows(columns[t] for t in positions).values()
+    ]
     by_role: dict[Role, list[Group]] = {}
-    for role, (group, _) in zip(roles, found, strict=True):
+    for role, group, _ in found:
         by_role.setdefault(role, []).append(group)
     with torch.no_grad():
         record, table = solve_sets(sets, by_role, source, options, "backward")
@@ -97,7 +108,7 @@ def backward(
         # the sets stay scaled, as the optimizer's scaler expects `.grad`
         table = table * share
         combined: list[tuple[int, Tensor]] = []
-        for role, ((reach, lists), where) in zip(roles, found, strict=True):
+        for role, (reach, lists), where in found:
             device = lists[0][0].device
             values = backends.select(device).combine(lists, of_reach(table[role].to(device), reach), lists[0])
             combined += zip(where, values, strict=True)
@@ -118,6 +129,10 @@ def backward(
             p = params[t]
             p.grad = value if p.grad is None else p.grad.add_(value)
     return record
+
+
+#: What earlier calls have found out, by the first of their parameters.
+_known = WeakIdKeyDictionary()
 
 
 def _check_once(params: list[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .reach import Reach
 from .sources.source import Call, Source, Watch, root_gradient
 from .types import MAX_OBJECTIVES, Balance, Options
 from .weighting.stateful import Stateful
@@ -47,9 +48,11 @@ class GradientSets:
         scale: scalar float64, its scale, which the gradients are multiplied with; None without one.
         used: whether a step has taken these gradients.
         watch: what looked at the gradients while they were made.
+        reach: who reaches what; it outlasts `clear`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reach: Reach | None = None) -> None:
+        self.reach = Reach() if reach is None else reach
         self.clear()
 
     def clear(self) -> None:
@@ -183,9 +186,10 @@ class GradientSets:
             self.grads = [[None] * len(self.params) for _ in passes]
         self.align(params)
         users = [p.grad for p in params]
+        self.reach.begin(names, params)
         try:
             if watch is not None:
-                watch.start(self.grads, [True] * len(params) if balanced is None else balanced)
+                watch.start(self.grads, [True] * len(params) if balanced is None else balanced, self.reach)
             for i, (tensors, starts) in enumerate(passes):
                 row = self.grads[i]
                 for p, grad in zip(params, row if ranks is None else ranks.start(i, row), strict=True):

@@ -220,9 +220,10 @@ class Balanced(torch.optim.Optimizer):
             RuntimeError: `backward` was not called since the last zero_grad(); or a GradScaler takes this step whose
                 scale `backward` was not given.
 
-        Effects: no host sync on CUDA (but for `DTOSGD` with dampening, once, and while Triton tunes its first large
-            step). If a gradient or loss is not finite, nothing changes and the step counts in
-            `skipped_steps`.
+        Effects: no host sync on CUDA, but in the first step with new parameters or objectives and, where gradients are
+            zero in place of None, in few later ones (see `reach.Reach`); for `DTOSGD` with dampening, once; and while
+            Triton tunes its first large step. If a gradient or loss is not finite, nothing changes and the step counts
+            in `skipped_steps`.
         """
         loss = None
         if closure is not None:
@@ -259,8 +260,11 @@ class Balanced(torch.optim.Optimizer):
         self._mastered = []
         self._settle()
         if self._sets.align(self._params()) and self._sets.watch is not None:
-            self._sets.watch.start(self._sets.grads, self._balanced())  # looks at what is there now
+            self._sets.reach.begin(self._sets.names, self._sets.params)
+            self._sets.watch.start(self._sets.grads, self._balanced(), self._sets.reach)  # looks at what is there now
             self._sets.watch.finish()
+        self._sets.reach.begin(self._sets.names, self._sets.params)
+        self._sets.reach.look(self._sets.grads, self._options.ranks)
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
         ranks = self._options.ranks
@@ -321,14 +325,15 @@ class Balanced(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch, and what torch's optimizers ignore: the memory of the weighting and of the Gram's source.
 
-        They stand under "weighting" and "gram", if they remember anything.
+        They stand under "weighting" and "gram", if they remember anything; under "reach" stands which gradients were
+        zero in place of None (see `reach.Reach`), if any were.
         """
         self._settle()
         state = super().state_dict()
         if isinstance(self.weighting, Stateful):
             state["weighting"] = self.weighting.state_dict()
-        memory = self._source.state_dict()
-        return {**state, "gram": memory} if memory else state
+        memories = {"gram": self._source.state_dict(), "reach": self._sets.reach.state_dict()}
+        return {**state, **{name: memory for name, memory in memories.items() if memory}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of the torch optimizer it stands for.
@@ -375,6 +380,7 @@ class Balanced(torch.optim.Optimizer):
         if isinstance(weighting, Stateful):
             weighting.load_state_dict(state_dict["weighting"])
         self._source.load_state_dict(state_dict.get("gram", {}))
+        self._sets.reach.load_state_dict(state_dict.get("reach", {}), self._params())
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         """Refuse moments of another shape than their parameter: nothing would notice, if they have as many elements."""
@@ -425,6 +431,8 @@ class Balanced(torch.optim.Optimizer):
         grads = self._sets.grads
         key = (
             self._sets.weighed is None,
+            self._sets.names,
+            self._sets.reach.version,
             [[g is None for g in row] for row in grads],
             [
                 (id(group), group["balance"], [(id(p), p.dtype, p.device) for p in group["params"]])
@@ -450,7 +458,8 @@ class Balanced(torch.optim.Optimizer):
                     continue
                 # one set for all objectives is their weighted sum already, for unbalanced parameters as well
                 balanced = group["balance"] or self._sets.weighed is not None
-                role = self._options.role(balanced, reach, K)
+                known = self._sets.reach.of(position, [row[position] for row in grads])
+                role = self._options.role(balanced, known, K)
                 key = (index, role, reach, p.dtype, p.device)
                 bucket = buckets.setdefault(key, _Bucket(group, role, reach, [], []))
                 bucket.params.append(p)

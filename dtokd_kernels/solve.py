@@ -49,7 +49,7 @@ def solve_sets(
     """
     assert sets.losses is not None
     if sets.weighed is None:
-        gathered = Gathered(op, sets.names, sets.losses, sets.params, groups, sets.scale, sets.watch)
+        gathered = Gathered(op, sets.names, sets.losses, sets.params, groups, sets.scale, sets.watch, sets.reach)
         record = source.solve(gathered, options)
         return record, record.table
     record = sets.weighed

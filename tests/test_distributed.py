@@ -58,6 +58,10 @@ CASES = {
     "parts": {"parts": 2},
     "parts_unwrapped": {"parts": 2, "wrapped": False},
     "parts_feature": {"parts": 2, "source": "feature"},
+    "zeros": {"zeros": True},
+    "zeros_overlap": {"zeros": True, "source": "overlap", "size": 3},
+    "zeros_lag": {"zeros": True, "source": "lag"},
+    "zeros_probe": {"zeros": True, "source": "found"},
     "one_rank_reaches": {"sometimes": 2},
     "two_ranks_reach": {"sometimes": 3, "size": 3},
     "overlap": {"source": "overlap"},
@@ -85,6 +89,8 @@ def test_ddp_is_one_process_on_the_whole_batch(pools, name):
 
 SHARD_CASES = ["adamw", "sgd", "three", "clipped", "balanced", "plain_head", "static", "unwrapped", "parts"]
 SHARD_CASES += [
+    "zeros",
+    "zeros_overlap",
     "kept_memory",
     "two_ranks_reach",
     "overlap",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import dtokd_kernels as dk
+from dtokd_kernels import reach
 from dtokd_kernels.sources import Ema, Every, Probe
 
 from . import emulated
@@ -20,10 +21,17 @@ OPTIMIZERS = {"adamw": dk.DTOAdamW, "sgd": lambda params, **o: dk.DTOSGD(params,
 
 
 @pytest.fixture
-def device(emulated_library):
-    """A GPU that is none, whose CUDA kernels are emulated."""
+def device(emulated_library, monkeypatch):
+    """A GPU that is none, whose CUDA kernels are emulated; the list of looks for zeros, which wait."""
+    looks = []
+
+    def read(found):
+        looks.append(len(found))
+        return found.host.tolist()
+
+    monkeypatch.setattr(reach, "read", read)
     with pretending(), emulated.emulated_cuda(emulated_library, "cuda"):
-        yield
+        yield looks
 
 
 class Model(nn.Module):
@@ -65,6 +73,7 @@ def test_a_step_does_not_wait(device, name, make, source):
     run(optimizer, model)
     assert not any(torch.equal(p.host, b) for p, b in zip(model.parameters(), before, strict=True))
     assert not optimizer.balance.skipped.host
+    assert len(device) == 1  # in the first step
 
 
 @pytest.mark.parametrize("name", [n for n in dk.weighting.NAMES if n not in ("fixed",)])

@@ -24,10 +24,10 @@ class Every(Wrapper):
     Cost: one full backward pass and nothing else in the steps between, where every parameter takes sum_i c_i g_i
     with c_i = pi_i / L_i of this step's losses (private ones too, as with `Probe`). `balance.gram` is the last
     measured one. An objective that is at its lower bound now (`reference.at_bound`) is left out of both; if what is
-    left has no positive sum of weights, the others count alike. Weights: as good as they are slow to change; where they are
-    noise of the mini-batch, stale ones are of no use: see `Ema`. If a step that measures is skipped, the weights before
-    it stay; at first equal ones. Steps are counted on the host: of a CUDA graph capture one that measures and one that
-    does not.
+    left has no positive sum of weights, the others count alike. Weights: as good as they are slow to change; where they
+    are noise of the mini-batch, stale ones are of no use: see `Ema`. If a step that measures is skipped, the weights
+    before it stay; at first equal ones. Steps are counted on the host: of a CUDA graph capture one that measures and
+    one that does not.
 
     Args:
         n: steps from one measurement to the next; 1 measures in all of them.

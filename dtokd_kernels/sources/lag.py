@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..reach import Reach
 from ..types import Balance, Options, Role, Update
 from .buckets import Buckets
 from .source import Gathered, Given, Source, Watch, remember
@@ -130,7 +131,7 @@ class _Finite:
     def watches(self, i: int, K: int) -> bool:
         return True
 
-    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool]) -> None:
+    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool], reach: Reach) -> None:
         self._buckets, self._objectives = Buckets(self._backend), len(rows)
 
     def ready(self, i: int, t: int, gradient: Tensor) -> None:

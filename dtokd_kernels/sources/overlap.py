@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .. import ops
+from ..reach import Reach
 from ..types import Balance, Options, Role, spread
 from .buckets import Buckets
 from .source import Gathered, Source, Watch
@@ -34,6 +35,8 @@ class Overlap(Source):
     def solve(self, gathered: Gathered, options: Options) -> Balance:
         """The balance of the products that the backward passes left."""
         assert isinstance(gathered.watch, _Products)
+        if not gathered.watch.up_to_date():  # a step in which private parameters were found out
+            return super().solve(gathered, options)
         losses = gathered.losses
         grams = ops.unscaled(gathered.watch.grams(losses), gathered.scale)
         if options.ranks is not None:
@@ -50,8 +53,8 @@ class _Products:
     def watches(self, i: int, K: int) -> bool:
         return i == K - 1
 
-    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool]) -> None:
-        self._rows, self._balanced = rows, balanced
+    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool], reach: Reach) -> None:
+        self._rows, self._balanced, self._reach, self._version = rows, balanced, reach, reach.version
         self._buckets = Buckets(self._options.backend)
         self._seen: set[int] = set()
         self._again = False
@@ -72,15 +75,20 @@ class _Products:
         self._buckets.finish()
 
     def _add(self, t: int, column: Sequence[Tensor | None]) -> None:
-        reach = tuple(i for i, g in enumerate(column) if g is not None)
+        there = tuple(i for i, g in enumerate(column) if g is not None)
         present = [g for g in column if g is not None]
-        self._buckets.add((self._balanced[t], reach, present[0].dtype, present[0].device), present)
+        key = self._balanced[t], there, self._reach.of(t, column), present[0].dtype, present[0].device
+        self._buckets.add(key, present)
+
+    def up_to_date(self) -> bool:
+        """Whether the roles are those that the products were taken for."""
+        return self._version == self._reach.version
 
     def grams(self, losses: Tensor) -> Tensor:
         K = len(losses)
         grams: dict[Role, Tensor] = {}
-        for (balanced, reach, _, _), part in self._buckets.grams.items():
+        for (balanced, there, reach, _, _), part in self._buckets.grams.items():
             role = self._options.role(balanced, reach, K)
-            whole = spread(part, reach, K)
+            whole = spread(part, there, K)
             grams[role] = grams[role] + whole.to(grams[role].device) if role in grams else whole
         return ops.by_role(grams, losses)

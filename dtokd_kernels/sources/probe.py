@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import ops
+from ..reach import Reach
 from ..types import Balance, Options, Role
 from .source import Call, Gathered, Source, Watch
 
@@ -44,6 +45,8 @@ class Probe(Source):
         self._of = None if of is None else _parameters(of)
         self._found: list[Tensor] | None = None
         self._positions: list[int] | None = None  # of what was found
+        self._reach = Reach()
+        self._loaded: Mapping[str, Any] = {}  # of that, until its parameters are known
 
     def __repr__(self) -> str:
         return "Probe()" if self._of is None else f"Probe(<{len(self._of)} parameters>)"
@@ -75,7 +78,12 @@ class Probe(Source):
                 "not see through checkpoint(use_reentrant=True)",
                 stacklevel=4,
             )
-        shared = [row for row in rows if all(g is not None for g in row)]
+        if self._loaded:
+            self._reach.load_state_dict(self._loaded, probe)
+            self._loaded = {}
+        self._reach.begin(call.names, probe)
+        self._reach.look(gradients, options.ranks)
+        shared = [row for t, row in enumerate(rows) if len(self._reach.of(t, row)) == len(row)]
         if not shared:
             raise ValueError(
                 f"{call.op}: no parameter of gram={self!r} is reached by all objectives {list(call.names)}; probe the "
@@ -107,13 +115,15 @@ class Probe(Source):
         return _Reached()
 
     def state_dict(self) -> dict[str, Any]:
-        """Which parameters were found."""
-        return {"positions": list(self._positions)} if self._positions else {}
+        """Which parameters were found, and which of their gradients are zero in place of None."""
+        found = {"positions": list(self._positions)} if self._positions else {}
+        reach = self._loaded or self._reach.state_dict()
+        return {**found, "reach": reach} if reach else found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the parameters that were found."""
         self._positions = list(state["positions"]) if "positions" in state and self._of is None else None
-        self._found = None
+        self._found, self._reach, self._loaded = None, Reach(), state.get("reach", {})
 
 
 class _Reached:
@@ -122,7 +132,7 @@ class _Reached:
     def watches(self, i: int, K: int) -> bool:
         return False
 
-    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool]) -> None:
+    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool], reach: Reach) -> None:
         self._rows, self._balanced = rows, balanced
 
     def ready(self, i: int, t: int, gradient: Tensor) -> None:
@@ -135,7 +145,7 @@ class _Reached:
         sizes = {
             t: column[0].numel()
             for t, (balanced, *column) in enumerate(zip(self._balanced, *self._rows, strict=True))
-            if balanced and gathered.params[t].requires_grad and all(g is not None for g in column)
+            if balanced and gathered.params[t].requires_grad and len(gathered.reach.of(t, column)) == len(column)
         }
         if not sizes:
             raise ValueError(

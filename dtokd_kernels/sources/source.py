@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..reach import Reach
 from ..types import Balance, Group, Options, Role, Update
 
 
@@ -61,6 +62,7 @@ class Gathered:
         groups: the gradients by role.
         scale: scalar float64, what the gradients were multiplied with; None for 1.
         watch: what `Source.watch` returned for these gradients.
+        reach: who reaches what, as the groups' roles have it.
     """
 
     op: str
@@ -70,6 +72,7 @@ class Gathered:
     groups: Mapping[Role, Sequence[Group]]
     scale: Tensor | None
     watch: Watch | None
+    reach: Reach
 
 
 class Watch(Protocol):
@@ -81,8 +84,14 @@ class Watch(Protocol):
     def watches(self, i: int, K: int) -> bool:
         """Whether `ready` is to be called in pass i of K."""
 
-    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool]) -> None:
-        """A call of `backward` begins. rows: the gradient sets, filled as it goes; balanced: for each parameter."""
+    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool], reach: Reach) -> None:
+        """A call of `backward` begins.
+
+        Args:
+            rows: the gradient sets, filled as it goes.
+            balanced: for each parameter, whether its group is balanced.
+            reach: who reaches what, as it is known now.
+        """
 
     def ready(self, i: int, t: int, gradient: Tensor) -> None:
         """Pass i has written the gradient of parameter t."""

@@ -111,13 +111,17 @@ def train(rank, size, options, steps=4):
                     n = options["sometimes"]
                     kept = (projected[: SAMPLES // n].detach() + 0 * z.sum(), projected[SAMPLES // n :])
                     distill = (torch.cat(kept) - t).square().mean()
+                if options.get("zeros") and size > 1:  # in place of None
+                    nothing = 0 * sum(p.sum() for p in student.parameters())
+                    task, distill = task + nothing, distill + nothing
                 optimizer.backward({"task": task, "distill": distill}, features=[z], scaler=scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=options.get("to_none", True))
         weights.append(optimizer.balance.weights.clone())
-    state = [whole(t, p) for p in student.parameters() for t in optimizer.state[p].values()]
-    return [p.detach() for p in student.parameters()], weights, state
+    trained = [p for p in student.parameters() if all(p is not q for q in student.unused.parameters())]
+    state = [whole(t, p) for p in trained for t in optimizer.state[p].values()]
+    return [p.detach() for p in trained], weights, state
 
 
 def _linear(size, **options):

@@ -1,0 +1,158 @@
+"""Which objectives reach which parameters, whether autograd writes None or zeros where one does not."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from .distributed.ranks import Ranks
+
+
+@dataclass
+class Known:
+    """What was found out, which outlasts the gradients.
+
+    Attributes:
+        reached: from a parameter to {objective: whether its gradient there was seen to be other than zero}.
+        steps: since the last pair that was new.
+        absent: whether some objective had no gradient at all.
+    """
+
+    reached: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    steps: int = 0
+    absent: bool = False
+
+
+class Reach:
+    """Knows where an objective's gradient was seen to be other than zero.
+
+    Where an objective does not reach a parameter, an eager graph leaves None; a compiled one, a reentrant checkpoint or
+    a function of the user's returns zeros. Both are the same here: an objective reaches a parameter once its gradient
+    there was not exactly zero. That decides the parameter's role alone, never which gradients it takes: if an objective
+    begins to reach it unnoticed, its gradient counts, as that of a private parameter.
+
+    To look for zeros is to wait for the device. It is done in the first step with new parameters or objectives; again,
+    where there were zeros, in the 2nd, 4th, 8th, ... step after that; and in every step while an objective has had no
+    gradient anywhere (its loss is at its bound). Until then what is not None is taken as reached. In a CUDA graph
+    capture nothing is looked for.
+
+    Args:
+        known: what was found out before.
+
+    Attributes:
+        version: changes with the answers of `of` for what was asked before.
+    """
+
+    def __init__(self, known: Known | None = None) -> None:
+        self.version = 0
+        self._known = Known() if known is None else known
+        self._params: list[Tensor] = []
+        self._names: tuple[str, ...] = ()
+        self._pattern: list[list[bool]] | None = None
+        self._zeros: list[tuple[int, int]] = []  # (objective, parameter) with a gradient that was always zero
+
+    def begin(self, names: tuple[str, ...], params: Sequence[Tensor]) -> None:
+        """Name what the next questions are about."""
+        same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
+        if not same or names != self._names:
+            self._params, self._names, self._pattern = list(params), names, None
+
+    def of(self, t: int, column: Sequence[Tensor | None]) -> tuple[int, ...]:
+        """The objectives that reach parameter t; those with a gradient in the column if all of these were zeros."""
+        there = tuple(i for i, g in enumerate(column) if g is not None)
+        known = self._known.reached.get(self._params[t], {})
+        return tuple(i for i in there if known.get(self._names[i], True)) or there
+
+    def look(self, rows: Sequence[Sequence[Tensor | None]], ranks: Ranks | None) -> None:
+        """A step begins: look for gradients that are zero, if it is time.
+
+        Args:
+            rows: a gradient set per objective.
+            ranks: the other processes that train the model; all look in the same steps.
+        """
+        if len(rows) < 2:
+            return
+        pattern = [[g is None for g in row] for row in rows]
+        if pattern != self._pattern:
+            self._pattern = pattern
+            self._find(rows)
+        self._known.steps += 1
+        doubled = self._known.steps & (self._known.steps - 1) == 0
+        if self._zeros and (doubled or self._known.absent) and not _capturing(rows):
+            self._read(rows, ranks)
+
+    def _find(self, rows: Sequence[Sequence[Tensor | None]]) -> None:
+        """The pairs that are there and were not seen to be other than zero."""
+        self._zeros = []
+        for t, p in enumerate(self._params):
+            known = self._known.reached.setdefault(p, {})
+            for i, row in enumerate(rows):
+                if row[t] is None or not p.numel():
+                    continue
+                if self._names[i] not in known:
+                    self._known.steps = 0  # a new one
+                if not known.get(self._names[i], False):
+                    self._zeros.append((i, t))
+
+    def _read(self, rows: Sequence[Sequence[Tensor | None]], ranks: Ranks | None) -> None:
+        gradients = [g for g in (rows[i][t] for i, t in self._zeros) if g is not None]
+        if ranks is not None:
+            gradients = ranks.local(gradients)
+        device = gradients[0].device
+        found = torch.stack([(g != 0).any().to(device) for g in gradients])
+        if ranks is not None and ranks.shards:
+            found = ranks.sum(found.double()) > 0
+        flags = read(found)
+        present = {self._names[i] for (i, _), reached in zip(self._zeros, flags, strict=True) if reached}
+        present |= {name for p in self._params for name, reached in self._known.reached[p].items() if reached}
+        for (i, t), reached in zip(self._zeros, flags, strict=True):
+            known, name = self._known.reached[self._params[t]], self._names[i]
+            before = known.get(name, True)
+            if name in present:  # else nothing is known of it yet
+                known[name] = reached
+            self.version += before != known.get(name, True)
+        self._known.absent = any(name not in present for name in self._names)
+        self._zeros = [pair for pair, reached in zip(self._zeros, flags, strict=True) if not reached]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was found, if there were zeros: [K, P] int8 of whether an objective reaches a parameter, -1 unknown."""
+        known = [self._known.reached.get(p, {}) for p in self._params]
+        table = [[int(of_one.get(name, -1)) for of_one in known] for name in self._names]
+        if not any(0 in row for row in table):
+            return {}
+        reached = torch.tensor(table, dtype=torch.int8, device="cpu")
+        return {
+            "reached": reached,
+            "names": list(self._names),
+            "steps": self._known.steps,
+            "absent": self._known.absent,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], params: Sequence[Tensor]) -> None:
+        """Go on from a state, or look anew."""
+        self._known, self._pattern, self._zeros = Known(), None, []
+        self.version += 1
+        if state.keys() >= {"reached", "names", "steps", "absent"} and state["reached"].shape[1] == len(params):
+            for p, column in zip(params, state["reached"].T.tolist(), strict=True):
+                self._known.reached[p] = {n: bool(v) for n, v in zip(state["names"], column, strict=True) if v >= 0}
+            self._known.steps, self._known.absent = state["steps"], state["absent"]
+            self.begin(tuple(state["names"]), params)
+
+
+def read(found: Tensor) -> list[bool]:
+    """A bool tensor on the host: the one place where a step waits for the device."""
+    values: list[bool] = found.tolist()
+    return values
+
+
+def _capturing(rows: Sequence[Sequence[Tensor | None]]) -> bool:
+    device = next((g.device for row in rows for g in row if g is not None), None)
+    on_gpu = device is not None and device.type == "cuda" and torch.cuda.is_available()
+    return on_gpu and torch.cuda.is_current_stream_capturing()
