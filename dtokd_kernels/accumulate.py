@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends
-from .checks import check_options, check_params
-from .gradients import GradientSets, Losses, check_share
+from .checks import check_options, check_params, check_share
+from .gradients import GradientSets, Losses
 from .ops import group_rows
 from .reach import Known, Reach
 from .solve import commit, solve_sets
@@ -85,7 +85,7 @@ def backward(
         from .distributed.attach import refuse_wrapped
 
         refuse_wrapped(params, "backward")
-    check_share(share, "backward")
+    check_share("backward", share)
     options = replace(options, limit=limit_of(p.dtype for p in params))
     sets = GradientSets(Reach(_known.setdefault(params[0], Known())) if params else None)
     sets.collect(losses, params, source, options, scaler=scaler, features=features, retain_graph=retain_graph)

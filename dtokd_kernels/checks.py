@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -30,11 +31,13 @@ def check_options(
     """
     if weighting is not None and (not callable(weighting) or isinstance(weighting, type)):
         raise TypeError(f"{op}: weighting is {weighting!r}; pass a callable such as dtokd_kernels.weighting.DTO()")
+    for name in ("log_gradients", "needs_gram", *(["clamp"] if isinstance(weighting, DTO) else [])):
+        check_flag(f"{op}: weighting.{name}", getattr(weighting, name, True))
     if max_norm is not None and not _is_positive(max_norm):
         raise ValueError(f"{op}: max_norm is {max_norm!r}; pass a positive number, or None for no clipping")
-    if rescale not in ("none", "sum"):
+    if not isinstance(rescale, str) or rescale not in ("none", "sum"):
         raise ValueError(f"{op}: rescale is {rescale!r}; choose 'none' (the paper) or 'sum'")
-    if private not in ("own", "balanced"):
+    if not isinstance(private, str) or private not in ("own", "balanced"):
         raise ValueError(f"{op}: private is {private!r}; choose 'own' or 'balanced'")
     if not _is_positive(loss_floor):
         raise ValueError(f"{op}: loss_floor is {loss_floor!r}; pass a positive number, such as 1e-8")
@@ -44,10 +47,34 @@ def check_options(
 
 
 def _is_positive(number: Any) -> bool:
-    try:
-        return bool(number > 0)
-    except TypeError:
-        return False
+    return is_number(number) and number > 0
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number of Python or numpy."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_flag(what: str, value: Any) -> None:
+    """Refuse what is not True or False, such as "no", which Python takes for True.
+
+    Raises:
+        TypeError: says what it is.
+    """
+    if not isinstance(value, int) or value not in (0, 1):
+        raise TypeError(f"{what} is {value!r}; pass True or False")
+
+
+def check_share(op: str, share: Any) -> None:
+    """Refuse what is no part of a batch.
+
+    Raises:
+        TypeError, ValueError: says what it is.
+    """
+    if not is_number(share):
+        raise TypeError(f"{op}: share is {share!r}; pass a number, this call's part of the batch, such as 1 / 4")
+    if not 0 < share <= 1:
+        raise ValueError(f"{op}: share is {share!r}; pass this call's part of the batch, above 0 and at most 1")
 
 
 def check_params(op: str, params: Iterable[Tensor]) -> list[Tensor]:
@@ -58,7 +85,10 @@ def check_params(op: str, params: Iterable[Tensor]) -> list[Tensor]:
     """
     if isinstance(params, Tensor):
         raise TypeError(f"{op}: params is a tensor; pass a list of tensors, such as list(model.parameters())")
-    listed = list(params)
+    try:
+        listed = list(params)
+    except TypeError as error:
+        raise TypeError(f"{op}: params is {params!r}; pass a list of tensors, such as model.parameters()") from error
     if not listed:
         raise ValueError(f"{op}: params is empty; pass the parameters to balance, such as model.parameters()")
     for i, p in enumerate(listed):

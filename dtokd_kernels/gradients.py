@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .checks import check_share
 from .reach import Reach
 from .sources.source import Call, Source, Watch, root_gradient
 from .types import MAX_OBJECTIVES, Balance, Options
@@ -135,7 +136,7 @@ class GradientSets:
         ranks = options.ranks
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         try:
-            check_share(share, op)
+            check_share(op, share)
             names, values = self._checked(losses, options, op)
             self._check_scaler(scaler, op)
         except (TypeError, ValueError):
@@ -208,6 +209,7 @@ class GradientSets:
                 raise RuntimeError(f"{op}: {_DONATED}") from error
             raise
         finally:
+            source.release()
             for p, grad in zip(params, users, strict=True):
                 p.grad = grad
         self.losses = summed
@@ -301,16 +303,6 @@ def named_losses(losses: Losses, op: str) -> tuple[tuple[str, ...], list[Tensor]
     if not values:
         raise ValueError(f"{op}: losses is empty; pass at least one scalar tensor")
     return names, values
-
-
-def check_share(share: float, op: str) -> None:
-    """Refuse a call's part of the batch that is no part.
-
-    Raises:
-        ValueError: it is not above 0 and at most 1.
-    """
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise ValueError(f"{op}: share is {share!r}; pass this call's part of the batch, above 0 and at most 1")
 
 
 def _check_loss(name: str, loss: Tensor, op: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .checks import check_options, check_params
+from .checks import check_flag, check_options, check_params
 from .gradients import GradientSets, Losses
 from .ops import run_step, run_updates, runs_steps
 from .solve import commit, solve_sets
@@ -72,6 +72,7 @@ class Balanced(torch.optim.Optimizer):
                 f"{type(self).__name__}: state_dtype is {state_dtype}; choose torch.float32 or torch.bfloat16, or None "
                 "for the parameters' dtype"
             )
+        check_flag(f"{type(self).__name__}: master_weights", master_weights)
         self._precision = state_dtype, master_weights
 
     def _zeros(self, p: Tensor) -> Tensor:
@@ -310,17 +311,19 @@ class Balanced(torch.optim.Optimizer):
         """Add a group; `balance=False` in it keeps its parameters out of the balance (see the class).
 
         Raises:
-            ValueError: a complex parameter, besides what torch refuses.
+            TypeError, ValueError: a complex parameter, or a `balance` that is not True or False, besides what torch
+                refuses.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             if group["params"]:
                 check_params(type(self).__name__, group["params"])
+            group.setdefault("balance", True)
+            check_flag(f"{type(self).__name__}: balance of a group", group["balance"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        group.setdefault("balance", True)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch, and what torch's optimizers ignore: the memory of the weighting and of the Gram's source.
@@ -329,11 +332,18 @@ class Balanced(torch.optim.Optimizer):
         zero in place of None (see `reach.Reach`), if any were.
         """
         self._settle()
-        state = super().state_dict()
-        if isinstance(self.weighting, Stateful):
-            state["weighting"] = self.weighting.state_dict()
+        # before the user's hooks, so that they see it
+        handle = self.register_state_dict_post_hook(lambda _, state: {**state, **self._memories()}, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _memories(self) -> dict[str, Any]:
         memories = {"gram": self._source.state_dict(), "reach": self._sets.reach.state_dict()}
-        return {**state, **{name: memory for name, memory in memories.items() if memory}}
+        memories = {name: memory for name, memory in memories.items() if memory}
+        weighting = self.weighting
+        return {"weighting": weighting.state_dict(), **memories} if isinstance(weighting, Stateful) else memories
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of the torch optimizer it stands for.
@@ -346,41 +356,66 @@ class Balanced(torch.optim.Optimizer):
             state_dict: what `state_dict()` returned.
 
         Raises:
-            ValueError: its groups are not those of this optimizer, its moments are those of parameters of other shapes,
-                or its weighting's memory is another rule's. Nothing has changed then.
+            TypeError, ValueError: it is no optimizer's state, its groups are not those of this optimizer, its moments
+                are of other shapes, or its weighting's memory is another rule's. Nothing has changed then.
         """
         self._settle()
-        groups = state_dict["param_groups"]
+        loaded: list[dict[str, Any]] = []
+
+        def before(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            loaded.append(self._checked_state(state))
+            return loaded[-1]
+
+        # what the user's hooks before have made of it is taken, and those after find it taken
+        handles = [
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(lambda _: self._take_over(loaded[-1]), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _checked_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state that is to be loaded, with this optimizer's `balance` of groups that have none.
+
+        Raises:
+            ValueError: it is no optimizer's, its moments are of other shapes, or its weighting's memory is another
+                rule's.
+            TypeError: a group's `balance` is not True or False.
+        """
+        op = f"{type(self).__name__}.load_state_dict"
+        if not state.keys() >= {"state", "param_groups"}:
+            raise ValueError(
+                f"{op}: the state has {sorted(map(str, state))}, expected 'state' and 'param_groups'; pass what "
+                "state_dict() of an optimizer returned"
+            )
+        groups = state["param_groups"]
         if len(groups) == len(self.param_groups):
             groups = [
                 {"balance": own["balance"], **group} for own, group in zip(self.param_groups, groups, strict=True)
             ]
-        weighting = self.weighting if "weighting" in state_dict else None
-        if isinstance(weighting, Stateful):
-            copy.copy(weighting).load_state_dict(state_dict["weighting"])  # refuses before anything has changed
+        for group in groups:
+            check_flag(f"{op}: balance of a group", group.get("balance", True))
+        self._check_shapes(state)
+        if isinstance(self.weighting, Stateful) and "weighting" in state:
+            copy.copy(self.weighting).load_state_dict(state["weighting"])
+        return {**state, "param_groups": groups}
+
+    def _take_over(self, state: dict[str, Any]) -> None:
+        """What torch does not know of a state that it has loaded."""
         self._versions.clear()
-        loaded: list[dict[str, Any]] = []  # after the user's hooks before, and restored ahead of those after
-
-        def look(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-            self._check_shapes(state)
-            loaded.append(state)
-
-        before = self.register_load_state_dict_pre_hook(look)
-        after = self.register_load_state_dict_post_hook(lambda _: self._restore_precision(loaded[-1]), prepend=True)
-        try:
-            super().load_state_dict({**state_dict, "param_groups": groups})
-        finally:
-            before.remove()
-            after.remove()
+        self._restore_precision(state)
         if (ranks := self._options.ranks) is not None:
-            for p, state in self.state.items():
-                for name, value in state.items():
+            for p, held in self.state.items():
+                for name, value in held.items():
                     if name != "step" and isinstance(value, Tensor):
-                        state[name] = ranks.part(value, p)
-        if isinstance(weighting, Stateful):
-            weighting.load_state_dict(state_dict["weighting"])
-        self._source.load_state_dict(state_dict.get("gram", {}))
-        self._sets.reach.load_state_dict(state_dict.get("reach", {}), self._params())
+                        held[name] = ranks.part(value, p)
+        if isinstance(self.weighting, Stateful) and "weighting" in state:
+            self.weighting.load_state_dict(state["weighting"])
+        self._source.load_state_dict(state.get("gram", {}))
+        self._sets.reach.load_state_dict(state.get("reach", {}), self._params())
 
     def _check_shapes(self, state_dict: dict[str, Any]) -> None:
         """Refuse moments of another shape than their parameter: nothing would notice, if they have as many elements."""

@@ -424,6 +424,88 @@ def test_loss_may_be_anything_finite_without_log_gradients(backend, name, case):
     assert not optimizer.balance.skipped
 
 
+NONSENSE = {
+    "text": "no",
+    "tensor": torch.tensor([1, 2]),
+    "nan": float("nan"),
+    "list": [None],
+    "object": object(),
+    "negative": -1,
+}
+#: Every argument of our own: how it is given, and which of the values above have a meaning there.
+ARGUMENTS = {
+    **{
+        f"{op}: {name}": (lambda value, op=op, name=name: optimizer_with(op, **{name: value}), ())
+        for op in ("DTOAdamW", "DTOSGD")
+        for name in ("weighting", "max_norm", "rescale", "private", "loss_floor", "gram", "backend", "state_dtype",
+                     "master_weights")
+    },
+    **{
+        f"{op}: balance": (
+            lambda value, op=op: getattr(dk, op)([{"params": [nn.Parameter(torch.ones(2))], "balance": value}]), ()
+        )
+        for op in ("DTOAdamW", "DTOSGD")
+    },
+    **{
+        f"DTOAdamW: weighting.{name}": (
+            lambda value, name=name: optimizer_with("DTOAdamW", weighting=dk.weighting.DTO(**{name: value})), ()
+        )
+        for name in ("log_gradients", "clamp")
+    },
+    **{
+        f"backward: {name}": (lambda value, name=name: backward_with(**{name: value}), ())
+        for name in ("weighting", "max_norm", "rescale", "private", "loss_floor", "gram", "share", "params")
+    },
+    **{
+        f"balance: {name}": (lambda value, name=name: dk.balance(torch.eye(2), torch.ones(2), **{name: value}), ())
+        for name in ("weighting", "max_norm", "rescale", "loss_floor")
+    },
+    "Every: n": (dk.sources.Every, ()),
+    "Every: source": (lambda value: dk.sources.Every(2, value), ()),
+    "Ema: beta": (dk.sources.Ema, ()),
+    "Ema: source": (lambda value: dk.sources.Ema(0.5, value), ()),
+    "Probe: of": (dk.sources.Probe, ("tensor",)),
+    "Feature: of": (dk.sources.Feature, ()),
+    "Fixed: weights": (dk.weighting.Fixed, ("tensor",)),
+    "RLW: seed": (dk.weighting.RLW, ("negative",)),
+    "PCGrad: seed": (dk.weighting.PCGrad, ("negative",)),
+    "CAGrad: c": (dk.weighting.CAGrad, ()),
+    "DWA: period": (dk.weighting.DWA, ()),
+    "DWA: temperature": (lambda value: dk.weighting.DWA(temperature=value), ()),
+    "Amortized: reading": (dk.weighting.Amortized, ()),
+    "Amortized: lr": (lambda value: dk.weighting.Amortized(lr=value), ()),
+    "Amortized: weight_decay": (lambda value: dk.weighting.Amortized(weight_decay=value), ()),
+    "UncertaintyWeighting: lr": (lambda value: dk.weighting.UncertaintyWeighting(lr=value), ()),
+    "UncertaintyWeighting: weight_decay": (lambda value: dk.weighting.UncertaintyWeighting(weight_decay=value), ()),
+    "from_name: ": (dk.weighting.from_name, ()),
+}  # fmt: skip
+
+
+def optimizer_with(op, **options):
+    return getattr(dk, op)([nn.Parameter(torch.ones(2))], **options)
+
+
+def backward_with(**options):
+    w = nn.Parameter(torch.ones(2))
+    try:
+        return dk.backward([w.square().sum()], **{"params": [w], **options})
+    finally:
+        assert w.grad is None
+
+
+@pytest.mark.parametrize("value", NONSENSE)
+@pytest.mark.parametrize("argument", ARGUMENTS)
+def test_no_argument_takes_nonsense(argument, value):
+    """One sentence that names the argument and says what to pass, before anything is made."""
+    make, meant = ARGUMENTS[argument]
+    if value in meant:
+        make(NONSENSE[value])
+        return
+    with pytest.raises((TypeError, ValueError), match=f"^{argument}.*; (pass|choose) ") as caught:
+        make(NONSENSE[value])
+    assert "\n" not in str(caught.value).replace(repr(NONSENSE[value]), "")
+
+
 @pytest.mark.parametrize(
     ("losses", "error", "message"),
     [

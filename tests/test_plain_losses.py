@@ -184,8 +184,8 @@ def test_shares_that_sum_to_more_than_one():
 def test_bad_share(share):
     model = Student()
     optimizer = dk.DTOAdamW(model.parameters())
-    with pytest.raises(ValueError, match=r"DTOAdamW\.backward: share is"):
+    with pytest.raises((TypeError, ValueError), match=r"DTOAdamW\.backward: share is"):
         optimizer.backward(losses_of(model, batch()), share=share)
-    with pytest.raises(ValueError, match=r"^backward: share is"):
+    with pytest.raises((TypeError, ValueError), match=r"^backward: share is"):
         dk.backward(losses_of(model, batch()), model.parameters(), share=share)
     assert all(p.grad is None for p in model.parameters())

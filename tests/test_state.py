@@ -196,6 +196,55 @@ def test_state_dict_hooks(backend):
     assert seen == ["save", "load", "loaded"]
 
 
+def test_hooks_see_the_memories(backend):
+    """What weighting and source remember: in the state before hooks see it, loaded before hooks after that run."""
+    model, other = Student(), Student()
+    optimizer = dk.DTOAdamW(model.parameters(), weighting=dk.weighting.Amortized("gram"), gram=dk.sources.Ema(0.5))
+    run_two(optimizer, model, 0, 2)
+    seen = []
+    optimizer.register_state_dict_post_hook(lambda o, state: seen.append(sorted(state)) or {"wrapped": state})
+    state = optimizer.state_dict()
+    assert seen == [["gram", "param_groups", "state", "weighting"]]
+    assert state.keys() == {"wrapped"}
+    resumed = dk.DTOAdamW(other.parameters(), weighting=dk.weighting.Amortized("gram"), gram=dk.sources.Ema(0.5))
+    resumed.register_load_state_dict_pre_hook(lambda o, state: state["wrapped"])
+    resumed.register_load_state_dict_post_hook(
+        lambda o: seen.append((o.weighting.state_dict(), o._source.state_dict()))
+    )
+    resumed.load_state_dict(saved_and_loaded(state))
+    weighting, source = seen[-1]
+    assert torch.equal(weighting["learned"], optimizer.weighting.state_dict()["learned"])
+    assert torch.equal(source["total"], state["wrapped"]["gram"]["total"])
+
+
+BAD_STATES = {
+    "wrapped": (
+        lambda state: {"optimizer": state},
+        r"the state has \['optimizer'\], expected 'state' and 'param_groups'",
+    ),
+    "balance": (
+        lambda state: {**state, "param_groups": [{**state["param_groups"][0], "balance": "no"}]},
+        r"balance of a group is 'no'; pass True or False",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_bad_states(backend, case):
+    change, message = BAD_STATES[case]
+    model = Student()
+    optimizer = dk.DTOAdamW(model.parameters())
+    run_two(optimizer, model, 0, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises((TypeError, ValueError), match=f"^DTOAdamW.load_state_dict: {message}"):
+        optimizer.load_state_dict(change(optimizer.state_dict()))
+    after = optimizer.state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    assert all(torch.equal(t, after["state"][i][n]) for i, held in before["state"].items() for n, t in held.items())
+    assert not optimizer._optimizer_load_state_dict_pre_hooks
+    assert not optimizer._optimizer_load_state_dict_post_hooks
+
+
 def test_loading_leaves_gathered_gradients(backend):
     """As torch's load_state_dict leaves `.grad`: a step after it takes the loaded state and the gradients at hand."""
     a, b = Student(), Student()

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..checks import check_flag, is_number
 from .ranks import Ranks
 from .replicas import BUCKET_BYTES, Replicas
 
@@ -67,8 +68,10 @@ def attach(
             )
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("attach: torch.distributed is not initialized; call init_process_group first")
-    if bucket_bytes < 1:
-        raise ValueError(f"attach: bucket_bytes is {bucket_bytes}; pass a positive number, such as {BUCKET_BYTES}")
+    if not is_number(bucket_bytes) or bucket_bytes < 1:
+        raise ValueError(f"attach: bucket_bytes is {bucket_bytes!r}; pass a positive number, such as {BUCKET_BYTES}")
+    check_flag("attach: static_graph", static_graph)
+    check_flag("attach: shard", shard)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     if any(isinstance(p, DTensor) for p in params):
         raise ValueError("attach: the optimizer's parameters are sharded; it finds that out by itself, without attach")

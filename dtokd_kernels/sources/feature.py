@@ -65,8 +65,11 @@ class Feature(Source):
         gram = ops.unscaled(ops.gram_of_groups(groups, len(rows), options.backend), call.scale)
         if options.ranks is not None:
             gram = options.ranks.sample_gram(gram)
-        self._output = None
         return ops.balance_grams(ops.by_role({Role.SHARED: gram}, call.losses), call.losses, options)
+
+    def release(self) -> None:
+        """Forget the module's output."""
+        self._output = None
 
     def _features(self, call: Call) -> Sequence[Tensor]:
         features = call.features

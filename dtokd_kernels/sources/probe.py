@@ -159,6 +159,8 @@ class _Reached:
 
 
 def _parameters(of: nn.Module | Tensor | Iterable[nn.Module | Tensor]) -> list[Tensor]:
+    if not isinstance(of, (nn.Module, Tensor, Iterable)):
+        raise TypeError(f"Probe: of is {of!r}; pass modules or parameters")
     parts = [of] if isinstance(of, (nn.Module, Tensor)) else list(of)
     found: dict[int, Tensor] = {}
     for part in parts:

@@ -165,6 +165,9 @@ class Source:
         """
         return replace(balance, skipped=ops.run_updates(updates, table, balance.skipped, options))
 
+    def release(self) -> None:
+        """The passes of a call of `backward` are over: hold nothing that belongs to its graph."""
+
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """A step is over: remember what the next needs, unless the balance says `skipped`."""
 

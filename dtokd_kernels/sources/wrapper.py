@@ -39,6 +39,10 @@ class Wrapper(Source):
         """The updates, by the source that measures."""
         return self.inner.run(updates, balance, table, options)
 
+    def release(self) -> None:
+        """Let the source that measures drop its graph."""
+        self.inner.release()
+
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """As the source."""
         self.inner.commit(names, balance)

@@ -130,6 +130,6 @@ def from_name(name: str, **options: Any) -> Weighting:
         >>> weighting.from_name("cagrad", c=0.4)
         CAGrad(c=0.4, log_gradients=False)
     """
-    if name not in _CONSTRUCTORS:
+    if not isinstance(name, str) or name not in _CONSTRUCTORS:
         raise ValueError(f"from_name: no weighting is called {name!r}; choose one of {', '.join(NAMES)}")
     return _CONSTRUCTORS[name](**options)

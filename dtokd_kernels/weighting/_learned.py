@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ._arguments import check_number
 from .stateful import Memory
 
 
@@ -47,7 +48,5 @@ def check(op: str, lr: float, weight_decay: float) -> None:
     Raises:
         ValueError: says which, and what it may be.
     """
-    if not lr >= 0:
-        raise ValueError(f"{op}: lr is {lr}; pass a number that is not negative, such as 0.025")
-    if not weight_decay >= 0:
-        raise ValueError(f"{op}: weight_decay is {weight_decay}; pass a number that is not negative, such as 0.01")
+    check_number(op, "lr", lr, 0, "that is not negative, such as 0.025")
+    check_number(op, "weight_decay", weight_decay, 0, "that is not negative, such as 0.01")

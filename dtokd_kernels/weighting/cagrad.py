@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._arguments import check_number
 from ._faces import solve_on_faces
 from ._units import in_any_order, unit_gram
 
@@ -39,8 +40,7 @@ class CAGrad:
     log_gradients: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.c < 1:
-            raise ValueError(f"CAGrad: c is {self.c}; pass a number with 0 <= c < 1, such as 0.5")
+        check_number("CAGrad", "c", self.c, 0, "with 0 <= c < 1, such as 0.5", below=1)
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
         """Weights of a Gram matrix of the gradients this weighting asks for.

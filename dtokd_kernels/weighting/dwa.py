@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ._arguments import check_number
 from .stateful import Memory, Stateful
+
+#: The smallest positive float64 that is not rounded more than others.
+SMALLEST = sys.float_info.min
 
 
 @dataclass(eq=False)
@@ -37,8 +42,7 @@ class DWA(Stateful):
     def __post_init__(self) -> None:
         if not isinstance(self.period, int) or isinstance(self.period, bool) or self.period < 1:
             raise ValueError(f"DWA: period is {self.period!r}; pass a number of steps, such as those of an epoch")
-        if not self.temperature > 0:
-            raise ValueError(f"DWA: temperature is {self.temperature}; pass a positive number, such as 2.0")
+        check_number("DWA", "temperature", self.temperature, SMALLEST, "that is positive, such as 2.0")
 
     def initial(self, gram: Tensor) -> Memory:
         """Nothing seen yet."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from ._arguments import check_number
 
 
 @dataclass(frozen=True)
@@ -17,11 +20,26 @@ class Fixed:
     Args:
         weights: one number per objective; None weighs all by 1 / K.
         log_gradients: weigh the gradients of log L_i instead of those of L_i.
+
+    Raises:
+        TypeError, ValueError: `weights` is no list of finite numbers.
     """
 
     weights: Sequence[float] | None = None
     log_gradients: bool = False
     needs_gram: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.weights is None:
+            return
+        try:
+            weights = list(self.weights)
+        except TypeError as error:
+            message = f"Fixed: weights is {self.weights!r}; pass a list of numbers, one for each objective"
+            raise TypeError(message) from error
+        for i, weight in enumerate(weights):
+            value = weight.item() if isinstance(weight, Tensor) and weight.numel() == 1 else weight
+            check_number("Fixed", f"weights[{i}]", value, -sys.float_info.max, "that is finite")
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
         """The weights.

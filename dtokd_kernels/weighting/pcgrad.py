@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _random
+from ._arguments import check_seed
 from .stateful import Memory, Stateful
 
 
@@ -30,6 +31,9 @@ class PCGrad(Stateful):
 
     seed: int = 0
     log_gradients: bool = False
+
+    def __post_init__(self) -> None:
+        check_seed("PCGrad", self.seed)
 
     def initial(self, gram: Tensor) -> Memory:
         """No order drawn yet."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _random
+from ._arguments import check_seed
 from .stateful import Memory, Stateful
 
 
@@ -28,6 +29,9 @@ class RLW(Stateful):
     seed: int = 0
     log_gradients: bool = False
     needs_gram: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_seed("RLW", self.seed)
 
     def initial(self, gram: Tensor) -> Memory:
         """Nothing drawn yet."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._arguments import check_number
 from ._names import check_primary, position_of
 from .stateful import Memory, Stateful
 
@@ -79,8 +80,7 @@ class Share(Stateful):
                 f"Share: shares sum to {sum(values):g}; pass shares that sum to 1, or name the objective that the "
                 "others are measured against: primary='task'"
             )
-        if not _is_number(self.beta) or not 0 <= self.beta < 1:
-            raise ValueError(f"Share: beta is {self.beta!r}; pass a number from 0 to below 1, such as 0.99")
+        check_number("Share", "beta", self.beta, 0, "from 0 to below 1, such as 0.99", below=1)
         if self.total is not None and (not _is_number(self.total) or self.total <= 0):
             raise ValueError(f"Share: total is {self.total!r}; pass a positive number, or None")
         if self.total is not None and self.primary is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference import EQUAL
+from ._arguments import check_number
 from ._faces import solve_on_faces
 from ._names import check_primary, position_of
 from ._units import unit_gram
@@ -71,11 +72,9 @@ class TaskFirst(Stateful):
     def __post_init__(self) -> None:
         if self.rule not in ("cosine", "pcd"):
             raise ValueError(f"TaskFirst: rule is {self.rule!r}; choose 'cosine' or 'pcd'")
-        for name, low, high in (("ratio", 0, math.inf), ("tau", 0, 1), ("beta", 0, 1)):
-            value = getattr(self, name)
-            inside = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-            if not inside or (name != "tau" and value == high):
-                raise ValueError(f"TaskFirst: {name} is {value!r}; pass a number from {low} to {high}")
+        check_number("TaskFirst", "ratio", self.ratio, 0, "that is not negative, such as 1.0")
+        check_number("TaskFirst", "tau", self.tau, 0, "from 0 to 1", below=math.nextafter(1, 2))
+        check_number("TaskFirst", "beta", self.beta, 0, "from 0 to below 1, such as 0.999", below=1)
         if self.patience is not None and (
             isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1
         ):

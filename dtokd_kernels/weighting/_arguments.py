@@ -1,0 +1,35 @@
+"""Refusals of the weightings' constructors."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Any
+
+
+def check_number(op: str, name: str, value: Any, low: float, meaning: str, *, below: float = math.inf) -> None:
+    """Refuse what is not a number in [low, below).
+
+    Args:
+        op: the class.
+        name: of the argument.
+        value: what the user gave.
+        low: the smallest number allowed.
+        meaning: follows "pass a number".
+        below: the numbers allowed are less than this.
+
+    Raises:
+        ValueError: says what it is, and what it may be.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= float(value) < below:
+        raise ValueError(f"{op}: {name} is {value!r}; pass a number {meaning}")
+
+
+def check_seed(op: str, seed: Any) -> None:
+    """Refuse what is not an integer.
+
+    Raises:
+        TypeError: says what it is.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"{op}: seed is {seed!r}; pass an integer, such as 0")
