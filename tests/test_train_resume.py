@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,6 +206,45 @@ def test_kill_9(digits, teacher, tmp_path):
     process.stdout.close()
     assert main(command) == 0
     same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
+
+
+def children_of(pid):
+    """Numbers of the processes that it has started and that live."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(number) for number in found]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are found in Linux's /proc")
+def test_kill_9_leaves_no_workers(digits, tmp_path):
+    """They end with the process that started them, also while they wait for room in the pipe to it."""
+    options = ["--epochs", "200", "--workers", "4", "-b", "2", "--val-split", "", "--experiment", "x"]
+    process = start(["train", *common(digits, tmp_path), *options])
+    wait_for(tmp_path / "x" / "checkpoints" / "epoch-0001.safetensors")
+    end = time.monotonic() + 60
+    while len(workers := children_of(process.pid)) < 4:
+        assert time.monotonic() < end
+    time.sleep(0.1)  # until they have been asked for batches
+    os.kill(process.pid, signal.SIGSTOP)
+    assert workers == children_of(process.pid)
+    time.sleep(3)  # now the pipe is full
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    end = time.monotonic() + 10
+    while left := [pid for pid in workers if alive(pid)]:
+        if time.monotonic() > end:
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+        assert time.monotonic() <= end, f"{len(left)} of 4 workers live on"
+        time.sleep(0.1)
+    assert process.stdout.read() is not None  # a pipe as in `dtokd train | tee log` comes to its end
+    process.stdout.close()
 
 
 def test_ctrl_c(digits, teacher, tmp_path):

@@ -19,8 +19,8 @@ from torchvision.transforms.v2 import functional as F
 
 from ..errors import UsageError
 from ..train.batches import Batches
-from ..train.data import worker_seed
 from ..train.images import CheckedImages
+from ..train.workers import worker_seed
 from .annotations import Annotations, read_annotations, usable
 from .batch import Images, Target
 

@@ -21,6 +21,7 @@ from ..errors import UsageError
 from ..objectives.cache import KeyedDataset
 from .batches import Batches
 from .images import CheckedImages
+from .workers import worker_seed
 
 
 @dataclass
@@ -256,13 +257,3 @@ def validation_loader(
         persistent_workers=False,
         worker_seeding=worker_seed,
     )
-
-
-def worker_seed(info: Any) -> int:
-    """The seed that timm would choose, in a worker that leaves signals to the main process.
-
-    A terminal and torchrun send theirs to its process group.
-    """
-    os.setpgid(0, 0)
-    torch.set_num_threads(1)
-    return int(info.seed)
