@@ -64,7 +64,7 @@ def same_results(a, b):
     last = max(RunDir(a).checkpoints())
     first, second = (load_checkpoint(RunDir(p).checkpoints()[last]) for p in (a, b))
     for state in (first, second):
-        state["options"] = {k: v for k, v in state["options"].items() if k not in ("output", "resume")}
+        state["options"] = {k: v for k, v in state["options"].items() if k not in ("output", "experiment", "resume")}
     assert differences(first, second) == []
     for name in ("summary.csv", "steps.csv"):
         if (a / name).exists():
@@ -304,7 +304,7 @@ def test_checkpoint_of_another_model(digits, teacher, tmp_path, capsys):
     assert main([*options, "--model", "test_vit"]) == 1
     assert "is of another model (test_resnet; this run trains test_vit)" in capsys.readouterr().err
     assert main([*options, "--opt", "dtoadamw", "--kd-balance", "famo", *distilling(teacher)]) == 1
-    assert "was written with --opt sgd --kd-balance none" in capsys.readouterr().err
+    assert "was written with --opt sgd, this run has --opt dtoadamw" in capsys.readouterr().err
     damaged = shutil.copy(path, tmp_path / "damaged.safetensors")
     os.truncate(damaged, 1000)
     assert main([*options[:-1], str(damaged)]) == 1

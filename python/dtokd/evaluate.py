@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from timm.models import load_state_dict
 from timm.task import ClassificationEvaluator
 
 from .errors import UsageError
+from .files import as_json
 from .train import data
 from .train.engine import autocast, evaluate
 from .train.images import skipped
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, floa
     result = {**metrics, "images": len(images)}
     if record is not None and (bad := skipped(record)):
         result["skipped_images"] = len(bad)
-    print(json.dumps({"model": settings.model, "weights": str(weights or timm.__version__), **result}))
+    print(as_json({"model": settings.model, "weights": str(weights or timm.__version__), **result}))
     return result
 
 

@@ -1,11 +1,16 @@
-"""Files that are whole or not there: written beside their place, synced, and moved."""
+"""Files that are whole or not there: written beside their place, synced, and moved; and what they hold."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
 
@@ -39,6 +44,28 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """A safetensors file; tensors of any device, also such that share memory."""
     kept = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     write_bytes(path, save(kept, dict(metadata) if metadata else None))
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of tensors: their names, dtypes, shapes and bytes, on whatever device."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return digest.hexdigest()
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader accepts: it has no numbers for NaN and Inf, which become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def sync_folder(folder: Path) -> None:

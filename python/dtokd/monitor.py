@@ -264,8 +264,14 @@ class TensorBoard:
                     if name != "step":
                         self._writer.add_scalar(f"{prefix}/{name}", value, int(line["step"]))
 
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add others, under names of their own, and have them on disk."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
     def close(self) -> None:
-        """Close the writer."""
+        """Close the writer; a second call does nothing."""
         self._writer.close()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from torch import nn
 import dtokd_kernels as dk
 from dtokd_kernels.weighting import DTO, Fixed, LogSum
 
+from ..files import as_json
 from . import report
 from .agreement import Agreement, compare_steps
 from .data import Digits, load_digits
@@ -100,7 +100,7 @@ def run(settings: Settings) -> int:
             comparisons.append(Compared(objective, steps, agreement, fused, reference))
 
     facts = {**asdict(settings), "output": str(output), "timm": timm.__version__, **backend}
-    (output / "settings.json").write_text(json.dumps(facts, indent=2) + "\n")
+    (output / "settings.json").write_text(as_json(facts, indent=2) + "\n")
     report.write_results(output / "results.csv", runs.values())
     report.write_curves(output / "curves.csv", runs.values())
     report.write_agreement(output / "agreement.csv", comparisons)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..files import as_json
 from ..train.engine import autocast, evaluate
 from ..train.world import World
 from .data import make_loader, read_split
@@ -38,5 +38,5 @@ def judge(run: dict[str, Any], given: dict[str, Any]) -> dict[str, float]:
     loader = make_loader(options, split, options.val_split, training=False, device=device)
     metrics = evaluate(student.to(device), loader, CocoEvaluator(split), partial(autocast, options, device))
     result = {**metrics, "images": len(split.content["images"])}
-    print(json.dumps({"model": options.model, "weights": str(weights), **result}))
+    print(as_json({"model": options.model, "weights": str(weights), **result}))
     return result

@@ -33,6 +33,11 @@ def detect(options: argparse.Namespace, progress: Progress | None = None) -> Out
     Raises, Effects: as `dtokd.train.run.train`.
     """
     run = RunDir(options.output / (options.experiment or experiment_name(options).replace(":", "-")))
+    with run.locked():
+        return _detect(options, run, progress)
+
+
+def _detect(options: argparse.Namespace, run: RunDir, progress: Progress | None) -> Outcome:
     device = World().device(options.device)
     progress = progress or Progress(options.epochs)
     train, validation = read_splits(options)

@@ -19,6 +19,7 @@ from timm.models import load_state_dict
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
+from ..files import digest_of
 from .taps import Outputs, Taps, detach_copy, read
 
 
@@ -102,14 +103,9 @@ class Teacher:
         return detach_copy(outputs)
 
     def fingerprint(self) -> str:
-        """sha256 of the weights, their names, dtypes and shapes, and of how the images are prepared."""
-        digest = hashlib.sha256(
-            f"{self.name} {self.size} {self.normalisation} {self._renormalise} {self.dtype}".encode()
-        )
-        for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """sha256 of the weights, their names, dtypes and shapes, the layers, and of how the images are prepared."""
+        told = f"{self.name} {self.size} {self.normalisation} {self._renormalise} {self.dtype} {self.model}"
+        return hashlib.sha256(f"{told} {digest_of(self.model.state_dict())}".encode()).hexdigest()
 
 
 def load(name: str, path: str | None, *, in_chans: int, device: torch.device, dtype: torch.dtype) -> nn.Module:

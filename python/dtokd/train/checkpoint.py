@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import UsageError
-from ..files import write_tensors
+from ..files import digest_of, write_tensors
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -23,9 +28,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         TypeError: a value of another kind.
     """
     tensors: dict[str, Tensor] = {}
-    text = json.dumps({"format": FORMAT, "state": _pack(state, "", tensors)})
+    text = json.dumps(_pack(state, "", tensors), allow_nan=False)
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+    held = json.dumps({"format": FORMAT, "sha256": _checksum(text, tensors), "state": text})
     try:
-        write_tensors(path, tensors, {"dtokd": text})
+        write_tensors(path, tensors, {"dtokd": held})
     except OSError as error:
         raise UsageError(
             f"--output: the checkpoint {path} cannot be written: {error.strerror or error}; earlier checkpoints are as "
@@ -37,28 +44,90 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, on the CPU.
 
     Raises:
-        UsageError: there is no such file, it is damaged, or something else.
+        UsageError: there is no such file, a byte of it has changed, or it is something else.
     """
+    metadata, tensors = _read(path, tensors=True)
+    with _understood(path):
+        held = json.loads(metadata)
+        if held["format"] != FORMAT:
+            raise UsageError(
+                f"--resume: {path} has format {held['format']}, expected {FORMAT}; use the dtokd that wrote it"
+            )
+        if held["sha256"] != _checksum(held["state"], tensors):
+            raise UsageError(
+                f"--resume: {path} is damaged: its bytes are not those that were written; give an earlier one"
+            )
+        return dict(_unpack(json.loads(held["state"]), tensors))
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """As `load_checkpoint`, of the state that `state.collect` makes.
+
+    Raises:
+        UsageError: also if it is the state of something else.
+    """
+    state = load_checkpoint(path)
+    with _understood(path):
+        for key, kind in _FIELDS.items():
+            if not isinstance(state[key], kind):
+                raise TypeError(key)
+        if min(state["epoch"], state["batches"], state["updates"]) < 0:
+            raise ValueError("negative")
+        if state["best"] is not None:
+            int(state["best"]["epoch"])
+    return state
+
+
+#: What is read of a run's state before it is loaded.
+_FIELDS: dict[str, Any] = {
+    **{"model": str, "options": dict, "history": str, "students": dict, "weights": dict, "stepper": dict},
+    **{"epoch": int, "batches": int, "updates": int, "updates_before": int, "per_epoch": int, "ahead": int},
+    **{"lr": (float, int), "ranks": list, "groups": list},
+    **{"best": (dict, type(None)), "rows": (dict, type(None)), "scheduler": (dict, type(None))},
+}
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """The state without reading its tensors, which are None. The checksum is not looked at.
+
+    Raises:
+        UsageError: there is no such file, or it is something else.
+    """
+    metadata, _ = _read(path, tensors=False)
+    with _understood(path):
+        return dict(_unpack(json.loads(json.loads(metadata)["state"]), defaultdict(lambda: None)))
+
+
+def _read(path: Path, tensors: bool) -> tuple[str, dict[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+            names = file.keys() if tensors else ()
+            held = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError:
         raise UsageError(f"--resume: there is no file {path}") from None
     except (SafetensorError, OSError) as error:
         raise UsageError(f"--resume: {path} is damaged or no checkpoint: {error}; give an earlier one") from error
+    if "dtokd" not in metadata:
+        raise UsageError(f"--resume: {path} holds weights, but no state of a run; pass it as --initial-checkpoint")
+    return metadata["dtokd"], held
+
+
+@contextmanager
+def _understood(path: Path) -> Iterator[None]:
     try:
-        held = json.loads(metadata["dtokd"])
-    except (KeyError, ValueError):
+        yield
+    except UsageError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise UsageError(
-            f"--resume: {path} holds weights, but no state of a run; pass it as --initial-checkpoint"
-        ) from None
-    if held["format"] != FORMAT:
-        raise UsageError(
-            f"--resume: {path} has format {held['format']}, expected {FORMAT}; use the dtokd that wrote it"
-        )
-    state: dict[str, Any] = _unpack(held["state"], tensors)
-    return state
+            f"--resume: {path} holds no state of a run that dtokd train or detect has written; pass one of a run's "
+            "checkpoints"
+        ) from error
+
+
+def _checksum(text: str, tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(f"{digest_of(tensors)} {text}".encode()).hexdigest()
 
 
 def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
@@ -66,6 +135,8 @@ def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[where] = value
         return {"tensor": where}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, (list, tuple)):
@@ -77,7 +148,7 @@ def _pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"save_checkpoint: {where} is a {type(value).__name__}, which JSON and safetensors do not hold")
 
 
-def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+def _unpack(value: Any, tensors: Mapping[str, Any]) -> Any:
     if isinstance(value, list):
         return [_unpack(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -87,25 +158,8 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[held]
     if kind == "tuple":
         return tuple(_unpack(item, tensors) for item in held)
+    if kind == "float":
+        return float(held)
+    if kind != "dict":
+        raise ValueError(kind)
     return {key: _unpack(item, tensors) for key, item in held}
-
-
-def check_fits(path: Path, weights: dict[str, Tensor], own: dict[str, Tensor], model: str, saved_model: str) -> None:
-    """Refuse a checkpoint of another model, before anything is loaded.
-
-    Raises:
-        UsageError: names or shapes differ.
-    """
-    absent = [name for name in own if name not in weights]
-    more = [name for name in weights if name not in own]
-    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
-    if not (absent or more or shapes):
-        return
-    name = (shapes or absent or more)[0]
-    there = tuple(weights[name].shape) if name in weights else "nothing"
-    expected = tuple(own[name].shape) if name in own else "nothing"
-    raise UsageError(
-        f"--resume: {path} is of another model ({saved_model}; this run trains {model}): {name} has {there}, expected "
-        f"{expected}, and {len(absent) + len(more) + len(shapes) - 1} more differ; give the options of that run, or "
-        "another --experiment"
-    )

@@ -48,6 +48,9 @@ class Engine:
         progress: what the user sees.
         stopped: the number of the signal with which the user wants out, or 0.
         updates: optimizer steps so far.
+        groups: what the options say of each of the optimizer's groups, see `state.told_of`.
+        per_epoch: optimizer steps in an epoch.
+        ahead: steps that the schedule counts besides `updates`, where earlier epochs had another number of them.
         world: the processes that train together.
     """
 
@@ -60,6 +63,9 @@ class Engine:
     progress: Progress
     stopped: Callable[[], int]
     updates: int = 0
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    per_epoch: int = 0
+    ahead: int = 0
     world: World = field(default_factory=World)
 
     def train_epoch(
@@ -114,7 +120,7 @@ class Engine:
         self.updates += 1
         self.task.update_ema(step=self.updates)
         if self.scheduler is not None:
-            self.scheduler.step_update(num_updates=self.updates)
+            self.scheduler.step_update(num_updates=self.updates + self.ahead)
 
     @torch.no_grad()
     def evaluate(self, loader: Any, ema: bool = False) -> dict[str, float]:

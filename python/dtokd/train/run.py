@@ -6,7 +6,7 @@ import argparse
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,13 +28,13 @@ from ..monitor import CSV, BalanceLogger, Row, Sink, TensorBoard, means_of
 from ..objectives.build import build, check_teachers, use_cache
 from ..report.page import write_report
 from . import data, state
-from .checkpoint import load_checkpoint
+from .checkpoint import load_run
 from .engine import Engine, Stopped
 from .images import skipped
 from .optimizer import distribute, make_stepper
 from .options import experiment_name
 from .progress import Progress
-from .rundir import RunDir
+from .rundir import RunDir, chained
 from .state import Position
 from .world import World, join, under_torchrun
 
@@ -68,8 +68,9 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
     Effects: seeds the random generators of Python, numpy and torch; writes the run's directory; while it runs,
         Ctrl-C and SIGTERM end it after the current step.
     """
-    with join(options.device, options.dist_timeout) as world:
+    with join(options.device, options.dist_timeout) as world, ExitStack() as stack:
         run = RunDir(options.output / (options.experiment or experiment_name(options)))
+        world.first_does(lambda: stack.enter_context(run.locked()))
         with world.agreed():
             device = world.device(options.device)
             train_images, validation_images = _open(options, run, world)
@@ -114,7 +115,7 @@ def fit(
 
     Args:
         options: of `train.options`, but those of data, student and teacher.
-        run: the directory.
+        run: the directory, which this process has locked.
         task: student, teacher and losses; its `create_evaluator()` judges the student.
         loaders: of (input, target), on `device`.
         device: of the student.
@@ -128,6 +129,7 @@ def fit(
         task.to(memory_format=torch.channels_last)
     with world.agreed():
         stepper = make_stepper(options, task, device, world)
+    groups = state.told_of(stepper.optimizer)
     if options.model_ema:
         task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
     per_epoch = -(-len(loaders.train) // options.grad_accum_steps)
@@ -145,23 +147,31 @@ def fit(
     progress.epochs = epochs
     if not world.first:
         progress.console.quiet = True
-    found = _begin(run, options, world)
+    found = _find(run, options, world, progress)
     with ExitStack() as stack:
         noted = stack.enter_context(_signals())
         engine = Engine(
             task, stepper, scheduler, options, device, None, progress, lambda: world.vote(noted[0]), world=world
         )
+        engine.groups, engine.per_epoch = groups, per_epoch
         with world.agreed():
             at = state.restore(engine, loaders, *found) if found else Position(0)
+        if not world.first_does(lambda: run.begin(options, found, progress.say)):
+            at = replace(at, best=None, history="", students={})
         collected = _Collected()
+        board = None
+        if world.first and options.log_tensorboard:
+            board = _tensorboard(run, progress, engine.updates)
+            if board is not None:
+                stack.callback(board.close)
         if options.kd_balance != "none":
             sinks: list[Sink] = [CSV(run.steps, append=True), collected] if world.first else []
-            if world.first and options.log_tensorboard and (board := _tensorboard(run, progress, engine.updates)):
+            if board is not None:
                 sinks.append(board)
             engine.log = stack.enter_context(BalanceLogger(sinks, options.log_interval, step=engine.updates))
         collected.rows = list(at.rows)
         ranks = f" of {world.size} processes" if world.joined else ""
-        progress.say(f"{run.path}: {options.model}, {epochs - at.epoch} of {epochs} epochs, on {device}{ranks}")
+        progress.say(f"{run.path}: {options.model}, {max(epochs - at.epoch, 0)} of {epochs} epochs, on {device}{ranks}")
         if found is None:
             _save(run, engine, loaders, at)
         try:
@@ -171,7 +181,7 @@ def fit(
                 if not at.batches:
                     lr = stepper.optimizer.param_groups[0]["lr"]
                     at = replace(at, updates=engine.updates, lr=lr)
-                at = _epoch(run, engine, loaders, collected, at)
+                at = _epoch(run, engine, loaders, collected, at, board)
         except Stopped as stop:
             return _stop(run, engine, loaders, collected, at, stop)
         finally:
@@ -185,18 +195,20 @@ def fit(
     return Outcome(run.path, at.best)
 
 
-def _begin(run: RunDir, options: argparse.Namespace, world: World) -> tuple[Path, dict[str, Any]] | None:
-    """The run's directory, made by the first rank, and the checkpoint to go on from, read by all."""
+def _find(
+    run: RunDir, options: argparse.Namespace, world: World, progress: Progress
+) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, found by the first rank and read by all."""
     found: list[tuple[Path, dict[str, Any]]] = []
 
-    def begin() -> Path | None:
-        found.extend(filter(None, [run.begin(options)]))
+    def find() -> Path | None:
+        found.extend(filter(None, [run.find(options, progress.say)]))
         return found[0][0] if found else None
 
-    path = world.first_does(begin)
+    path = world.first_does(find)
     with world.agreed():
         if path is not None and not found:
-            found.append((path, load_checkpoint(path)))
+            found.append((path, load_run(path)))
     return found[0] if found else None
 
 
@@ -304,7 +316,14 @@ class _Collected:
         return {key: value for key, value in means_of(rows).items() if key != "step"} if rows else {}
 
 
-def _epoch(run: RunDir, engine: Engine, loaders: data.Data, collected: _Collected, at: Position) -> Position:
+def _epoch(
+    run: RunDir,
+    engine: Engine,
+    loaders: data.Data,
+    collected: _Collected,
+    at: Position,
+    board: TensorBoard | None,
+) -> Position:
     """Train, evaluate, and have it all on disk: the checkpoint last, so that it vouches for the rest."""
     options, task, epoch = engine.options, engine.task, at.epoch
     if loaders.mixup is not None and options.mixup_off_epoch and epoch >= options.mixup_off_epoch:
@@ -340,16 +359,25 @@ def _epoch(run: RunDir, engine: Engine, loaders: data.Data, collected: _Collecte
         best = {"epoch": epoch, **metrics}
     weights = _student(task, ema=task.has_ema())
 
-    def write() -> None:
+    def write() -> dict[str, str]:
         run.add_summary(row)
+        if board is not None:
+            board.scalars(_scalars(row), engine.updates - 1)  # where the epoch's last step is
+        exported = {run.last_student.name: run.export(run.last_student, weights)}
         if better or not metrics:
-            run.export(run.student, weights)
-        run.export(run.last_student, weights)
+            exported[run.student.name] = run.export(run.student, weights)
+        return exported
 
-    engine.world.first_does(write)
-    at = Position(epoch + 1, best)
+    students = {**at.students, **engine.world.first_does(write)}
+    at = Position(epoch + 1, best, history=chained([row], at.history), students=students)
     _save(run, engine, loaders, at)
     return at
+
+
+def _scalars(row: Mapping[str, float]) -> dict[str, float]:
+    """An epoch's losses, evaluation and learning rate, by TensorBoard's groups."""
+    named = {name.replace("_", "/", 1): value for name, value in row.items() if name.startswith(("train_", "eval_"))}
+    return {**named, "lr": row["lr"]}
 
 
 def _flush(engine: Engine) -> None:
@@ -367,14 +395,13 @@ def _flush(engine: Engine) -> None:
 def _save(run: RunDir, engine: Engine, loaders: data.Data, at: Position) -> None:
     """A checkpoint, by the first rank; in the middle of an epoch under a name of its own."""
     collected = state.collect(engine, loaders, at)
-    best = -1 if at.best is None else int(at.best["epoch"]) + 1
     keep = engine.options.checkpoint_hist
 
     def write() -> None:
         if at.batches:
             run.save_stopped(collected)
         else:
-            run.save(at.epoch, collected, best, keep)
+            run.save(at.epoch, collected, keep)
 
     engine.world.first_does(write)
 

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
-import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 import dtokd_kernels
 
 from ..errors import UsageError
-from ..files import sync_folder, write_tensors, write_text
-from .checkpoint import load_checkpoint, save_checkpoint
-from .options import plain
+from ..files import as_json, digest_of, sync_folder, write_tensors, write_text
+from .checkpoint import load_run, peek, save_checkpoint
+from .lock import Locked, locked
+from .options import OUTSIDE, plain
 
 _CHECKPOINT = re.compile(r"epoch-(\d+)\.safetensors")
 
@@ -45,6 +50,7 @@ class RunDir:
         self.pictures = path / "pictures"
         self.report = path / "report.html"
         self.stopped = path / "checkpoints" / "stopped.safetensors"
+        self._best: dict[Path, int | None] = {}
 
     def checkpoints(self) -> dict[int, Path]:
         """From the number of finished epochs to the file, in order."""
@@ -54,72 +60,245 @@ class RunDir:
                 found[int(match[1])] = path
         return dict(sorted(found.items()))
 
-    def begin(self, options: argparse.Namespace) -> tuple[Path, dict[str, Any]] | None:
-        """Make the folder, and find what to go on from.
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process that writes here. The lock ends with its process, however that ends.
+
+        Raises:
+            UsageError: another one is, or the folder cannot be made.
+        """
+        with ExitStack() as stack:
+            try:
+                made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+                stack.callback(_remove_empty, made)
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.path / ".lock"))
+            except Locked as error:
+                raise UsageError(
+                    f"--experiment: {self.path} is in use by another run{error}; wait until it has ended, or choose "
+                    "another --experiment"
+                ) from None
+            except OSError as error:
+                raise UsageError(f"--output: {self.path} cannot be written: {error.strerror}") from error
+            yield
+
+    def find(self, options: argparse.Namespace, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """What to go on from. Nothing is written.
+
+        Args:
+            options: of `train.options`.
+            say: takes a line for each damaged checkpoint that is passed over.
 
         Returns:
             The checkpoint that `--resume` means and its state; None to start anew.
 
         Raises:
-            UsageError: there is a run already, or the folder or the checkpoint is of no use.
+            UsageError: there is a run already, or the checkpoint is of no use, or none of them is.
         """
         there = self.checkpoints()
-        found: tuple[Path, dict[str, Any]] | None = None
         if options.resume == "auto":
-            found = self._newest(there)
-        elif options.resume:
-            found = Path(options.resume), load_checkpoint(Path(options.resume))
-        elif there:
+            return self._newest(there, say)
+        if options.resume:
+            return Path(options.resume), load_run(Path(options.resume))
+        if there:
             raise UsageError(
                 f"--experiment: {self.path} holds a run of {max(there)} epochs; go on with --resume auto, or choose "
                 "another --experiment"
             )
+        return None
+
+    def _newest(self, there: Mapping[int, Path], say: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """The newest that is whole; a stopped epoch is newer than the finished ones before it."""
+        errors = []
+        stopped: tuple[Path, dict[str, Any]] | None = None
+        if self.stopped.exists():
+            try:
+                stopped = self.stopped, load_run(self.stopped)
+            except UsageError as error:
+                errors.append(error)
+                say(f"{error}; it is passed over")
+        for number, path in sorted(there.items(), reverse=True):
+            if stopped is not None and stopped[1]["epoch"] >= number:
+                return stopped
+            try:
+                return path, load_run(path)
+            except UsageError as error:
+                errors.append(error)
+                say(f"{error}; it is passed over")
+        if stopped is None and errors:
+            raise UsageError(
+                f"--resume auto: none of the {len(errors)} checkpoints of {self.path} can be read ({errors[0]}); start "
+                "anew with another --experiment"
+            )
+        return stopped
+
+    def begin(
+        self,
+        options: argparse.Namespace,
+        found: tuple[Path, dict[str, Any]] | None,
+        say: Callable[[str], None],
+    ) -> bool:
+        """Make the folder the run's that goes on from a checkpoint, after all is checked.
+
+        What later epochs, other options or another run have left is moved into a folder of the run, never deleted.
+
+        Args:
+            options: of `train.options`.
+            found: the checkpoint and its state; None to start anew.
+            say: takes a line that tells what was moved, and where to.
+
+        Returns:
+            Whether the history that the checkpoint knows is here: the lines of its epochs, and its best student.
+            False also makes its state one that knows none.
+
+        Raises:
+            UsageError: a file cannot be written.
+        """
         try:
-            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_text(self.args, yaml.safe_dump(plain(options), sort_keys=False))
-            write_text(self.path / "environment.json", json.dumps(environment(options), indent=2) + "\n")
+            return self._begin(options, found, say)
         except OSError as error:
-            raise UsageError(f"--output: {self.path} cannot be written: {error.strerror}") from error
-        epochs, updates = (found[1]["epoch"], found[1]["updates"]) if found else (0, 0)
-        _keep_rows(self.summary, epochs)
-        _keep_rows(self.steps, updates)
-        for number, path in there.items():
-            if number > epochs:  # of the run that went on from here before
-                path.unlink()
-        if found is None or found[0].resolve() != self.stopped.resolve():
-            self.stopped.unlink(missing_ok=True)
+            raise UsageError(f"--output: {self.path} cannot be written: {error.strerror or error}") from error
+
+    def _begin(
+        self,
+        options: argparse.Namespace,
+        found: tuple[Path, dict[str, Any]] | None,
+        say: Callable[[str], None],
+    ) -> bool:
+        aside = _Aside(self.path)
+        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        path, state = found or (self.path, {"epoch": 0, "updates": 0, "history": "", "students": {}, "batches": 0})
+        epoch, folder = state["epoch"], path.resolve().parent
+        own = found is None or folder == (self.path / "checkpoints").resolve()
+        # of a file that was copied from elsewhere the run beside it may have the history
+        runs = [self] if own else [self, RunDir(folder.parent)]
+        rows = {run: [row for row in read_rows(run.summary) if _first(row) < epoch] for run in runs}
+        source = next((run for run in runs if chained(rows[run]) == state["history"]), None)
+        students = self._students(state, [*([] if source is None else [source.path / "checkpoints"]), folder])
+        whole = source is not None and students is not None
+        # the newest first: what is left if that is interrupted is a run
+        for number, checkpoint in sorted(self.checkpoints().items(), reverse=True):
+            replaced = not own and (source is not self or (number == epoch and not state["batches"]))
+            if number > epoch or replaced:
+                aside.move(checkpoint)
+        if self.stopped.exists() and self.stopped.resolve() != path.resolve():
+            aside.move(self.stopped)
+        kept = rows[source] if whole and source is not None else []
+        if _differs(self.summary, kept):
+            aside.copy(self.summary)
+            write_rows(self.summary, kept)
+        steps = read_rows(source.steps) if whole and source is not None else []
+        steps = [row for row in steps if _first(row) < state["updates"]]
+        if _differs(self.steps, steps):
+            if aside.files:  # else they are of an unfinished epoch, which takes the same steps again
+                aside.copy(self.steps)
+            write_rows(self.steps, steps)
+        for file in (self.student, self.last_student):
+            expected = state["students"].get(file.name) if whole else None
+            if expected == _digest(file):
+                continue
+            aside.move(file)
+            if file == self.student:
+                aside.move(self.pictures)
+            if students is not None and file.name in students:
+                write_tensors(file, students[file.name], {"format": "pt"})
+        if found is not None and not whole:
+            state.update(history="", students={}, best=None)
+        if not own:
+            save_checkpoint(self.stopped if state["batches"] else self._checkpoint(epoch), state)
+        self._settings(options, aside)
+        if aside.files:
+            say(f"what this run does not go on from is now in {aside.folder}: {', '.join(aside.files)}")
+        if not whole:
+            say(
+                f"--resume: the lines or the best student of the {epoch} epochs before {path} are not there: the best "
+                "is chosen among the epochs that follow"
+            )
+        return whole
+
+    def _students(self, state: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, dict[str, Tensor]] | None:
+        """The exported students that a checkpoint knows, by file name, as far as they are not here but can be made.
+
+        None if that of the best epoch is neither here nor can it be made.
+        """
+        found: dict[str, dict[str, Tensor]] = {}
+        for file in (self.student, self.last_student):
+            expected = state["students"].get(file.name)
+            if expected in (None, _digest(file)):
+                continue
+            epoch = state["epoch"]
+            if file == self.student and state["best"] is not None:
+                epoch = int(state["best"]["epoch"]) + 1
+            for folder in folders:
+                try:
+                    held = load_run(folder / self._checkpoint(epoch).name)
+                except UsageError:
+                    continue
+                weights = student_of(held)
+                if digest_of(weights) == expected:
+                    found[file.name] = weights
+                    break
+            else:
+                if file == self.student:
+                    return None
         return found
 
-    def _newest(self, there: Mapping[int, Path]) -> tuple[Path, dict[str, Any]] | None:
-        newest = max(there, default=0)
-        if self.stopped.exists():
-            held = load_checkpoint(self.stopped)
-            if held["epoch"] >= newest:
-                return self.stopped, held
-        return (there[newest], load_checkpoint(there[newest])) if there else None
+    def _settings(self, options: argparse.Namespace, aside: _Aside) -> None:
+        """Write args.yaml and environment.json; earlier ones that differ are kept."""
+        environment_file = self.path / "environment.json"
+        text = as_json(environment(options), indent=2) + "\n"
+        if environment_file.exists() and environment_file.read_text(encoding="utf-8") != text:
+            aside.copy(environment_file)
+        write_text(environment_file, text)
+        told = plain(options)
+        if self.args.exists():
+            before = yaml.safe_load(self.args.read_text(encoding="utf-8")) or {}
+            if any(before.get(key) != value for key, value in told.items() if key not in OUTSIDE):
+                aside.copy(self.args)
+        write_text(self.args, yaml.safe_dump(told, sort_keys=False))
 
-    def save(self, epoch: int, state: Mapping[str, Any], best: int, keep: int) -> Path:
-        """Write a checkpoint, then remove those beyond `keep`; the best stays."""
-        path = self.path / "checkpoints" / f"epoch-{epoch:04d}.safetensors"
+    def _checkpoint(self, epoch: int) -> Path:
+        return self.path / "checkpoints" / f"epoch-{epoch:04d}.safetensors"
+
+    def save(self, epoch: int, state: Mapping[str, Any], keep: int) -> Path:
+        """Write a checkpoint, then remove those beyond `keep`, but for the best of those that stay."""
+        path = self._checkpoint(epoch)
         save_checkpoint(path, dict(state))
+        self._best[path] = _best_of(state)
         self.stopped.unlink(missing_ok=True)
-        numbers = list(self.checkpoints())
-        for number in numbers[: -max(keep, 1)]:
-            if number != best:
-                self.checkpoints()[number].unlink()
+        there = self.checkpoints()
+        kept = list(there)[-max(keep, 1) :]
+        best = {self._best_at(there[number]) for number in kept}
+        for number, file in there.items():
+            if number not in kept and number not in best:
+                file.unlink()
         sync_folder(path.parent)
         return path
+
+    def _best_at(self, path: Path) -> int | None:
+        """Finished epochs at the best one that a checkpoint knows."""
+        if path not in self._best:
+            try:
+                self._best[path] = _best_of(peek(path))
+            except UsageError:  # damaged
+                self._best[path] = None
+        return self._best[path]
 
     def save_stopped(self, state: Mapping[str, Any]) -> None:
         """Write a checkpoint in the middle of an epoch; the next `save` removes it."""
         save_checkpoint(self.stopped, dict(state))
 
-    def export(self, path: Path, student: Mapping[str, Tensor]) -> None:
-        """The student's weights alone, as timm.create_model(..., checkpoint_path=...) reads them."""
+    def export(self, path: Path, student: Mapping[str, Tensor]) -> str:
+        """The student's weights alone, as timm.create_model(..., checkpoint_path=...) reads them.
+
+        Returns:
+            Their `digest_of`.
+        """
         try:
             write_tensors(path, student, {"format": "pt"})
         except OSError as error:
             raise UsageError(f"--output: {path} cannot be written: {error.strerror or error}; make room") from error
+        return digest_of(student)
 
     def add_summary(self, row: Mapping[str, Any]) -> None:
         """One epoch's line; the file is rewritten, as an epoch may have columns of its own."""
@@ -136,25 +315,103 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
-    """A CSV file with all columns of the rows."""
+    """A CSV file with all columns of the rows; no file without rows."""
+    if rows:
+        write_text(path, _as_csv(rows))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _as_csv(rows: Sequence[Mapping[str, str]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    return text.getvalue()
 
 
-def _keep_rows(path: Path, count: int) -> None:
-    """Forget lines of what the checkpoint does not know: epoch or step is in the first column, counted from 0."""
-    rows = read_rows(path)
-    if not path.exists():
-        return
-    kept = [row for row in rows if float(next(iter(row.values()))) < count]
-    if kept:
-        write_rows(path, kept)
-    else:
-        path.unlink()
+def _differs(path: Path, rows: Sequence[Mapping[str, str]]) -> bool:
+    """Whether the file holds other lines, or one that was cut off."""
+    held = path.read_text(encoding="utf-8") if path.exists() else ""
+    return held != (_as_csv(rows) if rows else "")
+
+
+def _first(row: Mapping[str, str]) -> float:
+    """The epoch or step, counted from 0."""
+    return float(next(iter(row.values())))
+
+
+def chained(rows: Iterable[Mapping[str, Any]], history: str = "") -> str:
+    """A sum over the lines of summary.csv, by which a checkpoint knows those of the epochs before it.
+
+    Args:
+        rows: in order; the time that an epoch took does not count.
+        history: the sum of the lines before them.
+    """
+    for row in rows:
+        told = {key: str(value) for key, value in row.items() if key != "seconds" and str(value)}
+        history = hashlib.sha256(f"{history} {sorted(told.items())}".encode()).hexdigest()
+    return history
+
+
+def student_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The student in a checkpoint's state, as it is exported: the averaged one where there is an average."""
+    weights = state["ema"]["weights"] if "ema" in state else state["weights"]
+    prefix = "student."
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def _best_of(state: Mapping[str, Any]) -> int | None:
+    return None if state["best"] is None else int(state["best"]["epoch"]) + 1
+
+
+def _digest(file: Path) -> str | None:
+    """Of an exported student; None without a file, and no digest at all if it is damaged."""
+    try:
+        return digest_of(load_file(file)) if file.exists() else None
+    except (SafetensorError, OSError):
+        return ""
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Those of a run that was refused."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+class _Aside:
+    """A folder for what a run no longer stands on; made when there is something.
+
+    Attributes:
+        folder: where it is.
+        files: what came into it, by their names in the run's directory.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        number = 1
+        while (run / f"before-resume-{number}").exists():
+            number += 1
+        self.folder = run / f"before-resume-{number}"
+        self.files: list[str] = []
+
+    def move(self, file: Path) -> None:
+        """A file or a folder of the run, if it is there."""
+        if file.exists():
+            os.replace(file, self._place(file))
+
+    def copy(self, file: Path) -> None:
+        """A file of the run that is about to be written anew, if it is there."""
+        if file.exists():
+            shutil.copyfile(file, self._place(file))
+
+    def _place(self, file: Path) -> Path:
+        name = file.relative_to(self._run)
+        self.files.append(str(name))
+        (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        return self.folder / name
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..monitor import Row
-from .checkpoint import check_fits
 from .data import Data
 from .engine import Engine
 from .options import OUTSIDE, plain
 from .randomness import random_state, set_random_state
+
+#: What a run's files mean depends on these: which epoch is the best, what the optimizer remembers, the random numbers.
+FIXED = ("opt", "eval_metric", "model_ema", "val_split", "seed")
+#: Of the beginning; the checkpoint has what came of them.
+FIRST = ("pretrained", "initial_checkpoint", "backbone_checkpoint")
+#: Which samples are left of an epoch depends on these.
+OF_AN_EPOCH = ("batch_size", "grad_accum_steps", "aug_repeats", "dataset", "train_split")
+#: What torch's plateau schedule remembers; its other attributes are options.
+_PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,8 @@ class Position:
         lr: at the beginning of the next epoch, where batches of it were used.
         means: of these batches' losses on this rank, for `Engine.train_epoch`.
         rows: of the log of these batches' steps, on the first rank.
+        history: `rundir.chained` of the finished epochs' lines.
+        students: `digest_of` each exported student, by its file's name.
     """
 
     epoch: int
@@ -42,6 +53,17 @@ class Position:
     lr: float = 0.0
     means: dict[str, Any] | None = field(default=None, repr=False)
     rows: Sequence[Row] = field(default=(), repr=False)
+    history: str = ""
+    students: Mapping[str, str] = field(default_factory=dict)
+
+
+def told_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The options of each group of an optimizer that was just made: later some of them may be its memory."""
+    plain_kinds = (bool, int, float, str, tuple, list, type(None))
+    return [
+        {key: value for key, value in group.items() if isinstance(value, plain_kinds) and "param" not in key}
+        for group in optimizer.param_groups
+    ]
 
 
 def collect(engine: Engine, loaders: Data, at: Position) -> dict[str, Any]:
@@ -50,9 +72,10 @@ def collect(engine: Engine, loaders: Data, at: Position) -> dict[str, Any]:
     All ranks call it; what it returns is whole on the first.
     """
     task, scheduler = engine.task, engine.scheduler
-    own = {"random": random_state(), "means": at.means}
+    own: dict[str, Any] = {"random": random_state(), "means": at.means}
     if at.batches and loaders.batches is not None:
         own["loader"] = loaders.batches.state_dict(at.batches)
+        own["samples"] = _samples(loaders)
     if engine.world.size > 1:
         # statistics of normalisation layers, which ranks may have of their own
         own["buffers"] = {name: _buffers(module) for name, module in modules(task).items()}
@@ -65,6 +88,11 @@ def collect(engine: Engine, loaders: Data, at: Position) -> dict[str, Any]:
         "updates_before": at.updates,
         "lr": at.lr,
         "best": at.best,
+        "history": at.history,
+        "students": dict(at.students),
+        "groups": engine.groups,
+        "per_epoch": engine.per_epoch,
+        "ahead": engine.ahead,
         "rows": _table(at.rows),
         "weights": dict(unwrap_model(task.get_trainable_module()).state_dict()),
         "stepper": engine.stepper.state_dict(),
@@ -75,6 +103,11 @@ def collect(engine: Engine, loaders: Data, at: Position) -> dict[str, Any]:
         ema: Any = task.get_trainable_module(ema=True)
         state["ema"] = {"weights": dict(ema.module.state_dict()), "random": ema._sr_generator.get_state()}
     return state
+
+
+def _samples(loaders: Data) -> int:
+    held: Any = loaders.batches
+    return len(held.dataset)
 
 
 def modules(task: TrainingTask) -> dict[str, nn.Module]:
@@ -112,49 +145,53 @@ def _scheduler_state(scheduler: Any) -> dict[str, Any]:
     inner = getattr(scheduler, "lr_scheduler", None)
     if inner is None:
         return {"metric": scheduler.metric}
-    return {key: value for key, value in vars(inner).items() if isinstance(value, (int, float, str, list))}
+    return {key: getattr(inner, key) for key in _PLATEAU}
 
 
 def restore(engine: Engine, loaders: Data, path: Path, state: dict[str, Any]) -> Position:
-    """Load a checkpoint into the run.
+    """Load a checkpoint into the run. No file changes.
+
+    Options that have changed hold from the epoch on that begins; a line tells each of them.
 
     Raises:
-        UsageError: it is of another model or optimizer, or in the middle of an epoch of other ranks; nothing has
-            changed then.
+        UsageError: it is of another model or optimizer, in the middle of an epoch of other ranks or batches, or an
+            option has changed that must not. What is loaded is of no use then.
     """
+    try:
+        return _restore(engine, loaders, path, state)
+    except UsageError:
+        raise
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        told = ", ".join(_changes(state, engine.options)) or "none"
+        raise UsageError(
+            f"--resume: {path} does not fit this run: {reason}; changed options: {told}; give those it was written "
+            "with, or another --experiment"
+        ) from error
+
+
+def _restore(engine: Engine, loaders: Data, path: Path, state: dict[str, Any]) -> Position:
     task, options, progress, world = engine.task, engine.options, engine.progress, engine.world
     module = unwrap_model(task.get_trainable_module())
-    check_fits(path, state["weights"], module.state_dict(), options.model, state["model"])
-    if task.has_ema() and "ema" not in state:
-        raise UsageError(f"--resume: {path} holds no averaged weights; leave --model-ema out, or start anew")
-    same_ranks = len(state["ranks"]) == world.size
-    if state["batches"] and not (same_ranks and loaders.batches is not None):
-        raise UsageError(
-            f"--resume: {path} is in the middle of an epoch of {len(state['ranks'])} processes, this run has "
-            f"{world.size}; start as many, or pass one of the checkpoints epoch-*.safetensors"
-        )
-    now = plain(options)
-    for key, value in state["options"].items():
-        if now.get(key) != value and key not in OUTSIDE:
-            progress.say(f"--resume: {key} was {value!r}, is now {now.get(key)!r}")
-    try:
-        engine.stepper.load_state_dict(state["stepper"])
-    except (KeyError, ValueError) as error:
-        raise UsageError(
-            f"--resume: {path} was written with --opt {state['options'].get('opt')} --kd-balance "
-            f"{state['options'].get('kd_balance')}, which does not fit: {error}; give these, or start anew"
-        ) from error
+    _check_model(path, state["weights"], module.state_dict(), options.model, state["model"])
+    _check_options(path, state, options, world.size, loaders)
+    for text in _changes(state, options):
+        progress.say(f"--resume: {text}")
+    engine.stepper.load_state_dict(state["stepper"])
     module.load_state_dict(state["weights"])
     if task.has_ema():
         ema: Any = task.get_trainable_module(ema=True)
         ema.module.load_state_dict(state["ema"]["weights"])
         ema._sr_generator.set_state(state["ema"]["random"])
-    if engine.scheduler is not None and state["scheduler"] is not None:
-        vars(getattr(engine.scheduler, "lr_scheduler", engine.scheduler)).update(state["scheduler"])
     engine.updates = state["updates"]
+    _restore_options(engine, state)
     rows = _rows(state["rows"])
-    at = Position(state["epoch"], state["best"], state["batches"], state["updates_before"], state["lr"], rows=rows)
-    if same_ranks:
+    at = Position(
+        **{key: state[key] for key in ("epoch", "best", "batches", "lr", "history", "students")},
+        updates=state["updates_before"],
+        rows=rows,
+    )
+    if len(state["ranks"]) == world.size:
         at = _restore_rank(state["ranks"][world.rank], task, loaders, at)
     else:
         random_seed(options.seed + state["updates"], world.rank)
@@ -165,6 +202,119 @@ def restore(engine: Engine, loaders: Data, path: Path, state: dict[str, Any]) ->
     where = f" and {at.batches} iterations" if at.batches else ""
     progress.say(f"going on after epoch {at.epoch}{where} from {path}")
     return at
+
+
+def _option(key: str) -> str:
+    return f"--{key.replace('_', '-')}"
+
+
+def _changed(state: dict[str, Any], options: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
+    """From the option to what it was and is, of those that change the results."""
+    now = plain(options)
+    return {
+        key: (value, now[key])
+        for key, value in state["options"].items()
+        if key in now and now[key] != value and key not in OUTSIDE
+    }
+
+
+def _changes(state: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    none = ", which has no effect: the weights are the checkpoint's"
+    return [
+        f"{_option(key)} was {before!r}, is now {now!r}{none if key in FIRST else ''}"
+        for key, (before, now) in _changed(state, options).items()
+    ]
+
+
+def _check_options(path: Path, state: dict[str, Any], options: argparse.Namespace, ranks: int, loaders: Data) -> None:
+    changed = _changed(state, options)
+    for key in (key for key in FIXED if key in changed):
+        before, now = changed[key]
+        if key == "opt" and before.lower().removeprefix("dto") == now.lower().removeprefix("dto"):
+            continue  # ours and the one it stands for have the same state
+        raise UsageError(
+            f"--resume: {path} was written with {_option(key)} {before}, this run has {_option(key)} {now}: it stays "
+            f"the same for a whole run; give {_option(key)} {before}, or another --experiment"
+        )
+    if not state["batches"]:
+        return
+    middle = f"--resume: {path} is in the middle of an epoch"
+    finished = "or pass one of the checkpoints epoch-*.safetensors"
+    if loaders.batches is None or len(state["ranks"]) != ranks:
+        raise UsageError(
+            f"{middle} of {len(state['ranks'])} processes, this run has {ranks}; start as many, {finished}"
+        )
+    for key in (key for key in OF_AN_EPOCH if key in changed):
+        raise UsageError(
+            f"{middle} with {_option(key)} {changed[key][0]}, this run has {changed[key][1]}; give that, {finished}"
+        )
+    samples = state["ranks"][0]["samples"]
+    if samples != _samples(loaders):
+        raise UsageError(
+            f"{middle} of {samples} samples, --data-dir now has {_samples(loaders)}: nobody knows which of "
+            f"them were seen; pass one of the checkpoints epoch-*.safetensors"
+        )
+
+
+def _check_model(path: Path, weights: dict[str, Tensor], own: dict[str, Tensor], model: str, saved_model: str) -> None:
+    """Raises UsageError: names or shapes differ."""
+    absent = [name for name in own if name not in weights]
+    more = [name for name in weights if name not in own]
+    shapes = [name for name in own if name in weights and own[name].shape != weights[name].shape]
+    if not (absent or more or shapes):
+        return
+    name = (shapes or absent or more)[0]
+    there = tuple(weights[name].shape) if name in weights else "nothing"
+    expected = tuple(own[name].shape) if name in own else "nothing"
+    raise UsageError(
+        f"--resume: {path} is of another model ({saved_model}; this run trains {model}): {name} has {there}, expected "
+        f"{expected}, and {len(absent) + len(more) + len(shapes) - 1} more differ; give the options of that run, or "
+        "another --experiment"
+    )
+
+
+def _restore_options(engine: Engine, state: dict[str, Any]) -> None:
+    """Give the optimizer's groups the options that have changed, and ask the schedule for where the run is.
+
+    As timm's train.py does; what has not changed stays as it was loaded, as it may be the optimizer's memory.
+    """
+    groups, scheduler = engine.stepper.optimizer.param_groups, engine.scheduler
+    before = groups[0]["lr"]
+    for group, then, now in zip(groups, state["groups"], engine.groups, strict=True):
+        group.update({key: value for key, value in now.items() if key not in then or then[key] != value})
+    epoch, updates = state["epoch"], state["updates"]
+    in_epoch = updates - state["updates_before"] if state["batches"] else 0
+    same = state["per_epoch"] == engine.per_epoch
+    engine.ahead = state["ahead"] if same else epoch * engine.per_epoch + in_epoch - updates
+    if scheduler is not None:
+        for group, base in zip(groups, scheduler.base_values, strict=True):
+            group["initial_lr"] = base
+        _restore_schedule(scheduler, state["scheduler"] or {}, epoch, updates and updates + engine.ahead)
+    if groups[0]["lr"] != before:
+        engine.progress.say(f"--resume: the learning rate goes on at {groups[0]['lr']:.6g}; it was {before:.6g}")
+
+
+def _restore_schedule(scheduler: Any, held: dict[str, Any], epoch: int, updates: int) -> None:
+    """Set the learning rate of the epoch that begins.
+
+    Args:
+        scheduler: timm's.
+        held: of `_scheduler_state`; of another kind of schedule it does not count.
+        epoch: finished ones.
+        updates: steps, as the schedule counts them.
+    """
+    inner = getattr(scheduler, "lr_scheduler", None)
+    if inner is None:
+        if epoch > 0:
+            scheduler.step(epoch)
+        if updates > 0:
+            scheduler.step_update(num_updates=updates)
+        scheduler.metric = held.get("metric")
+        return
+    if held.keys() >= set(_PLATEAU):
+        vars(inner).update({key: held[key] for key in _PLATEAU})
+    if 0 < epoch <= scheduler.warmup_t:  # later it is what the evaluations have made of it
+        scheduler.step(epoch)
 
 
 def _restore_rank(own: dict[str, Any], task: TrainingTask, loaders: Data, at: Position) -> Position:
