@@ -139,7 +139,13 @@ class Balance:
 
     @property
     def dominance(self) -> Tensor:
-        """Scalar float64: ||g_1|| / ||g_0||, second objective over first (the paper's GrD); K >= 2."""
+        """Scalar float64: ||g_1|| / ||g_0||, second objective over first (the paper's GrD).
+
+        Raises:
+            ValueError: there is one objective only.
+        """
+        if len(self.norms) < 2:
+            raise ValueError("Balance.dominance: there is one objective, and nothing to compare it with; read norms")
         return self.norms[1] / self.norms[0]
 
 

@@ -340,3 +340,10 @@ def test_changes_nothing(backend):
     assert torch.equal(losses.detach(), LOSSES)
     assert not balance.coefficients.requires_grad
     assert not balance.gram.requires_grad
+
+
+def test_one_objective_dominates_none():
+    balance = dk.balance(torch.ones(1, 1), torch.ones(1))
+    assert not balance.conflict
+    with pytest.raises(ValueError, match=r"Balance.dominance: there is one objective"):
+        balance.dominance  # noqa: B018

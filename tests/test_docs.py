@@ -6,6 +6,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import dtokd
 import pytest
 import torch
 
@@ -14,7 +15,8 @@ import dtokd_kernels
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(
     m.name
-    for m in pkgutil.walk_packages(dtokd_kernels.__path__, "dtokd_kernels.")
+    for package in (dtokd_kernels, dtokd)
+    for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if not m.name.endswith(("._C", "._cuda", ".__main__"))  # the extensions are no Python modules
 )
 #: Public callables whose docstring shows how they are called.
@@ -22,7 +24,8 @@ WITH_EXAMPLES = ("gram", "min_norm_weights", "balance", "combine", "backward", "
 
 
 @pytest.mark.parametrize("name", ["dtokd_kernels", *MODULES])
-def test_doctests(name):
+def test_doctests(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     results = doctest.testmod(importlib.import_module(name), raise_on_error=False)
     assert results.failed == 0, f"{results.failed} of {results.attempted} examples failed; see the output above"
 

@@ -146,6 +146,15 @@ def test_scaler_with_another_optimizer(clip):
     assert_close(model, expected)
 
 
+@pytest.mark.parametrize("ours", ["dtoadamw", "dtosgd"])
+def test_lookahead_around_ours_is_refused(ours):
+    """timm's averages a parameter only if it has a `.grad`."""
+    model = student()
+    with pytest.raises(TypeError, match="Lookahead around DTO"):
+        train(DTOScaler("cpu"), create_optimizer_v2(model, f"lookahead_{ours}", lr=1e-3), model, steps=1)
+    train(DTOScaler("cpu"), create_optimizer_v2(model, "lookahead_adamw", lr=1e-3), model, steps=1)
+
+
 def test_disabled_scaler_only_balances():
     model, expected = student(), student()
     train(DTOScaler("cpu", enabled=False), dk.DTOAdamW(model.parameters()), model, steps=2)

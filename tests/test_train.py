@@ -307,6 +307,8 @@ def test_args_are_a_config(digits, tmp_path):
         (["-b", "1000"], "--batch-size: 1000, but 'train' holds 64 images"),
         (["-b", "15", "--mixup", "0.1"], "pass an even one"),
         (["--opt", "adamwx"], "--opt: no optimizer is called 'adamwx'"),
+        (["--opt", "more_adamw"], "--opt: no optimizer is called 'more_adamw'"),
+        (["--opt", "lookahead_dtoadamw"], "choose dtoadamw, or lookahead_adamw with --kd-balance"),
         (["--opt", "dtoadamw"], "choose --kd-balance, such as dto, or --opt adamw"),
         (["--kd-balance", "dto"], "pass --kd-model-name"),
         (["--kd-balance-gram", "lag"], "nothing is balanced"),

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from dtokd import sweep
+from dtokd import evaluate, sweep
 from dtokd.cli import main
 from dtokd.errors import UsageError
 from dtokd.report.chart import line_chart
@@ -47,12 +47,14 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.captions, self.outside, self.lines = [], [], [], 0
+        self.names, self.shown = [], 0
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag, attributes):
         self.outside += [v for k, v in attributes if k in ("src", "href")]
         self.lines += tag == "polyline"
+        self.shown += tag == "tr" and "details" not in self.open
         if tag not in ("meta",):
             self.open.append(tag)
 
@@ -65,6 +67,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] == "figcaption":
             self.captions.append(data)
+        if self.open and self.open[-1] == "span":
+            self.names.append(data)
 
 
 def test_report(trained):
@@ -78,6 +82,10 @@ def test_report(trained):
     for figure in ("Accuracy", "Losses", "Weights", "Conflict", "Dominance"):
         assert figure in told
     assert page.lines >= 10
+    assert len([name for name in page.names if name.strip()]) == page.lines, "a curve without a name"
+    assert "feature / task" in page.names
+    assert page.shown == 0, "rows of a table stand between the reader and what concludes"
+    assert text.index("<figure>") < text.index("<details>")
     assert "a&lt;b" in text
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
@@ -93,8 +101,33 @@ def test_report_again(trained, capsys):
     assert "is no run directory" in capsys.readouterr().err
 
 
+def scalars(path):
+    """From each name in TensorBoard to its (step, value) pairs."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
+    shown = events.EventAccumulator(str(path / "tensorboard")).Reload()
+    return {name: [(e.step, e.value) for e in shown.Scalars(name)] for name in shown.Tags()["scalars"]}
+
+
 def test_tensorboard(trained):
-    assert list((trained / "tensorboard").glob("events*"))
+    """Losses, evaluation and learning rate where each epoch ends, beside the balanced steps."""
+    found = scalars(trained)
+    assert "dto/weight_task" in found
+    with (trained / "summary.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, column in (("train/loss", "train_loss"), ("train/feature", "train_feature"), ("lr", "lr")):
+        assert [step for step, _ in found[name]] == [3, 7]
+        assert [v for _, v in found[name]] == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
+    assert [value for _, value in found["eval/top1"]] == pytest.approx([float(row["eval_top1"]) for row in rows])
+
+
+def test_tensorboard_of_a_weighted_sum(digits, tmp_path):
+    """Without a balance too; after a resume each epoch once."""
+    options = ["train", *common(digits, tmp_path), "--log-tensorboard", "--experiment", "x", "--resume", "auto"]
+    assert main([*options, "--epochs", "1"]) == 0
+    assert main([*options, "--epochs", "3"]) == 0
+    found = scalars(tmp_path / "x")
+    assert found.keys() == {"train/loss", "train/task", "eval/loss", "eval/top1", "eval/top5", "lr"}
+    assert [[step for step, _ in pairs] for pairs in found.values()] == [[3, 7, 11]] * 6
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
@@ -128,6 +161,14 @@ def test_eval_is_the_runs_own(trained, capsys):
         best = max(csv.DictReader(file), key=lambda row: float(row["eval_top1"]))
     assert (result["top1"], result["loss"]) == (float(best["eval_top1"]), pytest.approx(float(best["eval_loss"])))
     assert result["images"] == 30
+
+
+def test_eval_prints_json(trained, capsys, monkeypatch):
+    """NaN, as the loss of a student that has diverged, is no number of JSON."""
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: {"top1": 10.0, "loss": float("nan"), "x": float("inf")})
+    assert main(["eval", str(trained), "--workers", "0"]) == 0
+    result = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (result["top1"], result["loss"], result["x"]) == (10.0, None, None)
 
 
 def test_eval_of_weights(trained, teacher, digits, capsys):

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from timm.optim import Lookahead
 from timm.optim import _optim_factory as factory
 from timm.utils.clip_grad import dispatch_clip_grad
 from timm.utils.cuda import NativeScaler
@@ -82,11 +83,18 @@ class DTOScaler(NativeScaler):
             share: this micro-batch's part of its accumulation, such as 1 / 4.
 
         Raises:
-            TypeError, ValueError: bad losses, a `clip_mode` that does not fit the optimizer, `create_graph`.
+            TypeError, ValueError: bad losses, a `clip_mode` that does not fit the optimizer, `create_graph`, Lookahead
+                around an optimizer of ours.
         """
         if create_graph:
             raise ValueError(
                 "DTOScaler: create_graph is True, but balanced gradients are not differentiable; pass False"
+            )
+        if isinstance(optimizer, Lookahead) and isinstance(optimizer._base_optimizer, Balanced):
+            name = type(optimizer._base_optimizer).__name__
+            raise TypeError(
+                f"DTOScaler: optimizer is timm's Lookahead around {name}, which looks at the gradients in .grad, where "
+                f"{name} leaves none; pass {name} alone, or Lookahead around another optimizer"
             )
         if not isinstance(optimizer, Balanced):
             params = [p for group in optimizer.param_groups for p in group["params"]]

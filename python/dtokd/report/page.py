@@ -69,14 +69,16 @@ def write_report(run: Path) -> Path:
         f"<p>{_headline(settings, epochs)}</p>",
         f'<div class="grid-of">{"".join(_charts(epochs, steps))}</div>',
         pictures(run / "pictures", "Validation images, best student"),
-        _details("Epochs", _rows(epochs)),
-        "<h2>Settings</h2>",
-        table([("option", "value"), *((k, _text(v)) for k, v in settings.items() if v not in (None, "", {}))]),
-        "<h2>Environment</h2>",
-        table([("what", "value"), *((k, _text(v)) for k, v in environment.items())]),
     ]
     if names := skipped(run / "bad_images.txt"):
         parts += [f"<h2>{len(names)} skipped images</h2>", table([("image",), *((name,) for name in names)])]
+    # what concludes is above, what one looks up is folded
+    options = [(k, _text(v)) for k, v in settings.items() if v not in (None, "", {})]
+    parts += [
+        _details("Epochs", _rows(epochs)),
+        _details("Settings", [("option", "value"), *options]),
+        _details("Environment", [("what", "value"), *((k, _text(v)) for k, v in environment.items())]),
+    ]
     write_text(run / "report.html", document(run.name, parts))
     return run / "report.html"
 
@@ -161,10 +163,13 @@ def _charts(epochs: Mapping[str, list[float]], steps: Mapping[str, list[float]])
     yield line_chart("Weights, mean over the epoch (paper: Fig. 3)", over_epochs("weight_"), "epoch")
     if steps:
         yield line_chart("Conflict: cosine of the gradients (Fig. 1)", over_steps("cosine_"), "iteration", mark=0)
-        yield line_chart(
-            "Dominance: ratio of the gradients' norms (Fig. 1)", over_steps("dominance"), "iteration", log=True, mark=1
-        )
-        yield line_chart("Norms of the gradients", over_steps("norm_"), "iteration", log=True)
+        norms = over_steps("norm_")
+        if "dominance" in steps:
+            label = "{1} / {0}".format(*norms)
+            ratio = {label: list(zip(steps["step"], steps["dominance"], strict=True))}
+            title = "Dominance: ratio of the gradients' norms (Fig. 1)"
+            yield line_chart(title, ratio, "iteration", log=True, mark=1)
+        yield line_chart("Norms of the gradients", norms, "iteration", log=True)
     rates = {name: list(zip(numbers, epochs[name], strict=True)) for name in epochs if name.endswith("_rate")}
     yield line_chart("Share of iterations: in conflict, at a vertex, skipped", rates, "epoch")
     yield line_chart("Learning rate", {"lr": list(zip(numbers, epochs["lr"], strict=True))}, "epoch")

@@ -51,7 +51,7 @@ def make_stepper(
     Raises:
         UsageError: an unknown optimizer or option, or two that do not go together.
     """
-    ours = options.opt.lower() in ("dtoadamw", "dtosgd")
+    ours = options.opt.lower().split("_")[-1] in ("dtoadamw", "dtosgd")
     balanced = options.kd_balance != "none"
     _check(options, ours, balanced)
     world = world or World()
@@ -76,8 +76,14 @@ def make_stepper(
 
 
 def _check(options: argparse.Namespace, ours: bool, balanced: bool) -> None:
-    if not ours and options.opt.lower().split("_")[-1] not in list_optimizers():
+    prefix, _, name = options.opt.lower().rpartition("_")
+    if name not in list_optimizers() or prefix not in ("", "lookahead"):  # timm would read the last part alone
         raise UsageError(f"--opt: no optimizer is called {options.opt!r}; choose dtoadamw, dtosgd, or one of timm's")
+    if ours and prefix:
+        raise UsageError(
+            f"--opt: {options.opt}, but timm's Lookahead looks at the gradients in .grad, which {name} does not leave "
+            f"there; choose {name}, or lookahead_{name.removeprefix('dto')} with --kd-balance, which fills them"
+        )
     if balanced and not options.kd_model_name:
         raise UsageError(
             f"--kd-balance: {options.kd_balance}, but without a teacher there is one objective; pass --kd-model-name"
@@ -171,7 +177,7 @@ def parse_source(text: str, student: nn.Module) -> Source:
 
     Example:
         >>> parse_source("every:10:overlap", nn.Linear(1, 1))
-        Every(10, 'overlap')
+        Every(n=10, source=Overlap())
     """
     name, _, rest = text.partition(":")
     try:
