@@ -3,21 +3,30 @@
 import argparse
 import gc
 import random
+import shutil
 import weakref
 
 import numpy as np
 import pytest
 import timm
 import torch
-from dtokd import files
+from dtokd import files, identity
+from dtokd.cli import main
 from dtokd.objectives.build import build, use_cache
 from dtokd.objectives.cache import KeyedDataset, TeacherCache
 from dtokd.objectives.options import add_arguments
 from dtokd.objectives.taps import Taps
 from dtokd.objectives.teacher import Normalisation, Teacher
+from dtokd.train.images import CheckedImages
 from safetensors.torch import load_file, save_file
+from timm.data import create_dataset
 from torch import nn
 from torch.utils.data import DataLoader
+
+from .digits import common, distilling, write_digits
+
+#: timm's reader leaves files to the garbage collector
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 
 TAPS = Taps(logits=True, pooled="head", stages=(3, 4))
 
@@ -137,7 +146,7 @@ def test_a_write_that_fails_leaves_the_old_shards(tmp_path, monkeypatch):
     assert len(TeacherCache(tmp_path, teacher, TAPS, data)._rows) == 3
 
 
-def test_the_key_tells_teachers_taps_and_images_apart(tmp_path):
+def test_the_key_tells_teachers_taps_and_images_apart(tmp_path, monkeypatch):
     def folder(teacher=None, taps=TAPS, data=None):
         return TeacherCache(tmp_path, teacher or make_teacher(), taps, data or KeyedDataset(Noisy())).directory
 
@@ -153,9 +162,73 @@ def test_the_key_tells_teachers_taps_and_images_apart(tmp_path):
         folder(data=KeyedDataset(other)),
         folder(data=KeyedDataset(Noisy(), seed=1)),
         folder(data=KeyedDataset(Noisy(), description="another folder")),
+        TeacherCache(tmp_path, make_teacher(), TAPS, KeyedDataset(Noisy()), context="autocast").directory,
     ]
+    with monkeypatch.context() as patch:
+        patch.setattr(timm, "__version__", "0.0")
+        folders.append(folder())
+    softer = make_teacher()
+    softer.model.layer1[0].act2 = nn.GELU()
+    folders.append(folder(softer))
     assert len(set(folders)) == len(folders)
     assert folder() == folders[0]
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_the_key_tells_folders_apart(tmp_path, monkeypatch, read):
+    """As many images as before are not the same images; those of a large folder count by size and time of change."""
+    if not read:
+        monkeypatch.setattr(identity, "READ", 0)
+    root = write_digits(tmp_path / "data", train=20, validation=1) / "train"
+
+    def told(where=root):
+        return KeyedDataset(CheckedImages(create_dataset("", root=str(where)), "train", False, None)).fingerprint
+
+    images, first = sorted(root.rglob("*.png")), told()
+    assert told() == first
+    held = images[0].rename(tmp_path / "held.png")
+    shutil.copy(images[-1], images[0].with_name("other.png"))
+    assert told() != first
+    images[0].with_name("other.png").unlink()
+    held.rename(images[0])
+    assert told() == first
+    pixels = bytearray(images[3].read_bytes())
+    pixels[-1] ^= 1
+    images[3].write_bytes(pixels)
+    assert told() != first
+    pixels[-1] ^= 1
+    images[3].write_bytes(pixels)
+    assert (told() == first) == read
+    shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert (told(tmp_path / "copy") == told()) == read
+
+
+def test_the_key_tells_arrays_apart():
+    class Arrays:
+        def __init__(self):
+            self.data, self.targets, self.transform = np.zeros((3, 2, 2, 3), np.uint8), [0, 1, 0], None
+
+        def __len__(self):
+            return 3
+
+    one, other = Arrays(), Arrays()
+    assert KeyedDataset(one).fingerprint == KeyedDataset(other).fingerprint
+    other.data[1, 1, 1, 1] = 1
+    assert KeyedDataset(one).fingerprint != KeyedDataset(other).fingerprint
+
+
+def test_an_image_that_is_exchanged_is_taught_anew(teacher, tmp_path):
+    """One image removed, one added, through `dtokd train`: the teacher sees all images of the changed folder."""
+    data = write_digits(tmp_path / "data")
+    options = ["train", *common(data, tmp_path), *distilling(teacher), "--opt", "dtoadamw", "--kd-balance", "dto"]
+    cached = ["--kd-cache-teacher", str(tmp_path / "cache"), "--epochs", "1"]
+    assert main([*options, *cached, "--experiment", "first"]) == 0
+    images = sorted((data / "train").rglob("*.png"))
+    images[0].unlink()
+    shutil.copy(images[-1], images[1].with_name("zzzz.png"))
+    assert main([*options, *cached, "--experiment", "second"]) == 0
+    keys = [load_file(path)["key"] for path in (tmp_path / "cache").glob("*/*.safetensors")]
+    assert sorted(len(key) for key in keys) == [64, 64]
 
 
 def test_a_task_with_cache_has_the_losses_of_one_without(tmp_path):

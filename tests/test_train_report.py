@@ -7,12 +7,14 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+import timm
 import torch
 from dtokd import evaluate, sweep
 from dtokd.cli import main
 from dtokd.errors import UsageError
 from dtokd.report.chart import line_chart
 from dtokd.report.page import write_report
+from safetensors.torch import load_file, save_file
 
 from .digits import common, distilling
 
@@ -201,10 +203,57 @@ def test_sweep(digits, teacher, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "train", None)
         assert main(options) == 0
-    shutil.rmtree(folder / "fixed_0.9" / "seed-1")
+    (missing,) = (folder / "fixed_0.9").glob("seed-1-*")
+    shutil.rmtree(missing)
     assert main(options) == 0
     with (folder / "sweep.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == first
+
+
+def test_sweep_finds_results_by_all_they_depend_on(digits, teacher, tmp_path, monkeypatch):
+    """What has changed is trained anew, what was there before is found again."""
+    data, weights = tmp_path / "data", tmp_path / "teacher.safetensors"
+    shutil.copytree(digits, data)
+    shutil.copy(teacher, weights)
+    options = ["sweep", *common(data, tmp_path), *distilling(weights), "--opt", "adamw", "--epochs", "1"]
+    options += ["--seeds", "0", "--balances", "fixed:0.5"]
+    trained = []
+    run_train = sweep.train
+    monkeypatch.setattr(sweep, "train", lambda own, progress: trained.append(own) or run_train(own, progress))
+
+    def trains(*more):
+        del trained[:]
+        assert main([*options, *more]) == 0
+        return len(trained)
+
+    assert trains() == 1
+    assert trains() == 0
+    assert trains("--workers", "1", "--log-interval", "3") == 0
+    assert trains("--lr", "0.002") == 1
+    assert trains("--model", "test_vit") == 1
+    assert trains("--epochs", "2") == 1
+    assert trains("--lr", "0.002") == 0
+    assert trains() == 0
+    for split in ("train", "validation"):  # as many images as before, one of them another
+        image = min((data / split).rglob("*.png"))
+        held = image.read_bytes()
+        shutil.copy(max((data / split).rglob("*.png")), image)
+        assert trains() == 1
+        image.write_bytes(held)
+        assert trains() == 0
+    changed = load_file(weights)
+    held = weights.read_bytes()
+    changed["fc.bias"] += 1
+    save_file(changed, weights)
+    assert trains() == 1
+    weights.write_bytes(held)
+    assert trains() == 0
+    moved = shutil.move(data, tmp_path / "elsewhere")
+    assert trains("--data-dir", str(moved)) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(timm, "__version__", "0.0")
+        assert trains("--data-dir", str(moved)) == 1
+    assert trains("--data-dir", str(moved)) == 0
 
 
 def test_compare():

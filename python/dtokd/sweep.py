@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import re
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+from . import identity
 from .errors import UsageError
-from .files import write_text
-from .train.options import BALANCES
+from .files import as_json, write_text
+from .train import data
+from .train.options import BALANCES, OUTSIDE, plain
 from .train.progress import Progress
 from .train.run import train
-from .train.rundir import read_rows, write_rows
+from .train.rundir import environment, read_rows, write_rows
 
 #: What may follow a balance's colon, and the option it sets.
 _OPTIONS = {
@@ -29,7 +33,7 @@ _OPTIONS = {
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train what is not yet trained, then write sweep.csv, sweep.md and the runs' figures.
+    """Train what is not yet trained with these options, data, files and versions; write sweep.csv and sweep.md.
 
     Args:
         options: of `train.options`, with `seeds` and `balances`.
@@ -45,24 +49,26 @@ def run(options: argparse.Namespace) -> int:
     if not options.val_split:
         raise UsageError("--val-split: empty, but the sweep compares evaluations; name a split")
     progress = Progress(options.epochs)
+    data_sets = _data_sets(options)
+    paths: dict[str, list[Path]] = {text: [] for text in settings}
     for text, changes in settings.items():
         for seed in options.seeds:
-            path = run_path(folder, text, seed)
-            if _finished(path, options.epochs):
-                continue
             own = argparse.Namespace(**{**vars(options), **changes, "seed": seed, "resume": "auto"})
-            own.output, own.experiment = path.parent, path.name
             del own.seeds, own.balances
             if own.kd_balance == "none":  # a weighted sum is for the optimizer that ours stands for
                 own.opt = own.opt.lower().removeprefix("dto")
+            told = depends_on(own, data_sets)
+            path = run_path(folder, text, seed, told)
+            paths[text].append(path)
+            if _finished(path, told):
+                continue
+            own.output, own.experiment = path.parent, path.name
             outcome = train(own, progress)
             if outcome.interrupted:
                 return 128 + outcome.interrupted
-            write_text(path / "finished", f"{own.epochs}\n")
+            write_text(path / "finished.json", told)
     metric = ("ema_" if options.model_ema else "") + options.eval_metric
-    results = {
-        text: [_last(run_path(folder, text, seed), f"eval_{metric}") for seed in options.seeds] for text in settings
-    }
+    results = {text: [_last(path, f"eval_{metric}") for path in several] for text, several in paths.items()}
     rows = compare(results, lower=metric.endswith("loss"))
     write_rows(
         folder / "sweep.csv",
@@ -113,15 +119,49 @@ def parse_balance(text: str) -> dict[str, object]:
     return changes
 
 
-def run_path(folder: Path, balance: str, seed: int) -> Path:
-    """The directory of one run."""
-    return folder / re.sub(r"[^\w.=-]+", "_", balance) / f"seed-{seed}"
+#: Options whose files count by their contents.
+_FILES = ("class_map", "initial_checkpoint", "kd_teacher_path")
 
 
-def _finished(path: Path, epochs: int) -> bool:
-    """Whether a run of that many epochs was trained to its end."""
-    file = path / "finished"
-    return file.exists() and file.read_text(encoding="utf-8").strip() == str(epochs)
+def depends_on(options: argparse.Namespace, data_sets: Mapping[str, str]) -> str:
+    """All that the result of a run depends on, as JSON.
+
+    Args:
+        options: of `train.options`.
+        data_sets: of each split what `identity.of_dataset` tells.
+    """
+    places = (*OUTSIDE, "data_dir", "kd_cache_teacher")  # it is the contents that count
+    told = {key: value for key, value in plain(options).items() if key not in places}
+    files = {}
+    for key in _FILES:
+        given = told.get(key) or []
+        paths = [Path(path) for path in (given if isinstance(given, list) else [given])]
+        files[key] = [identity.of_path(path) for path in paths]
+    machine = {key: value for key, value in environment(options).items() if key not in ("cores", "threads")}
+    return as_json({"options": told, "data": data_sets, "files": files, "environment": machine}, indent=1) + "\n"
+
+
+def _data_sets(options: argparse.Namespace) -> dict[str, str]:
+    """Raises UsageError: as `data.open_dataset`."""
+    found = {}
+    for split in (options.train_split, options.val_split):
+        told = identity.of_dataset(data.open_dataset(options, split))
+        if told is None and options.data_dir is not None:
+            told = identity.of_folder(options.data_dir)
+        found[split] = told or uuid.uuid4().hex  # not known: no result is found again
+    return found
+
+
+def run_path(folder: Path, balance: str, seed: int, told: str) -> Path:
+    """The directory of one run, of which `told` is what it depends on."""
+    digest = hashlib.sha256(told.encode()).hexdigest()[:8]
+    return folder / re.sub(r"[^\w.=-]+", "_", balance) / f"seed-{seed}-{digest}"
+
+
+def _finished(path: Path, told: str) -> bool:
+    """Whether a run that depends on just this was trained to its end."""
+    file = path / "finished.json"
+    return file.exists() and file.read_text(encoding="utf-8") == told
 
 
 def _last(path: Path, column: str) -> float:

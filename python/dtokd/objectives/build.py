@@ -108,8 +108,11 @@ def use_cache(task: TrainingTask, options: argparse.Namespace, dataset: KeyedDat
     After it, pass `dataset`'s keys as the task's third argument; `task.caches[i].flush()` at an epoch's end.
     """
     if options.kd_cache_teacher and isinstance(task, DistillationTask):
+        context = f"autocast {options.amp_dtype}" if getattr(options, "amp", False) else ""
         task.caches = [
-            TeacherCache(options.kd_cache_teacher, teacher, merge([o.teacher for o in objectives]), dataset)
+            TeacherCache(
+                options.kd_cache_teacher, teacher, merge([o.teacher for o in objectives]), dataset, context=context
+            )
             for teacher, objectives in task.lessons
         ]
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .. import identity
 from ..files import write_tensors, write_text
 from .taps import Outputs, Taps
 from .teacher import Teacher
@@ -35,8 +36,9 @@ class KeyedDataset(Dataset[tuple[Any, Any, Tensor]]):
         dataset: map-style, of (image, target), with its transform.
         seed: of the augmentation.
         views: augmentations per sample: epoch e uses view e modulo `views`; 0: view e.
-        description: what else the images depend on (the folder, the split); part of the cache's key, as are the
-            dataset's length and the repr of its transform.
+        description: what else the images depend on; part of the cache's key, as are the names and contents of the
+            samples (`identity.of_dataset`), their number and the repr of the transform. It must tell data sets apart
+            whose samples are neither files nor in memory.
     """
 
     def __init__(self, dataset: Any, seed: int = 0, views: int = 1, description: str = "") -> None:
@@ -57,7 +59,8 @@ class KeyedDataset(Dataset[tuple[Any, Any, Tensor]]):
     @property
     def fingerprint(self) -> str:
         """What the images depend on."""
-        return f"{self._description} {len(self.dataset)} {self.seed} {self.transform!r}"
+        samples = identity.of_dataset(self.dataset)
+        return f"{self._description} {len(self.dataset)} {samples} {self.seed} {self.transform!r}"
 
     def set_epoch(self, epoch: int) -> None:
         """Before each epoch, and before its workers start (no persistent workers, unless views is 1)."""
@@ -91,8 +94,9 @@ def _seeded(*numbers: int) -> Iterator[None]:
 class TeacherCache:
     """Outputs of one teacher, by (sample, view), in safetensors shards under a directory named by their key.
 
-    The key covers the teacher's weights and dtype, how it sees the images, what is read of it, and the dataset's
-    fingerprint: any change makes another directory, and old ones can be deleted. Shards are written whole (temporary
+    The key covers the teacher's layers, weights and dtype, how it sees the images, what is read of it, the dataset's
+    fingerprint, and the versions of torch, timm and this package: any change makes another directory, and old ones can
+    be deleted. Shards are written whole (temporary
     file, fsync, rename); a process that dies loses what it had not yet flushed, at most `shard` samples.
 
     Args:
@@ -101,16 +105,25 @@ class TeacherCache:
         taps: what is read.
         dataset: its `fingerprint` enters the key.
         shard: samples per file.
+        context: what else the outputs depend on, such as the autocast around the teacher.
     """
 
     def __init__(
-        self, directory: Path, teacher: Teacher, taps: Taps, dataset: KeyedDataset, shard: int = SHARD
+        self,
+        directory: Path,
+        teacher: Teacher,
+        taps: Taps,
+        dataset: KeyedDataset,
+        shard: int = SHARD,
+        context: str = "",
     ) -> None:
         described = {
             "teacher": teacher.fingerprint(),
             "name": teacher.name,
             "taps": repr(taps),
             "data": dataset.fingerprint,
+            "context": context,
+            "versions": identity.versions(),
         }
         text = json.dumps(described, indent=1, sort_keys=True)
         self.directory = Path(directory) / hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -17,6 +17,7 @@ from timm.data.loader import fast_collate
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from .. import identity
 from ..errors import UsageError
 from ..objectives.cache import KeyedDataset
 from .batches import Batches
@@ -193,7 +194,9 @@ def make_loaders(
             raise UsageError(
                 f"--kd-cache-teacher: --dataset {options.dataset} is a stream, whose samples have no number"
             )
-        described = f"{options.dataset} {options.data_dir} {options.train_split}"
+        described = f"{options.dataset} {options.train_split} {_reading(options)}"
+        if identity.of_dataset(train) is None:
+            described += f" {options.data_dir} {options.data_dir and identity.of_folder(options.data_dir)}"
         train = keyed = KeyedDataset(train, options.seed, options.kd_cache_views, described)
     repeats = int(options.aug_repeats) if options.aug_repeats == int(options.aug_repeats) else options.aug_repeats
     loader = create_loader(

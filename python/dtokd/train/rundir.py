@@ -25,6 +25,7 @@ import dtokd_kernels
 
 from ..errors import UsageError
 from ..files import as_json, digest_of, sync_folder, write_tensors, write_text
+from ..identity import versions
 from .checkpoint import load_run, peek, save_checkpoint
 from .lock import Locked, locked
 from .options import OUTSIDE, plain
@@ -416,16 +417,10 @@ class _Aside:
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:
     """What a reader of the results asks for; nothing that names the machine or its user."""
-    import timm
-    import torchvision
-
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "timm": timm.__version__,
-        "dtokd_kernels": dtokd_kernels.__version__,
+        **versions(),
         "backend": dtokd_kernels.backend_info()["chosen for cuda" if cuda else "chosen for cpu"],
         "device": torch.cuda.get_device_name() if cuda and options.device != "cpu" else "CPU",
         "cores": os.cpu_count(),

@@ -1,0 +1,96 @@
+"""What a result depends on, as short texts: data, files, versions. It is found again by these, or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+#: Up to so many bytes the contents of a data set's files are read; beyond, their sizes and times stand for them.
+READ = 256 * 2**20
+#: What is read of a teacher's directory.
+_WEIGHTS = (".safetensors", ".json", ".yaml", ".bin", ".pt", ".pth")
+
+
+def of_dataset(images: Any) -> str | None:
+    """The samples of a data set in their order: names in its folder, labels, and contents.
+
+    Contents are read where all files together have at most 256 MiB: a copy is then the same data. Of larger ones each
+    file's size and time of change stand for them: a copy with other times is then other data.
+
+    Args:
+        images: of timm or torchvision: numbered samples that are files, or are in memory.
+
+    Returns:
+        sha256, or None if it is neither.
+    """
+    inner = getattr(images, "images", images)  # of `CheckedImages`
+    labels = getattr(inner, "targets", getattr(inner, "labels", None))
+    if getattr(inner, "data", None) is not None and labels is not None:  # torchvision's CIFAR, MNIST, SVHN
+        digest = hashlib.sha256()
+        for array in (np.asarray(inner.data), np.asarray(labels)):
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+        return digest.hexdigest()
+    owner = getattr(inner, "reader", inner)
+    samples = getattr(owner, "samples", None)
+    if not samples or not all(_is_file(sample) for sample in samples):
+        return None
+    root = getattr(owner, "root", None) or os.path.commonpath([sample[0] for sample in samples])
+    return _of_files((Path(path), f"{os.path.relpath(path, root)} {label}") for path, label in samples)
+
+
+def _is_file(sample: Any) -> bool:
+    return isinstance(sample, (tuple, list)) and len(sample) == 2 and isinstance(sample[0], str)
+
+
+def of_path(path: Path) -> str:
+    """sha256 of a file's bytes, or of the weights and settings in a directory; "" if there is neither."""
+    if path.is_file():
+        return _of_files([(path, "")], read=True)
+    files = sorted(file for file in path.glob("*") if file.suffix in _WEIGHTS) if path.is_dir() else []
+    return _of_files([(file, file.name) for file in files], read=True) if files else ""
+
+
+def of_folder(folder: Path) -> str:
+    """As `of_dataset`, of all files below a folder."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return _of_files((file, str(file.relative_to(folder))) for file in files)
+
+
+def _of_files(named: Iterable[tuple[Path, str]], read: bool = False) -> str:
+    found = [(path, name, path.stat()) for path, name in named]
+    read = read or sum(stat.st_size for *_, stat in found) <= READ
+    digest = hashlib.sha256()
+    for path, name, stat in found:
+        digest.update(f"{name} {stat.st_size}\n".encode())
+        digest.update(_contents(path) if read else str(stat.st_mtime_ns).encode())
+    return digest.hexdigest()
+
+
+def _contents(path: Path) -> bytes:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.digest()
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the results."""
+    import timm
+    import torch
+    import torchvision
+
+    import dtokd_kernels
+
+    return {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "dtokd_kernels": dtokd_kernels.__version__,
+    }
