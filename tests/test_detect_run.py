@@ -8,6 +8,7 @@ import torch
 import transformers
 from dtokd.cli import main
 from dtokd.train.checkpoint import load_checkpoint
+from dtokd.train.rundir import RunDir
 from safetensors.torch import load_file, save_file
 
 from .coco import FCOS as FCOS_OPTIONS
@@ -155,3 +156,18 @@ def test_queries_by_index_must_be_as_many(coco, tmp_path, capsys, vidt_teacher):
     options[i] = "num_queries=11"
     assert main(["detect", *options]) == 1
     assert "the student has 11 queries, the teacher 10" in capsys.readouterr().err
+
+
+def test_a_run_of_its_own(coco, tmp_path, capsys):
+    """A second process is refused, and so is a checkpoint of another model, which changes nothing."""
+    options = [*common(coco, tmp_path), *FCOS_OPTIONS, "--epochs", "1", "--pictures", "0", "--experiment", "x"]
+    with RunDir(tmp_path / "x").locked():
+        assert main(["detect", *options]) == 1
+    assert "x is in use by another run of this process" in capsys.readouterr().err
+    assert main(["detect", *options]) == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    resume = ["--resume", str(tmp_path / "x" / "checkpoints" / "epoch-0001.safetensors")]
+    other = [text.replace("width=32", "width=64") for text in options]
+    assert main(["detect", *other, *resume]) == 1
+    assert "is of another model" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()} == files

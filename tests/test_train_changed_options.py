@@ -103,6 +103,19 @@ def test_the_fused_optimizer_takes_over_from_the_one_it_stands_for(digits, teach
     assert {int(held["step"]) for held in moments} == {8}
 
 
+def test_other_objectives_have_other_columns(digits, teacher, tmp_path, capsys):
+    first = command(digits, tmp_path, "--kd-model-name", "test_resnet", "--kd-teacher-path", str(teacher))
+    first += ["--opt", "dtoadamw", "--kd-balance", "dto"]
+    assert main([*first, "--epochs", "1"]) == 0
+    before = (tmp_path / "x" / "steps.csv").read_text()
+    assert main([*first, "--epochs", "2", "--kd-distill-type", "dkd", "--resume", "auto"]) == 0
+    assert (tmp_path / "x" / "before-resume-1" / "steps.csv").read_text() == before
+    with (tmp_path / "x" / "steps.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["step"] for line in lines] == ["4", "5", "6", "7"]
+    assert "weight_dkd" in lines[0]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

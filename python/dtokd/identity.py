@@ -38,13 +38,13 @@ def of_dataset(images: Any) -> str | None:
         return digest.hexdigest()
     owner = getattr(inner, "reader", inner)
     samples = getattr(owner, "samples", None)
-    if not samples or not all(_is_file(sample) for sample in samples):
+    if not samples or not all(_is_named(sample) for sample in samples) or not os.path.isfile(samples[0][0]):
         return None
     root = getattr(owner, "root", None) or os.path.commonpath([sample[0] for sample in samples])
     return _of_files((Path(path), f"{os.path.relpath(path, root)} {label}") for path, label in samples)
 
 
-def _is_file(sample: Any) -> bool:
+def _is_named(sample: Any) -> bool:
     return isinstance(sample, (tuple, list)) and len(sample) == 2 and isinstance(sample[0], str)
 
 
@@ -57,7 +57,9 @@ def of_path(path: Path) -> str:
 
 
 def of_folder(folder: Path) -> str:
-    """As `of_dataset`, of all files below a folder."""
+    """As `of_dataset`, of all files below a folder, or of one file."""
+    if folder.is_file():
+        return _of_files([(folder, "")])
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return _of_files((file, str(file.relative_to(folder))) for file in files)
 

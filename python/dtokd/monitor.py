@@ -108,8 +108,8 @@ class BalanceLogger:
                 f"{[*self._names, *self._extra]}; log other ones with another logger"
             )
         if not self._names:
-            columns = [name for name, _ in self._named([0.0] * (2 * K + K * K + 3 + len(extra)), names, extra)]
-            columns += ["step", "conflict_rate", "vertex_rate", "skip_rate"]  # of steps, and of their means
+            # of steps, and of their means
+            columns = [*columns_of(names), *extra, "conflict_rate", "vertex_rate", "skip_rate"]
             if twice := sorted({name for name in columns if columns.count(name) > 1}):
                 raise ValueError(f"BalanceLogger.log: columns {twice} would stand twice; rename objectives or scalars")
         self._names, self._extra = names, extra
@@ -171,6 +171,13 @@ class BalanceLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def columns_of(names: Sequence[str]) -> list[str]:
+    """The columns of a step with objectives of these names, without scalars of your own."""
+    K = len(names)
+    columns = BalanceLogger._named([0.0] * (2 * K + K * K + 3), tuple(names), ())
+    return ["step", *(name for name, _ in columns)]
 
 
 def _ratio(a: float, b: float) -> float:

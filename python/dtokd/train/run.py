@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import networks as _networks  # noqa: F401  registers CIFAR's with timm
 from ..errors import UsageError
-from ..monitor import CSV, BalanceLogger, Row, Sink, TensorBoard, means_of
+from ..monitor import CSV, BalanceLogger, Row, Sink, TensorBoard, columns_of, means_of
 from ..objectives.build import build, check_teachers, use_cache
 from ..report.page import write_report
 from . import data, state
@@ -156,7 +156,8 @@ def fit(
         engine.groups, engine.per_epoch = groups, per_epoch
         with world.agreed():
             at = state.restore(engine, loaders, *found) if found else Position(0)
-        if not world.first_does(lambda: run.begin(options, found, progress.say)):
+        columns = columns_of(("task", *task.distill_loss_weights))
+        if not world.first_does(lambda: run.begin(options, found, columns, progress.say)):
             at = replace(at, best=None, history="", students={})
         collected = _Collected()
         board = None

@@ -137,6 +137,7 @@ class RunDir:
         self,
         options: argparse.Namespace,
         found: tuple[Path, dict[str, Any]] | None,
+        columns: Sequence[str],
         say: Callable[[str], None],
     ) -> bool:
         """Make the folder the run's that goes on from a checkpoint, after all is checked.
@@ -146,6 +147,7 @@ class RunDir:
         Args:
             options: of `train.options`.
             found: the checkpoint and its state; None to start anew.
+            columns: of the lines that `steps.csv` will get.
             say: takes a line that tells what was moved, and where to.
 
         Returns:
@@ -156,7 +158,7 @@ class RunDir:
             UsageError: a file cannot be written.
         """
         try:
-            return self._begin(options, found, say)
+            return self._begin(options, found, columns, say)
         except OSError as error:
             raise UsageError(f"--output: {self.path} cannot be written: {error.strerror or error}") from error
 
@@ -164,6 +166,7 @@ class RunDir:
         self,
         options: argparse.Namespace,
         found: tuple[Path, dict[str, Any]] | None,
+        columns: Sequence[str],
         say: Callable[[str], None],
     ) -> bool:
         aside = _Aside(self.path)
@@ -190,10 +193,11 @@ class RunDir:
             write_rows(self.summary, kept)
         steps = read_rows(source.steps) if whole and source is not None else []
         steps = [row for row in steps if _first(row) < state["updates"]]
-        if _differs(self.steps, steps):
-            if aside.files:  # else they are of an unfinished epoch, which takes the same steps again
+        others = bool(steps) and list(steps[0]) != list(columns)  # of other objectives, by options that have changed
+        if others or _differs(self.steps, steps):
+            if others or aside.files:  # else they are of an unfinished epoch, which takes the same steps again
                 aside.copy(self.steps)
-            write_rows(self.steps, steps)
+            write_rows(self.steps, [] if others else steps)
         for file in (self.student, self.last_student):
             expected = state["students"].get(file.name) if whole else None
             if expected == _digest(file):
@@ -209,6 +213,7 @@ class RunDir:
             save_checkpoint(self.stopped if state["batches"] else self._checkpoint(epoch), state)
         self._settings(options, aside)
         if aside.files:
+            aside.copy(self.report)
             say(f"what this run does not go on from is now in {aside.folder}: {', '.join(aside.files)}")
         if not whole:
             say(

@@ -24,8 +24,11 @@ from .randomness import random_state, set_random_state
 FIXED = ("opt", "eval_metric", "model_ema", "val_split", "seed")
 #: Of the beginning; the checkpoint has what came of them.
 FIRST = ("pretrained", "initial_checkpoint", "backbone_checkpoint")
-#: Which samples are left of an epoch depends on these.
-OF_AN_EPOCH = ("batch_size", "grad_accum_steps", "aug_repeats", "dataset", "train_split")
+#: Which samples are left of an epoch depends on these, and what its means are of.
+OF_AN_EPOCH = (
+    *("batch_size", "grad_accum_steps", "aug_repeats", "dataset", "train_split"),
+    *("kd_model_name", "kd_distill_type", "kd_balance"),
+)
 #: What torch's plateau schedule remembers; its other attributes are options.
 _PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
 
