@@ -278,6 +278,20 @@ def test_metadata_that_lacks_a_part(finished, tmp_path, capsys):
             assert contents(path) == before
 
 
+def test_damaged_lists(finished, capsys):
+    path, options = finished
+    whole = (path / "summary.csv").read_text()
+    (path / "summary.csv").write_text(whole.replace("\n1,", "\nx,"))
+    before = contents(path)
+    assert main([*options, "--resume", "auto"]) == 1
+    assert "summary.csv or steps.csv of" in capsys.readouterr().err
+    assert contents(path) == before
+    (path / "summary.csv").write_text(whole)
+    (path / "args.yaml").write_text("{")
+    assert main([*options, "--resume", "auto"]) == 0
+    assert (path / "before-resume-1" / "args.yaml").read_text() == "{"
+
+
 def test_two_runs_in_one_directory(digits, tmp_path, capsys):
     """The second is refused; the lock ends with a process that is killed."""
     options = ["train", *common(digits, tmp_path), "--experiment", "x", "--workers", "1"]

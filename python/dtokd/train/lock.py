@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ class Locked(Exception):
 def locked(path: Path) -> Iterator[None]:
     """Hold the lock; the file is removed after that. Processes that are forked meanwhile do not hold it.
 
-    A file system without locks is used without one.
+    A file system without locks is used without one, after a warning.
 
     Raises:
         Locked: another process, or another part of this one, has it.
@@ -50,7 +51,8 @@ def _take(path: Path) -> int:
             owner = os.read(handle, 20).decode()
             os.close(handle)
             raise Locked(f", process {owner}" if owner.isdigit() else "") from None
-        except OSError:  # no locks here
+        except OSError as error:
+            warnings.warn(f"{path.parent} cannot be locked ({error.strerror}): start no second run there", stacklevel=2)
             return handle
         try:
             if os.path.samestat(os.fstat(handle), path.stat()):

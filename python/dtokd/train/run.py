@@ -159,6 +159,7 @@ def fit(
         columns = columns_of(("task", *task.distill_loss_weights))
         if not world.first_does(lambda: run.begin(options, found, columns, progress.say)):
             at = replace(at, best=None, history="", students={})
+        anew, found = found is None, None  # its tensors need no room any more
         collected = _Collected()
         board = None
         if world.first and options.log_tensorboard:
@@ -173,7 +174,7 @@ def fit(
         collected.rows = list(at.rows)
         ranks = f" of {world.size} processes" if world.joined else ""
         progress.say(f"{run.path}: {options.model}, {max(epochs - at.epoch, 0)} of {epochs} epochs, on {device}{ranks}")
-        if found is None:
+        if anew:
             _save(run, engine, loaders, at)
         try:
             while at.epoch < epochs:

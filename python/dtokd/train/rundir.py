@@ -161,6 +161,11 @@ class RunDir:
             return self._begin(options, found, columns, say)
         except OSError as error:
             raise UsageError(f"--output: {self.path} cannot be written: {error.strerror or error}") from error
+        except ValueError as error:
+            raise UsageError(
+                f"--experiment: summary.csv or steps.csv of {self.path} cannot be read ({error}); remove what is no "
+                "line of numbers, or choose another --experiment"
+            ) from error
 
     def _begin(
         self,
@@ -180,6 +185,9 @@ class RunDir:
         source = next((run for run in runs if chained(rows[run]) == state["history"]), None)
         students = self._students(state, [*([] if source is None else [source.path / "checkpoints"]), folder])
         whole = source is not None and students is not None
+        kept = rows[source] if whole and source is not None else []
+        steps = read_rows(source.steps) if whole and source is not None else []
+        steps = [row for row in steps if _first(row) < state["updates"]]
         # the newest first: what is left if that is interrupted is a run
         for number, checkpoint in sorted(self.checkpoints().items(), reverse=True):
             replaced = not own and (source is not self or (number == epoch and not state["batches"]))
@@ -187,12 +195,9 @@ class RunDir:
                 aside.move(checkpoint)
         if self.stopped.exists() and self.stopped.resolve() != path.resolve():
             aside.move(self.stopped)
-        kept = rows[source] if whole and source is not None else []
         if _differs(self.summary, kept):
             aside.copy(self.summary)
             write_rows(self.summary, kept)
-        steps = read_rows(source.steps) if whole and source is not None else []
-        steps = [row for row in steps if _first(row) < state["updates"]]
         others = bool(steps) and list(steps[0]) != list(columns)  # of other objectives, by options that have changed
         if others or _differs(self.steps, steps):
             if others or aside.files:  # else they are of an unfinished epoch, which takes the same steps again
@@ -257,10 +262,10 @@ class RunDir:
             aside.copy(environment_file)
         write_text(environment_file, text)
         told = plain(options)
-        if self.args.exists():
-            before = yaml.safe_load(self.args.read_text(encoding="utf-8")) or {}
-            if any(before.get(key) != value for key, value in told.items() if key not in OUTSIDE):
-                aside.copy(self.args)
+        if self.args.exists() and any(
+            _settings_in(self.args).get(key) != value for key, value in told.items() if key not in OUTSIDE
+        ):
+            aside.copy(self.args)
         write_text(self.args, yaml.safe_dump(told, sort_keys=False))
 
     def _checkpoint(self, epoch: int) -> Path:
@@ -370,6 +375,14 @@ def student_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _best_of(state: Mapping[str, Any]) -> int | None:
     return None if state["best"] is None else int(state["best"]["epoch"]) + 1
+
+
+def _settings_in(file: Path) -> dict[str, Any]:
+    """What a YAML file holds; nothing if it is damaged."""
+    try:
+        return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, TypeError):
+        return {}
 
 
 def _digest(file: Path) -> str | None:
