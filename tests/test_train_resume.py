@@ -104,7 +104,8 @@ def stop_and_resume(options, folder, monkeypatch, steps):
 
 
 VARIANTS = {
-    "fused": "--opt dtoadamw --kd-balance famo --model-ema --drop 0.2 --workers 0 --reprob 0.5 --mixup 0.2",
+    "fused": "--opt dtoadamw --kd-balance famo --model-ema --drop 0.2 --workers 0 --reprob 0.5 --mixup 0.2 "
+    "--sched-on-updates --warmup-epochs 1",
     "workers": "--opt dtosgd --kd-balance rlw --amp --amp-dtype float16 --aa rand-m5 --workers 2 --reprob 0.5",
     "filled": "--opt adamw --kd-balance amortized --kd-balance-gram ema:0.9 --kd-distill-type feature --workers 0",
     "timm": "--opt sgd --sched plateau --cutmix 1 --workers 0",
