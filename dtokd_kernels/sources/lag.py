@@ -67,7 +67,8 @@ class Lag(Source):
         given = replace(options, weighting=Given(self._weights, options.log_gradients))
         record = ops.balance_grams(before, losses, given)
         total = ops.unscaled(gathered.watch.total().to(record.norm.device), self._scale)  # not finite as a gradient is
-        reach = record.table.abs().amax() * (len(losses) * total).sqrt()  # no element of the direction is larger
+        coefficients = torch.stack([record.table[role] for role in gathered.groups]).abs().amax()
+        reach = coefficients * (len(losses) * total).sqrt()  # no element of the direction is larger
         skipped = record.skipped | ~((total > 0) & (total < torch.inf) & (reach <= options.limit))
         record = replace(record, skipped=skipped)
         if skipped.device.type == "cpu" and skipped:  # known on the host: no update follows
