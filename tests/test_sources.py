@@ -753,6 +753,20 @@ def test_objective_at_its_bound_is_left_out(source, make_weighting, rescale):
             assert record.weights[0] > 0
 
 
+def test_kept_weights_of_objectives_at_their_bound_alone(backend):
+    """Every kept all weight for one objective that is then at its bound: the three others count alike."""
+    w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+    last = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    optimizer = dk.DTOSGD([w], lr=0.0, weighting=lambda gram: last, gram=Every(3), rescale="none")
+    for _ in range(2):
+        losses = {name: (w + i).square().sum() + 1 for i, name in enumerate("abcd")}
+        optimizer.zero_grad()
+        optimizer.backward(at_bound(losses) if optimizer.balance else losses)
+        optimizer.step()
+    assert optimizer.balance.weights.tolist() == [1 / 3, 1 / 3, 1 / 3, 0.0]
+    assert not optimizer.balance.skipped
+
+
 @pytest.mark.parametrize("reading", ["famo", "eq18"])
 @pytest.mark.parametrize("observed", [False, True])
 def test_weights_are_not_learned_of_an_objective_at_its_bound(reading, observed):

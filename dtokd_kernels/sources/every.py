@@ -74,7 +74,7 @@ class Every(Wrapper):
         weights = torch.where(left, self._weights.to(device), 0.0)
         gram = torch.where(left[:, None] & left, self._gram.to(device), 0.0)
         nobody = gone.any() & (weights.sum() <= 0)
-        weights = torch.where(nobody, left / left.sum().clamp(min=1), weights)
+        weights = torch.where(nobody, left.double() / left.sum().clamp(min=1), weights)
         gram = torch.where(nobody, instead, gram)
         kept = Given(weights, options.log_gradients)
         grams = ops.by_role({Role.SHARED: gram}, call.losses)
