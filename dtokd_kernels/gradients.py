@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from types import NoneType
 from typing import TYPE_CHECKING
 
 import torch
@@ -137,6 +138,11 @@ class GradientSets:
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         try:
             check_share(op, share)
+            if not isinstance(features, (Tensor, Sequence, NoneType)) or isinstance(features, str):
+                raise TypeError(
+                    f"{op}: features is {features!r}; pass the tensor, or a list of tensors, that the losses were "
+                    "computed from"
+                )
             names, values = self._checked(losses, options, op)
             self._check_scaler(scaler, op)
         except (TypeError, ValueError):
@@ -170,7 +176,7 @@ class GradientSets:
             else:
                 summed = agreed
         if one_pass:
-            chosen = None if features is None else [features] if isinstance(features, Tensor) else list(features)
+            chosen = [features] if isinstance(features, Tensor) else features
             unclipped = replace(options, max_norm=None)  # the sum's norm is known when its gradient is
             with torch.no_grad():
                 record = source.weigh(Call(op, names, values, current, params, chosen, scale), unclipped)

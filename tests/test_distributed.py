@@ -127,6 +127,12 @@ def test_errors_name_what_the_user_called(pools, shard):
     assert all(m.startswith("DTOSGD.backward: ") for m in pools[2].run(ddp.sparse_gradient, shard))
 
 
+def test_attach_takes_no_nonsense(pools):
+    for messages in pools[2].run(ddp.nonsense):
+        for name, message in zip(("bucket_bytes", "static_graph", "shard"), messages, strict=True):
+            assert message.startswith(f"attach: {name} is 'no'; pass ")
+
+
 @pytest.mark.parametrize(("source", "shard"), [("exact", False), ("exact", True), ("overlap", False), ("lag", False)])
 def test_groups_that_change(pools, source, shard):
     answers = pools[2].run(ddp.changing_groups, shard, source)

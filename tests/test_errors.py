@@ -481,6 +481,16 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("features", [3, "no", object()])
+@pytest.mark.parametrize("gram", ["feature", "exact"])
+def test_features_that_are_none(gram, features):
+    w = nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match=r"^backward: features is .*; pass the tensor, or a list of tensors"):
+        dk.backward([w.square().sum()], [w], gram=gram, features=features)
+    with pytest.raises(TypeError, match=r"^DTOSGD\.backward: features is .*; pass the tensor, or a list of tensors"):
+        dk.DTOSGD([w], gram=gram).backward([w.square().sum()], features=features)
+
+
 def optimizer_with(op, **options):
     return getattr(dk, op)([nn.Parameter(torch.ones(2))], **options)
 

@@ -215,6 +215,13 @@ def plain_backward(rank, size):
     return _error(RuntimeError, _losses(ddp)["task"].backward)
 
 
+def nonsense(rank, size):
+    """Values of attach's options that have no meaning."""
+    _, optimizer = _linear(size)
+    options = [{name: "no"} for name in ("bucket_bytes", "static_graph", "shard")]
+    return [_error((TypeError, ValueError), lambda o=o: dk.distributed.attach(optimizer, **o)) for o in options]
+
+
 def sparse_gradient(rank, size, shard):
     """A bucket of a parameter whose gradient is sparse."""
     embedding = nn.Embedding(4, 2, sparse=True)
