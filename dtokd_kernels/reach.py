@@ -58,6 +58,9 @@ class Reach:
         self._pattern: list[list[bool]] | None = None
         self._zeros: list[tuple[int, int]] = []  # (objective, parameter) with a gradient that was always zero
 
+    def __reduce__(self) -> Any:
+        return Reach, ()  # a copy's parameters are others
+
     def begin(self, names: tuple[str, ...], params: Sequence[Tensor]) -> None:
         """Name what the next questions are about."""
         same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))

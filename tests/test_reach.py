@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import pickle
 import weakref
 
 import pytest
@@ -256,3 +257,15 @@ def test_empty_parameters_are_not_looked_at(monkeypatch, backend):
     for _ in range(3):
         step(optimizer, [(w - k).square().sum() + empty.sum() for k in (2, 3)])
     assert sizes == [2]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("source", [lambda m: "exact", Probe, lambda m: Every(2, Probe(m))])
+def test_copies_find_out_by_themselves(source, copied):
+    model = Student()
+    _, _, optimizer = run(model, WAYS["zeros"](model), 3, gram=source(model))
+    other, twin = copied((model, optimizer))
+    for m, o in ((model, optimizer), (other, twin)):
+        step(o, with_zeros(losses_of(m, batch(9)), m))
+    assert torch.equal(optimizer.balance.weights, twin.balance.weights)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
