@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 
-def check_number(op: str, name: str, value: Any, low: float, meaning: str, *, below: float = math.inf) -> None:
+def check_number(op: str, name: str, value: Any, low: float, expected: str, *, below: float = math.inf) -> None:
     """Refuse what is not a number in [low, below).
 
     Args:
@@ -15,14 +15,14 @@ def check_number(op: str, name: str, value: Any, low: float, meaning: str, *, be
         name: of the argument.
         value: what the user gave.
         low: the smallest number allowed.
-        meaning: follows "pass a number".
+        expected: follows "pass".
         below: the numbers allowed are less than this.
 
     Raises:
         ValueError: says what it is, and what it may be.
     """
     if not isinstance(value, Real) or isinstance(value, bool) or not low <= float(value) < below:
-        raise ValueError(f"{op}: {name} is {value!r}; pass a number {meaning}")
+        raise ValueError(f"{op}: {name} is {value!r}; pass {expected}")
 
 
 def check_seed(op: str, seed: Any) -> None:

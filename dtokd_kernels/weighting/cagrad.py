@@ -40,7 +40,7 @@ class CAGrad:
     log_gradients: bool = False
 
     def __post_init__(self) -> None:
-        check_number("CAGrad", "c", self.c, 0, "with 0 <= c < 1, such as 0.5", below=1)
+        check_number("CAGrad", "c", self.c, 0, "a number with 0 <= c < 1, such as 0.5", below=1)
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
         """Weights of a Gram matrix of the gradients this weighting asks for.

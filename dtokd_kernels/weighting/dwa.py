@@ -42,7 +42,7 @@ class DWA(Stateful):
     def __post_init__(self) -> None:
         if not isinstance(self.period, int) or isinstance(self.period, bool) or self.period < 1:
             raise ValueError(f"DWA: period is {self.period!r}; pass a number of steps, such as those of an epoch")
-        check_number("DWA", "temperature", self.temperature, SMALLEST, "that is positive, such as 2.0")
+        check_number("DWA", "temperature", self.temperature, SMALLEST, "a positive number, such as 2.0")
 
     def initial(self, gram: Tensor) -> Memory:
         """Nothing seen yet."""

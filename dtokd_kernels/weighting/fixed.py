@@ -39,7 +39,7 @@ class Fixed:
             raise TypeError(message) from error
         for i, weight in enumerate(weights):
             value = weight.item() if isinstance(weight, Tensor) and weight.numel() == 1 else weight
-            check_number("Fixed", f"weights[{i}]", value, -sys.float_info.max, "that is finite")
+            check_number("Fixed", f"weights[{i}]", value, -sys.float_info.max, "a finite number")
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
         """The weights.
