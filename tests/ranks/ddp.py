@@ -119,7 +119,9 @@ def train(rank, size, options, steps=4):
         scaler.update()
         optimizer.zero_grad(set_to_none=options.get("to_none", True))
         weights.append(optimizer.balance.weights.clone())
-    trained = [p for p in student.parameters() if all(p is not q for q in student.unused.parameters())]
+    # with zeros, parameters that nothing reaches are decayed
+    left_out = set(map(id, student.unused.parameters() if options.get("zeros") else ()))
+    trained = [p for p in student.parameters() if id(p) not in left_out]
     state = [whole(t, p) for p in trained for t in optimizer.state[p].values()]
     return [p.detach() for p in trained], weights, state
 
