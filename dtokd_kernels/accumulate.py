@@ -103,7 +103,7 @@ def backward(
     for role, group, _ in found:
         by_role.setdefault(role, []).append(group)
     with torch.no_grad():
-        record, table = solve_sets(sets, by_role, source, options, "backward")
+        record, table = solve_sets(sets, by_role, options, "backward")
         record = replace(record, names=sets.names)
         # the sets stay scaled, as the optimizer's scaler expects `.grad`
         table = table * share
@@ -117,7 +117,7 @@ def backward(
                 if value.dtype is torch.float16:
                     overflow = ~value.isfinite().all()
                     record = replace(record, skipped=record.skipped | overflow.to(record.skipped.device))
-        commit(sets, source, options, record)
+        commit(sets, options, record)
         if sets.scale is None and record.skipped.device.type == "cpu" and record.skipped:
             return record
         in_place_of_skipped = torch.zeros_like(record.norm)

@@ -16,6 +16,7 @@ from torch import Tensor
 from .checks import check_share
 from .reach import Reach
 from .sources.source import Call, Source, Watch, root_gradient
+from .sources.unmeasured import Unmeasured
 from .types import MAX_OBJECTIVES, Balance, Options
 from .weighting.stateful import Stateful
 
@@ -48,6 +49,7 @@ class GradientSets:
         shares: the sum of the calls' shares.
         scaler: the GradScaler of the calls; None if there is none, or it is disabled.
         scale: scalar float64, its scale, which the gradients are multiplied with; None without one.
+        source: of the Gram matrix, of these gradients.
         used: whether a step has taken these gradients.
         watch: what looked at the gradients while they were made.
         reach: who reaches what; it outlasts `clear`.
@@ -87,6 +89,7 @@ class GradientSets:
         self.names: tuple[str, ...] = ()
         self.losses: Tensor | None = None
         self.weighed: Balance | None = None
+        self.source: Source = Unmeasured()
         self.shares = 0.0
         self.scaler: torch.amp.GradScaler | None = None
         self.scale: Tensor | None = None
@@ -158,6 +161,9 @@ class GradientSets:
             self.used = False
         current = torch.stack([v.detach().reshape(()).to(values[0].device, torch.float64) for v in values])
         started = self.losses is not None
+        if not started:
+            self.source = Unmeasured() if options.frozen else source
+        source = self.source
         one_pass = self.weighed is not None or (not started and source.one_pass(names, params))
         if one_pass and options.log_gradients and options.rescale == "none" and self.shares + share > 1 + 1e-6:
             raise ValueError(

@@ -279,7 +279,7 @@ class Balanced(torch.optim.Optimizer):
             # has found, and `update` reads it
             found = self._sets.scaler._per_optimizer_states[id(self)]["found_inf_per_device"]
             found[record.norm.device] = (~record.norm.isfinite()).float()
-        commit(self._sets, self._source, self._options, record)
+        commit(self._sets, self._options, record)
         return record
 
     def _initializes(self) -> bool:
@@ -505,7 +505,8 @@ class Balanced(torch.optim.Optimizer):
         """Solve and update: by one function of the backend, where it has one for such a step, else by two."""
         options, scale = self._options, self._sets.scale
         updates: list[Update] | None = None
-        asks = self._may_run_at_once and type(self._source) is Exact and scale is None and bool(buckets)
+        exact = type(self._sets.source) is Exact and self._sets.weighed is None
+        asks = self._may_run_at_once and exact and scale is None and bool(buckets)
         if asks and runs_steps(buckets[0].params[0].device, options):
             assert self._sets.losses is not None
             updates = self._all_updates(buckets, lists)
@@ -513,7 +514,7 @@ class Balanced(torch.optim.Optimizer):
             if whole is not None:
                 return whole
         op = f"{type(self).__name__}.step"
-        record, table = solve_sets(self._sets, _by_role(buckets, lists), self._source, options, op)
+        record, table = solve_sets(self._sets, _by_role(buckets, lists), options, op)
         if _known_to_skip(record):
             return record
         if updates is None:
@@ -521,7 +522,7 @@ class Balanced(torch.optim.Optimizer):
         if scale is not None:
             table = table / scale.to(table.device)
         if self._sets.weighed is None:
-            record = self._source.run(updates, record, table, options)
+            record = self._sets.source.run(updates, record, table, options)
         else:
             record = replace(record, skipped=run_updates(updates, table, record.skipped, options))
         if options.ranks is not None:

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from . import ops
 from .gradients import GradientSets
-from .sources.source import Gathered, Given, Source
+from .sources.source import Gathered, Given
 from .sources.unmeasured import stand_in
 from .types import Balance, Group, Options, Role
 from .weighting.stateful import Stateful
 
 
-def commit(sets: GradientSets, source: Source, options: Options, record: Balance) -> None:
+def commit(sets: GradientSets, options: Options, record: Balance) -> None:
     """A step is over: let source and weighting remember what the next needs."""
-    source.commit(sets.names, record)
+    sets.source.commit(sets.names, record)
     weighting = options.weighting
     if not isinstance(weighting, Stateful):
         return
@@ -30,7 +30,7 @@ def commit(sets: GradientSets, source: Source, options: Options, record: Balance
 
 
 def solve_sets(
-    sets: GradientSets, groups: Mapping[Role, Sequence[Group]], source: Source, options: Options, op: str
+    sets: GradientSets, groups: Mapping[Role, Sequence[Group]], options: Options, op: str
 ) -> tuple[Balance, Tensor]:
     """The balance of the K objectives, and what multiplies the S gradient sets.
 
@@ -39,7 +39,6 @@ def solve_sets(
     Args:
         sets: what `collect` gathered.
         groups: their gradients by role.
-        source: of the Gram matrix.
         options: of the balance.
         op: what error messages call this.
 
@@ -50,7 +49,7 @@ def solve_sets(
     assert sets.losses is not None
     if sets.weighed is None:
         gathered = Gathered(op, sets.names, sets.losses, sets.params, groups, sets.scale, sets.watch, sets.reach)
-        record = source.solve(gathered, options)
+        record = sets.source.solve(gathered, options)
         return record, record.table
     record = sets.weighed
     one = torch.ones(1, dtype=torch.float64, device=sets.losses.device)

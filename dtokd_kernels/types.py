@@ -55,6 +55,11 @@ class Options:
         """Whether the weighting looks at the Gram matrix at all."""
         return getattr(self.weighting, "needs_gram", True)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether the weighting has stopped looking at it, for good."""
+        return getattr(self.weighting, "frozen", False)
+
     def role(self, balanced: bool, reach: tuple[int, ...], K: int) -> Role:
         """The role of a parameter.
 

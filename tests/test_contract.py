@@ -79,7 +79,14 @@ WEIGHTINGS = {
     "NashMTL": {"log_gradients": False},
     "PCGrad": {"seed": 0, "log_gradients": False},
     "RLW": {"seed": 0, "log_gradients": False},
-    "Share": {"shares": None, "beta": 0.99, "total": None, "primary": None, "log_gradients": False},
+    "Share": {
+        "shares": None,
+        "beta": 0.99,
+        "total": None,
+        "primary": None,
+        "freeze_after": None,
+        "log_gradients": False,
+    },
     "TaskFirst": {
         "primary": 0,
         "rule": "cosine",

@@ -151,6 +151,8 @@ def test_share_of_an_objective_that_comes_and_goes():
         (([0.5, 0.5], float("nan")), "beta is nan"),
         (([0.5, 0.5], 0.9, 0.0), "total is 0.0"),
         (([0.5, 0.5], 0.9, 1.0, 0), "pass one of them"),
+        (([0.5, 0.5], 0.9, None, None, 0), "freeze_after is 0"),
+        (([0.5, 0.5], 0.9, None, None, 2.5), "freeze_after is 2.5"),
         (({"task": 1.0, "distill": 1.0}, 0.9, None, "teacher"), "choose one of"),
     ],
 )
@@ -182,6 +184,49 @@ def test_objectives_that_are_not_there(rule):
     assert optimizer.state_dict() == before
     with pytest.raises(ValueError, match=r"Share|TaskFirst"):
         dk.balance(torch.eye(2), [1.0, 1.0], rule)
+
+
+@pytest.mark.parametrize(
+    "source", ["exact", "overlap", "lag", "probe", dk.sources.Every(2), dk.sources.Ema(0.5)], ids=str
+)
+@pytest.mark.parametrize("make", [dk.DTOAdamW, dk.DTOSGD], ids=["adamw", "sgd"])
+def test_frozen_shares_take_one_backward_pass(backend, make, source):
+    """Its weights are constants, and a run that goes on from a state ends with the same bits."""
+
+    def start():
+        model = Student()
+        rule = Share({"task": 0.75, "distill": 0.25}, beta=0.5, freeze_after=4)
+        return model, make(model.parameters(), lr=1e-2, weighting=rule, gram=copy.deepcopy(source))
+
+    def train(model, optimizer, steps):
+        weights = []
+        for number in steps:
+            passes = []
+            handle = model.trunk.weight.register_hook(lambda g, passes=passes: passes.append(1))
+            for part in zip(*(t.chunk(2) for t in batch(number)), strict=True):
+                optimizer.backward(losses_of(model, part), share=0.5)
+            handle.remove()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert optimizer.weighting.frozen is (number >= 3)
+            if number >= 4:
+                assert len(passes) == 2  # one for each part
+            weights.append(optimizer.balance.weights)
+        return weights
+
+    model, optimizer = start()
+    weights = train(model, optimizer, range(8))
+    assert all(torch.equal(w, weights[4]) for w in weights[5:])
+    assert not torch.equal(weights[0], weights[3])
+    for stop in (2, 4, 6):
+        first, before = start()
+        train(first, before, range(stop))
+        again, after = start()
+        again.load_state_dict(first.state_dict())
+        after.load_state_dict(before.state_dict())
+        train(again, after, range(stop, 8))
+        for p, q in zip(model.parameters(), again.parameters(), strict=True):
+            assert torch.equal(p, q)
 
 
 # ---- TaskFirst -------------------------------------------------------------------------------------

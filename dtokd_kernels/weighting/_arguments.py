@@ -33,3 +33,13 @@ def check_seed(op: str, seed: Any) -> None:
     """
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"{op}: seed is {seed!r}; pass an integer, such as 0")
+
+
+def check_steps(op: str, name: str, steps: Any) -> None:
+    """Refuse what is no positive number of steps.
+
+    Raises:
+        ValueError: says what it is.
+    """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"{op}: {name} is {steps!r}; pass a positive number of steps, or None")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._arguments import check_number
+from ._arguments import check_number, check_steps
 from ._names import check_primary, position_of
 from .stateful import Memory, Stateful
 
@@ -39,7 +40,10 @@ class Share(Stateful):
     beta = 0.999; VQGAN (Esser et al., CVPR 2021), Eq. 7: equal norms at the last layer, beta = 0, `primary` the
     reconstruction; RT-DETRv4 (2025): the share of the distillation loss as the set point.
 
-    Memory: "norms" [K], the sums, and "counts" [K], what they are divided by.
+    With `freeze_after` the weights are constants after that many steps, and each step takes one backward pass of the
+    weighted sum, whatever `gram=` was. (Steps that were skipped count too, as the host does not know of them.)
+
+    Memory: "norms" [K], the sums, and "counts" [K], what they are divided by; and "steps", how many were taken.
 
     Args:
         shares: one positive number for each objective, or a dict from their names; they sum to 1. With `primary`
@@ -47,11 +51,13 @@ class Share(Stateful):
         beta: what the average keeps per step, from 0 to below 1.
         total: T; None for the sum of the averaged norms.
         primary: name or position of an objective whose weight is 1.
+        freeze_after: steps; None for never.
         log_gradients: take the norms of the gradients of log L_i instead of those of L_i.
 
     Raises:
         TypeError, ValueError: shares that are not positive, do not sum to 1, or name other objectives than there are;
-            beta outside its range; a `total` that is not positive, or beside `primary`.
+            beta outside its range; a `total` that is not positive, or beside `primary`; a `freeze_after` that is no
+            positive number of steps.
 
     Example:
         >>> import torch
@@ -65,7 +71,9 @@ class Share(Stateful):
     beta: float = 0.99
     total: float | None = None
     primary: str | int | None = None
+    freeze_after: int | None = None
     log_gradients: bool = False
+    _steps: int = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         given = [1.0] if self.shares is None else self.shares
@@ -85,6 +93,8 @@ class Share(Stateful):
             raise ValueError(f"Share: total is {self.total!r}; pass a positive number, or None")
         if self.total is not None and self.primary is not None:
             raise ValueError("Share: total and primary both fix the size of the step; pass one of them")
+        if self.freeze_after is not None:
+            check_steps("Share", "freeze_after", self.freeze_after)
         if isinstance(self.primary, str) and isinstance(self.shares, Mapping) and self.primary not in self.shares:
             raise ValueError(f"Share: primary is {self.primary!r}; choose one of {list(self.shares)}")
 
@@ -114,6 +124,8 @@ class Share(Stateful):
         shares, primary = self._of(len(gram), gram)
         norms = gram.diagonal().sqrt()
         present = norms > 0
+        if self.frozen:  # what is there instead of a Gram matrix says nothing
+            present = torch.zeros_like(present)
         summed = torch.where(present, self.beta * memory["norms"] + norms, memory["norms"])
         counts = torch.where(present, self.beta * memory["counts"] + 1, memory["counts"])
         average = torch.where(counts > 0, summed / counts, 0.0)
@@ -123,6 +135,30 @@ class Share(Stateful):
         else:
             total = average.sum() if self.total is None else average.new_full((), self.total)
         return shares * total * inverse, {"norms": summed, "counts": counts}
+
+    @property
+    def frozen(self) -> bool:
+        """Whether `freeze_after` steps were taken."""
+        return self.freeze_after is not None and self._steps >= self.freeze_after
+
+    def commit(self, skipped: Tensor) -> None:
+        """Take over what the last call proposed, and count the step."""
+        super().commit(skipped)
+        self._steps += self._memory is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory, and how many steps were taken."""
+        state = super().state_dict()
+        return {**state, "steps": self._steps} if state else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; from an empty one, start anew.
+
+        Raises:
+            ValueError: it is another weighting's state. Nothing has changed then.
+        """
+        super().load_state_dict({name: value for name, value in state.items() if name != "steps"})
+        self._steps = int(state.get("steps", 0))
 
     def _of(self, K: int, like: Tensor) -> tuple[Tensor, int | None]:
         """The shares [K] on the device, in the objectives' order, and the position of the primary one."""

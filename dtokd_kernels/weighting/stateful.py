@@ -77,6 +77,11 @@ class Stateful(ABC):
         self._next = None  # of a call that no step followed
 
     @property
+    def frozen(self) -> bool:
+        """Whether the weights are constants from now on, so that a step takes one backward pass, of their sum."""
+        return False
+
+    @property
     def asked(self) -> bool:
         """Whether it was called since the last step, so that there is something to take over."""
         return self._next is not None

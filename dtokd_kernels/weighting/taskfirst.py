@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference import EQUAL
-from ._arguments import check_number
+from ._arguments import check_number, check_steps
 from ._faces import solve_on_faces
 from ._names import check_primary, position_of
 from ._units import unit_gram
@@ -75,10 +75,8 @@ class TaskFirst(Stateful):
         check_number("TaskFirst", "ratio", self.ratio, 0, "that is not negative, such as 1.0")
         check_number("TaskFirst", "tau", self.tau, 0, "from 0 to 1", below=math.nextafter(1, 2))
         check_number("TaskFirst", "beta", self.beta, 0, "from 0 to below 1, such as 0.999", below=1)
-        if self.patience is not None and (
-            isinstance(self.patience, bool) or not isinstance(self.patience, int) or self.patience < 1
-        ):
-            raise ValueError(f"TaskFirst: patience is {self.patience!r}; pass a positive number of steps, or None")
+        if self.patience is not None:
+            check_steps("TaskFirst", "patience", self.patience)
 
     def expect(self, names: tuple[str, ...]) -> None:
         """Take the names of the objectives whose losses come next.
