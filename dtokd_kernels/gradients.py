@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -233,8 +234,8 @@ class GradientSets:
         names, values = named_losses(losses, op)
         for name, value in zip(names, values, strict=True):
             _check_loss(name, value, op)
-            if options.ranks is None:  # else what counts is the mean over ranks; if it is bad, all skip the step
-                _check_value(name, value, options.log_gradients, op)
+            if options.ranks is None and options.log_gradients:  # else what counts is the mean over ranks
+                _check_positive(name, value, op)
         if self.losses is not None and names != self.names:
             raise ValueError(
                 f"{op}: losses are {_listed(names)}, but the gradients gathered so far belong to "
@@ -335,15 +336,12 @@ def _check_loss(name: str, loss: Tensor, op: str) -> None:
         )
 
 
-def _check_value(name: str, loss: Tensor, positive: bool, op: str) -> None:
+def _check_positive(name: str, loss: Tensor, op: str) -> None:
+    """On the CPU; elsewhere, and where the loss is not finite, the step is skipped."""
     if loss.device.type != "cpu":
         return
     value = loss.item()
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(
-            f"{op}: losses[{name!r}] is {value}, not finite; leave this batch out or lower the learning rate"
-        )
-    if positive and value <= 0:
+    if math.isfinite(value) and value <= 0:
         raise ValueError(
             f"{op}: losses[{name!r}] is {value}, but log-gradients need a positive loss; shift the loss by its lower "
             "bound, pass loss.clamp(min=1e-7) if that is 0 (once there it has no gradient and is left out of the "

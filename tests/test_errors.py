@@ -340,15 +340,10 @@ BAD_LOSSES = {
     ),
     "negative": (constant(-1.0), ValueError, r"is -1.0, but log-gradients need a positive loss; shift the loss"),
     "zero": (constant(0.0), ValueError, r"is 0.0, but log-gradients need a positive loss; .*loss.clamp"),
-    "nan": (constant(float("nan")), ValueError, r"is nan, not finite; leave this batch out"),
-    "inf": (constant(float("inf")), ValueError, r"is inf, not finite; leave this batch out"),
-    "-inf": (constant(float("-inf")), ValueError, r"is -inf, not finite"),
     "complex": (lambda losses: losses["task"] + 1j, ValueError, r"is complex; take its real part"),
 }
 if DEVICE.type != "cpu":  # values there are not read; the step is skipped
-    BAD_LOSSES = {
-        name: case for name, case in BAD_LOSSES.items() if name not in ("negative", "zero", "nan", "inf", "-inf")
-    }
+    BAD_LOSSES = {name: case for name, case in BAD_LOSSES.items() if name not in ("negative", "zero")}
 
 
 @pytest.mark.parametrize("case", BAD_LOSSES)

@@ -910,6 +910,32 @@ def state_of(optimizer):
 
 @each_source
 @each_optimizer
+@pytest.mark.parametrize("change", ["times nan", "plus inf", "minus inf"])
+@pytest.mark.parametrize("started", [0, 1])
+def test_loss_that_is_not_finite_changes_nothing(backend, started, change, make, source):
+    """As a gradient: on a CPU it is no error either. The gradients of the last two are finite."""
+    model = Student()
+    optimizer = make(model.parameters(), gram=source(model))
+    if started:
+        train(model, optimizer, started)
+        optimizer.zero_grad()
+    before = copies(model.parameters())
+    losses = losses_of(model, batch(7))
+    loss = losses["task"]
+    losses["task"] = {"times nan": loss * torch.nan, "plus inf": loss + torch.inf, "minus inf": loss - torch.inf}[
+        change
+    ]
+    optimizer.backward(losses)
+    optimizer.step()
+    assert optimizer.balance.skipped
+    assert optimizer.skipped_steps == 1
+    assert_same(model.parameters(), before)
+    assert train(model, optimizer, 3, start=started).isfinite().all()
+    assert optimizer.skipped_steps == 1
+
+
+@each_source
+@each_optimizer
 @pytest.mark.parametrize("where", ["scale", "head.bias", "trunk.weight"], ids=["shared", "private", "probed"])
 @pytest.mark.parametrize(("started", "bad"), [(0, float("nan")), (1, float("inf")), (2, float("-inf"))])
 def test_gradient_that_is_not_finite_changes_nothing(backend, started, bad, where, make, source):
