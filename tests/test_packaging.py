@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 
@@ -76,6 +78,35 @@ def test_install_with_the_extension(tmp_path):
     assert where.startswith(str(target))
     assert (chosen, why) == ("cpu (best available)", "available")
     assert "reference (forced" in run(target, STEP, DTOKD_BACKEND="reference")[1]
+
+
+def bounds(requirements):
+    """Name -> lower bound."""
+    found = {}
+    for text in requirements:
+        requirement = Requirement(text)
+        if requirement.name != "dtokd-kernels":
+            (only,) = requirement.specifier  # each has one, and nothing else
+            bound = only.operator, Version(only.version)
+            assert found.setdefault(requirement.name, bound) == bound, text
+    return found
+
+
+def test_lower_bounds_are_versions_that_were_run():
+    """What pyproject.toml allows is what constraints-oldest.txt names, and that is whole."""
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = project["project"]["optional-dependencies"]
+    asked = [*project["project"]["dependencies"], *project["build-system"]["requires"]]
+    asked += [text for name, group in groups.items() if name != "lint" for text in group]
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    run = bounds(line for line in lines if line and not line.startswith("#"))
+    named = bounds(asked)
+    assert {operator for operator, _ in named.values()} == {">="}
+    assert {name: version for name, (_, version) in named.items()} == {
+        name: version for name, (_, version) in run.items() if name != "pyparsing"
+    }
+    assert {operator for operator, _ in run.values()} == {"=="}
 
 
 def test_unknown_build_is_refused():
