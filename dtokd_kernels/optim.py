@@ -169,8 +169,8 @@ class Balanced(torch.optim.Optimizer):
 
         Raises:
             TypeError, ValueError: a bad loss: not scalar, needs no gradient, not positive under a logarithm; other
-                objectives or another scaler than before; a `share` outside of (0, 1]; a sparse gradient; nothing that the
-                source could measure. Parameters and state are as before.
+                objectives or another scaler than before; a `share` outside of (0, 1]; a sparse gradient; nothing that
+                the source could measure. Parameters and state are as before.
         """
         params = self._params()
         if not self._looked:

@@ -205,7 +205,7 @@ def test_demo_fails_when_steps_disagree(monkeypatch, tmp_path):
 def test_demo_refuses_bad_arguments(capsys):
     with pytest.raises(SystemExit):
         main(["demo", "--iterations", "0"])
-    assert "invalid positive integer value: '0'" in capsys.readouterr().err
+    assert "--iterations: '0'; expected a whole number from 1 on" in capsys.readouterr().err
 
 
 def test_doctor(capsys):

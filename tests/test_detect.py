@@ -15,14 +15,14 @@ from dtokd.detect.detectors.dense import Dense, make_backbone
 from dtokd.detect.detectors.hf import KINDS, HFDetector, load_folder
 from dtokd.detect.matching import match_queries, pick
 from dtokd.errors import UsageError
-from dtokd.train.options import _value
+from dtokd.values import read_yaml
 from torchvision.models.detection import FCOS, RetinaNet
 from transformers.models.deformable_detr.image_processing_deformable_detr import DeformableDetrImageProcessor
 
 from .coco import TINY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-KWARGS = {key: _value(value) for key, value in (text.split("=") for text in TINY)}
+KWARGS = {key: read_yaml(value) for key, value in (text.split("=") for text in TINY)}
 
 
 def images(seed=0, size=(64, 96)):

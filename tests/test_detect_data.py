@@ -199,7 +199,7 @@ BAD = {
 def fails(capsys, *texts):
     code = main(["detect", *map(str, texts)])
     error = capsys.readouterr().err
-    assert code == 1, error
+    assert code == 2, error
     assert error.startswith("dtokd detect: error: ")
     return error
 
@@ -218,7 +218,7 @@ def test_bad_annotations(coco, tmp_path, capsys, message):
     ("texts", "message"),
     [
         ("--data-dir nowhere", "--data-dir: nowhere is no folder"),
-        ("--val-split test", "instances_test.json cannot be read"),
+        ("--val-split test", "has no folder 'test'"),
         ("--model yolo", "'yolo' is neither vidt_nano"),
         ("--model fcos:nobody", "timm has no model 'nobody'"),
         ("--model fcos:vit_tiny_patch16_224", "gives no maps of strides"),

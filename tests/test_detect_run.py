@@ -11,8 +11,8 @@ from dtokd.train.checkpoint import load_checkpoint
 from dtokd.train.rundir import RunDir
 from safetensors.torch import load_file, save_file
 
+from .coco import CATEGORIES, TINY, VIDT, common, write_coco
 from .coco import FCOS as FCOS_OPTIONS
-from .coco import TINY, VIDT, common, write_coco
 from .test_detect import configuration, dense, vidt
 from .test_train_resume import die_and_resume, stop_and_resume
 
@@ -121,7 +121,7 @@ def test_directory_teaches_and_student_loads(coco, tmp_path, capsys):
     judged = json.loads(capsys.readouterr().out)
     assert judged["images"] == 4
     assert {key: judged[key] for key in ("ap", "ap50")} == {key: float(row[f"eval_{key}"]) for key in ("ap", "ap50")}
-    assert main(["eval", str(tmp_path / "x"), "--checkpoint", str(tmp_path / "absent")]) == 1
+    assert main(["eval", str(tmp_path / "x"), "--checkpoint", str(tmp_path / "absent")]) == 2
     assert "--checkpoint: there is no file" in capsys.readouterr().err
     start = ["--initial-checkpoint", str(tmp_path / "x" / "student.safetensors")]
     assert main(["detect", *options, *start, "--experiment", "y", "--lr", "0"]) == 0
@@ -145,7 +145,7 @@ def test_bad_teachers(coco, tmp_path, capsys, fcos_teacher, vidt_teacher, texts,
     options += ["--kd-model-kwargs", "width=32", "--kd-teacher-path", str(fcos_teacher)]
     more = texts.format(vidt=vidt_teacher).split()
     more += ["--kd-model-kwargs", *TINY] if "vidt" in texts else []
-    assert main(["detect", *options, *more]) == 1
+    assert main(["detect", *options, *more]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
@@ -154,7 +154,7 @@ def test_queries_by_index_must_be_as_many(coco, tmp_path, capsys, vidt_teacher):
     options = [*common(coco, tmp_path), *distilling("vidt", vidt_teacher), "--kd-match", "index"]
     i = options.index("num_queries=10")
     options[i] = "num_queries=11"
-    assert main(["detect", *options]) == 1
+    assert main(["detect", *options]) == 2
     assert "the student has 11 queries, the teacher 10" in capsys.readouterr().err
 
 
@@ -171,3 +171,15 @@ def test_a_run_of_its_own(coco, tmp_path, capsys):
     assert main(["detect", *other, *resume]) == 1
     assert "is of another model" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()} == files
+
+
+def test_run_names_its_classes(coco, tmp_path):
+    """In the order of the labels, with their categories and the preprocessing."""
+    options = [*common(coco, tmp_path), *FCOS_OPTIONS, "--experiment", "x", "--epochs", "1", "--pictures", "0"]
+    assert main(["detect", *options]) == 0
+    card = json.loads((tmp_path / "x" / "config.json").read_text())
+    ids = sorted(CATEGORIES)
+    assert (card["label_names"], card["category_ids"]) == ([CATEGORIES[i] for i in ids], ids)
+    assert (card["architecture"], card["num_classes"]) == ("fcos:test_resnet", len(ids))
+    assert card["input"]["img_size"] == 48
+    assert len(card["input"]["mean"]) == 3

@@ -7,7 +7,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from dtokd.objectives import build as building
 from dtokd.objectives.build import build
 from dtokd.objectives.features import Attention, attention_distance, normalise
 from dtokd.objectives.logits import decoupled_kl, soft_kl
@@ -15,7 +14,7 @@ from dtokd.objectives.options import add_arguments
 from dtokd.objectives.projectors import Householder, make_projector
 from dtokd.objectives.review import hierarchical_context
 from dtokd.objectives.taps import Outputs, Taps
-from dtokd.objectives.teacher import Normalisation, Teacher, choose_size
+from dtokd.objectives.teacher import Normalisation, Teacher, as_list, choose_size
 from safetensors.torch import save_file
 from timm.models import register_model
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
@@ -380,7 +379,7 @@ def test_inputs_that_do_not_fit(weights, tmp_path):
     cases = [
         (kd(weights(model(num_classes=7), "seven")), model(), ValueError, "5 classes.* 7.*--num-classes"),
         (kd(path, name="test_efficientnet"), model(), ValueError, "does not hold weights of 'test_efficientnet'"),
-        (kd(tmp_path / "none.safetensors"), model(), FileNotFoundError, "there is no file"),
+        (kd(tmp_path / "none.safetensors"), model(), ValueError, "there is no file"),
         (kd(broken), model(), ValueError, "without running pickled code"),
         (kd(path, "--kd-distill-type", "token"), model(), ValueError, "no distillation head"),
         (kd(path, "--kd-distill-type", "logit", "logit"), model(), ValueError, "pass different ones"),
@@ -394,7 +393,6 @@ def test_inputs_that_do_not_fit(weights, tmp_path):
         ),
         (options("--kd-teacher-path", path), model(), ValueError, "there is no teacher"),
         (options("--kd-model-name", "a", "b", "--kd-teacher-path", path), model(), ValueError, "1 files for 2"),
-        (kd(path, "--kd-temperature", 0), model(), ValueError, "above 0"),
         (options("--kd-model-name", "no_such_model"), model(), ValueError, "no_such_model"),
     ]
     for chosen, student, kind, message in cases:
@@ -420,6 +418,6 @@ def test_soft_targets_have_no_target_class(weights, batch):
 
 
 def test_one_value_of_a_config_file_is_a_list_of_one():
-    assert building._as_list("resnet50") == ["resnet50"]
-    assert building._as_list(None) == []
-    assert building._as_list(2.0) == [2.0]
+    assert as_list("resnet50") == ["resnet50"]
+    assert as_list(None) == []
+    assert as_list(2.0) == [2.0]

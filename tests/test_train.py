@@ -49,7 +49,7 @@ def fails(capsys, digits, output, *more):
     """The error's text."""
     code = main(["train", *common(digits, output), "--experiment", "x", *map(str, more)])
     error = capsys.readouterr().err
-    assert code == 1, error
+    assert code == 2, error
     assert error.startswith("dtokd train: error: ")
     return error
 
@@ -276,8 +276,8 @@ def test_config(tmp_path):
     ("text", "message"),
     [
         ("modle: x", "no option is called 'modle'; did you mean model"),
-        ("epochs: many", "epochs is 'many'; expected int"),
-        ("epochs: 1.5", "epochs is 1.5; expected int"),
+        ("epochs: many", "epochs: 'many'; expected a whole number from 1 on"),
+        ("epochs: 1.5", "epochs: '1.5'; expected a whole number from 1 on"),
         ("amp: 3", "amp is 3; expected true or false"),
         ("input_size: 32", "expected a list"),
         ("kd_balance: dta", "choose from none, "),

@@ -150,7 +150,7 @@ def test_another_number_of_ranks_goes_on_with_the_weights(pools, digits, teacher
     assert [code for code, *_ in pools[2].run(training.train, [*options, "--kd-shard"], {0: 6})] == [143, 143]
     saved = RunDir(tmp_path / "x")
     answers = pools[1].run(training.train, [*options, "--resume", "auto"])
-    assert answers[0][0] == 1
+    assert answers[0][0] == 2
     assert "in the middle of an epoch of 2 processes, this run has 1" in answers[0][1]
     answers = pools[1].run(training.train, [*options, "--resume", str(saved.checkpoints()[1]), "--epochs", "3"])
     assert answers[0][0] == 0
@@ -200,14 +200,14 @@ def test_what_does_not_go_over_ranks_is_an_error_that_is_told_once(pools, digits
     if "holds a run" in expected:
         assert main([*options, "--experiment", "x", "--epochs", "1"]) == 0
     answers = pools[2].run(training.train, [*options, "--experiment", "x"])
-    assert [code for code, *_ in answers] == [1, 1]
+    assert [code for code, *_ in answers] == [2, 2]
     assert expected in answers[0][1]
     assert answers[1][1] == ""
 
 
 def test_one_process_has_nothing_to_shard(digits, teacher, tmp_path, capsys):
     options = ["train", *common(digits, tmp_path), *distilling(teacher), "--kd-balance", "dto", "--opt", "dtosgd"]
-    assert main([*options, "--kd-shard"]) == 1
+    assert main([*options, "--kd-shard"]) == 2
     assert "start several with torchrun" in capsys.readouterr().err
 
 
@@ -215,7 +215,7 @@ def test_one_process_has_nothing_to_shard(digits, teacher, tmp_path, capsys):
 def test_other_commands_are_for_one_process(monkeypatch, capsys, rank):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", rank)
-    assert main(["doctor"]) == 1
+    assert main(["doctor"]) == 2
     assert capsys.readouterr().err == (
         "" if rank == "1" else "dtokd doctor: error: torchrun has started 2 processes, which only dtokd train needs\n"
     )

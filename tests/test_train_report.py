@@ -99,7 +99,7 @@ def test_report_again(trained, capsys):
     before = (trained / "report.html").read_text()
     assert main(["report", str(trained)]) == 0
     assert (trained / "report.html").read_text() == before
-    assert main(["report", str(trained.parent)]) == 1
+    assert main(["report", str(trained.parent)]) == 2
     assert "is no run directory" in capsys.readouterr().err
 
 
@@ -182,9 +182,9 @@ def test_eval_of_weights(trained, teacher, digits, capsys):
         (["--model", "test_resnet", "--val-split", "test"], "has no folder 'test'"),
         (["--model", "test_resnet", "--num-classes", "11"], "does not fit test_resnet"),
     ):
-        assert main([*options, *more]) == 1
+        assert main([*options, *more]) == 2
         assert message in capsys.readouterr().err
-    assert main(["eval", "--data-dir", str(digits)]) == 1
+    assert main(["eval", "--data-dir", str(digits)]) == 2
     assert "no weights" in capsys.readouterr().err
 
 

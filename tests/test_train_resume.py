@@ -173,7 +173,7 @@ def test_stopped_run_and_another_way_on(digits, tmp_path, monkeypatch, capsys):
     assert main(options) == 143
     run_dir = RunDir(tmp_path / "x")
     kept = str(shutil.copy(run_dir.stopped, tmp_path / "stopped.safetensors"))
-    assert main(options) == 1
+    assert main(options) == 2
     assert "go on with --resume auto" in capsys.readouterr().err
     assert main([*options, "--resume", str(run_dir.checkpoints()[1])]) == 0
     assert not run_dir.stopped.exists()
@@ -263,7 +263,7 @@ def test_ctrl_c(digits, teacher, tmp_path):
 def test_the_same_command_finds_its_run(digits, tmp_path, capsys):
     command = ["train", *common(digits, tmp_path)]
     assert main([*command, "--epochs", "1"]) == 0
-    assert main([*command, "--epochs", "1"]) == 1
+    assert main([*command, "--epochs", "1"]) == 2
     assert "go on with --resume auto" in capsys.readouterr().err
     assert main([*command, "--epochs", "1", "--resume", "auto"]) == 0
     assert len(list(tmp_path.iterdir())) == 1
@@ -290,7 +290,7 @@ def test_full_disk(digits, tmp_path, monkeypatch, capsys):
         sync(handle)
 
     monkeypatch.setattr(files.os, "fsync", full)
-    assert main(options) == 1
+    assert main(options) == 2
     assert "epoch-0002.safetensors cannot be written: No space left on device" in capsys.readouterr().err
     monkeypatch.undo()
     assert sorted(path.name for path in folder.iterdir()) == ["epoch-0000.safetensors", "epoch-0001.safetensors"]
@@ -302,15 +302,15 @@ def test_checkpoint_of_another_model(digits, teacher, tmp_path, capsys):
     assert main(["train", *common(digits, tmp_path), "--experiment", "x", "--epochs", "1"]) == 0
     path = str(tmp_path / "x" / "checkpoints" / "epoch-0001.safetensors")
     options = ["train", *common(digits, tmp_path), "--experiment", "y", "--resume", path]
-    assert main([*options, "--model", "test_vit"]) == 1
+    assert main([*options, "--model", "test_vit"]) == 2
     assert "is of another model (test_resnet; this run trains test_vit)" in capsys.readouterr().err
-    assert main([*options, "--opt", "dtoadamw", "--kd-balance", "famo", *distilling(teacher)]) == 1
+    assert main([*options, "--opt", "dtoadamw", "--kd-balance", "famo", *distilling(teacher)]) == 2
     assert "was written with --opt sgd, this run has --opt dtoadamw" in capsys.readouterr().err
     damaged = shutil.copy(path, tmp_path / "damaged.safetensors")
     os.truncate(damaged, 1000)
-    assert main([*options[:-1], str(damaged)]) == 1
+    assert main([*options[:-1], str(damaged)]) == 2
     assert "is damaged or no checkpoint" in capsys.readouterr().err
-    assert main([*options[:-1], str(tmp_path / "x" / "student.safetensors")]) == 1
+    assert main([*options[:-1], str(tmp_path / "x" / "student.safetensors")]) == 2
     assert "holds weights, but no state of a run" in capsys.readouterr().err
 
 

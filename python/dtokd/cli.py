@@ -11,6 +11,7 @@ from pathlib import Path
 from .detect import options as detect_options
 from .errors import ToldElsewhere, UsageError
 from .train import options as train_options
+from .values import COUNT, NATURAL, Parser, path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: what follows the program's name; default: this process's arguments.
 
     Returns:
-        0, or 1 if the command found something wrong, or 128 and the number of the signal that ended it. A bad argument
-        exits with 2, as argparse does.
+        0; 1 if the command found something wrong; 2 for what the user has to set right, such as a bad option; or 128
+        and the number of the signal that ended it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parser()
@@ -33,11 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = parser.parse_args(argv)
         return _run(command, options)
     except ToldElsewhere:
-        return 1
+        return 2
     except UsageError as error:
         # one raised in a worker process comes with its traceback in the text
         print(f"dtokd {command}: error: {str(error).rpartition('UsageError: ')[2].rstrip()}", file=sys.stderr)
-        return 1
+        return 2
 
 
 def _run(command: str | None, options: argparse.Namespace) -> int:
@@ -83,8 +84,8 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
     return demo(Settings(**settings))
 
 
-def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    parser = argparse.ArgumentParser(prog="dtokd", description="Distillation with DTO-KD's balanced step.")
+def _parser() -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(prog="dtokd", description="Distillation with DTO-KD's balanced step.")
     commands = parser.add_subparsers(dest="command", required=True)
     train_options.add_arguments(
         commands.add_parser(
@@ -111,22 +112,22 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     train_options.add_arguments(sweep)
     train_options.add_sweep(sweep)
     evaluation = commands.add_parser("eval", help="a student's accuracy", argument_default=None, allow_abbrev=False)
-    evaluation.add_argument("run_dir", nargs="?", type=Path, help="of dtokd train: its student and its options")
-    evaluation.add_argument("--checkpoint", type=Path, metavar="FILE", help="other weights than the run's best")
+    evaluation.add_argument("run_dir", nargs="?", type=path, help="of dtokd train: its student and its options")
+    evaluation.add_argument("--checkpoint", type=path, metavar="FILE", help="other weights than the run's best")
     _add_evaluation(evaluation)
     report = commands.add_parser("report", help="write a run directory's report.html anew")
-    report.add_argument("run_dir", type=Path, help="of dtokd train")
+    report.add_argument("run_dir", type=path, help="of dtokd train")
     commands.add_parser("doctor", help="what was built, what is chosen, and why")
     demo = commands.add_parser(
         "demo",
         help="distil a small student on real digits in a few minutes and compare the ways to combine its losses",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--output", type=Path, default=Path("runs/demo"), help="directory for the results")
-    demo.add_argument("--seed", type=int, default=0, help="of the data, the initial parameters and the batches")
-    demo.add_argument("--iterations", type=_positive, default=400, help="of each student")
-    demo.add_argument("--teacher-iterations", type=_positive, default=500, help="of the teacher")
-    demo.add_argument("--threads", type=_positive, default=1, help="of torch; more are a little faster on idle cores")
+    demo.add_argument("--output", type=path, default=Path("runs/demo"), help="directory for the results")
+    demo.add_argument("--seed", type=NATURAL, default=0, help="of the data, the initial parameters and the batches")
+    demo.add_argument("--iterations", type=COUNT, default=400, help="of each student")
+    demo.add_argument("--teacher-iterations", type=COUNT, default=500, help="of the teacher")
+    demo.add_argument("--threads", type=COUNT, default=1, help="of torch; more are a little faster on idle cores")
     demo.add_argument(
         "--objectives",
         nargs="+",
@@ -145,8 +146,8 @@ _OF_EVALUATION = (
 )
 
 
-def _train_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser()
+def _train_parser() -> Parser:
+    parser = Parser()
     train_options.add_arguments(parser)
     return parser
 
@@ -157,13 +158,3 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
         if action.dest in _OF_EVALUATION:
             action.default = None
             parser._add_action(action)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "positive integer"  # argparse names the type in its message

@@ -9,16 +9,17 @@ from typing import Any
 
 import timm
 import yaml
-from timm.data import resolve_data_config
-from timm.models import load_state_dict
 from timm.task import ClassificationEvaluator
 
+from .card import CARD, input_config, read_card
 from .errors import UsageError
-from .files import as_json
+from .files import as_json, read_weights
 from .train import data
 from .train.engine import autocast, evaluate
+from .train.found import class_names, some
 from .train.images import skipped
-from .train.run import make_student
+from .train.options import check
+from .train.run import check_size, make_student
 from .train.world import World
 
 
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, floa
 
         return judge(told, _given(options))
     settings = argparse.Namespace(**{**defaults, **told, **_given(options)})
+    check(settings)
     weights = options.checkpoint
     if weights is None and options.run_dir is not None:
         weights = options.run_dir / "student.safetensors"
@@ -46,12 +48,12 @@ def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, floa
     device = World().device(settings.device)
     record = None if options.run_dir is None else options.run_dir / "bad_images_eval.txt"
     images = data.open_dataset(settings, settings.val_split, record)
-    names = data.class_names(images)
+    names = class_names(images)
     classes = settings.num_classes or (None if names is None else len(names))
     settings.initial_checkpoint, settings.grad_checkpointing = "", False
     settings.pretrained = settings.pretrained and weights is None
     if weights is not None:
-        held = _load(weights)
+        held = read_weights(weights, "--checkpoint", use_ema=True)
         student = make_student(settings, classes)
         try:
             student.load_state_dict(held)
@@ -64,10 +66,18 @@ def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, floa
             f"dtokd eval: the model has {student.num_classes} classes, {settings.val_split!r} has {len(names)}; give "
             "the split it was trained for, or a --class-map"
         )
-    config = resolve_data_config(vars(settings), model=student)
+    if names is not None and options.run_dir is not None and (options.run_dir / CARD).exists():
+        known = read_card(options.run_dir, "dtokd eval").get("label_names")
+        if known is not None and known != names:
+            raise UsageError(
+                f"dtokd eval: {settings.val_split!r} has the classes {some(names)}, the run {some(known)}; "
+                "labels would not mean the same"
+            )
+    config = input_config(settings, student)
+    check_size(student.to(device), config["input_size"], device)
     loader = data.validation_loader(settings, images, config, device)
     evaluator = ClassificationEvaluator(device=device)
-    metrics = evaluate(student.to(device), loader, evaluator, partial(autocast, settings, device))
+    metrics = evaluate(student, loader, evaluator, partial(autocast, settings, device))
     result = {**metrics, "images": len(images)}
     if record is not None and (bad := skipped(record)):
         result["skipped_images"] = len(bad)
@@ -88,12 +98,3 @@ def _of_run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(options).items() if value is not None and key not in ("command",)}
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        return dict(load_state_dict(str(path), weights_only=True))
-    except FileNotFoundError:
-        raise UsageError(f"--checkpoint: there is no file {path}") from None
-    except Exception as error:
-        raise UsageError(f"--checkpoint: {path} is no readable checkpoint: {error}") from error

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from .errors import UsageError
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace the file, or leave it as it was.
@@ -66,6 +68,33 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_weights(path: str | Path, option: str, use_ema: bool = False) -> dict[str, Tensor]:
+    """A model's weights: a .safetensors file, or one of torch in which nothing but tensors is pickled.
+
+    Args:
+        path: the file.
+        option: by which the user gave it, for messages.
+        use_ema: the averaged ones, if a file of timm's train.py has both.
+
+    Raises:
+        UsageError: there is no such file, or it holds something else; nothing pickled has run.
+    """
+    from timm.models import load_state_dict  # takes seconds
+
+    if not os.path.isfile(path):
+        raise UsageError(f"{option}: there is no file {path}")
+    try:
+        state = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
+        assert all(isinstance(value, Tensor) for value in state.values()), "not all of its entries are tensors"
+    except Exception as error:  # torch, pickle, zipfile and safetensors have a dozen kinds
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UsageError(
+            f"{option}: {path} is neither a safetensors file nor a torch file that loads without running pickled code: "
+            f"{reason}"
+        ) from error
+    return dict(state)
 
 
 def sync_folder(folder: Path) -> None:

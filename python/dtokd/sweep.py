@@ -16,19 +16,20 @@ from . import identity
 from .errors import UsageError
 from .files import as_json, write_text
 from .train import data
-from .train.options import BALANCES, OUTSIDE, plain
+from .train.options import BALANCES, OUTSIDE, add_arguments, plain, read_value
 from .train.progress import Progress
 from .train.run import train
 from .train.rundir import environment, read_rows, write_rows
+from .values import FRACTION
 
 #: What may follow a balance's colon, and the option it sets.
 _OPTIONS = {
-    "rescale": ("kd_balance_rescale", str),
-    "params": ("kd_balance_params", str),
-    "gram": ("kd_balance_gram", str),
-    "opt": ("opt", str),
-    "lr": ("lr", float),
-    "temperature": ("kd_temperature", float),
+    "rescale": "kd_balance_rescale",
+    "params": "kd_balance_params",
+    "gram": "kd_balance_gram",
+    "opt": "opt",
+    "lr": "lr",
+    "temperature": "kd_temperature",
 }
 
 
@@ -100,21 +101,25 @@ def parse_balance(text: str) -> dict[str, object]:
     if name not in BALANCES:
         raise UsageError(f"--balances: {text!r}; choose fixed:WEIGHT or one of {', '.join(BALANCES)}")
     changes: dict[str, object] = {"kd_balance": name}
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    actions = {action.dest: action for action in parser._actions}
     try:
         if name == "fixed" and rest and "=" not in rest.split(",")[0]:
-            weight, _, rest = rest.partition(",")
+            text_of_weight, _, rest = rest.partition(",")
+            weight = FRACTION(text_of_weight)
             changes = {
                 "kd_balance": "none",
-                "task_loss_weight": float(weight),
-                "distill_loss_weight": round(1 - float(weight), 12),
+                "task_loss_weight": weight,
+                "distill_loss_weight": round(1 - weight, 12),
             }
         for pair in filter(None, rest.split(",")):
             key, _, value = pair.partition("=")
-            option, kind = _OPTIONS[key]
-            changes[option] = kind(value)
-    except (KeyError, ValueError):
+            option = _OPTIONS[key]
+            changes[option] = read_value(actions[option], value, f"--balances: {text!r}: {key}")
+    except (KeyError, argparse.ArgumentTypeError):
         raise UsageError(
-            f"--balances: {text!r}; expected fixed:WEIGHT or NAME:key=value,... with {', '.join(_OPTIONS)}"
+            f"--balances: {text!r}; expected fixed:WEIGHT, of 0 to 1, or NAME:key=value,... with {', '.join(_OPTIONS)}"
         ) from None
     return changes
 

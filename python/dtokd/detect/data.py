@@ -193,6 +193,11 @@ def read_split(options: argparse.Namespace, split: str) -> Annotations:
     """
     if options.data_dir is None or not options.data_dir.is_dir():
         raise UsageError(f"--data-dir: {options.data_dir} is no folder; pass the one with images and annotations")
+    if not (options.data_dir / split).is_dir():
+        raise UsageError(
+            f"--data-dir: {options.data_dir} has no folder {split!r} for this split; make one, or name another with "
+            "--train-split or --val-split"
+        )
     path = options.data_dir / options.annotations.replace("{split}", split)
     return read_annotations(path, options.data_dir / split)
 

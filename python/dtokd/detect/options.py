@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from ..train import options as shared
+from ..values import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, KeyValues, not_empty, path
 
 DISTILL_TYPES = ("token", "feature", "prediction")
 #: What the best epoch is chosen by.
@@ -33,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_distillation(parser)
     shared.add_balance(parser)
     shared.add_run(parser, METRICS)
-    parser.add_argument("--pictures", type=int, default=12, metavar="N", help="of the validation split, in the report")
+    pictures = "of the validation split, in the report"
+    parser.add_argument("--pictures", type=NATURAL, default=12, metavar="N", help=pictures)
     demo = parser.add_argument_group("demo", "uses --output, --seed and --epochs; everything else is its own")
     demo.add_argument(
         "--demo", action="store_true", help="on scenes of real digits, in minutes: what distillation does"
@@ -44,9 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data-dir", type=Path, metavar="DIR", help="folder with a folder of images per split, and the annotations")
+    add("--data-dir", type=path, metavar="DIR", help="folder with a folder of images per split, and the annotations")
     add("--annotations", default="annotations/instances_{split}.json", metavar="PATTERN", help="COCO's JSON, in it")
-    add("--train-split", default="train2017", metavar="NAME")
+    add("--train-split", type=not_empty, default="train2017", metavar="NAME")
     add("--val-split", default="val2017", metavar="NAME", help="'' for no evaluation")
     add(
         "--on-bad-image",
@@ -54,18 +56,18 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="an image that cannot be read ends the run, or the next one stands in for it",
     )
-    add("-j", "--workers", type=int, default=4, metavar="N", help="processes that load images")
-    add("-b", "--batch-size", type=int, metavar="N")
-    add("-vb", "--validation-batch-size", type=int, metavar="N")
+    add("-j", "--workers", type=NATURAL, default=4, metavar="N", help="processes that load images")
+    add("-b", "--batch-size", type=COUNT, metavar="N")
+    add("-vb", "--validation-batch-size", type=COUNT, metavar="N")
     add("--pin-mem", action="store_true", help="pin host memory")
     add("--device", default="cuda", help="falls back to cpu where torch has no GPU")
-    add("--img-size", type=int, default=800, metavar="N", help="shorter side of the images")
-    add("--max-size", type=int, default=1333, metavar="N", help="longer side at most")
+    add("--img-size", type=COUNT, default=800, metavar="N", help="shorter side of the images")
+    add("--max-size", type=COUNT, default=1333, metavar="N", help="longer side at most")
     add("--square", action="store_true", help="resize to img-size x img-size: no padding, as RT-DETR wants it")
-    add("--scales", type=int, nargs="+", metavar="N", help="shorter sides to choose from in training")
+    add("--scales", type=COUNT, nargs="+", metavar="N", help="shorter sides to choose from in training")
     add("--crop", action="store_true", help="crop half of the training images at random, as DETR and ViDT do")
-    add("--hflip", type=float, default=0.5, metavar="P")
-    add("--color-jitter", type=float, default=0.0, metavar="X")
+    add("--hflip", type=FRACTION, default=0.5, metavar="P")
+    add("--color-jitter", type=NOT_NEGATIVE, default=0.0, metavar="X")
 
 
 def _add_student(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +75,7 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add(
         "--model",
+        type=not_empty,
         default="vidt_nano",
         metavar="MODEL",
         help="vidt_nano, _tiny, _small, _base; fcos:BACKBONE or retinanet:BACKBONE with a timm backbone; a directory "
@@ -82,7 +85,7 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
         "--model-kwargs",
         nargs="*",
         default={},
-        action=shared.KeyValues,
+        action=KeyValues,
         metavar="K=V",
         help="vidt: of DeformableDetrConfig (encoder_layers, num_queries, ...), with backbone_ of SwinConfig; "
         "fcos, retinanet: width, score_thresh, nms_thresh",
@@ -98,9 +101,9 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group("knowledge distillation")
     add = group.add_argument
-    add("--kd-model-name", metavar="MODEL", help="teacher: as --model")
-    add("--kd-teacher-path", metavar="FILE", help="its weights; not for a directory that transformers wrote")
-    add("--kd-model-kwargs", nargs="*", default={}, action=shared.KeyValues, metavar="K=V", help="as --model-kwargs")
+    add("--kd-model-name", type=not_empty, metavar="MODEL", help="teacher: as --model")
+    add("--kd-teacher-path", type=not_empty, metavar="FILE", help="its weights; not for transformers' directories")
+    add("--kd-model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="as --model-kwargs")
     add(
         "--kd-distill-type",
         nargs="+",

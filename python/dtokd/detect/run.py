@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from timm.models import load_state_dict
 from timm.utils import random_seed
 
+from ..files import read_weights
 from ..report.page import write_report
 from ..train.batches import Batches
 from ..train.data import Data
@@ -19,6 +19,7 @@ from ..train.world import World
 from .annotations import Annotations
 from .build import build
 from .data import make_loader, read_splits
+from .detectors.base import Detector
 from .detectors.build import make_student
 from .pictures import draw_pictures
 
@@ -51,13 +52,26 @@ def _detect(options: argparse.Namespace, run: RunDir, progress: Progress | None)
     judged = make_loader(options, validation, options.val_split, training=False, **shared) if validation else None
     assert isinstance(learned.loader, Batches)
     loaders = Data(learned, judged, None, batches=learned.loader)
-    outcome = fit(options, run, task, loaders, device, progress)
+    outcome = fit(options, run, task, loaders, device, progress, card=_card(options, student, train))
     if options.pictures and loaders.validation is not None and run.student.exists() and not outcome.interrupted:
-        student.load_state_dict(load_state_dict(str(run.student)))
+        student.load_state_dict(read_weights(run.student, "--output"))
         names = list(train.categories.values())
         draw_pictures(run.pictures, student, loaders.validation, names, options.pictures)
         write_report(run.path)
     return outcome
+
+
+def _card(options: argparse.Namespace, student: Detector, train: Annotations) -> dict[str, Any]:
+    """What a run's `config.json` says of its detector: classes in the order of its labels, and the preprocessing."""
+    return {
+        "architecture": options.model,
+        "num_classes": len(train.categories),
+        "label_names": list(train.categories.values()),
+        "category_ids": list(train.categories),
+        "model_args": options.model_kwargs,
+        "input": {name: getattr(options, name) for name in ("img_size", "max_size", "square")}
+        | {name: getattr(student, name).flatten().tolist() for name in ("mean", "std")},
+    }
 
 
 def _told(split: Annotations) -> str:

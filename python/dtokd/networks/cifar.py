@@ -22,11 +22,14 @@ def _network(make: Callable[..., CifarNet], pretrained: bool, kwargs: dict[str, 
     """
     if pretrained:
         raise RuntimeError("there are no pretrained weights of the CIFAR networks; train one or pass a checkpoint")
-    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+    cfg = kwargs.pop("pretrained_cfg", None)
+    for name in ("pretrained_cfg_overlay", "pretrained_model_args", "cache_dir"):
         kwargs.pop(name, None)
     where = {name: kwargs.pop(name) for name in ("device", "dtype") if kwargs.get(name) is not None}
     with torch.device(where.get("device") or torch.get_default_device()):
         model = make(*args, **{k: v for k, v in kwargs.items() if v is not None})
+    if isinstance(cfg, dict):  # of a directory that describes a model
+        model.pretrained_cfg = {**model.pretrained_cfg, **cfg}
     return model.to(**where)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -21,12 +22,14 @@ from .options import DISTILL_TYPES
 from .review import Review
 from .taps import choose_stages, pooled_width
 from .task import DistillationTask, merge
-from .teacher import Normalisation, Teacher
+from .teacher import Normalisation, Teacher, as_list
 
 #: Types that read the teacher's logits: it must know the same classes.
 OF_LOGITS = ("logit", "token", "dkd")
-#: Options of the training loop under which an image is no function of (sample, view).
-MIXING = ("mixup", "cutmix", "reprob", "aug_repeats")
+#: Options of the training loop under which an image has no single class.
+MIXUP = ("mixup", "cutmix", "cutmix_minmax")
+#: ... and under which it is no function of (sample, view).
+MIXING = (*MIXUP, "reprob", "aug_repeats")
 
 
 def build(
@@ -36,6 +39,7 @@ def build(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    names_of_classes: Sequence[str] | None = None,
 ) -> TrainingTask:
     """The task that `options` describe.
 
@@ -46,20 +50,22 @@ def build(
         student: a timm model, on `device`.
         criterion: the task loss, of (logits, target).
         device, dtype: of the teachers and of the task.
+        names_of_classes: of the data, to be compared with a teacher's.
 
     Returns:
         See `DistillationTask`.
 
     Raises:
         ValueError: options that contradict each other, or do not fit student or teacher.
-        FileNotFoundError: no such teacher's file.
     """
-    names = _as_list(options.kd_model_name)
-    paths = _as_list(options.kd_teacher_path)
-    types = _as_list(options.kd_distill_type)
+    names = as_list(options.kd_model_name)
+    paths = as_list(options.kd_teacher_path)
+    types = as_list(options.kd_distill_type)
     if not names:
         if paths or options.kd_cache_teacher:
-            raise ValueError("--kd-teacher-path, --kd-cache-teacher: there is no teacher; pass --kd-model-name")
+            raise ValueError(
+                "--kd-teacher-path, --kd-cache-teacher: there is no teacher; pass --kd-model-name, or run directories"
+            )
         return DistillationTask(student, criterion, device=device, dtype=dtype)
     _check(options, names, paths, types, student)
     if "token" in types:
@@ -67,39 +73,22 @@ def build(
     lessons = []
     for name, path, label in zip(names, paths or [None] * len(names), _labels(names), strict=True):
         in_chans = getattr(unwrap_model(student), "in_chans", 3)
-        model = teachers.load(name, path, in_chans=in_chans, device=device, dtype=dtype)
-        _check_classes(types, student, model, name)
+        arguments = getattr(options, "kd_model_kwargs", None)
+        model = teachers.load(name, path, in_chans=in_chans, device=device, dtype=dtype, arguments=arguments)
+        _check_classes(types, student, model, name, names_of_classes)
         made = Teacher(
             model,
             name,
             Normalisation.of(student),
             dtype=getattr(torch, options.kd_teacher_dtype) if options.kd_teacher_dtype else None,
             compile=options.kd_teacher_compile,
-            size=teachers.choose_size(model, options.kd_teacher_img_size),
+            size=teachers.choose_size(model, options.kd_teacher_img_size, path is not None and os.path.isdir(path)),
         )
         lessons.append((made, [_objective(kind, label, options, student, model) for kind in types]))
     task_weight, weights = weights_of(options, [o.name for _, several in lessons for o in several])
     return DistillationTask(
         student, criterion, lessons, task_weight=task_weight, weights=weights, device=device, dtype=dtype
     )
-
-
-@torch.no_grad()
-def check_teachers(task: TrainingTask, input_size: tuple[int, int, int]) -> None:
-    """Show every teacher one image of the student's size, so that one which does not take it is found before training.
-
-    Raises:
-        ValueError: a teacher does not take it.
-    """
-    for teacher, objectives in getattr(task, "lessons", ()):
-        image = torch.zeros(1, *input_size, device=task.device, dtype=task.dtype)
-        try:
-            teacher(image, merge([o.teacher for o in objectives]))
-        except Exception as error:
-            raise ValueError(
-                f"--kd-model-name: teacher {teacher.name!r} does not take the student's images of {input_size}: "
-                f"{error}; choose --kd-teacher-img-size, --img-size, or another teacher"
-            ) from error
 
 
 def use_cache(task: TrainingTask, options: argparse.Namespace, dataset: KeyedDataset) -> None:
@@ -117,13 +106,6 @@ def use_cache(task: TrainingTask, options: argparse.Namespace, dataset: KeyedDat
         ]
 
 
-def _as_list(value: Any) -> list[Any]:
-    """What nargs="+" gives, also where a config file gave one value."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
 def _check(
     options: argparse.Namespace, names: Sequence[str], paths: Sequence[str], types: Sequence[str], student: nn.Module
 ) -> None:
@@ -132,8 +114,10 @@ def _check(
     unknown = [t for t in types if t not in DISTILL_TYPES]
     if unknown or len(set(types)) != len(types) or not types:
         raise ValueError(f"--kd-distill-type: got {types}; pass different ones of {', '.join(DISTILL_TYPES)}")
-    if options.kd_temperature <= 0:
-        raise ValueError(f"--kd-temperature: got {options.kd_temperature}; pass a number above 0")
+    if "dkd" in types and (mixed := [name for name in MIXUP if getattr(options, name, 0)]):
+        raise ValueError(
+            f"--kd-distill-type dkd: with --{mixed[0].replace('_', '-')} an image has no target class; leave one out"
+        )
     bare = unwrap_model(student)
     if "token" in types and not hasattr(bare, "set_distilled_training"):
         raise ValueError(
@@ -148,13 +132,22 @@ def _check(
         )
 
 
-def _check_classes(types: Sequence[str], student: nn.Module, model: nn.Module, name: str) -> None:
+def _check_classes(
+    types: Sequence[str], student: nn.Module, model: nn.Module, name: str, names: Sequence[str] | None
+) -> None:
     own, theirs = (getattr(unwrap_model(m), "num_classes", None) for m in (student, model))
     reading = [t for t in types if t in OF_LOGITS]
     if reading and own != theirs:
         raise ValueError(
             f"--kd-distill-type {' '.join(reading)}: the student has {own} classes, the teacher {name!r} {theirs}; "
             "pass --num-classes of the teacher, a teacher trained on your classes, or --kd-distill-type feature"
+        )
+    known = (getattr(unwrap_model(model), "pretrained_cfg", None) or {}).get("label_names")
+    if reading and names is not None and isinstance(known, list) and known != list(names):
+        i = next(i for i, (a, b) in enumerate(zip(known, names, strict=True)) if a != b)
+        raise ValueError(
+            f"--kd-distill-type {' '.join(reading)}: class {i} is {names[i]!r} in the data, but {known[i]!r} for the "
+            f"teacher {name!r}; take a teacher of these classes, --class-map, or --kd-distill-type feature"
         )
 
 
@@ -197,7 +190,7 @@ def _objective(kind: str, label: str, options: argparse.Namespace, student: nn.M
 
 
 def _stages(given: Any) -> list[int] | None:
-    return None if given is None else _as_list(given)
+    return None if given is None else as_list(given)
 
 
 def weights_of(options: argparse.Namespace, names: Sequence[str]) -> tuple[float, dict[str, float]]:
@@ -206,7 +199,7 @@ def weights_of(options: argparse.Namespace, names: Sequence[str]) -> tuple[float
     Raises:
         ValueError: weights for another number of objectives.
     """
-    task, distill = options.task_loss_weight, _as_list(options.distill_loss_weight)
+    task, distill = options.task_loss_weight, as_list(options.distill_loss_weight)
     if not distill:
         shared = 1.0 if task is None else (1.0 - task) / len(names)
         return (1.0 if task is None else task), dict.fromkeys(names, shared)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
+
+from ..values import ANY_INT, COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, KeyValues, not_empty, path
 
 #: What a student can imitate, and the name of the objective in logs.
 DISTILL_TYPES = {
@@ -22,14 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the group "knowledge distillation". Options that timm's train.py has too bear its names and defaults."""
     group = parser.add_argument_group("knowledge distillation")
     add = group.add_argument
-    add("--kd-model-name", nargs="+", metavar="NAME", help="teacher: a timm model; several: one set of objectives each")
+    add(
+        "--kd-model-name",
+        type=not_empty,
+        nargs="+",
+        metavar="NAME",
+        help="teacher: a timm model; several: one set of objectives each",
+    )
     add(
         "--kd-teacher-path",
+        type=not_empty,
         nargs="+",
         metavar="FILE",
-        help="weights of each teacher (.safetensors, or a torch file without pickled code); "
-        "without it the model's pretrained weights",
+        help="weights of each teacher (.safetensors, or a torch file without pickled code), or a run directory of "
+        "dtokd train, which also holds its model, size and normalisation; without it the model's pretrained weights",
     )
+    add("--kd-model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="of each teacher")
     add(
         "--kd-distill-type",
         nargs="+",
@@ -39,16 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--kd-loss-type", choices=["kl"], default="kl", help="loss between logits; as in timm, which has one")
     add_weights(group)
-    add("--kd-temperature", type=float, default=4.0, help="softmax temperature of logit, token (soft) and dkd")
+    add("--kd-temperature", type=POSITIVE, default=4.0, help="softmax temperature of logit, token (soft) and dkd")
     add("--kd-token-distill-type", choices=["soft", "hard"], default="soft", help="soft: KL; hard: teacher's argmax")
     add(
         "--kd-student-feature-dim",
-        type=int,
+        type=COUNT,
         help="width of the student's pooled features (default: asked of the model)",
     )
     add(
         "--kd-teacher-feature-dim",
-        type=int,
+        type=COUNT,
         help="width of the teacher's pooled features (default: asked of the model)",
     )
     add_projection(group)
@@ -58,23 +67,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="head",
         help="pooled features: what the classifier reads, or the mean over positions (of patch tokens in a ViT)",
     )
-    add("--kd-stages", type=int, default=3, help="how many of the last stages multiscale, attention and review compare")
+    add("--kd-stages", type=COUNT, default=3, help="last stages that multiscale, attention and review compare")
     add(
-        "--kd-student-stages", type=int, nargs="+", metavar="INDEX", help="these feature indices of the student instead"
+        "--kd-student-stages",
+        type=ANY_INT,
+        nargs="+",
+        metavar="INDEX",
+        help="these of the student's maps instead",
     )
     add(
-        "--kd-teacher-stages", type=int, nargs="+", metavar="INDEX", help="these feature indices of the teacher instead"
+        "--kd-teacher-stages",
+        type=ANY_INT,
+        nargs="+",
+        metavar="INDEX",
+        help="these of the teacher's maps instead",
     )
     add(
         "--kd-review-width",
-        type=int,
+        type=COUNT,
         help="channels in which review fuses stages (default: deepest of the student, at most 512)",
     )
-    add("--kd-dkd-alpha", type=float, default=1.0, help="dkd: weight of the target class's part")
-    add("--kd-dkd-beta", type=float, default=8.0, help="dkd: weight of the other classes' part")
-    add(
-        "--kd-teacher-img-size", type=int, help="resize the images for the teacher (default: only if it takes one size)"
-    )
+    add("--kd-dkd-alpha", type=NOT_NEGATIVE, default=1.0, help="dkd: weight of the target class's part")
+    add("--kd-dkd-beta", type=NOT_NEGATIVE, default=8.0, help="dkd: weight of the other classes' part")
+    add("--kd-teacher-img-size", type=COUNT, help="resize its images to this size (default: only if it takes one size)")
     add(
         "--kd-teacher-dtype",
         choices=["float32", "bfloat16", "float16"],
@@ -83,13 +98,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kd-teacher-compile", action="store_true", help="torch.compile the teacher")
     add(
         "--kd-cache-teacher",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="keep the teacher's outputs on disk; images must depend on sample and view alone (no mixup or cutmix)",
     )
     add(
         "--kd-cache-views",
-        type=int,
+        type=NATURAL,
         default=1,
         metavar="N",
         help="with the cache: augmentations per sample, epoch modulo N; 0: another in each epoch (for repeated runs)",
@@ -99,10 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_weights(group: argparse._ArgumentGroup) -> None:
     """Weights of the objectives in the sum; also of `dtokd detect`."""
     add = group.add_argument
-    add("--task-loss-weight", type=float, help="weight of the task loss")
+    add("--task-loss-weight", type=NOT_NEGATIVE, help="weight of the task loss")
     add(
         "--distill-loss-weight",
-        type=float,
+        type=NOT_NEGATIVE,
         nargs="+",
         help="weight of the distillation objectives: one for all or one each. Only the task's given: 1 - it, shared; "
         "none given: 1 each. Unused where --kd-balance finds the weights",

@@ -188,14 +188,43 @@ class DistillationTask(StudentTask):
             taps = merge([o.teacher for o in objectives])
             taught = teacher(input, taps) if cache is None or key is None else cache(teacher, input, taps, key)
             for o in objectives:
-                student = _pick(outputs, self._views[o.name])
-                lesson = _pick(taught, _stages_of(o.teacher, taps))
-                loss = o.loss(student, projected.get(o.name), lesson, target)
+                loss = self._loss(o, outputs, projected, taught, taps, target)
                 total = total + self.distill_loss_weights[o.name] * loss
                 # a divergence of equal predictions may round to less than 0, which has no logarithm; here it has no
                 # gradient then, so that the objective drops out of the step
                 losses[o.name] = loss.clamp_min(SMALLEST)
         return {"loss": total, "output": outputs.logits, "objectives": losses}
+
+    def _loss(
+        self, o: Objective, outputs: Outputs, projected: dict[str, Any], taught: Outputs, taps: Taps, target: Tensor
+    ) -> Tensor:
+        student, lesson = _pick(outputs, self._views[o.name]), _pick(taught, _stages_of(o.teacher, taps))
+        return o.loss(student, projected.get(o.name), lesson, target)
+
+    @torch.no_grad()
+    def check(self, input_size: tuple[int, int, int]) -> None:
+        """Show every teacher and the student one image, so that what does not fit is found before training.
+
+        Raises:
+            ValueError: a teacher does not take an image of this size, or its features do not fit the student's.
+        """
+        image = torch.zeros(1, *input_size, device=self.device, dtype=self.dtype)
+        target = torch.zeros(1, dtype=torch.long, device=self.device)
+        outputs, projected = self.trainable_module.eval()(image)
+        outputs = in_float32(outputs)
+        for teacher, objectives in self.lessons:
+            taps = merge([o.teacher for o in objectives])
+            try:
+                taught = teacher(image, taps)
+            except Exception as error:
+                raise ValueError(
+                    f"--kd-model-name: teacher {teacher.name!r} does not take the student's images of {input_size}: "
+                    f"{error}; choose --kd-teacher-img-size, --img-size, or another teacher"
+                ) from error
+            for o in objectives:
+                # classes were compared when the task was made; some models' logits are others while they are trained
+                if o.student.pooled or o.student.stages:
+                    self._loss(o, outputs, projected, taught, taps, target)
 
 
 class _View(nn.Module):

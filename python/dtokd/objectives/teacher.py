@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import pickle
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import load_state_dict
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from ..files import digest_of
+from ..card import read_card
+from ..files import digest_of, read_weights
 from .taps import Outputs, Taps, detach_copy, read
 
 
@@ -108,44 +107,81 @@ class Teacher:
         return hashlib.sha256(f"{told} {digest_of(self.model.state_dict())}".encode()).hexdigest()
 
 
-def load(name: str, path: str | None, *, in_chans: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def resolve_teachers(options: argparse.Namespace) -> None:
+    """Set `--kd-model-name` where `--kd-teacher-path` names nothing but run directories, which hold it.
+
+    Raises:
+        UsageError: one is no run directory of `dtokd train`.
+    """
+    paths = as_list(options.kd_teacher_path)
+    if paths and not options.kd_model_name and all(os.path.isdir(path) for path in paths):
+        options.kd_model_name = [read_card(path, "--kd-teacher-path")["architecture"] for path in paths]
+
+
+def as_list(value: Any) -> list[Any]:
+    """What nargs="+" gives, also where a config file gave one value."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def load(
+    name: str,
+    path: str | None,
+    *,
+    in_chans: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    arguments: dict[str, Any] | None = None,
+) -> nn.Module:
     """A timm model with its weights: from `path`, or the pretrained ones. It keeps its own number of classes.
 
     Args:
         name: as `timm.create_model` takes it.
-        path: .safetensors, or what torch.load(weights_only=True) reads; None for the pretrained weights.
+        path: .safetensors, or what torch.load(weights_only=True) reads; a run directory of `dtokd train`, whose model
+            has the arguments and the preprocessing that it was trained with; None for the pretrained weights.
         in_chans: channels of the images.
         device, dtype: where and as what to make it.
+        arguments: more of `timm.create_model`.
 
     Raises:
-        ValueError: no such model, no pretrained weights, or weights of another model.
-        FileNotFoundError: no such file.
+        ValueError: no such model, no pretrained weights, no such file, or weights of another model.
     """
-    where: dict[str, Any] = {"device": device, "dtype": dtype, "in_chans": in_chans}
+    where: dict[str, Any] = {"device": device, "dtype": dtype, **(arguments or {})}
+    told = f"--kd-model-name {name}" + (f", --kd-model-kwargs {arguments}" if arguments else "")
     if path is None:
         try:
-            return timm.create_model(name, pretrained=True, **where)
-        except RuntimeError as error:
+            return timm.create_model(name, pretrained=True, in_chans=in_chans, **where)
+        except Exception as error:  # what timm and its models raise is of every kind
             raise ValueError(
-                f"--kd-model-name: {name!r} cannot be made with pretrained weights ({error}); pass --kd-teacher-path"
+                f"{told}: cannot be made with pretrained weights ({_line(error)}); pass --kd-teacher-path"
             ) from error
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--kd-teacher-path: there is no file {path}")
+    if os.path.isdir(path):
+        card = read_card(path, "--kd-teacher-path")
+        if name != card["architecture"]:
+            raise ValueError(
+                f"--kd-model-name: {name}, but {path} is a run of {card['architecture']}; leave the name out"
+            )
+        made, file = f"local-dir:{path}", os.path.join(path, "student.safetensors")
+    else:
+        made, file = name, path
+    state = read_weights(file, "--kd-teacher-path")
     try:
-        state = load_state_dict(path, use_ema=False, weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"--kd-teacher-path: {path} is neither a safetensors file nor a torch file that loads without running "
-            f"pickled code ({str(error).splitlines()[0]})"
-        ) from error
+        more = {} if made != name else {"in_chans": in_chans, **_classes_in(name, state)}
+        model: Any = timm.create_model(made, **{**more, **where})
+    except Exception as error:
+        raise ValueError(f"{told}: {_line(error)}") from error
+    if getattr(model, "in_chans", in_chans) != in_chans:
+        raise ValueError(f"--kd-teacher-path: {path} takes images of {model.in_chans} channels, not {in_chans}")
     try:
-        model = timm.create_model(name, **_classes_in(name, state), **where)
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(
-            f"--kd-teacher-path: {path} does not hold weights of {name!r}: {' '.join(str(error).split())[:400]}"
-        ) from error
+        raise ValueError(f"--kd-teacher-path: {path} does not hold weights of {name!r}: {_line(error)}") from error
     return model
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def _classes_in(name: str, state: dict[str, Tensor]) -> dict[str, Any]:
@@ -162,15 +198,22 @@ def _classes_in(name: str, state: dict[str, Tensor]) -> dict[str, Any]:
     return {} if weight is None else {"num_classes": len(weight)}
 
 
-def choose_size(model: nn.Module, option: int | None) -> tuple[int, int] | None:
+def choose_size(model: nn.Module, option: int | None, trained: bool = False) -> tuple[int, int] | None:
     """The size a teacher's images must have; None if it takes any.
 
     A model that says it takes one size (a ViT without dynamic_img_size) gets it; a CNN gets the student's images as
     they are, as in `timm.task`, unless the option names a size.
+
+    Args:
+        model: of `load`.
+        option: `--kd-teacher-img-size`.
+        trained: whether its `pretrained_cfg` has the size that it was trained with: of a run directory.
     """
     if option is not None:
         return (option, option)
     bare: Any = unwrap_model(model)
+    if trained:
+        return tuple(bare.pretrained_cfg["input_size"][-2:])
     patch_embed: Any = getattr(bare, "patch_embed", None)
     if getattr(patch_embed, "strict_img_size", False) and getattr(patch_embed, "img_size", None):
         return tuple(patch_embed.img_size)

@@ -21,8 +21,12 @@ from .. import identity
 from ..errors import UsageError
 from ..objectives.cache import KeyedDataset
 from .batches import Batches
+from .found import class_names, some
 from .images import CheckedImages
 from .workers import worker_seed
+
+#: What the data sets of timm begin with that are no folder.
+KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
 
 
 @dataclass
@@ -56,12 +60,27 @@ def open_dataset(options: argparse.Namespace, split: str, record: Path | None = 
         UsageError: there is no such data.
     """
     root, name = options.data_dir, options.dataset
-    folder = "/" not in name or name.lower() in ("torch/image_folder", "torch/folder")
+    kind, _, rest = name.partition("/")
+    if name and not (kind.lower() in KINDS and rest):
+        raise UsageError(
+            f"--dataset: {name!r}; expected one of {', '.join(f'{kind}/NAME' for kind in KINDS)}, such as "
+            "torch/cifar100, or nothing for a folder of images"
+        )
+    if kind.lower() == "torch" and root is None:
+        raise UsageError(f"--data-dir: missing; pass the folder where {name} is, or is to go with --dataset-download")
+    folder = not name or name.lower() in ("torch/image_folder", "torch/folder")
+    if options.class_map and not options.class_map.lower().endswith(".txt"):
+        raise UsageError(f"--class-map: {options.class_map}; expected a .txt file with the name of a class per line")
     if folder:
         if root is None:
             raise UsageError("--data-dir: missing; pass the folder that holds the images, or choose --dataset")
         if not root.exists():
             raise UsageError(f"--data-dir: {root} does not exist")
+        if not root.is_dir() and options.val_split and split == options.train_split:
+            raise UsageError(
+                f"--data-dir: {root} is one file, so that the splits {options.train_split!r} and {options.val_split!r} "
+                "would be the same images; pass --val-split '' for no evaluation, or a folder with a folder per split"
+            )
         if root.is_dir() and os.path.samefile(_search_split(str(root), split), root):
             raise UsageError(
                 f"--data-dir: {root} has no folder {split!r} for this split (timm would read all of {root} instead); "
@@ -78,8 +97,13 @@ def open_dataset(options: argparse.Namespace, split: str, record: Path | None = 
             # torchvision's data sets do not know these
             **({} if name.lower().startswith("torch/") else _reading(options)),
         )
-    except (RuntimeError, AssertionError, OSError, ValueError) as error:
-        raise UsageError(f"--dataset {name!r}, --data-dir {root}: split {split!r} cannot be opened: {error}") from error
+    except Exception as error:  # of torchvision, datasets, tensorflow_datasets, webdataset
+        given = [f"--dataset {name}"] if name else []
+        given += [f"--class-map {options.class_map}"] if options.class_map else []
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"{', '.join([*given, f'--data-dir {root}'])}: split {split!r} cannot be opened: {reason}"
+        ) from error
     if isinstance(images, IterableDataset):
         return images
     if len(images) == 0:
@@ -95,41 +119,29 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def class_names(images: Any) -> list[str] | None:
-    """The classes in the order of their indices, where the data says."""
-    inner = getattr(images, "images", images)
-    for owner in (getattr(inner, "reader", None), inner):
-        found = getattr(owner, "class_to_idx", None)
-        if found:
-            return sorted(found, key=found.__getitem__)
-    return None
-
-
-def number_of_classes(options: argparse.Namespace, train: Any, validation: Any | None) -> int | None:
-    """--num-classes, or what the data says; None leaves the model's.
+def number_of_classes(options: argparse.Namespace, train: Any, validation: Any | None) -> int:
+    """--num-classes, or what the data says.
 
     Raises:
-        UsageError: these two, or the two splits, do not agree.
+        UsageError: these two, or the two splits, do not agree; or there is neither.
     """
     names = class_names(train)
     if names is None:
-        return options.num_classes
+        if options.num_classes is None:
+            raise UsageError("--num-classes: missing, and the data does not say how many classes there are")
+        return int(options.num_classes)
     if options.num_classes is not None and options.num_classes != len(names):
         raise UsageError(
             f"--num-classes: {options.num_classes}, but {options.train_split!r} has {len(names)} classes "
-            f"({_some(names)}); pass {len(names)}, or a --class-map that gives each its index"
+            f"({some(names)}); pass {len(names)}, or a --class-map that gives each its index"
         )
     other = names if validation is None else class_names(validation)
     if other is not None and other != names:
         raise UsageError(
-            f"--data-dir: {options.train_split!r} has the classes {_some(names)}, {options.val_split!r} has "
-            f"{_some(other)}; labels would not mean the same: make the folders agree, or pass --class-map"
+            f"--data-dir: {options.train_split!r} has the classes {some(names)}, {options.val_split!r} has "
+            f"{some(other)}; labels would not mean the same: make the folders agree, or pass --class-map"
         )
     return len(names)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f", ... ({len(names)})" if len(names) > 5 else "")
 
 
 def make_loaders(

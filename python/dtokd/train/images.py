@@ -30,15 +30,22 @@ class CheckedImages(Dataset[Any]):
         self.images, self.split, self.skip, self.record = images, split, skip, record
         if hasattr(images, "_max_retries"):
             images._max_retries = 1  # timm's ImageDataset would go on to the next one itself, and only log it
+        self._mode = getattr(images, "input_img_mode", None)
+        if self._mode:
+            images.input_img_mode = None  # converted below instead
+        if hasattr(images, "loader"):  # torchvision's folders
+            images.loader = _load
+        self.transform = images.transform
 
     @property
     def transform(self) -> Any:
-        """Of the data set."""
-        return self.images.transform
+        """Of the data set, after the conversion to its mode."""
+        return self._transform
 
     @transform.setter
     def transform(self, value: Any) -> None:
-        self.images.transform = value
+        self._transform = value
+        self.images.transform = _Converted(self._mode, value) if self._mode else value
 
     def __len__(self) -> int:
         return len(self.images)
@@ -78,6 +85,37 @@ class CheckedImages(Dataset[Any]):
             except Exception as found:
                 error = found
         return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class _Converted:
+    """A transform of images in one mode."""
+
+    def __init__(self, mode: str, inner: Any) -> None:
+        self.mode, self.inner = mode, inner
+
+    def __call__(self, image: Any) -> Any:
+        converted = _convert(image, self.mode)
+        return converted if self.inner is None else self.inner(converted)
+
+
+def _convert(image: Any, mode: str) -> Any:
+    """As Pillow's `convert`, which would cut all values above 255 off instead of scaling them.
+
+    Raises:
+        ValueError: the image has more than 8 bits per value.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"it has more than 8 bits per value (Pillow's mode {image.mode!r}), whose scale is not known; convert it"
+        )
+    return image.convert(mode)
+
+
+def _load(path: str) -> Any:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return _convert(image, "RGB")
 
 
 @contextmanager

@@ -21,8 +21,12 @@ from dtokd_kernels.types import Rescale
 
 from .. import timm_optim  # noqa: F401  registers dtoadamw and dtosgd
 from ..errors import UsageError
+from .options import flag
 from .steps import Filled, Fused, Stepper, WeightedSum, clipping
 from .world import World
+
+#: How timm and torch refuse an optimizer's arguments.
+_REFUSALS = (TypeError, ValueError, AssertionError, IndexError, KeyError, AttributeError, RuntimeError)
 
 
 def learning_rate(options: argparse.Namespace, ranks: int = 1) -> float:
@@ -64,8 +68,13 @@ def make_stepper(
         keywords |= balancing | {"max_norm": options.clip_grad}
     try:
         optimizer = create_optimizer_v2(task.get_trainable_module(), **keywords)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UsageError(f"--opt {options.opt}: {error}") from error
+    except _REFUSALS as error:
+        given = [
+            f"{flag(name)} {value}"
+            for name in ("opt_betas", "opt_eps", "layer_decay", "opt_kwargs")
+            if (value := getattr(options, name))
+        ]
+        raise UsageError(f"{', '.join([f'--opt {options.opt}', *given])}: {error}") from error
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp and options.amp_dtype == "float16")
     if isinstance(optimizer, Balanced):
         return Fused(optimizer, scaler)

@@ -4,12 +4,30 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from ..objectives import options as objectives
+from ..values import (
+    ANY_NUMBER,
+    BELOW_ONE,
+    COUNT,
+    FRACTION,
+    NATURAL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    KeyValues,
+    Number,
+    Parser,
+    auto_augment,
+    compile_backend,
+    file_name,
+    not_empty,
+    path,
+)
 
 #: `--kd-balance`: timm's weighted sum, or a weighting of `dtokd_kernels.weighting` (a test compares the names).
 BALANCES = (
@@ -35,34 +53,19 @@ BALANCES = (
     "uncertainty",
     "upgrad",
 )
+#: timm's and torch's own, which a test compares with theirs.
+SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_MODES = ("rrc", "rkrc", "rkrr")
+ERASING_MODES = ("const", "rand", "pixel")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+#: Options that have a default, and that a file may switch off with null.
+NULLABLE = ("clip_grad", "lr")
 #: What does not change a run's results, or only names it: not part of an experiment's name.
 OUTSIDE = (
     *("config", "output", "experiment", "resume", "workers", "log_interval", "log_tensorboard", "checkpoint_hist"),
     "dist_timeout",
 )
-
-
-class KeyValues(argparse.Action):
-    """--opt-kwargs a=1 b=text, as timm's: a dict, each value read as YAML (which reads 1e-3 as text: here a number)."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        """Read the pairs."""
-        pairs = {}
-        for text in values:
-            key, mark, value = text.partition("=")
-            if not mark:
-                parser.error(f"{option_string}: {text!r} is no key=value")
-            pairs[key] = _value(value)
-        setattr(namespace, self.dest, pairs)
-
-
-def _value(text: str) -> Any:
-    import yaml
-
-    try:
-        return float(text) if not text.lstrip("+-").isdigit() else int(text)
-    except ValueError:
-        return yaml.safe_load(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,9 +95,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Where images come from: also for `dtokd eval`."""
     group = parser.add_argument_group("data")
-    group.add_argument("--data-dir", type=Path, metavar="DIR", help="folder with a folder per split, of class folders")
+    group.add_argument("--data-dir", type=path, metavar="DIR", help="folder with a folder per split, of class folders")
     group.add_argument("--dataset", default="", metavar="NAME", help="type/name, such as torch/cifar100")
-    group.add_argument("--train-split", default="train", metavar="NAME")
+    group.add_argument("--train-split", type=not_empty, default="train", metavar="NAME")
     group.add_argument("--val-split", default="validation", metavar="NAME", help="'' for no evaluation")
     group.add_argument("--dataset-download", action="store_true", help="for torch/ data sets")
     group.add_argument("--class-map", default="", metavar="FILE", help="class names in the order of their indices")
@@ -104,32 +107,32 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         default="error",
         help="an image that cannot be read ends the run, or the next one stands in for it",
     )
-    group.add_argument("-j", "--workers", type=int, default=4, metavar="N", help="processes that load images")
-    group.add_argument("-b", "--batch-size", type=int, default=128, metavar="N")
-    group.add_argument("-vb", "--validation-batch-size", type=int, metavar="N")
+    group.add_argument("-j", "--workers", type=NATURAL, default=4, metavar="N", help="processes that load images")
+    group.add_argument("-b", "--batch-size", type=COUNT, default=128, metavar="N")
+    group.add_argument("-vb", "--validation-batch-size", type=COUNT, metavar="N")
     group.add_argument("--pin-mem", action="store_true", help="pin host memory")
     group.add_argument("--device", default="cuda", help="falls back to cpu where torch has no GPU")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("student")
-    group.add_argument("--model", default="resnet50", metavar="MODEL", help="timm's name")
+    group.add_argument("--model", type=not_empty, default="resnet50", metavar="MODEL", help="timm's name")
     group.add_argument("--pretrained", action="store_true", help="start with timm's weights")
     group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="start with these weights")
-    group.add_argument("--num-classes", type=int, metavar="N", help="default: those of the data")
-    group.add_argument("--img-size", type=int, metavar="N", help="default: the model's")
-    group.add_argument("--in-chans", type=int, metavar="N")
-    group.add_argument("--input-size", type=int, nargs=3, metavar=("C", "H", "W"))
-    group.add_argument("--crop-pct", type=float, metavar="X", help="of the evaluation")
-    group.add_argument("--mean", type=float, nargs="+", metavar="X")
-    group.add_argument("--std", type=float, nargs="+", metavar="X")
-    group.add_argument("--interpolation", default="", metavar="NAME")
-    group.add_argument("--drop", type=float, default=0.0, metavar="P", help="dropout")
-    group.add_argument("--drop-path", type=float, metavar="P")
+    group.add_argument("--num-classes", type=COUNT, metavar="N", help="default: those of the data")
+    group.add_argument("--img-size", type=COUNT, metavar="N", help="default: the model's")
+    group.add_argument("--in-chans", type=COUNT, choices=[1, 3], help="of the images: grey or RGB")
+    group.add_argument("--input-size", type=COUNT, nargs=3, metavar=("C", "H", "W"))
+    group.add_argument("--crop-pct", type=Number(float, above=0, most=1), metavar="X", help="of the evaluation")
+    group.add_argument("--mean", type=ANY_NUMBER, nargs="+", metavar="X")
+    group.add_argument("--std", type=POSITIVE, nargs="+", metavar="X")
+    group.add_argument("--interpolation", choices=["", *INTERPOLATIONS], default="", help="default: the model's")
+    group.add_argument("--drop", type=FRACTION, default=0.0, metavar="P", help="dropout")
+    group.add_argument("--drop-path", type=FRACTION, metavar="P")
     group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument("--torchcompile", nargs="?", const="inductor", metavar="BACKEND")
-    group.add_argument("--torchcompile-mode", metavar="MODE")
+    group.add_argument("--torchcompile", nargs="?", const="inductor", type=compile_backend, metavar="BACKEND")
+    group.add_argument("--torchcompile-mode", choices=COMPILE_MODES)
 
 
 def add_numerics(parser: argparse.ArgumentParser) -> None:
@@ -139,71 +142,71 @@ def add_numerics(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--amp", action="store_true", help="automatic mixed precision")
     group.add_argument("--amp-dtype", choices=["float16", "bfloat16"], default="float16")
     group.add_argument("--model-ema", action="store_true", help="average the student's weights")
-    group.add_argument("--model-ema-decay", type=float, default=0.9998, metavar="X")
+    group.add_argument("--model-ema-decay", type=FRACTION, default=0.9998, metavar="X")
     group.add_argument("--model-ema-warmup", action="store_true")
 
 
 def add_optimization(parser: argparse.ArgumentParser) -> None:
     """Optimizer, clipping, learning rate and its schedule."""
     group = parser.add_argument_group("optimization")
-    group.add_argument("--opt", default="sgd", metavar="NAME", help="timm's, or dtoadamw, dtosgd: the fused ones")
-    group.add_argument("--opt-eps", type=float, metavar="X")
-    group.add_argument("--opt-betas", type=float, nargs="+", metavar="X")
-    group.add_argument("--momentum", type=float, default=0.9, metavar="X")
-    group.add_argument("--weight-decay", type=float, default=2e-5, metavar="X")
-    group.add_argument("--layer-decay", type=float, metavar="X")
+    group.add_argument("--opt", type=not_empty, default="sgd", help="timm's, or dtoadamw, dtosgd: the fused ones")
+    group.add_argument("--opt-eps", type=NOT_NEGATIVE, metavar="X")
+    group.add_argument("--opt-betas", type=BELOW_ONE, nargs="+", metavar="X")
+    group.add_argument("--momentum", type=FRACTION, default=0.9, metavar="X")
+    group.add_argument("--weight-decay", type=NOT_NEGATIVE, default=2e-5, metavar="X")
+    group.add_argument("--layer-decay", type=Number(float, above=0, most=1), metavar="X")
     group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
-    group.add_argument("--clip-grad", type=float, metavar="X")
+    group.add_argument("--clip-grad", type=POSITIVE, metavar="X")
     group.add_argument("--clip-mode", choices=["norm", "value", "agc"], default="norm")
-    group.add_argument("--grad-accum-steps", type=int, default=1, metavar="N")
-    group.add_argument("--lr", type=float, metavar="X", help="default: lr-base x global batch / lr-base-size")
-    group.add_argument("--lr-base", type=float, default=0.1, metavar="X")
-    group.add_argument("--lr-base-size", type=int, default=256, metavar="N")
+    group.add_argument("--grad-accum-steps", type=COUNT, default=1, metavar="N")
+    group.add_argument("--lr", type=NOT_NEGATIVE, metavar="X", help="default: lr-base x global batch / lr-base-size")
+    group.add_argument("--lr-base", type=POSITIVE, default=0.1, metavar="X")
+    group.add_argument("--lr-base-size", type=COUNT, default=256, metavar="N")
     group.add_argument("--lr-base-scale", choices=["", "linear", "sqrt"], default="", help="default: sqrt for adaptive")
-    group.add_argument("--epochs", type=int, default=300, metavar="N")
-    group.add_argument("--sched", default="cosine", metavar="NAME")
+    group.add_argument("--epochs", type=COUNT, default=300, metavar="N")
+    group.add_argument("--sched", choices=SCHEDULES, default="cosine")
     group.add_argument("--sched-on-updates", action="store_true")
-    group.add_argument("--warmup-lr", type=float, default=1e-5, metavar="X")
-    group.add_argument("--warmup-epochs", type=int, default=5, metavar="N")
+    group.add_argument("--warmup-lr", type=NOT_NEGATIVE, default=1e-5, metavar="X")
+    group.add_argument("--warmup-epochs", type=NATURAL, default=5, metavar="N")
     group.add_argument("--warmup-prefix", action="store_true")
-    group.add_argument("--min-lr", type=float, default=0.0, metavar="X")
-    group.add_argument("--cooldown-epochs", type=int, default=0, metavar="N")
-    group.add_argument("--decay-epochs", type=float, default=90, metavar="N")
-    group.add_argument("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], metavar="N")
-    group.add_argument("--decay-rate", type=float, default=0.1, metavar="X")
+    group.add_argument("--min-lr", type=NOT_NEGATIVE, default=0.0, metavar="X")
+    group.add_argument("--cooldown-epochs", type=NATURAL, default=0, metavar="N")
+    group.add_argument("--decay-epochs", type=POSITIVE, default=90, metavar="N")
+    group.add_argument("--decay-milestones", type=COUNT, nargs="+", default=[90, 180, 270], metavar="N")
+    group.add_argument("--decay-rate", type=POSITIVE, default=0.1, metavar="X")
 
 
 def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("augmentation and loss")
     group.add_argument("--no-aug", action="store_true")
-    group.add_argument("--train-crop-mode", metavar="NAME")
-    group.add_argument("--scale", type=float, nargs="+", default=[0.08, 1.0], metavar="X")
-    group.add_argument("--ratio", type=float, nargs="+", default=[3 / 4, 4 / 3], metavar="X")
-    group.add_argument("--hflip", type=float, default=0.5, metavar="P")
-    group.add_argument("--vflip", type=float, default=0.0, metavar="P")
-    group.add_argument("--color-jitter", type=float, default=0.4, metavar="X")
-    group.add_argument("--aa", metavar="NAME", help="AutoAugment or RandAugment")
+    group.add_argument("--train-crop-mode", choices=CROP_MODES)
+    group.add_argument("--scale", type=POSITIVE, nargs=2, default=[0.08, 1.0], metavar=("MIN", "MAX"))
+    group.add_argument("--ratio", type=POSITIVE, nargs=2, default=[3 / 4, 4 / 3], metavar=("MIN", "MAX"))
+    group.add_argument("--hflip", type=FRACTION, default=0.5, metavar="P")
+    group.add_argument("--vflip", type=FRACTION, default=0.0, metavar="P")
+    group.add_argument("--color-jitter", type=NOT_NEGATIVE, default=0.4, metavar="X")
+    group.add_argument("--aa", type=auto_augment, metavar="NAME", help="AutoAugment or RandAugment")
     group.add_argument(
         "--aug-repeats",
-        type=float,
+        type=Number(float, least=0, most=1000),
         default=0,
         metavar="N",
         help="each image N times in other augmentations, so that an epoch sees one in N of them",
     )
-    group.add_argument("--train-interpolation", default="random", metavar="NAME")
-    group.add_argument("--reprob", type=float, default=0.0, metavar="P", help="random erasing")
-    group.add_argument("--remode", default="pixel", metavar="NAME")
-    group.add_argument("--recount", type=int, default=1, metavar="N")
-    group.add_argument("--mixup", type=float, default=0.0, metavar="X")
-    group.add_argument("--cutmix", type=float, default=0.0, metavar="X")
-    group.add_argument("--cutmix-minmax", type=float, nargs="+", metavar="X")
-    group.add_argument("--mixup-prob", type=float, default=1.0, metavar="P")
-    group.add_argument("--mixup-switch-prob", type=float, default=0.5, metavar="P")
+    group.add_argument("--train-interpolation", choices=["random", *INTERPOLATIONS], default="random")
+    group.add_argument("--reprob", type=FRACTION, default=0.0, metavar="P", help="random erasing")
+    group.add_argument("--remode", choices=ERASING_MODES, default="pixel")
+    group.add_argument("--recount", type=COUNT, default=1, metavar="N")
+    group.add_argument("--mixup", type=NOT_NEGATIVE, default=0.0, metavar="X")
+    group.add_argument("--cutmix", type=NOT_NEGATIVE, default=0.0, metavar="X")
+    group.add_argument("--cutmix-minmax", type=FRACTION, nargs=2, metavar=("MIN", "MAX"))
+    group.add_argument("--mixup-prob", type=FRACTION, default=1.0, metavar="P")
+    group.add_argument("--mixup-switch-prob", type=FRACTION, default=0.5, metavar="P")
     group.add_argument("--mixup-mode", choices=["batch", "pair", "elem"], default="batch")
-    group.add_argument("--mixup-off-epoch", type=int, default=0, metavar="N")
-    group.add_argument("--smoothing", type=float, default=0.1, metavar="X")
+    group.add_argument("--mixup-off-epoch", type=NATURAL, default=0, metavar="N")
+    group.add_argument("--smoothing", type=BELOW_ONE, default=0.1, metavar="X")
     group.add_argument("--bce-loss", action="store_true")
-    group.add_argument("--bce-target-thresh", type=float, metavar="X")
+    group.add_argument("--bce-target-thresh", type=FRACTION, metavar="X")
 
 
 def add_balance(parser: argparse.ArgumentParser) -> None:
@@ -250,27 +253,33 @@ def _add_ranks(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-ddp-bb", action="store_true", help="no broadcast of buffers before each forward pass")
     group.add_argument(
-        "--dist-timeout", type=float, default=600, metavar="SECONDS", help="how long ranks wait for each other"
+        "--dist-timeout",
+        type=Number(float, above=0, most=1e9),
+        default=600,
+        metavar="SECONDS",
+        help="how long ranks wait for each other",
     )
 
 
 def add_run(parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "top5", "loss")) -> None:
     """Where a run goes, how it goes on, and which of the metrics is best; the first is the default."""
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=int, default=42, metavar="N")
-    group.add_argument("--output", type=Path, default=Path("output/train"), metavar="DIR")
-    group.add_argument("--experiment", default="", metavar="NAME", help="folder in it; default: made of the options")
+    group.add_argument("--seed", type=NATURAL, default=42, metavar="N")
+    group.add_argument("--output", type=path, default=Path("output/train"), metavar="DIR")
+    group.add_argument(
+        "--experiment", type=file_name, default="", metavar="NAME", help="folder in it; default: made of the options"
+    )
     group.add_argument("--resume", default="", metavar="auto|FILE", help="go on from the newest checkpoint, or this")
-    group.add_argument("--checkpoint-hist", type=int, default=10, metavar="N", help="checkpoints to keep")
+    group.add_argument("--checkpoint-hist", type=COUNT, default=10, metavar="N", help="checkpoints to keep")
     group.add_argument("--eval-metric", choices=list(metrics), default=metrics[0], help="what is best")
-    group.add_argument("--log-interval", type=int, default=50, metavar="N", help="iterations from line to line")
+    group.add_argument("--log-interval", type=COUNT, default=50, metavar="N", help="iterations from line to line")
     group.add_argument("--log-tensorboard", action=argparse.BooleanOptionalAction, default=True)
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
     """Add what `dtokd sweep` varies."""
     group = parser.add_argument_group("sweep", "--experiment names its folder; --resume is always auto")
-    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    group.add_argument("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], metavar="N")
     group.add_argument(
         "--balances",
         nargs="+",
@@ -285,16 +294,54 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     """Read the options; those of the -c/--config file are defaults.
 
     Raises:
-        UsageError: the file is not readable, or holds a key that is no option, or a value that the option refuses.
+        UsageError: the file is not readable, or holds a key that is no option, or a value that the option refuses; or
+            values of several options contradict each other.
     """
     given, _ = _config_parser().parse_known_args(argv)
-    if given.config:
+    if given.config is not None:
         parser.set_defaults(**read_config(parser, given.config))
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    check(options)
+    return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """What no single value shows.
+
+    Args:
+        options: of `dtokd train`, `detect` or `eval`.
+
+    Raises:
+        UsageError: they contradict each other.
+    """
+    values = vars(options)
+    for name in ("scale", "ratio", "cutmix_minmax"):
+        ends = values.get(name)
+        if ends is not None and ends[0] > ends[1]:
+            raise UsageError(f"{flag(name)}: {ends[0]:g} {ends[1]:g}; pass the smaller end first")
+    if values.get("torchcompile_mode") and not values.get("torchcompile"):
+        raise UsageError("--torchcompile-mode: nothing is compiled; pass --torchcompile too")
+    size, channels = values.get("input_size"), values.get("in_chans") or 3
+    if size is not None and size[0] != channels:
+        raise UsageError(
+            f"--input-size: {size[0]} channels, but --in-chans is {channels}; pass the same number to both"
+        )
+    for name in ("mean", "std"):
+        given = values.get(name)
+        if given is not None and len(given) not in (1, channels):
+            raise UsageError(f"{flag(name)}: {len(given)} numbers for {channels} channels; pass one, or one each")
+    betas = values.get("opt_betas")
+    if betas is not None and len(betas) < 2:
+        raise UsageError(f"--opt-betas: {betas[0]:g} alone; pass two or, where the optimizer has three, three")
+
+
+def flag(name: str) -> str:
+    """An option as it is written."""
+    return f"--{name.replace('_', '-')}"
 
 
 def _config_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config")
     return parser
 
@@ -322,14 +369,31 @@ def read_config(parser: argparse.ArgumentParser, path: str | Path) -> dict[str, 
             close = difflib.get_close_matches(name, actions, n=1)
             hint = f"; did you mean {close[0]}?" if close else "; --help lists them"
             raise UsageError(f"--config: {path}: no option is called {key!r}{hint}")
-        checked[name] = _checked(actions[name], value, f"--config: {path}: {key}")
+        checked[name] = read_value(actions[name], value, f"--config: {path}: {key}")
     return checked
 
 
-def _checked(action: argparse.Action, value: Any, where: str) -> Any:
-    """A value of a YAML file as the option would have made it of its text."""
-    if value is None or isinstance(action, KeyValues):
-        return {} if value is None and isinstance(action, KeyValues) else value
+def read_value(action: argparse.Action, value: Any, where: str) -> Any:
+    """A value that is no text of the command line, as the option would have made it of its text.
+
+    Args:
+        action: of the option.
+        value: as YAML gives it.
+        where: it stands, for messages.
+
+    Raises:
+        UsageError: the option does not take it.
+    """
+    if isinstance(action, KeyValues):
+        if value is not None and not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
+            raise UsageError(f"{where} is {value!r}; expected a mapping of names to values")
+        if any(isinstance(item, float) and math.isnan(item) for item in (value or {}).values()):
+            raise UsageError(f"{where} is {value!r}; expected numbers that are one")
+        return value or {}
+    if value is None:
+        if action.default is not None and action.dest not in NULLABLE:
+            raise UsageError(f"{where} is null, but the option has no such value; leave it out for {action.default!r}")
+        return None
     if action.nargs == 0:  # a flag
         if not isinstance(value, bool):
             raise UsageError(f"{where} is {value!r}; expected true or false")
@@ -339,14 +403,19 @@ def _checked(action: argparse.Action, value: Any, where: str) -> Any:
         value = [value]
     if many != isinstance(value, list):
         raise UsageError(f"{where} is {value!r}; expected {'a list' if many else 'one value'}")
+    if many and not value and action.nargs != "*":
+        raise UsageError(f"{where} is an empty list; expected a value")
+    if isinstance(action.nargs, int) and len(value) != action.nargs:
+        raise UsageError(f"{where} is {value!r}; expected {action.nargs} values")
     checked = []
     for item in value if many else [value]:
-        if isinstance(item, bool) or (action.type is int and isinstance(item, float)):
-            raise UsageError(f"{where} is {value!r}; expected {getattr(action.type, '__name__', 'text')}")
+        if item is None or isinstance(item, (bool, list, dict)):
+            expected = action.type if isinstance(action.type, Number) else "text"
+            raise UsageError(f"{where} is {value!r}; expected {expected}")
         try:
             checked.append(action.type(str(item)) if callable(action.type) else str(item))
-        except ValueError:
-            raise UsageError(f"{where} is {value!r}; expected {getattr(action.type, '__name__', 'text')}") from None
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"{where}: {error}") from error
         if action.choices is not None and checked[-1] not in action.choices:
             raise UsageError(f"{where} is {value!r}; choose from {', '.join(map(str, action.choices))}")
     return checked if many else checked[0]

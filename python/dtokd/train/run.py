@@ -14,8 +14,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
-from timm.models import load_checkpoint as load_weights
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 from timm.task import TrainingTask, create_classification_loss
@@ -23,16 +21,21 @@ from timm.utils import distribute_bn, random_seed, unwrap_model
 from torch import Tensor, nn
 
 from .. import networks as _networks  # noqa: F401  registers CIFAR's with timm
+from ..card import CARD, input_config, make_card
 from ..errors import UsageError
+from ..files import as_json, read_weights, write_text
 from ..monitor import CSV, BalanceLogger, Row, Sink, TensorBoard, columns_of, means_of
-from ..objectives.build import build, check_teachers, use_cache
+from ..objectives.build import build, use_cache
+from ..objectives.task import DistillationTask
+from ..objectives.teacher import resolve_teachers
 from ..report.page import write_report
 from . import data, state
 from .checkpoint import load_run
 from .engine import Engine, Stopped
+from .found import class_names, examine
 from .images import skipped
 from .optimizer import distribute, make_stepper
-from .options import experiment_name
+from .options import experiment_name, flag
 from .progress import Progress
 from .rundir import RunDir, chained
 from .state import Position
@@ -69,22 +72,33 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
         Ctrl-C and SIGTERM end it after the current step.
     """
     with join(options.device, options.dist_timeout) as world, ExitStack() as stack:
-        run = RunDir(options.output / (options.experiment or experiment_name(options)))
+        progress = progress or Progress(options.epochs)
+        if not world.first:
+            progress.console.quiet = True
+        with world.agreed():
+            resolve_teachers(options)
+            run = RunDir(options.output / (options.experiment or experiment_name(options)))
         world.first_does(lambda: stack.enter_context(run.locked()))
         with world.agreed():
             device = world.device(options.device)
             train_images, validation_images = _open(options, run, world)
+            for images, split in ((train_images, options.train_split), (validation_images, options.val_split)):
+                if images is not None and world.first:
+                    progress.say(examine(images, split))
             classes = data.number_of_classes(options, train_images, validation_images)
             random_seed(options.seed, world.rank)
             student: Any = make_student(options, classes).to(device)
-            config = resolve_data_config(vars(options), model=student)
+            config = input_config(options, student)
+            check_size(student, config["input_size"], device)
+            names = class_names(train_images)
+            card = make_card(options.model, student, config, names)
             # timm's tasks translate the student's normalization into the teacher's: it has to be the one in use
             student.pretrained_cfg = {**student.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
             loaders = data.make_loaders(
                 options, train_images, validation_images, config, student.num_classes, device, world.joined
             )
-            task = _make_task(options, student, loaders, device, config["input_size"])
-        return fit(options, run, task, loaders, device, progress, world)
+            task = _make_task(options, student, loaders, device, config["input_size"], names)
+        return fit(options, run, task, loaders, device, progress, world, card)
 
 
 def _open(options: argparse.Namespace, run: RunDir, world: World) -> tuple[Any, Any]:
@@ -110,6 +124,7 @@ def fit(
     device: torch.device,
     progress: Progress | None = None,
     world: World | None = None,
+    card: dict[str, Any] | None = None,
 ) -> Outcome:
     """What all kinds of tasks have in common: optimizer, schedule, epochs, evaluation, checkpoints, report.
 
@@ -121,6 +136,7 @@ def fit(
         device: of the student.
         progress: what the user sees.
         world: the processes that train together; default: this one alone.
+        card: what the student is, for `config.json`.
 
     Raises, Effects: as `train`.
     """
@@ -133,11 +149,14 @@ def fit(
     if options.model_ema:
         task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
     per_epoch = -(-len(loaders.train) // options.grad_accum_steps)
-    scheduler, epochs = create_scheduler_v2(
-        stepper.optimizer,
-        **{**scheduler_kwargs(options, decreasing_metric=options.eval_metric == "loss"), "num_epochs": options.epochs},
-        updates_per_epoch=per_epoch,
-    )
+    keywords = {**scheduler_kwargs(options, decreasing_metric=options.eval_metric == "loss")}
+    try:
+        scheduler, epochs = create_scheduler_v2(
+            stepper.optimizer, **{**keywords, "num_epochs": options.epochs}, updates_per_epoch=per_epoch
+        )
+    except (AssertionError, ValueError) as error:
+        given = " --sched-on-updates" if options.sched_on_updates else ""
+        raise UsageError(f"--sched {options.sched}{given}, --epochs {options.epochs}: {error}") from error
     if getattr(options, "torchcompile", None):
         _compile(options, task)
     if world.joined:
@@ -159,6 +178,8 @@ def fit(
         columns = columns_of(("task", *task.distill_loss_weights))
         if not world.first_does(lambda: run.begin(options, found, columns, progress.say)):
             at = replace(at, best=None, history="", students={})
+        if world.first and card is not None:
+            write_text(run.path / CARD, as_json(card, indent=2) + "\n")
         anew, found = found is None, None  # its tensors need no room any more
         collected = _Collected()
         board = None
@@ -220,7 +241,7 @@ def make_student(options: argparse.Namespace, classes: int | None) -> Any:
     Raises:
         UsageError: timm has no such model, it refuses an option, or its weights cannot be loaded.
     """
-    if not timm.is_model(options.model.split(":")[-1].split("/")[-1]) and ":" not in options.model:
+    if not timm.is_model(options.model.split("/")[-1]) and ":" not in options.model:
         raise UsageError(f"--model: timm has no model {options.model!r}; timm.list_models('*part*') finds names")
     keywords = {
         "pretrained": options.pretrained,
@@ -240,20 +261,42 @@ def make_student(options: argparse.Namespace, classes: int | None) -> Any:
                 raise
             del keywords["img_size"]  # a convolutional model takes any
             student = timm.create_model(options.model, **keywords)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"--model {options.model}, --model-kwargs {options.model_kwargs}: {error}") from error
+    except Exception as error:  # what timm and its models raise is of every kind
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        names = ("in_chans", "drop", "drop_path", "img_size", "model_kwargs")
+        given = [f"{flag(name)} {value}" for name in names if (value := getattr(options, name))]
+        raise UsageError(f"{', '.join([f'--model {options.model}', *given])}: {reason}") from error
     if options.initial_checkpoint:
+        weights = read_weights(options.initial_checkpoint, "--initial-checkpoint", use_ema=True)
         try:
-            load_weights(student, options.initial_checkpoint)
-        except FileNotFoundError:
-            raise UsageError(f"--initial-checkpoint: there is no file {options.initial_checkpoint}") from None
+            student.load_state_dict(weights)
         except RuntimeError as error:
             raise UsageError(
-                f"--initial-checkpoint: {options.initial_checkpoint} does not fit {options.model}: {error}"
+                f"--initial-checkpoint: {options.initial_checkpoint} does not fit {options.model}: "
+                f"{' '.join(str(error).split())[:400]}"
             ) from error
     if options.grad_checkpointing:
-        student.set_grad_checkpointing(True)
+        try:
+            student.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError, ValueError, TypeError) as error:
+            raise UsageError(f"--grad-checkpointing: {options.model} has none; leave it out") from error
     return student
+
+
+@torch.no_grad()
+def check_size(student: nn.Module, size: tuple[int, int, int], device: torch.device) -> None:
+    """Show the student one image, so that a size which it does not take is found before training.
+
+    Raises:
+        UsageError: it does not.
+    """
+    try:
+        student.eval()(torch.zeros(1, *size, device=device))
+    except Exception as error:
+        raise UsageError(
+            f"--img-size, --input-size, --in-chans: the model does not take images of {tuple(size)}: "
+            f"{' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def _make_task(
@@ -262,15 +305,22 @@ def _make_task(
     loaders: data.Data,
     device: torch.device,
     input_size: tuple[int, int, int],
+    names: list[str] | None,
 ) -> TrainingTask:
     """Raises UsageError: a teacher cannot be loaded, or does not fit the student."""
     try:
-        task = build(options, student, _criterion(options, loaders), device=device, dtype=torch.float32)
-        check_teachers(task, input_size)
-        if loaders.keyed is not None:
-            use_cache(task, options, loaders.keyed)
+        task = build(
+            options, student, _criterion(options, loaders), device=device, dtype=torch.float32, names_of_classes=names
+        )
+        if isinstance(task, DistillationTask):
+            task.check(input_size)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
+    if loaders.keyed is not None:
+        try:
+            use_cache(task, options, loaders.keyed)
+        except OSError as error:
+            raise UsageError(f"--kd-cache-teacher: {options.kd_cache_teacher} cannot be used: {error}") from error
     return task
 
 

@@ -46,13 +46,14 @@ class World:
         """`--device`, or the CPU where torch has no GPU; of several GPUs this process's. No collective.
 
         Raises:
-            UsageError: there are more processes than GPUs.
+            UsageError: torch has no such device, or there are more processes than GPUs.
         """
-        if name.startswith("cuda") and not torch.cuda.is_available():
+        if name == "cuda" and not torch.cuda.is_available():
             return torch.device("cpu")
+        device = _existing(name)
         if not self.joined or name == "cpu":
-            return torch.device(name)
-        kind = torch.device(name).type
+            return device
+        kind = device.type
         if kind == "cuda":
             if self.local_rank >= torch.cuda.device_count():
                 raise UsageError(
@@ -129,6 +130,18 @@ class World:
         if self.joined:
             dist.all_gather_object(values, value, group=self._control)
         return values
+
+
+def _existing(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()  # meta has no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UsageError(
+            f"--device: {name!r} cannot be used on this machine ({reason}); pass cpu, cuda, or one that torch has here"
+        ) from error
+    return device
 
 
 @contextmanager

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from timm.models import load_state_dict
 from torch import Tensor
 
 from ...errors import UsageError
+from ...files import read_weights
 from . import deformable
 from .base import Detector
 from .dense import Dense, make_backbone
@@ -74,8 +73,9 @@ def _make(name: str, classes: int, changes: dict[str, Any], option: str, **more:
         try:
             return Dense(kind, body, classes, freeze_norm=more.get("freeze_norm", False), **changes)
         except (TypeError, ValueError) as error:
+            kwargs = "--model-kwargs" if option == "--model" else "--kd-model-kwargs"
             raise UsageError(
-                f"{option}, its kwargs: {error}; known are width (a multiple of 32), score_thresh, nms_thresh"
+                f"{option}, {kwargs}: {error}; known are width (a multiple of 32), score_thresh, nms_thresh"
             ) from error
     if name in deformable.SIZES:
         given = {key: more[key] for key in ("pretrained", "backbone") if more.get(key)}
@@ -94,12 +94,7 @@ def load_weights(detector: Detector, path: str, option: str, name: str) -> None:
     Raises:
         UsageError: no such file, or it does not fit; `option` is what the user gave it by.
     """
-    if not Path(path).is_file():
-        raise UsageError(f"{option}: there is no file {path}")
-    try:
-        state: dict[str, Tensor] = load_state_dict(path, use_ema=False, weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UsageError(f"{option}: {path} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    state = read_weights(path, option)
     try:
         detector.load_state_dict(state)
     except RuntimeError as error:

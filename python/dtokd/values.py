@@ -1,0 +1,202 @@
+"""Values of options: each is checked where it is read, and an error is one line that names the option."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from pathlib import Path
+from typing import Any, NoReturn
+
+#: Of whole numbers: what fits into an int32, which also leaves a seed room for ranks and steps.
+MOST = 2**31 - 1
+#: Of a file's name in bytes, with room for what temporary files add.
+LONGEST = 200
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, without the list of all options."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
+        hint = f"; {self.prog} --help lists the options" if message.startswith("unrecognized") else ""
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}{hint}\n")
+
+
+class Number:
+    """The `type` of an option that is a number: finite and in its range.
+
+    Args:
+        kind: int or float.
+        least, most: the range's ends, which belong to it.
+        above, below: ends that do not belong to it.
+
+    Example:
+        >>> Number(int, least=1)("3")
+        3
+        >>> Number(float, least=0, most=1)("nan")
+        Traceback (most recent call last):
+        argparse.ArgumentTypeError: 'nan'; expected a number from 0 to 1
+    """
+
+    def __init__(
+        self,
+        kind: type[int] | type[float],
+        *,
+        least: float | None = None,
+        most: float | None = None,
+        above: float | None = None,
+        below: float | None = None,
+    ) -> None:
+        self.kind, self.least, self.most, self.above, self.below = kind, least, most, above, below
+
+    def __call__(self, text: str) -> float:
+        """Read it.
+
+        Raises:
+            argparse.ArgumentTypeError: it is no such number.
+        """
+        try:
+            value = self.kind(text)
+        except ValueError:
+            value = math.nan
+        if (
+            not math.isfinite(value)
+            or (self.least is not None and value < self.least)
+            or (self.most is not None and value > self.most)
+            or (self.above is not None and value <= self.above)
+            or (self.below is not None and value >= self.below)
+        ):
+            raise argparse.ArgumentTypeError(f"{text!r}; expected {self}")
+        if self.kind is int and value > MOST:
+            raise argparse.ArgumentTypeError(f"{text!r} is too large; expected at most {MOST}")
+        return value
+
+    def __str__(self) -> str:
+        """What is expected, with its article."""
+        text = "a whole number" if self.kind is int else "a number"
+        if self.least is not None and self.most is not None:
+            return f"{text} from {self.least:g} to {self.most:g}"
+        parts = [f"from {self.least:g} on"] if self.least is not None else []
+        parts += [f"above {self.above:g}"] if self.above is not None else []
+        parts += [f"below {self.below:g}"] if self.below is not None else []
+        parts += [f"at most {self.most:g}"] if self.most is not None else []
+        return " ".join([text, " and ".join(parts)]).strip()
+
+
+ANY_INT = Number(int)
+NATURAL = Number(int, least=0)
+COUNT = Number(int, least=1)
+FRACTION = Number(float, least=0, most=1)
+BELOW_ONE = Number(float, least=0, below=1)
+NOT_NEGATIVE = Number(float, least=0)
+POSITIVE = Number(float, above=0)
+ANY_NUMBER = Number(float)
+
+
+class KeyValues(argparse.Action):
+    """--opt-kwargs a=1 b=text, as timm's: a dict, each value read as YAML (which reads 1e-3 as text: here a number)."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Read the pairs."""
+        pairs = {}
+        for text in values:
+            key, mark, value = text.partition("=")
+            if not mark:
+                parser.error(f"{option_string}: {text!r} is no key=value")
+            try:
+                pairs[key] = read_yaml(value)
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"{option_string}: {key}: {error}")
+        setattr(namespace, self.dest, pairs)
+
+
+def read_yaml(text: str) -> Any:
+    """A value as YAML reads it, but numbers such as 1e-3, which are text to it.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no YAML, or NaN.
+    """
+    import yaml
+
+    try:
+        value = float(text) if not text.lstrip("+-").isdigit() else int(text)
+    except ValueError:
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no value of YAML") from error
+    if math.isnan(value):
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number that is one")
+    return value
+
+
+def path(text: str) -> Path:
+    """A path. An empty text, as an unset variable of a shell gives it, would mean the current folder.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("empty; expected a path ('.' for the current folder)")
+    return Path(file_name(text))
+
+
+def file_name(text: str) -> str:
+    """A name of a file or folder, perhaps with others before it.
+
+    Raises:
+        argparse.ArgumentTypeError: no file can have it.
+    """
+    if any(len(part.encode()) > LONGEST for part in Path(text).parts) or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r}... is too long for a name; expected at most {LONGEST} bytes")
+    return text
+
+
+def not_empty(text: str) -> str:
+    """A name.
+
+    Raises:
+        argparse.ArgumentTypeError: it is empty.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("empty; expected a name")
+    return text
+
+
+def auto_augment(text: str) -> str:
+    """An AutoAugment, RandAugment or AugMix policy as timm reads it; empty for none.
+
+    Raises:
+        argparse.ArgumentTypeError: timm refuses it, or would pass over a part of it.
+    """
+    from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
+
+    if not text:
+        return text
+    kind = "rand" if text.startswith("rand") else "augmix" if text.startswith("augmix") else "auto"
+    make: Any = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform, "auto": auto_augment_transform}
+    try:
+        for part in text.split("-")[1:]:
+            if not re.match(r"[a-z]+\d" if kind != "rand" else r"t[a-z]|[a-z]+\d", part):
+                raise ValueError(f"{part!r} is no letters and number")
+        make[kind](text, {"translate_const": 1, "img_mean": (128, 128, 128)})
+    except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no policy of timm ({error}); expected one such as rand-m9-mstd0.5, augmix-m3, original or v0"
+        ) from error
+    return text
+
+
+def compile_backend(text: str) -> str:
+    """A backend of torch.compile.
+
+    Raises:
+        argparse.ArgumentTypeError: torch has none of this name.
+    """
+    import torch
+
+    known = torch.compiler.list_backends(exclude_tags=())
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text!r}; choose from {', '.join(known)}")
+    return text
