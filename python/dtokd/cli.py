@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .detect import options as detect_options
-from .errors import ToldElsewhere, UsageError
+from .errors import Diverged, ToldElsewhere, UsageError
 from .train import options as train_options
 from .values import COUNT, NATURAL, Parser, path
 
@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: what follows the program's name; default: this process's arguments.
 
     Returns:
-        0; 1 if the command found something wrong; 2 for what the user has to set right, such as a bad option; or 128
-        and the number of the signal that ended it.
+        0; 1 if the command found something wrong, or training diverged; 2 for what the user has to set right, such as
+        a bad option; or 128 and the number of the signal that ended it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser, commands = _parser()
@@ -36,9 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ToldElsewhere:
         return 2
     except UsageError as error:
+        code = 1 if isinstance(error, Diverged) else 2
         # one raised in a worker process comes with its traceback in the text
         print(f"dtokd {command}: error: {str(error).rpartition('UsageError: ')[2].rstrip()}", file=sys.stderr)
-        return 2
+        return code
 
 
 def _run(command: str | None, options: argparse.Namespace) -> int:

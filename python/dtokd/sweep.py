@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from . import identity
-from .errors import UsageError
+from .errors import Diverged, UsageError
 from .files import as_json, write_text
 from .train import data
 from .train.options import BALANCES, OUTSIDE, add_arguments, plain, read_value
@@ -44,6 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
     Raises:
         UsageError: as `train`, or a balance that cannot be read.
+        Diverged: runs have; the others are trained, but there is no table.
     """
     folder = options.output / (options.experiment or "sweep")
     settings = {text: parse_balance(text) for text in options.balances}
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
     progress = Progress(options.epochs)
     data_sets = _data_sets(options)
     paths: dict[str, list[Path]] = {text: [] for text in settings}
+    diverged: list[str] = []
     for text, changes in settings.items():
         for seed in options.seeds:
             own = argparse.Namespace(**{**vars(options), **changes, "seed": seed, "resume": "auto"})
@@ -64,10 +66,19 @@ def run(options: argparse.Namespace) -> int:
             if _finished(path, told):
                 continue
             own.output, own.experiment = path.parent, path.name
-            outcome = train(own, progress)
+            try:
+                outcome = train(own, progress)
+            except Diverged as error:  # the others go on
+                progress.say(f"{text}, seed {seed}: {error}")
+                diverged.append(f"{text} with seed {seed}")
+                continue
             if outcome.interrupted:
                 return 128 + outcome.interrupted
             write_text(path / "finished.json", told)
+    if diverged:
+        raise Diverged(
+            f"--balances: {', '.join(diverged)} diverged; leave it out, or lower its lr; the others are kept"
+        )
     metric = ("ema_" if options.model_ema else "") + options.eval_metric
     results = {text: [_last(path, f"eval_{metric}") for path in several] for text, several in paths.items()}
     rows = compare(results, lower=metric.endswith("loss"))

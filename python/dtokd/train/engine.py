@@ -14,7 +14,9 @@ from timm.task import TrainingTask
 from timm.task.evaluator import evaluation_sample_limit
 from torch import Tensor
 
+from ..errors import Diverged, ToldElsewhere, UsageError
 from ..monitor import BalanceLogger
+from .divergence import Divergence
 from .progress import Progress
 from .steps import Stepper
 from .world import World
@@ -52,6 +54,7 @@ class Engine:
         per_epoch: optimizer steps in an epoch.
         ahead: steps that the schedule counts besides `updates`, where earlier epochs had another number of them.
         world: the processes that train together.
+        divergence: counts losses that are not finite, from epoch to epoch.
     """
 
     task: TrainingTask
@@ -67,6 +70,7 @@ class Engine:
     per_epoch: int = 0
     ahead: int = 0
     world: World = field(default_factory=World)
+    divergence: Divergence | None = None
 
     def train_epoch(
         self, loader: Any, epoch: int, begin: int = 0, means: dict[str, Any] | None = None
@@ -84,10 +88,14 @@ class Engine:
 
         Raises:
             Stopped: in between.
+            Diverged: the losses are not finite any more; see `divergence`. It is looked for where a line is written.
+            UsageError: the balance refuses a loss.
         """
         self.task.train()
         self.stepper.optimizer.zero_grad()
         count, accumulate = len(loader), self.options.grad_accum_steps
+        if self.divergence is None:
+            self.divergence = Divergence(count)
         last_group = count - (count % accumulate or accumulate)  # where the last, perhaps shorter, accumulation begins
         sums = _Means(self.world, means)
         with self.progress.epoch(epoch, count, begin) as shown:
@@ -101,17 +109,46 @@ class Engine:
                 with nullcontext() if steps else self.task.no_sync():
                     with self._autocast():
                         result = self.task(input, target[:, 0] if keys else target, *keys)
-                    self.stepper.backward(result, share)
-                sums.add({"loss": result["loss"], **result["objectives"]}, len(input))
+                    self._backward(result, share)
+                losses = {"loss": result["loss"], **result["objectives"]}
+                sums.add(losses, len(input))
                 if steps:
                     self._step()
+                self.divergence.add(losses, self._skipped())
                 if (index + 1) % self.options.log_interval == 0 or index + 1 == count:
-                    shown.line(index + 1, sums.compute(), self.stepper.optimizer.param_groups[0]["lr"])
+                    means, bad = sums.compute(self.divergence.counts)
+                    shown.line(index + 1, means, self.stepper.optimizer.param_groups[0]["lr"])
+                    self._check(bad, epoch, index + 1)
                 else:
                     shown.advance(index + 1)
                 if (signal := self.stopped()) and steps and index + 1 < count:
                     raise Stopped(signal, index + 1, sums.state_dict())
-        return sums.compute()
+        return sums.compute()[0]
+
+    def _backward(self, result: dict[str, Any], share: int) -> None:
+        try:
+            self.stepper.backward(result, share)
+        except ValueError as error:  # of the balance: a loss below 0, or what does not go with --amp
+            raise UsageError(f"--kd-balance {self.options.kd_balance}: {error}") from error
+
+    def _skipped(self) -> Tensor | None:
+        """Whether the last step was; a scaler looks for its scale by steps that are skipped."""
+        searching = self.options.amp and self.options.amp_dtype == "float16"
+        balance = None if searching else self.stepper.balance
+        return None if balance is None else balance.skipped
+
+    def _check(self, bad: list[float], epoch: int, iteration: int) -> None:
+        assert self.divergence is not None
+        group = self.stepper.optimizer.param_groups[0]
+        lr = group.get("initial_lr", group["lr"])  # before the schedule
+        remedy = (
+            f"start anew with a --lr below {lr:.3g}, a --clip-grad or more --warmup-epochs; the checkpoints and the "
+            "report of the finished epochs are as they were"
+        )
+        try:
+            self.divergence.check(bad, epoch, iteration, remedy)
+        except Diverged as error:  # the same on all ranks
+            raise error if self.world.first else ToldElsewhere(str(error)) from error
 
     def _step(self) -> None:
         self.stepper.step()
@@ -196,8 +233,12 @@ class _Means:
             self._sums[name] = self._sums[name].to(value.device).add_(value.detach() * n)
         self._count += n
 
-    def compute(self) -> dict[str, float]:
-        """Over all ranks, with one copy to the host."""
+    def compute(self, more: Tensor | None = None) -> tuple[dict[str, float], list[float]]:
+        """The means over the samples, and those of `more` over the ranks, with one copy to the host."""
         values = torch.stack([*self._sums.values(), next(iter(self._sums.values())).new_tensor(self._count)])
-        *sums, count = self._world.sum(values).tolist()
-        return {name: value / count for name, value in zip(self._sums, sums, strict=True)}
+        if more is not None:
+            values = torch.cat([values, more.to(values.device)])
+        found = self._world.sum(values).tolist()
+        count, others = found[len(self._sums)], found[len(self._sums) + 1 :]
+        means = {name: value / count for name, value in zip(self._sums, found[: len(self._sums)], strict=True)}
+        return means, [value / self._world.size for value in others]
