@@ -324,7 +324,7 @@ class _Pwned:
 
 
 @pytest.mark.parametrize("kind", ["torch", "pickle"])
-def test_nothing_is_unpickled(capsys, digits, teacher, tmp_path, kind):
+def test_nothing_is_unpickled(capsys, digits, teacher, coco, tmp_path, kind):
     """A file of weights that would run code is refused by every option that takes one, and the code does not run."""
     _Pwned.target = tmp_path / "pwned"
     file = tmp_path / "evil.pth"
@@ -334,6 +334,8 @@ def test_nothing_is_unpickled(capsys, digits, teacher, tmp_path, kind):
         file.write_bytes(pickle.dumps(_Pwned()))
     classes = tmp_path / "evil.pkl"
     classes.write_bytes(pickle.dumps(_Pwned()))
+    pickle.loads(classes.read_bytes())  # it does run code
+    _Pwned.target.unlink()
     options = common(digits, tmp_path)
     for option, value in (
         ("--initial-checkpoint", file),
@@ -342,10 +344,12 @@ def test_nothing_is_unpickled(capsys, digits, teacher, tmp_path, kind):
         ("--class-map", classes),
     ):
         assert option in fails(capsys, "train", *options, *distilling(teacher), option, value)
-    told = fails(
-        capsys, "eval", "--data-dir", digits, "--model", "test_resnet", "--device", "cpu", "--checkpoint", file
-    )
-    assert "--checkpoint" in told
+    where = ["--data-dir", digits, "--model", "test_resnet", "--device", "cpu"]
+    assert "--checkpoint" in fails(capsys, "eval", *where, "--checkpoint", file)
+    detector = [*coco_options(coco, tmp_path), "--model", "fcos:test_resnet"]
+    teaching = ["--kd-model-name", "fcos:test_resnet", "--kd-teacher-path"]
+    for options in (["--backbone-checkpoint"], ["--initial-checkpoint"], ["--resume"], teaching):
+        assert options[-1] in fails(capsys, "detect", *detector, *options, file)
     assert not _Pwned.target.exists()
 
 

@@ -168,6 +168,28 @@ def test_gram_that_is_not_finite_is_skipped(backend, name, bad):
 
 
 @each_weighting
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite_is_as_if_it_had_not_been(name, bad):
+    """The step is skipped, and what the weighting remembers is what it was: the next steps are those without it."""
+    ends = []
+    for disturbed in (False, True):
+        p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        torch.manual_seed(0)
+        optimizer = dk.DTOSGD([p], lr=0.01, weighting=MAKERS[name](), rescale="sum")
+        for step in range(4):
+            for spoilt in (True, False) if disturbed and step == 2 else (False,):
+                losses = [(p - 3).square().sum() + 1, (p + torch.tensor([2.0, -1.0])).square().sum() + 1]
+                if spoilt:
+                    losses[1] = losses[1] * bad
+                optimizer.backward(losses)
+                optimizer.step()
+                optimizer.zero_grad()
+                assert bool(optimizer.balance.skipped) == spoilt
+        ends.append(p.detach().clone())
+    assert torch.equal(*ends)
+
+
+@each_weighting
 def test_says_whether_it_needs_the_gram(name):
     """Without need any matrix will do, and with it not."""
     rule = MAKERS[name]()

@@ -50,18 +50,20 @@ class World:
         """
         if name == "cuda" and not torch.cuda.is_available():
             return torch.device("cpu")
-        device = _existing(name)
-        if not self.joined or name == "cpu":
-            return device
-        kind = device.type
-        if kind == "cuda":
+        with _named(name):
+            device = torch.device(name)
+        if self.joined and device.type == "cuda":
             if self.local_rank >= torch.cuda.device_count():
                 raise UsageError(
                     f"--device: process {self.local_rank} of this machine has no GPU of its own, there are "
                     f"{torch.cuda.device_count()}; pass torchrun --nproc-per-node {torch.cuda.device_count()}"
                 )
             torch.cuda.set_device(self.local_rank)
-        return torch.device(kind, self.local_rank)
+        if self.joined and device.type != "cpu":
+            device = torch.device(device.type, self.local_rank)
+        with _named(name):
+            torch.zeros(1, device=device).cpu()  # meta has no numbers
+        return device
 
     def barrier(self) -> None:
         """Wait for all."""
@@ -132,16 +134,16 @@ class World:
         return values
 
 
-def _existing(name: str) -> torch.device:
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What torch refuses here is `--device`'s fault."""
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()  # meta has no numbers
+        yield
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UsageError(
             f"--device: {name!r} cannot be used on this machine ({reason}); pass cpu, cuda, or one that torch has here"
         ) from error
-    return device
 
 
 @contextmanager

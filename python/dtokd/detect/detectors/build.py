@@ -66,8 +66,7 @@ def _make(name: str, classes: int, changes: dict[str, Any], option: str, **more:
     if kind in DENSE and backbone:
         weights: dict[str, Any] = {"pretrained": bool(more.get("pretrained") or more.get("backbone"))}
         if more.get("backbone"):
-            if not Path(more["backbone"]).is_file():
-                raise UsageError(f"--backbone-checkpoint: there is no file {more['backbone']}")
+            read_weights(more["backbone"], "--backbone-checkpoint")  # timm's own errors do not say which file
             weights["pretrained_cfg_overlay"] = {"file": more["backbone"]}
         body = make_backbone(backbone, weights, more.get("image_size"))
         try:
