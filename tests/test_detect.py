@@ -14,10 +14,13 @@ from dtokd.detect.detectors.build import columns
 from dtokd.detect.detectors.dense import Dense, make_backbone
 from dtokd.detect.detectors.hf import KINDS, HFDetector, load_folder
 from dtokd.detect.matching import match_queries, pick
+from dtokd.detect.task import DetectionTask
 from dtokd.errors import UsageError
 from dtokd.values import read_yaml
 from torchvision.models.detection import FCOS, RetinaNet
 from transformers.models.deformable_detr.image_processing_deformable_detr import DeformableDetrImageProcessor
+
+import dtokd_kernels as dk
 
 from .coco import TINY
 
@@ -352,6 +355,37 @@ def test_dense_features():
     loss.backward()
     assert 0.1 < loss.item() < 4  # of standardised values: 2 where they have nothing to do with each other
     assert all(p.grad.any() for p in objective.head.maps[0].parameters() if p.ndim == 2)
+
+
+class Negative(objectives.Objective):
+    """A loss without a lower bound."""
+
+    name = "negative"
+
+    def loss(self, student, projected, teacher, pairs):
+        return -student.logits.square().mean() - 1
+
+
+def test_negative_loss_reaches_the_balance():
+    """And is no constant with weight 0."""
+    task = DetectionTask(dense(), lambda: None, dense(seed=1).eval(), [Negative()])
+    losses = task(images(), targets())["objectives"]
+    assert losses["negative"] < -1
+    with pytest.raises(ValueError, match=r"losses\['negative'\] is -.*need a positive loss"):
+        dk.backward(losses, task.get_eval_model().parameters())
+
+
+def test_predictions_do_not_round_below_zero():
+    """Detectors that agree but for the last bits: the divergences round to either side of 0."""
+    objective = objectives.Predictions("prediction", True, torch.arange(3))
+    values = []
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(2, 10, 3, generator=generator)
+        near = logits * (1 + 1e-6 * torch.randn(2, 10, 3, generator=generator))
+        boxes = torch.rand(2, 10, 4, generator=generator)
+        values.append(objective.loss(Outputs(near, boxes), None, Outputs(logits, boxes), None))
+    assert min(values) == 0
 
 
 def test_shared_queries():

@@ -7,18 +7,22 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from dtokd.objectives.base import Objective, at_bound
 from dtokd.objectives.build import build
-from dtokd.objectives.features import Attention, attention_distance, normalise
+from dtokd.objectives.features import DISTANCES, Attention, attention_distance, normalise
 from dtokd.objectives.logits import decoupled_kl, soft_kl
 from dtokd.objectives.options import add_arguments
 from dtokd.objectives.projectors import Householder, make_projector
 from dtokd.objectives.review import hierarchical_context
 from dtokd.objectives.taps import Outputs, Taps
+from dtokd.objectives.task import DistillationTask
 from dtokd.objectives.teacher import Normalisation, Teacher, as_list, choose_size
 from safetensors.torch import save_file
 from timm.models import register_model
 from timm.task import ClassificationTask, FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
 from torch import nn
+
+import dtokd_kernels as dk
 
 CLASSES = 5
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -210,6 +214,59 @@ def test_infima_are_zero_and_reached():
     torch.testing.assert_close(hierarchical_context(maps, maps), torch.tensor(0.0), **zero)
     assert soft_kl(logits, -logits, 4.0) > 0
     assert decoupled_kl(logits, -logits, target, 4.0, 1.0, 8.0) > 0
+
+
+@pytest.mark.parametrize(("value", "left"), [(-1e-8, 1e-7), (0.0, 1e-7), (1e-3, 1e-3), (-1e-6, -1e-6), (-3.0, -3.0)])
+def test_losses_at_their_bound_are_constants(value, left):
+    """What is really negative stays, for the balance to refuse; NaN stays NaN."""
+    w = torch.tensor(value, requires_grad=True)
+    loss = at_bound(w)
+    loss.backward()
+    assert loss.item() == pytest.approx(left)
+    assert w.grad == float(value == left)
+    assert at_bound(torch.tensor(float("nan"))).isnan()
+
+
+def test_divergences_do_not_round_below_zero():
+    """Logits of hundreds that differ in their last bits: the sums round to either side of 0."""
+    generator = torch.Generator().manual_seed(0)
+    below = 0
+    for _ in range(50):
+        teacher = 300 * torch.randn(4, CLASSES, generator=generator)
+        student = teacher * (1 + 2e-7 * torch.randn(4, CLASSES, generator=generator))
+        logs = [(x / 4.0).log_softmax(-1) for x in (student, teacher)]
+        below += bool(F.kl_div(*logs, reduction="batchmean", log_target=True) < 0)
+        assert soft_kl(student, teacher, 4.0) >= 0
+        assert decoupled_kl(student, teacher, torch.arange(4), 4.0, 1.0, 8.0) >= 0
+        assert DISTANCES["cosine"](student, 3 * teacher) >= 0
+    assert below
+
+
+class Negative(Objective):
+    """A loss without a lower bound."""
+
+    def __init__(self):
+        self.name, self.student, self.teacher = "negative", Taps(logits=True), Taps(logits=True)
+
+    def loss(self, student, projected, teacher, target):
+        return -student.logits.square().mean() - 1
+
+
+def test_negative_loss_is_refused(weights, batch):
+    """And not a constant with weight 0."""
+    student = model()
+    lessons = [(Teacher(model(seed=1), "teacher", Normalisation.of(student)), [Negative()])]
+    task = DistillationTask(student, nn.CrossEntropyLoss(), lessons).train()
+    losses = task(*batch)["objectives"]
+    assert losses["negative"] < -1
+    with pytest.raises(ValueError, match=r"losses\['negative'\] is -.*need a positive loss"):
+        dk.backward(losses, student.parameters())
+
+
+def test_negative_weight_of_dkd_is_no_rounding():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 4, CLASSES, generator=generator)
+    assert decoupled_kl(student, teacher, torch.arange(4), 4.0, -1.0, 0.0) < -0.01
 
 
 def test_decoupled_kl_is_kl_with_the_papers_weights():

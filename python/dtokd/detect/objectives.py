@@ -46,7 +46,7 @@ class Objective:
     def loss(
         self, student: Outputs, projected: object, teacher: Outputs, pairs: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """The loss, a scalar, float32.
+        """The loss, a scalar, float32, with infimum 0; a value that rounding may take below 0 is brought to 0 here.
 
         Args:
             student: its outputs.
@@ -146,7 +146,7 @@ class Tokens(Objective):
             layers = min(projected.neck.shape[1], teacher.neck.shape[1])
             for i in range(1, layers + 1):  # the last ones
                 terms.append(self._tokens(projected.neck[:, -i], teacher.neck[:, -i], pairs))
-        total = torch.stack(terms).sum().clamp_min(0)  # a cosine of equal rows may round below
+        total = torch.stack(terms).sum()
         return (total + EPS**2).sqrt() - EPS if self.root else total
 
     def _tokens(self, student: Tensor, teacher: Tensor, pairs: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -203,7 +203,8 @@ class Predictions(Objective):
             apart = (boxes - their_boxes).abs().sum(-1)
             corners, their_corners = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, their_boxes))
             terms = terms + BOX_WEIGHTS[0] * apart + BOX_WEIGHTS[1] * generalized_box_iou_loss(corners, their_corners)
-        return (weights * terms).sum() / weights.sum().clamp_min(EPS)
+        # the divergences and 1 - GIoU round to less than 0 where both agree
+        return ((weights * terms).sum() / weights.sum().clamp_min(EPS)).clamp_min(0)
 
 
 def bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:

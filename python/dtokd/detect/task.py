@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..objectives.base import at_bound
 from ..objectives.taps import Taps
-from ..objectives.task import SMALLEST, StudentTask, Trainable
+from ..objectives.task import StudentTask, Trainable
 from .batch import Images, Outputs, Target
 from .detectors.base import Detector
 from .matching import match_queries
@@ -92,8 +93,12 @@ class DetectionTask(StudentTask):
             for o in self.objectives:
                 value = o.loss(outputs, projected.get(o.name), taught, pairs)
                 total = total + self.distill_loss_weights[o.name] * value
-                losses[o.name] = value.clamp_min(SMALLEST)
-        return {"loss": total, "output": outputs.logits, "objectives": losses}
+                losses[o.name] = value
+        return {
+            "loss": total,
+            "output": outputs.logits,
+            "objectives": {name: at_bound(value) for name, value in losses.items()},
+        }
 
     def _pairs(self, outputs: Outputs, taught: Outputs, teacher: Detector) -> tuple[Tensor, Tensor]:
         student: Any = self.get_eval_model()

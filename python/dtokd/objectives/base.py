@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from .taps import Outputs, Taps
+
+#: Float32 cannot tell a loss of this size, made of terms around 1, from one at its infimum 0.
+SMALLEST = 1e-7
+
+
+def at_bound(loss: Tensor) -> Tensor:
+    """A loss within `SMALLEST` of 0 as a constant, which without a gradient drops out of the step: 0 has no logarithm.
+
+    One that is further below is really negative and stays, for the balance to refuse.
+    """
+    return torch.where(loss.abs() < SMALLEST, SMALLEST, loss)
 
 
 class Objective:
@@ -23,7 +35,7 @@ class Objective:
     teacher: Taps
 
     def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
-        """The loss, a scalar, float32.
+        """The loss, a scalar, float32, with infimum 0; a value that rounding may take below 0 is brought to 0 here.
 
         Args:
             student: its outputs.

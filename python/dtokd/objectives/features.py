@@ -15,7 +15,8 @@ EPS = 1e-6
 
 
 def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
-    return (1 - F.cosine_similarity(student, teacher, dim=1)).mean()
+    # a cosine of equal rows may round above 1
+    return (1 - F.cosine_similarity(student, teacher, dim=1)).mean().clamp_min(0)
 
 
 #: Each has infimum 0, reached at equal features (cosine: at equal directions). Channels are dimension 1.

@@ -21,7 +21,15 @@ def soft_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """
     log_s = F.log_softmax(student.float() / temperature, dim=-1)
     log_t = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return F.kl_div(log_s, log_t, reduction="batchmean", log_target=True) * temperature**2
+    return _kl(log_s, log_t) * temperature**2
+
+
+def _kl(log_student: Tensor, log_teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of distributions given by their logarithms, mean over the batch.
+
+    That of nearly equal ones rounds to less than 0, which a divergence never is.
+    """
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True).clamp_min(0)
 
 
 class Hinton(Objective):
@@ -120,6 +128,6 @@ def decoupled_kl(
     def other_classes(logits: Tensor) -> Tensor:
         return F.log_softmax(logits.float()[~is_target].view(len(logits), -1) / temperature, dim=-1)
 
-    binary = F.kl_div(two_classes(log_s), two_classes(log_t), reduction="batchmean", log_target=True)
-    others = F.kl_div(other_classes(student), other_classes(teacher), reduction="batchmean", log_target=True)
+    binary = _kl(two_classes(log_s), two_classes(log_t))
+    others = _kl(other_classes(student), other_classes(teacher))
     return (alpha * binary + beta * others) * temperature**2

@@ -11,13 +11,10 @@ from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
-from .base import Objective
+from .base import Objective, at_bound
 from .cache import TeacherCache
 from .taps import Outputs, Taps, in_float32, read
 from .teacher import Teacher
-
-#: As the optimizers' `loss_floor`.
-SMALLEST = 1e-8
 
 
 class Trainable(nn.Module):
@@ -190,10 +187,12 @@ class DistillationTask(StudentTask):
             for o in objectives:
                 loss = self._loss(o, outputs, projected, taught, taps, target)
                 total = total + self.distill_loss_weights[o.name] * loss
-                # a divergence of equal predictions may round to less than 0, which has no logarithm; here it has no
-                # gradient then, so that the objective drops out of the step
-                losses[o.name] = loss.clamp_min(SMALLEST)
-        return {"loss": total, "output": outputs.logits, "objectives": losses}
+                losses[o.name] = loss
+        return {
+            "loss": total,
+            "output": outputs.logits,
+            "objectives": {name: at_bound(loss) for name, loss in losses.items()},
+        }
 
     def _loss(
         self, o: Objective, outputs: Outputs, projected: dict[str, Any], taught: Outputs, taps: Taps, target: Tensor
