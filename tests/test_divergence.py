@@ -1,38 +1,54 @@
-"""Losses that are not finite: one is survived, a run of them ends `dtokd train` with one sentence."""
+"""Losses that are not finite: one batch of them is survived, a run that has diverged ends in one sentence."""
 
 import csv
 
 import pytest
 import torch
 from dtokd.cli import main
+from dtokd.detect.task import DetectionTask
 from dtokd.errors import Diverged
 from dtokd.objectives.task import DistillationTask
-from dtokd.train.divergence import PATIENCE, Divergence
+from dtokd.train.checkpoint import load_checkpoint
+from dtokd.train.divergence import PATIENCE, Losses
+from dtokd.train.world import World
 from safetensors.torch import load_file
 
+from .coco import FCOS, VIDT, write_coco
+from .coco import common as common_coco
 from .digits import common, distilling
+from .test_detect import configuration, images, targets
 
+#: timm's reader leaves files to the garbage collector
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]
+
 NAN, ONE = torch.tensor(torch.nan), torch.tensor(1.0)
-BALANCED = "--opt dtoadamw --kd-balance dto"
+BALANCED = ["--kd-balance", "dto", "--opt", "dtoadamw"]
 
 
-def spoil(monkeypatch, steps, name="kl"):
-    """The objective is NaN in these steps, as is the sum; the parameters are not to blame."""
-    forward, count = DistillationTask.forward, [0]
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return write_coco(tmp_path_factory.mktemp("coco") / "data")
 
-    def spoilt(self, *args):
-        result = forward(self, *args)
-        if steps(count[0]):
-            result["objectives"][name] = result["objectives"][name] * torch.nan
-            result["loss"] = result["loss"] * torch.nan
-        count[0] += 1
-        return result
 
-    monkeypatch.setattr(DistillationTask, "forward", spoilt)
+def spoil(monkeypatch, numbers):
+    """Make the pixels of these batches NaN, counted from 0 over all epochs of a run."""
+    count = [0]
+
+    def spoiled(forward):
+        def inner(self, input, *more):
+            if count[0] in numbers:
+                pixels = input if isinstance(input, torch.Tensor) else input.pixels
+                pixels.mul_(torch.nan)
+            count[0] += 1
+            return forward(self, input, *more)
+
+        return inner
+
+    for task in (DistillationTask, DetectionTask):
+        monkeypatch.setattr(task, "forward", spoiled(task.forward))
 
 
 def rows(path):
@@ -40,43 +56,138 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
+def all_finite(path):
+    return all(bool(value.isfinite().all()) for value in load_file(path).values())
+
+
 @pytest.mark.parametrize(
-    "options",
+    "texts",
     [
-        BALANCED,
-        "--opt dtosgd --kd-balance pcgrad",
+        "--opt dtoadamw --kd-balance dto",
         "--opt adamw --kd-balance dto",
-        "--opt adamw --kd-balance famo",
-        "--opt dtoadamw --kd-balance dwa --kd-balance-gram overlap",
-        "--opt dtoadamw --kd-balance dto --kd-balance-gram lag",
-        "--opt dtoadamw --kd-balance logsum",
+        "--opt dtoadamw --kd-balance dto --grad-accum-steps 2 --model-ema",
+        "--opt dtoadamw --kd-balance amortized",
+        "--opt dtoadamw --kd-balance dto --kd-balance-gram every:2",
     ],
 )
-def test_one_step_is_survived(monkeypatch, digits, teacher, tmp_path, options):
-    """It is skipped and counted, and the next ones train: on a CPU as on a GPU."""
-    spoil(monkeypatch, lambda count: count == 1)
-    argv = ["train", *common(digits, tmp_path), "--experiment", "x", *distilling(teacher), *options.split()]
-    assert main(argv) == 0
-    steps = rows(tmp_path / "x" / "steps.csv")
-    assert [float(row["skipped"]) for row in steps] == [0, 1, 0, 0, 0, 0, 0, 0]
-    assert all(t.isfinite().all() for t in load_file(tmp_path / "x" / "student-last.safetensors").values())
+def test_one_batch_is_survived(digits, teacher, tmp_path, monkeypatch, capsys, texts):
+    """Its step is skipped and counted; parameters and BatchNorm's statistics stay finite, and so do the means."""
+    spoil(monkeypatch, {1, 6})
+    options = [*common(digits, tmp_path), *distilling(teacher), *texts.split(), "--experiment", "x"]
+    assert main(["train", *options]) == 0
+    told = rows(tmp_path / "x" / "summary.csv")
+    assert all(float(row["skip_rate"]) == (0.5 if "accum" in texts else 0.25) for row in told)
+    assert all(0 < float(row["train_loss"]) < 100 for row in told)
+    assert all(float(row["eval_loss"]) < 100 for row in told)
+    assert all_finite(tmp_path / "x" / "student-last.safetensors")
+    assert capsys.readouterr().out.count("1 of 4 batches had a loss that is not finite; their steps were skipped") == 2
 
 
-@pytest.mark.parametrize("options", [BALANCED, "--opt adamw --kd-balance dto", "--opt adamw --kd-balance none"])
-def test_diverged_run(monkeypatch, capsys, digits, teacher, tmp_path, options):
-    """From the second epoch on: the first is on disk, whole, with its report."""
-    spoil(monkeypatch, lambda count: count >= 4)
-    argv = ["train", *common(digits, tmp_path), "--experiment", "x", *distilling(teacher), *options.split()]
-    assert main([*argv, "--epochs", "5"]) == 1
+def test_skipped_step_changes_nothing(digits, teacher, tmp_path, monkeypatch):
+    """The parameters after an epoch of one good and then bad batches are those after the good one."""
+    options = [*common(digits, tmp_path), *distilling(teacher), *BALANCED, "--epochs", "1"]
+    after = {}
+    monkeypatch.setattr("dtokd.train.divergence.PATIENCE", 5)
+    step = DistillationTask.update_ema
+
+    def watched(self, step=None, forward=step):
+        after[step] = {n: p.detach().clone() for n, p in self.get_trainable_module().named_parameters()}
+        return forward(self, step=step)
+
+    monkeypatch.setattr(DistillationTask, "update_ema", watched)
+    spoil(monkeypatch, {1, 2, 3})
+    assert main(["train", *options]) == 0
+    assert list(after) == [1, 2, 3, 4]
+    assert all(torch.equal(after[1][n], after[4][n]) for n in after[1])
+
+
+def ends(capsys, command, *texts):
+    assert main([command, *texts, "--experiment", "x"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("dtokd train: error: the run has diverged: in epoch 2, up to iteration 4, kl")
-    assert "not finite for 4 iterations in a row; start anew with a --lr below" in error
+    assert error.startswith(f"dtokd {command}: error: the run has diverged: in epoch 2, up to iteration ")
     assert error.count("\n") == 1
-    path = tmp_path / "x"
-    assert [row["epoch"] for row in rows(path / "summary.csv")] == ["0"]
-    assert [file.name for file in sorted((path / "checkpoints").iterdir())][-1] == "epoch-0001.safetensors"
-    assert (path / "report.html").exists()
-    assert all(t.isfinite().all() for t in load_file(path / "student.safetensors").values())
+    assert "start anew with a --lr below" in error
+    return error
+
+
+def finished_epoch_is_whole(run):
+    """And nothing else is there."""
+    assert [row["epoch"] for row in rows(run / "summary.csv")] == ["0"]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        "epoch-0000.safetensors",
+        "epoch-0001.safetensors",
+    ]
+    held = load_checkpoint(run / "checkpoints" / "epoch-0001.safetensors")
+    assert all(bool(value.isfinite().all()) for value in held["weights"].values())
+    assert all_finite(run / "student.safetensors")
+    assert (run / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "found"),
+    [
+        ("--kd-balance dto --opt dtoadamw", "iteration 4, task and kl were not finite for 4 batches in a row"),
+        ("--kd-balance none --opt adamw", "task and kl were not finite;"),
+    ],
+)
+def test_classifier_diverges(digits, teacher, tmp_path, monkeypatch, capsys, texts, found):
+    spoil(monkeypatch, set(range(4, 8)))
+    assert found in ends(capsys, "train", *common(digits, tmp_path), *distilling(teacher), *texts.split())
+    finished_epoch_is_whole(tmp_path / "x")
+
+
+@pytest.mark.parametrize("detector", [FCOS, VIDT], ids=["fcos", "vidt"])
+def test_detector_diverges(coco, tmp_path, monkeypatch, capsys, detector):
+    """The DETR family's matching takes no NaN, and has a traceback of its own for it."""
+    spoil(monkeypatch, {5})
+    options = [*common_coco(coco, tmp_path), *detector, "--pictures", "0"]
+    assert "task was not finite;" in ends(capsys, "detect", *options)
+    finished_epoch_is_whole(tmp_path / "x")
+
+
+def test_parameters_that_the_last_step_has_spoiled(digits, tmp_path, monkeypatch, capsys):
+    """All losses are finite, and a gradient is not: the checkpoint would be of no use."""
+    forward, count = DistillationTask.forward, [0]
+
+    def spoiled(self, *batch):
+        result = forward(self, *batch)
+        count[0] += 1
+        if count[0] == 8:
+            result["loss"].register_hook(lambda gradient: gradient * torch.nan)
+        return result
+
+    monkeypatch.setattr(DistillationTask, "forward", spoiled)
+    assert "student.conv1.0.weight was not finite" in ends(capsys, "train", *common(digits, tmp_path), "--opt", "adamw")
+    finished_epoch_is_whole(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "kind", ["detr", "conditional_detr", "dab-detr", "deformable_detr", "rt_detr", "d_fine", "yolos"]
+)
+def test_detr_family_has_a_loss_of_nan(kind):
+    """With a gradient, so that the balance sees it."""
+    import transformers
+    from dtokd.detect.detectors.hf import HFDetector
+
+    torch.manual_seed(0)
+    detector = HFDetector(transformers.AutoModelForObjectDetection.from_config(configuration(kind))).train()
+    with torch.no_grad():
+        for p in detector.parameters():
+            p.mul_(torch.nan)
+    loss, _ = detector.losses(images(), targets())
+    assert loss.isnan()
+    loss.backward()
+    assert any(p.grad is not None and bool(p.grad.isnan().any()) for p in detector.parameters())
+
+
+def test_error_of_the_loss_itself_stays_an_error():
+    """Finite predictions and boxes that are none."""
+    from .test_detect import vidt
+
+    wrong = targets()
+    wrong[0]["boxes"] = wrong[0]["boxes"].flip(1)
+    with pytest.raises(ValueError, match="corner"):
+        vidt().losses(images(), wrong)
 
 
 def test_a_learning_rate_that_is_far_too_large(capsys, digits, teacher, tmp_path):
@@ -93,7 +204,7 @@ def test_sweep_goes_on(capsys, digits, teacher, tmp_path):
     argv = ["sweep", *common(digits, tmp_path), *distilling(teacher), "--opt", "adamw", "--experiment", "s"]
     assert main([*argv, "--seeds", "0", "--balances", "fixed:0.5,lr=1e12", "fixed:0.5"]) == 1
     assert "--balances: fixed:0.5,lr=1e12 with seed 0 diverged" in capsys.readouterr().err
-    assert (tmp_path / "s" / "fixed_0.5" / "seed-0" / "finished").exists()
+    assert len(list((tmp_path / "s" / "fixed_0.5").glob("seed-0-*/finished.json"))) == 1
     assert main([*argv, "--seeds", "0", "--balances", "fixed:0.5"]) == 0
 
 
@@ -106,34 +217,44 @@ def test_negative_loss_is_one_line(monkeypatch, capsys, digits, teacher, tmp_pat
         return result
 
     monkeypatch.setattr(DistillationTask, "forward", negative)
-    argv = ["train", *common(digits, tmp_path), *distilling(teacher), *BALANCED.split()]
+    argv = ["train", *common(digits, tmp_path), *distilling(teacher), *BALANCED]
     assert main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("dtokd train: error: --kd-balance dto: ")
     assert "log-gradients need a positive loss" in error
 
 
-def counted(divergence, *bad, skipped=None):
-    for value in bad:
-        divergence.add({"loss": value, "task": ONE, "kl": value}, skipped)
-    return divergence.counts.tolist()
+def losses_of_batches(*batches, skipped=None, before=None):
+    losses = Losses(World(), row=before)
+    for value in batches:
+        losses.add({"loss": value, "task": ONE, "kl": value}, 2, skipped)
+    losses.compute()
+    return losses
 
 
 def test_rule():
-    """In a row, over epochs, of any one loss; at least two, and at most `PATIENCE`."""
-    assert [Divergence(n).patience for n in (1, 2, 10, 10**6)] == [2, 2, 10, PATIENCE]
-    divergence = Divergence(3)
-    assert counted(divergence, NAN, NAN, ONE, NAN) == [1, 0, 1]
-    assert counted(divergence, NAN) == [2, 0, 2]
-    divergence.check(divergence.counts.tolist(), 0, 5, "stop")
-    assert counted(divergence, torch.tensor(torch.inf)) == [3, 0, 3]
-    with pytest.raises(Diverged, match=r"in epoch 2, up to iteration 6, kl was not finite for 3 iterations in a row"):
-        divergence.check(divergence.counts.tolist(), 1, 6, "stop")
+    """In a row, over epochs; at least two, at most `PATIENCE`; one is enough where steps are not skipped."""
+    first = losses_of_batches(ONE, NAN, NAN)
+    assert (first.bad, first.row, first.named) == (2, 2, ["loss", "kl"])
+    first.check(0, 3, 3, True, 0.1)
+    second = losses_of_batches(torch.tensor(torch.inf), before=first.row_on_device)
+    with pytest.raises(
+        Diverged, match=r"in epoch 2, up to iteration 1, kl was not finite for 3 batches in a row; .*0\.1"
+    ):
+        second.check(1, 1, 3, True, 0.1)
+    second.check(1, 1, 4, True, 0.1)
+    assert losses_of_batches(NAN, ONE).row == 0
+    single = losses_of_batches(NAN)
+    single.check(0, 1, 1, True, 0.1)
+    with pytest.raises(Diverged, match="kl was not finite;"):
+        single.check(0, 1, 1, False, 0.1)
+    long = losses_of_batches(*[NAN] * (PATIENCE - 1))
+    long.check(0, 10**6, 10**6, True, 0.1)
 
 
-def test_skipped_steps_count():
-    """A gradient may be bad where no loss is; then nothing is trained either."""
-    divergence = Divergence(2)
-    counted(divergence, ONE, ONE, skipped=torch.tensor(True))
-    with pytest.raises(Diverged, match="a gradient was not finite"):
-        divergence.check(divergence.counts.tolist(), 0, 2, "stop")
+def test_gradients_count():
+    """One may be bad where no loss is; then nothing is trained either."""
+    losses = losses_of_batches(ONE, ONE, skipped=torch.tensor(True))
+    with pytest.raises(Diverged, match="a gradient was not finite for 2 batches in a row"):
+        losses.check(0, 2, 2, True, 0.1)
+    assert losses.compute() == {"loss": 1.0, "task": 1.0, "kl": 1.0}

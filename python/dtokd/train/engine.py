@@ -14,9 +14,9 @@ from timm.task import TrainingTask
 from timm.task.evaluator import evaluation_sample_limit
 from torch import Tensor
 
-from ..errors import Diverged, ToldElsewhere, UsageError
+from ..errors import UsageError
 from ..monitor import BalanceLogger
-from .divergence import Divergence
+from .divergence import Losses, Statistics, diverged
 from .progress import Progress
 from .steps import Stepper
 from .world import World
@@ -54,7 +54,6 @@ class Engine:
         per_epoch: optimizer steps in an epoch.
         ahead: steps that the schedule counts besides `updates`, where earlier epochs had another number of them.
         world: the processes that train together.
-        divergence: counts losses that are not finite, from epoch to epoch.
     """
 
     task: TrainingTask
@@ -70,7 +69,7 @@ class Engine:
     per_epoch: int = 0
     ahead: int = 0
     world: World = field(default_factory=World)
-    divergence: Divergence | None = None
+    _row: Tensor | None = None  # of batches that were not finite, at the end of the last epoch
 
     def train_epoch(
         self, loader: Any, epoch: int, begin: int = 0, means: dict[str, Any] | None = None
@@ -84,20 +83,22 @@ class Engine:
             means: of these, from `Stopped`.
 
         Returns:
-            Mean losses: "loss", the weighted sum, and each objective by its name.
+            Mean losses, over the batches where they are finite: "loss", the weighted sum, and each objective by its
+            name.
 
         Raises:
             Stopped: in between.
-            Diverged: the losses are not finite any more; see `divergence`. It is looked for where a line is written.
+            Diverged: `divergence.PATIENCE` batches in a row, or all of a shorter epoch, were not finite; or one was,
+                and the stepper does not skip it; or a parameter is not finite at the end. It is looked for where a
+                line is written.
             UsageError: the balance refuses a loss.
         """
         self.task.train()
         self.stepper.optimizer.zero_grad()
         count, accumulate = len(loader), self.options.grad_accum_steps
-        if self.divergence is None:
-            self.divergence = Divergence(count)
         last_group = count - (count % accumulate or accumulate)  # where the last, perhaps shorter, accumulation begins
-        sums = _Means(self.world, means)
+        sums = Losses(self.world, means, self._row)
+        statistics = Statistics(self.task)
         with self.progress.epoch(epoch, count, begin) as shown:
             for index, (input, target) in enumerate(loader, start=begin):
                 if self.options.channels_last:
@@ -110,45 +111,50 @@ class Engine:
                     with self._autocast():
                         result = self.task(input, target[:, 0] if keys else target, *keys)
                     self._backward(result, share)
-                losses = {"loss": result["loss"], **result["objectives"]}
-                sums.add(losses, len(input))
                 if steps:
                     self._step()
-                self.divergence.add(losses, self._skipped())
+                losses = {"loss": result["loss"], **result["objectives"]}
+                sums.add(losses, len(input), self._skipped() if steps else None, steps=steps)
                 if (index + 1) % self.options.log_interval == 0 or index + 1 == count:
-                    means, bad = sums.compute(self.divergence.counts)
-                    shown.line(index + 1, means, self.stepper.optimizer.param_groups[0]["lr"])
-                    self._check(bad, epoch, index + 1)
+                    shown.line(index + 1, sums.compute(), self.stepper.optimizer.param_groups[0]["lr"])
+                    with self.world.agreed():
+                        self._check(epoch, index + 1, count, sums, statistics)
                 else:
                     shown.advance(index + 1)
                 if (signal := self.stopped()) and steps and index + 1 < count:
+                    statistics.mend()
                     raise Stopped(signal, index + 1, sums.state_dict())
-        return sums.compute()[0]
+        means = sums.compute()
+        self._row = sums.row_on_device
+        if sums.bad:
+            self.progress.say(
+                f"epoch {epoch + 1}/{self.progress.epochs}  {sums.bad} of {count * self.world.size} batches had a loss "
+                "that is not finite" + ("; their steps were skipped" if self.stepper.skips else "")
+            )
+        return means
 
-    def _backward(self, result: dict[str, Any], share: int) -> None:
+    def _backward(self, result: dict[str, Any], parts: int) -> None:
         try:
-            self.stepper.backward(result, share)
-        except ValueError as error:  # of the balance: a loss below 0, or what does not go with --amp
+            self.stepper.backward(result, parts)
+        except ValueError as error:  # of the balance, such as a loss below 0
             raise UsageError(f"--kd-balance {self.options.kd_balance}: {error}") from error
 
     def _skipped(self) -> Tensor | None:
-        """Whether the last step was; a scaler looks for its scale by steps that are skipped."""
+        """Whether a gradient of the last step was not finite; a scaler looks for its scale by such steps."""
         searching = self.options.amp and self.options.amp_dtype == "float16"
         balance = None if searching else self.stepper.balance
-        return None if balance is None else balance.skipped
+        return None if balance is None else ~balance.norm.isfinite()
 
-    def _check(self, bad: list[float], epoch: int, iteration: int) -> None:
-        assert self.divergence is not None
+    def _check(self, epoch: int, done: int, count: int, sums: Losses, statistics: Statistics) -> None:
+        """Raises Diverged, see `train_epoch`; else there is nothing in the model that is not finite."""
         group = self.stepper.optimizer.param_groups[0]
         lr = group.get("initial_lr", group["lr"])  # before the schedule
-        remedy = (
-            f"start anew with a --lr below {lr:.3g}, a --clip-grad or more --warmup-epochs; the checkpoints and the "
-            "report of the finished epochs are as they were"
-        )
-        try:
-            self.divergence.check(bad, epoch, iteration, remedy)
-        except Diverged as error:  # the same on all ranks
-            raise error if self.world.first else ToldElsewhere(str(error)) from error
+        sums.check(epoch, done, count, self.stepper.skips, lr)
+        if sums.bad:
+            statistics.mend()
+        statistics.keep()
+        if done == count and (name := statistics.spoiled()):
+            raise diverged(epoch, done, f"{name} was not finite", lr)
 
     def _step(self) -> None:
         self.stepper.step()
@@ -211,34 +217,3 @@ def evaluate(
             output = model(input)
         evaluator.update(output[0] if isinstance(output, (tuple, list)) else output, target)
     return dict(evaluator.compute(distributed=True) if distributed else evaluator.compute())
-
-
-class _Means:
-    """Means over the samples of all ranks, added up on the device."""
-
-    def __init__(self, world: World, state: dict[str, Any] | None = None) -> None:
-        self._world = world
-        self._sums: dict[str, Tensor] = dict(state["sums"]) if state else {}
-        self._count: int = state["count"] if state else 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """To go on from."""
-        return {"sums": {name: value.cpu() for name, value in self._sums.items()}, "count": self._count}
-
-    @torch.no_grad()
-    def add(self, values: dict[str, Tensor], n: int) -> None:
-        for name, value in values.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros((), dtype=torch.float64, device=value.device)
-            self._sums[name] = self._sums[name].to(value.device).add_(value.detach() * n)
-        self._count += n
-
-    def compute(self, more: Tensor | None = None) -> tuple[dict[str, float], list[float]]:
-        """The means over the samples, and those of `more` over the ranks, with one copy to the host."""
-        values = torch.stack([*self._sums.values(), next(iter(self._sums.values())).new_tensor(self._count)])
-        if more is not None:
-            values = torch.cat([values, more.to(values.device)])
-        found = self._world.sum(values).tolist()
-        count, others = found[len(self._sums)], found[len(self._sums) + 1 :]
-        means = {name: value / count for name, value in zip(self._sums, found[: len(self._sums)], strict=True)}
-        return means, [value / self._world.size for value in others]

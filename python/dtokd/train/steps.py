@@ -31,6 +31,10 @@ class Stepper(Protocol):
     def balance(self) -> Balance | None:
         """Of the last step, if it was balanced."""
 
+    @property
+    def skips(self) -> bool:
+        """Whether a step with a loss that is not finite changes nothing; otherwise it spoils the parameters."""
+
     def backward(self, result: Result, parts: int) -> None:
         """Add the gradients of a micro-batch, which is one of `parts` in this step."""
 
@@ -56,6 +60,11 @@ class WeightedSum:
         clip: Callable[[], None] | None,
     ) -> None:
         self.optimizer, self._scaler, self._clip = optimizer, scaler, clip
+
+    @property
+    def skips(self) -> bool:
+        """As torch: under a GradScaler alone."""
+        return self._scaler.is_enabled()
 
     def backward(self, result: Result, parts: int) -> None:
         """One pass."""
@@ -99,6 +108,11 @@ class Filled(WeightedSum):
         super().__init__(optimizer, scaler, clip)
         self._weighting, self._gram, self._private, self._rescale = weighting, gram, private, rescale
 
+    @property
+    def skips(self) -> bool:
+        """`.grad` stays as it was, or becomes zero."""
+        return True
+
     def backward(self, result: Result, parts: int) -> None:
         """Balance this micro-batch."""
         self.balance = dk.backward(
@@ -140,6 +154,11 @@ class Fused(WeightedSum):
         self._ranks: Replicas | None = None
 
     @property
+    def skips(self) -> bool:
+        """And counts the step."""
+        return True
+
+    @property
     def balance(self) -> Balance | None:  # type: ignore[override]
         """Of the last step."""
         return self.optimizer.balance
@@ -166,16 +185,8 @@ class Fused(WeightedSum):
             self._ranks.load_state_dict(state["ranks"])
 
 
-def _at_least(loss: Tensor) -> Tensor:
-    """A loss at its bound of 0, or below by rounding, as a constant: with no gradient it is left out of the step.
-
-    One that is further below is no such loss, and the balance refuses it.
-    """
-    return torch.where((loss > -1e-5) & (loss < 1e-7), 1e-7, loss)
-
-
 def _losses(result: Result) -> dict[str, Tensor]:
-    return {name: _at_least(loss.float()) for name, loss in result["objectives"].items()}
+    return {name: loss.float() for name, loss in result["objectives"].items()}
 
 
 def clipping(limit: float | None, mode: str, parameters: Iterable[Tensor]) -> Callable[[], None] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class HFDetector(Detector):
         super().__init__(mean, std)
         self.class_weight = class_weight
         self.net, config = net, net.config
+        net.loss_function = _of_finite_boxes(net.loss_function)
         self.kind: str = config.model_type
         self.sigmoid = self.kind not in SOFTMAX
         self.queries: int = config.num_detection_tokens if self.kind == "yolos" else config.num_queries
@@ -121,6 +123,22 @@ class HFDetector(Detector):
     def class_names(self) -> dict[int, str]:
         """As the checkpoint calls them."""
         return {int(index): str(name) for index, name in self.net.config.id2label.items()}
+
+
+def _of_finite_boxes(loss_function: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss of transformers' that is NaN where the predictions are not finite, instead of an error of its matching."""
+
+    def loss(logits: Tensor, labels: Any, device: Any, boxes: Tensor, *more: Any, **named: Any) -> Any:
+        try:
+            return loss_function(logits, labels, device, boxes, *more, **named)
+        except ValueError:
+            given = [x for x in (logits, boxes, *more, *named.values()) if isinstance(x, Tensor)]
+            if all(bool(x.isfinite().all()) for x in given):
+                raise
+            nothing = (logits.sum() + boxes.sum()) * torch.nan
+            return nothing, {"loss_ce": nothing}, None
+
+    return loss
 
 
 def _relative(boxes: Tensor, size: tuple[int, int]) -> Tensor:
