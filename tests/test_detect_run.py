@@ -129,6 +129,20 @@ def test_directory_teaches_and_student_loads(coco, tmp_path, capsys):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
+def test_metric_that_is_nan_in_all_epochs(coco, tmp_path, capsys):
+    """There is no large object: the student is the last epoch's, and the report says why."""
+    options = [*common(coco, tmp_path), *FCOS_OPTIONS, "--pictures", "0", "--eval-metric", "ap_large"]
+    assert main(["detect", *options, "--experiment", "x"]) == 0
+    told = capsys.readouterr().out
+    assert "--eval-metric ap_large: instances_val.json has no object of this size" in told
+    assert "ap_large is nan in all epochs" in told
+    best, last = (load_file(tmp_path / "x" / f"student{name}.safetensors") for name in ("", "-last"))
+    assert all(torch.equal(best[name], last[name]) for name in best)
+    assert "ap_large is nan in all of them" in (tmp_path / "x" / "report.html").read_text()
+    assert main(["detect", *options, "--experiment", "x", "--resume", "auto", "--epochs", "3"]) == 0
+    assert load_checkpoint(tmp_path / "x" / "checkpoints" / "epoch-0003.safetensors")["best"]["epoch"] == 2
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [

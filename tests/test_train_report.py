@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 import timm
 import torch
-from dtokd import evaluate, sweep
+from dtokd import evaluate, metric, sweep
 from dtokd.cli import main
 from dtokd.errors import UsageError
 from dtokd.report.chart import line_chart
@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]
+NAN = float("nan")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
@@ -266,6 +267,33 @@ def test_compare():
     assert reference.difference == 0
     assert [line.balance for line in sweep.compare({"fixed:0": [1.0], "dto": [2.0]}, lower=True)] == ["fixed:0", "dto"]
     assert "difference" not in sweep.markdown(sweep.compare({"dto": [1.0]}), "top1", [0], 1)
+
+
+def test_seeds_that_gave_nan():
+    """Are worse than any number, as reference, in the order and seed by seed."""
+    results = {"fixed:0.1": [NAN, 5.0], "fixed:0.5": [1.0, 2.0], "dto": [3.0, 1.0], "none": [NAN, NAN]}
+    for lower, order in ((False, ["dto", "fixed:0.5"]), (True, ["fixed:0.5", "dto"])):
+        lines = sweep.compare(results, lower)
+        assert [line.balance for line in lines] == [*order, "fixed:0.1", "none"]
+        assert next(line.balance for line in lines if line.reference) == "fixed:0.5"
+    dto = next(line for line in sweep.compare({"fixed:0.1": [NAN, 5.0], "dto": [3.0, NAN]}) if not line.reference)
+    assert dto.won == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "lower", "best"),
+    [
+        ([1.0, 3.0, 2.0, 3.0], False, 1),
+        ([1.0, 3.0, 2.0, 1.0], True, 0),
+        ([NAN, 1.0, NAN, 2.0, NAN], False, 3),
+        ([NAN, 2.0, NAN, 1.0, float("inf")], True, 3),
+        ([NAN, NAN, NAN], False, 2),
+        ([NAN, NAN, NAN], True, 2),
+    ],
+)
+def test_best_epoch(values, lower, best):
+    """NaN is no epoch's best while there is a number; the last one of nothing but NaN has learned longest."""
+    assert metric.best_of(values, lower) == best
 
 
 @pytest.mark.parametrize("text", ["nobody", "fixed:x", "dto:speed=1", "dto:lr=fast"])

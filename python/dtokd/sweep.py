@@ -15,6 +15,7 @@ from statistics import fmean, stdev
 from . import identity
 from .errors import Diverged, UsageError
 from .files import as_json, write_text
+from .metric import is_lower_better, rank
 from .train import data
 from .train.options import BALANCES, OUTSIDE, add_arguments, plain, read_value
 from .train.progress import Progress
@@ -81,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         )
     metric = ("ema_" if options.model_ema else "") + options.eval_metric
     results = {text: [_last(path, f"eval_{metric}") for path in several] for text, several in paths.items()}
-    rows = compare(results, lower=metric.endswith("loss"))
+    rows = compare(results, lower=is_lower_better(metric))
     write_rows(
         folder / "sweep.csv",
         [
@@ -191,7 +192,7 @@ class Line:
 
     Attributes:
         balance: its text.
-        mean, deviation: over the seeds; the sample standard deviation, NaN for one seed.
+        mean, deviation: over the seeds; the sample standard deviation, NaN for one seed or where a seed gave NaN.
         difference, error: to the best fixed weights, seed by seed: mean, and its standard error; NaN without these.
         won: seeds in which it is better; -1 without fixed weights.
         reference: whether it is these best fixed weights.
@@ -207,7 +208,7 @@ class Line:
 
 
 def compare(results: Mapping[str, Sequence[float]], lower: bool = False) -> list[Line]:
-    """Each balance against the fixed weights with the best mean.
+    """Each balance against the fixed weights with the best mean; a mean of NaN is the worst.
 
     Args:
         results: by balance, one number per seed, the same seeds in the same order.
@@ -216,26 +217,30 @@ def compare(results: Mapping[str, Sequence[float]], lower: bool = False) -> list
     Returns:
         A line per balance, the best mean first.
     """
-    sign = -1.0 if lower else 1.0
     means = {text: fmean(values) for text, values in results.items()}
     fixed = [text for text in results if text.startswith("fixed")]
-    best = max(fixed, key=lambda text: sign * means[text]) if fixed else None
+    best = max(fixed, key=lambda text: rank(means[text], lower)) if fixed else None
     lines = []
     for text, values in results.items():
-        differences = [] if best is None else [a - b for a, b in zip(values, results[best], strict=True)]
-        several = len(values) > 1
+        pairs = [] if best is None else list(zip(values, results[best], strict=True))
+        differences = [a - b for a, b in pairs]
         lines.append(
             Line(
                 text,
                 means[text],
-                stdev(values) if several else math.nan,
+                _deviation(values),
                 fmean(differences) if differences else math.nan,
-                stdev(differences) / math.sqrt(len(differences)) if several and differences else math.nan,
-                sum(sign * d > 0 for d in differences) if differences else -1,
+                _deviation(differences) / math.sqrt(len(values)),
+                sum(rank(a, lower) > rank(b, lower) for a, b in pairs) if pairs else -1,
                 text == best,
             )
         )
-    return sorted(lines, key=lambda line: -sign * line.mean)
+    return sorted(lines, key=lambda line: -rank(line.mean, lower))
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Of a sample; NaN where it has none."""
+    return stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
 
 
 def markdown(lines: Sequence[Line], metric: str, seeds: Sequence[int], epochs: int) -> str:

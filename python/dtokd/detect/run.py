@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 from timm.utils import random_seed
@@ -22,6 +23,9 @@ from .data import make_loader, read_splits
 from .detectors.base import Detector
 from .detectors.build import make_student
 from .pictures import draw_pictures
+
+#: In pixels, of the objects that COCO's metrics by size count.
+AREAS = {"ap_small": (0.0, 32.0**2), "ap_medium": (32.0**2, 96.0**2), "ap_large": (96.0**2, math.inf)}
 
 
 def detect(options: argparse.Namespace, progress: Progress | None = None) -> Outcome:
@@ -44,6 +48,11 @@ def _detect(options: argparse.Namespace, run: RunDir, progress: Progress | None)
     train, validation = read_splits(options)
     for split in filter(None, (train, validation)):
         progress.say(_told(split))
+    if validation is not None and not _judges(validation, options.eval_metric):
+        progress.say(
+            f"--eval-metric {options.eval_metric}: {validation.path.name} has no object of this size, so it is nan in "
+            "all epochs and the last one counts as the best; ap would tell them apart"
+        )
     random_seed(options.seed, 0)
     student = make_student(options, len(train.categories)).to(device)
     task = build(options, student, train, validation, device)
@@ -81,6 +90,12 @@ def _told(split: Annotations) -> str:
     parts += [f"{split.crowds} crowd regions, ignored"] if split.crowds else []
     parts += [f"{split.degenerate} boxes without area, not learned"] if split.degenerate else []
     return f"{split.path.name}: {', '.join(parts)}"
+
+
+def _judges(split: Annotations, metric: str) -> bool:
+    """Whether there is an object that the metric is about."""
+    low, high = AREAS.get(metric, (0.0, math.inf))
+    return any(low <= a["area"] <= high for a in split.content["annotations"] if not a["iscrowd"])
 
 
 def main(options: argparse.Namespace) -> int:

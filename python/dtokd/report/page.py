@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..metric import best_of, is_lower_better
 from ..train.rundir import read_rows
 from .chart import line_chart
 
@@ -128,11 +129,11 @@ def _headline(settings: Mapping[str, Any], epochs: Mapping[str, list[float]]) ->
     name = prefix + settings["eval_metric"]
     if name not in epochs:
         return escape(f"{what}. {done}.")
-    pick = min if name.endswith("loss") else max
-    best = pick(value for value in epochs[name] if not math.isnan(value))
-    return escape(f"{what}. {done}; best {name.removeprefix('eval_')} {best:.4g} in epoch ") + str(
-        int(epochs["epoch"][epochs[name].index(best)]) + 1
-    )
+    best = best_of(epochs[name], is_lower_better(name))
+    metric, value = name.removeprefix("eval_"), epochs[name][best]
+    if math.isnan(value):
+        return escape(f"{what}. {done}; {metric} is nan in all of them, so none is the best.")
+    return escape(f"{what}. {done}; best {metric} {value:.4g} in epoch {epochs['epoch'][best] + 1:.0f}")
 
 
 def _charts(epochs: Mapping[str, list[float]], steps: Mapping[str, list[float]]) -> Iterable[str]:

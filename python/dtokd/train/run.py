@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from .. import networks as _networks  # noqa: F401  registers CIFAR's with timm
 from ..card import CARD, input_config, make_card
 from ..errors import UsageError
 from ..files import as_json, read_weights, write_text
+from ..metric import is_lower_better, replaces
 from ..monitor import CSV, BalanceLogger, Row, Sink, TensorBoard, columns_of, means_of
 from ..objectives.build import build, use_cache
 from ..objectives.task import DistillationTask
@@ -149,7 +151,7 @@ def fit(
     if options.model_ema:
         task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
     per_epoch = -(-len(loaders.train) // options.grad_accum_steps)
-    keywords = {**scheduler_kwargs(options, decreasing_metric=options.eval_metric == "loss")}
+    keywords = {**scheduler_kwargs(options, decreasing_metric=is_lower_better(options.eval_metric))}
     try:
         scheduler, epochs = create_scheduler_v2(
             stepper.optimizer, **{**keywords, "num_epochs": options.epochs}, updates_per_epoch=per_epoch
@@ -212,8 +214,10 @@ def fit(
                 write_report(run.path)
             for line in skipped(run.bad_images):
                 progress.say(f"skipped image: {line}")
-    if at.best is not None:
-        name = _metric(options)
+    name = _metric(options)
+    if at.best is not None and math.isnan(at.best[name]):
+        progress.say(f"{name} is nan in all epochs, so none is the best; {run.student} is the last one's")
+    elif at.best is not None:
         progress.say(f"best {name} {at.best[name]:.4g} in epoch {at.best['epoch'] + 1:.0f}: {run.student}")
     return Outcome(run.path, at.best)
 
@@ -397,17 +401,18 @@ def _epoch(
         if task.has_ema():
             averaged = engine.evaluate(loaders.validation, ema=True)
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
+    name, best = _metric(options), at.best
     if engine.scheduler is not None:
-        engine.scheduler.step(epoch + 1, metrics.get(_metric(options)))
+        judged = metrics.get(name, math.nan)
+        engine.scheduler.step(epoch + 1, None if math.isnan(judged) else judged)
     row = {"epoch": epoch} | {f"train_{name}": value for name, value in losses.items()}
     row |= {f"eval_{name}": value for name, value in metrics.items()}
     row |= {"lr": at.lr, **collected.take(), "seconds": round(time.monotonic() - start, 3)}
     if metrics:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         engine.progress.say(f"epoch {epoch + 1}/{engine.progress.epochs}  evaluation  {shown}")
-    name, best = _metric(options), at.best
-    better = best is None or (metrics[name] < best[name] if name.endswith("loss") else metrics[name] > best[name])
-    if metrics and better:
+    better = bool(metrics) and replaces(metrics[name], None if best is None else best[name], is_lower_better(name))
+    if better:
         best = {"epoch": epoch, **metrics}
     weights = _student(task, ema=task.has_ema())
 
