@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from dtokd.detect import objectives
 from dtokd.detect.batch import Images, Outputs
 from dtokd.detect.build import share_queries
+from dtokd.detect.data import collate
 from dtokd.detect.detectors import deformable
-from dtokd.detect.detectors.build import columns
+from dtokd.detect.detectors.build import DENSE, columns
 from dtokd.detect.detectors.dense import Dense, make_backbone
 from dtokd.detect.detectors.hf import KINDS, HFDetector, load_folder
 from dtokd.detect.matching import match_queries, pick
@@ -154,7 +154,7 @@ def test_detections_are_transformers(tmp_path):
     with torch.no_grad():
         result = detector._run(batch)
         theirs = processor.post_process_object_detection(result, 0.0, torch.tensor(batch.sizes), top_k=30)
-        ours = detector(batch).images
+        ours = detector.detect(detector.observe(batch), batch).images
     for size, a, b in zip(batch.sizes, ours, theirs, strict=True):
         assert torch.equal(a["scores"], b["scores"])
         assert torch.equal(a["labels"], b["labels"])
@@ -178,15 +178,56 @@ def test_sizes(size, millions):
     assert outputs.logits.shape == (2, 100, 80)
 
 
-def test_padding_does_not_reach_the_image():
-    """More of it changes nothing but rounding: the backbone's convolutions see zeros either way."""
-    detector, batch = vidt(encoder_layers=1).eval(), images()
-    wider = Images(F.pad(batch.pixels, (0, 32)), F.pad(batch.mask, (0, 32)), batch.sizes)
+def unequal():
+    """Images of sizes of their own: the first two have the same padding alone."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(50, 64), (64, 40), (40, 90), (96, 64)]
+    return [torch.rand(3, *size, generator=generator) for size in sizes]
+
+
+def collated(pixels):
+    return collate([(p, {"boxes": torch.zeros(0, 4)}) for p in pixels])[0]
+
+
+@pytest.mark.parametrize("kind", ["fcos", "retinanet", "vidt", "vidt with encoder", *KINDS])
+def test_padding_does_not_change_what_is_found(kind):
+    """An image alone and beside larger ones, in every detector; other batches round differently."""
+    if kind in DENSE:
+        detector = dense(kind)
+        detector.net.score_thresh = 0.0
+    elif kind.startswith("vidt"):
+        detector = vidt(encoder_layers=int("with" in kind))
+    else:
+        torch.manual_seed(0)
+        detector = HFDetector(transformers.AutoModelForObjectDetection.from_config(configuration(kind)))
+    detector.eval()
+    pixels = unequal()
     with torch.no_grad():
-        assert (detector.normalised(wider)[..., 96:] == 0).all()
-        a, b = detector(batch).images[1], detector(wider).images[1]
-    assert (a["boxes"] <= 64).all()
-    assert (b["boxes"] <= 64).all()
+        together = detector(collated(pixels)).images
+        for image, found in zip(pixels, together, strict=True):
+            (alone,) = detector(collated([image])).images
+            torch.testing.assert_close(found["scores"], alone["scores"], rtol=1e-4, atol=1e-6)
+            assert in_both(found, alone) >= 0.97 * len(alone["scores"])
+
+
+def in_both(found, alone):
+    """How many boxes are in both, with their class and score; equal scores may have changed places."""
+    rows = [torch.cat([f["boxes"], 100 * f["labels"][:, None], 100 * f["scores"][:, None]], 1) for f in (found, alone)]
+    return int((torch.cdist(*rows, p=torch.inf).amin(0) < 1e-2).sum())
+
+
+def test_images_are_padded_as_alone():
+    batch = collated(unequal())
+    assert batch.pixels.shape == (4, 3, 96, 96)
+    parts = list(batch.alike())
+    assert [numbers for numbers, _ in parts] == [[0, 1], [2], [3]]
+    assert [tuple(part.pixels.shape) for _, part in parts] == [(2, 3, 64, 64), (1, 3, 64, 96), (1, 3, 96, 64)]
+    for numbers, part in parts:
+        assert part.sizes == [batch.sizes[n] for n in numbers]
+        for n, pixels, mask in zip(numbers, part.pixels, part.mask, strict=True):
+            alone = collated([unequal()[n]])
+            assert torch.equal(pixels, alone.pixels[0])
+            assert torch.equal(mask, alone.mask[0])
 
 
 def test_class_names(tmp_path):

@@ -121,6 +121,8 @@ def test_directory_teaches_and_student_loads(coco, tmp_path, capsys):
     judged = json.loads(capsys.readouterr().out)
     assert judged["images"] == 4
     assert {key: judged[key] for key in ("ap", "ap50")} == {key: float(row[f"eval_{key}"]) for key in ("ap", "ap50")}
+    assert main(["eval", str(tmp_path / "x"), "--batch-size", "1"]) == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(judged, nan_ok=True)
     assert main(["eval", str(tmp_path / "x"), "--checkpoint", str(tmp_path / "absent")]) == 2
     assert "--checkpoint: there is no file" in capsys.readouterr().err
     start = ["--initial-checkpoint", str(tmp_path / "x" / "student.safetensors")]

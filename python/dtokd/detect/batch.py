@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,6 +12,14 @@ from torch import Tensor
 #: One image's: "boxes" [n, 4] x0 y0 x1 y1 in pixels of the resized image, "labels" [n] int64 from 0, and for the
 #: evaluation "image_id", "size" (height, width of the resized image), "original" (of the file's).
 Target = dict[str, Any]
+
+#: Height and width of a batch are multiples of it, as backbones of stride 32 like them.
+MULTIPLE = 32
+
+
+def padded(size: int) -> int:
+    """A side with its padding, where no other image of the batch is larger."""
+    return -(-size // MULTIPLE) * MULTIPLE
 
 
 @dataclass
@@ -29,6 +38,15 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def alike(self) -> Iterator[tuple[list[int], Images]]:
+        """Parts of the batch, with their numbers in it, in which each image is padded as it would be alone."""
+        numbers: dict[tuple[int, int], list[int]] = {}
+        for number, (height, width) in enumerate(self.sizes):
+            numbers.setdefault((padded(height), padded(width)), []).append(number)
+        for (height, width), part in numbers.items():
+            pixels, mask = self.pixels[part, :, :height, :width], self.mask[part, :height, :width]
+            yield part, Images(pixels, mask, [self.sizes[number] for number in part])
 
     def to(self, device: torch.device) -> Images:
         """On a device."""

@@ -22,10 +22,7 @@ from ..train.batches import Batches
 from ..train.images import CheckedImages
 from ..train.workers import worker_seed
 from .annotations import Annotations, read_annotations, usable
-from .batch import Images, Target
-
-#: Sizes of padded batches are multiples of it, as backbones of stride 32 like them.
-MULTIPLE = 32
+from .batch import Images, Target, padded
 
 
 class CocoImages(CocoDetection):
@@ -132,7 +129,7 @@ def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[Images, list[Target
     """Pad at the right and below to the largest image, and to a multiple of 32."""
     images, targets = zip(*batch, strict=True)
     sizes = [(int(i.shape[-2]), int(i.shape[-1])) for i in images]
-    height, width = (-(-max(s[d] for s in sizes) // MULTIPLE) * MULTIPLE for d in (0, 1))
+    height, width = (padded(max(s[d] for s in sizes)) for d in (0, 1))
     pixels = torch.zeros(len(images), 3, height, width)
     mask = torch.zeros(len(images), height, width, dtype=torch.bool)
     for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):

@@ -14,6 +14,24 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 MOST = 100
 
 
+class GroupNorm(nn.GroupNorm):
+    """Torch's, also for groups of one value, which are their bias: one image, as many channels as groups, a 1 x 1 map.
+
+    Torch refuses them, as nothing is learned there; a small image alone in a batch has such maps.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Of [B, C, ...]."""
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def take_any_image(net: nn.Module) -> None:
+    """Make torch's group norms in a network `GroupNorm`."""
+    for module in net.modules():
+        if type(module) is nn.GroupNorm:
+            module.__class__ = GroupNorm
+
+
 class Detector(nn.Module):
     """Images to detections.
 
@@ -58,8 +76,15 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: Images) -> Detections:
-        """In evaluation."""
-        return self.detect(self.observe(images), images)
+        """In evaluation: what is found in an image does not depend on the images beside it.
+
+        Padding would reach it: its border sees zeros in the first layer only, and what the next ones make of them
+        after that. So images that would have another padding alone are run apart.
+        """
+        found: dict[int, dict[str, Tensor]] = {}
+        for numbers, part in images.alike():
+            found.update(zip(numbers, self.detect(self.observe(part), part).images, strict=True))
+        return Detections([found[number] for number in range(len(images))])
 
     def probabilities(self, outputs: Outputs) -> Tensor:
         """[B, N, classes] in [0, 1]."""

@@ -16,7 +16,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ...errors import UsageError
 from ..batch import Detections, Images, Outputs, Target
-from .base import MEAN, MOST, STD, Detector
+from .base import MEAN, MOST, STD, Detector, take_any_image
 
 #: Strides of the backbone's maps that the pyramid takes; it adds 64 and 128.
 STRIDES = (8, 16, 32)
@@ -104,6 +104,7 @@ class Dense(Detector):
             anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)
             thresh = 0.5 if nms_thresh is None else nms_thresh
             self.net = RetinaNet(pyramid, classes, anchor_generator=anchors, nms_thresh=thresh, **shared)
+        take_any_image(self.net)
         # resizing, padding and normalising are ours: teacher and student must see the same pixels
         del self.net.transform
 

@@ -13,7 +13,7 @@ from torchvision.ops import box_convert
 
 from ...errors import UsageError
 from ..batch import Detections, Images, Outputs, Target
-from .base import MEAN, MOST, STD, Detector
+from .base import MEAN, MOST, STD, Detector, take_any_image
 
 #: Kinds whose classes compete in a softmax with "no object".
 SOFTMAX = ("detr", "yolos")
@@ -36,6 +36,7 @@ class HFDetector(Detector):
         super().__init__(mean, std)
         self.class_weight = class_weight
         self.net, config = net, net.config
+        take_any_image(net)
         net.loss_function = _of_finite_boxes(net.loss_function)
         self.kind: str = config.model_type
         self.sigmoid = self.kind not in SOFTMAX
