@@ -12,9 +12,10 @@ from dtokd.detect import install
 from dtokd.detect import options as detect_options
 from dtokd.detect.annotations import read_annotations
 from dtokd.detect.batch import Detections
-from dtokd.detect.data import CocoImages, collate, index, make_transforms
+from dtokd.detect.data import CocoImages, collate, index, make_transforms, small_boxes
 from dtokd.detect.errors import KINDS, _Matched, split_errors
 from dtokd.detect.evaluate import CocoEvaluator
+from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
 from .coco import CATEGORIES, FCOS, VIDT, common, edited, write_coco
@@ -43,7 +44,7 @@ def test_targets(coco):
     """Category ids with gaps are labels from 0; crowds and boxes without area are not learned; none is fine."""
     images, annotations = dataset(coco)
     assert annotations.categories == dict(sorted(CATEGORIES.items()))
-    assert (annotations.crowds, annotations.degenerate, annotations.empty) == (1, 1, 1)
+    assert (annotations.boxes.crowds, annotations.boxes.degenerate, annotations.empty) == (1, 1, 1)
     truth = json.loads(annotations.path.read_text())["annotations"]
     for number in range(len(images)):
         pixels, target = images[number]
@@ -122,10 +123,10 @@ def random_detections(truth, seed):
     for a in truth.dataset["annotations"]:
         for _ in range(random.integers(0, 4)):
             box = np.array(a["bbox"]) + random.normal(0, 3, 4)
-            category = a["category_id"] if random.random() < 0.7 else random.choice(list(CATEGORIES))
+            category = a["category_id"] if random.random() < 0.7 else random.integers(3)
             rows.append([a["image_id"], *np.maximum(box, 1), random.random(), category])
     for _ in range(10):
-        rows.append([random.integers(8), *random.uniform(1, 30, 4), random.random(), random.choice(list(CATEGORIES))])
+        rows.append([random.integers(8), *random.uniform(1, 30, 4), random.random(), random.integers(3)])
     return np.array(rows, dtype=float)
 
 
@@ -179,20 +180,68 @@ def test_each_error_is_named(kind, rows):
             assert errors[other] == pytest.approx(0), other
 
 
+def first(change):
+    """To the first annotation."""
+    return lambda content: change(content["annotations"][0])
+
+
+def every(change):
+    """To each annotation's box."""
+
+    def changed(content):
+        size = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
+        for a in content["annotations"]:
+            a["bbox"] = [float(value) for value in change(np.array(a["bbox"]), np.array(size[a["image_id"]] * 2))]
+
+    return changed
+
+
 BAD = {
-    "a file that is missing": lambda c: c["images"][0].update(file_name="absent.png"),
-    "is of image 77, which the file does not list": lambda c: c["annotations"][0].update(image_id=77),
-    "is of category 5, which": lambda c: c["annotations"][0].update(category_id=5),
+    "1 of 8 images": lambda c: c["images"][0].update(file_name="absent.png"),
+    "annotations[0] (id 1) is of image 77, which the file does not list": first(lambda a: a.update(image_id=77)),
+    "is of image '0', which the file does not list": first(lambda a: a.update(image_id="0")),
+    "is of category 5, which": first(lambda a: a.update(category_id=5)),
+    "annotations[0] (id 1) has the image_id null; write a whole number or a text": first(lambda a: a.pop("image_id")),
+    "has the category_id 3.5; write a whole number": first(lambda a: a.update(category_id=3.5)),
+    "annotations[0] is 3, not an object": lambda c: c["annotations"].insert(0, 3),
     "has no box to learn from": lambda c: c.update(annotations=[]),
     "the categories of": lambda c: c["categories"][0].update(name="other"),
-    "has no bbox of x, y, width, height": lambda c: c["annotations"][0].update(bbox=[1, 2, 3]),
-    "is not as COCO has it: KeyError 'bbox'": lambda c: c["annotations"][0].pop("bbox"),
-    "several images of one id": lambda c: c["images"][0].update(id=1),
-    "must be whole numbers": lambda c: c["images"][0].update(width="64"),
+    "has no bbox of x, y, width, height, four numbers in pixels, but [1, 2, 3]": first(
+        lambda a: a.update(bbox=[1, 2, 3])
+    ),
+    "but null": first(lambda a: a.pop("bbox")),
+    'but [1, 2, "3", 4]': first(lambda a: a.update(bbox=[1, 2, "3", 4])),
+    "but [1, 2, NaN, 4]": first(lambda a: a.update(bbox=[1, 2, float("nan"), 4])),
+    "but [true, 2, 3, 4]": first(lambda a: a.update(bbox=[True, 2, 3, 4])),
+    'annotations[0] (id 1) has the area "400"; write its pixels, or leave it out': first(
+        lambda a: a.update(area="400")
+    ),
+    "has the area -4": first(lambda a: a.update(area=-4)),
+    "has the area Infinity": first(lambda a: a.update(area=float("inf"))),
+    'has the iscrowd "0"; write 0 or 1': first(lambda a: a.update(iscrowd="0")),
+    "has the iscrowd 2": first(lambda a: a.update(iscrowd=2)),
+    "images[1] has the id 0 of images[0]": lambda c: c["images"][1].update(id=0),
+    "images[0] has the id null": lambda c: c["images"][0].pop("id"),
+    "images[0] has the id true": lambda c: c["images"][0].update(id=True),
+    "images[0] has the file_name null": lambda c: c["images"][0].pop("file_name"),
+    'images[0] (0.png) has the width "64"; widths and heights must be whole numbers': lambda c: c["images"][0].update(
+        width="64"
+    ),
+    "has the height 0;": lambda c: c["images"][0].update(height=0),
+    "has the height 63.5;": lambda c: c["images"][0].update(height=63.5),
+    "has the width null": lambda c: c["images"][0].pop("width"),
+    "categories[0] has the id [90]": lambda c: c["categories"][0].update(id=[90]),
+    "categories[1] has the id 90 of another category": lambda c: c["categories"][1].update(id=90),
+    "categories[0] has the name null": lambda c: c["categories"][0].pop("name"),
     "has no lists images": lambda c: c.pop("images"),
     "has 10 queries, but an image of": lambda c: c["annotations"].extend(
         {"id": 100 + i, "image_id": 0, "category_id": 3, "bbox": [i, i, 9, 9]} for i in range(11)
     ),
+    "so they are fractions of the image; COCO's bbox is": every(lambda box, size: box / size),
+    "would not if they were two corners; COCO's bbox is": every(lambda box, size: np.add(box, [0, 0, *box[:2]])),
+    "boxes have no area and 0 are outside their image": every(lambda box, size: box * [1, 1, 0, 1]),
+    "are outside their image, so there is next to nothing": every(lambda box, size: np.add(box, [70, 0, 0, 0])),
+    "are less than a pixel wide or high in images of 48": every(lambda box, size: box * [1, 1, 0.02, 1]),
 }
 
 
@@ -206,12 +255,186 @@ def fails(capsys, *texts):
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_annotations(coco, tmp_path, capsys, message):
-    """Before anything is written."""
+    """Before anything is written, in one line."""
     data = edited(coco, tmp_path / "data", "train", BAD[message])
     error = fails(capsys, *common(data, tmp_path / "runs"), *VIDT)
-    assert message.replace("a file that is missing", "1 of 8 images") in error
-    assert ("absent.png" in error) == ("a file" in message)
+    assert message in error
+    assert error.count("\n") == 1
+    assert ("absent.png" in error) == (message == "1 of 8 images")
     assert not (tmp_path / "runs").exists()
+
+
+def perfect(annotations, score=0.9):
+    """What the evaluation makes of the boxes themselves."""
+    evaluator, by_image = CocoEvaluator(annotations), {}
+    for a in annotations.content["annotations"]:
+        if a["bbox"][2] and not a["iscrowd"]:
+            by_image.setdefault(a["image_id"], []).append(a)
+    for image in annotations.content["images"]:
+        size = image["height"], image["width"]
+        own = by_image.get(image["id"], [])
+        boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in own)]
+        detections = Detections([found(boxes, [a["category_id"] for a in own], [score] * len(own))])
+        evaluator.update(detections, [{"image_id": annotations.image_ids[image["id"]], "size": size, "original": size}])
+    return evaluator.compute()
+
+
+def renamed(image=lambda i: i, category=lambda i: i, identity=lambda n, i: i):
+    """Other ids for images, categories and the annotations, the n-th of which has the id i."""
+
+    def change(content):
+        content["annotations"] = [a for a in content["annotations"] if a["bbox"][2]]
+        for n, a in enumerate(content["annotations"]):
+            a["id"] = identity(n, a["id"])
+            a["image_id"], a["category_id"] = image(a["image_id"]), category(a["category_id"])
+        for entry in content["images"]:
+            entry["id"] = image(entry["id"])
+        for entry in content["categories"]:
+            entry["id"] = category(entry["id"])
+
+    return change
+
+
+def without(*keys):
+    def change(content):
+        renamed()(content)
+        for a in content["annotations"]:
+            for key in keys:
+                del a[key]
+
+    return change
+
+
+def with_null(content):
+    renamed()(content)
+    for a in content["annotations"]:
+        if not a["iscrowd"]:
+            a.update(area=None, iscrowd=None, id=None)
+
+
+ACCEPTED = {
+    "as it is": renamed(),
+    "annotation ids from 0": renamed(identity=lambda n, i: n),
+    "annotation ids that repeat": renamed(identity=lambda n, i: n % 2),
+    "annotation ids that are text": renamed(identity=lambda n, i: f"a{i}"),
+    "no annotation ids": without("id"),
+    "no area": without("area"),
+    "null": with_null,
+    "image ids above 2^53": renamed(image=lambda i: 2**53 + 1 + 2 * i),
+    "image ids of 20 digits": renamed(image=lambda i: 20260915123456781234 + i),
+    "image ids that are text": renamed(image=lambda i: f"2026/{i}.png"),
+    "image ids that are whole floats": renamed(image=float),
+    "category ids above 2^53": renamed(category=lambda i: 2**60 + i),
+    "category ids that are text": renamed(category=lambda i: f"c{i:02}"),
+    "numbers and texts in fields that nobody reads": lambda c: (
+        renamed()(c),
+        c.update(info=3, licenses="none"),
+        [a.update(segmentation=7, ignore="x", attributes=[None]) for a in c["annotations"]],
+        [image.update(date_captured=5, license=[]) for image in c["images"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_what_ids_and_missing_fields_mean(coco, tmp_path, name):
+    """The same targets, and AP 1 of perfect detections."""
+    expected = dataset(edited(coco, tmp_path / "plain", "train", ACCEPTED["as it is"]))[0]
+    images, annotations = dataset(edited(coco, tmp_path / "data", "train", ACCEPTED[name]))
+    metrics = perfect(annotations)
+    assert metrics["ap"] == pytest.approx(1)
+    assert sum(metrics[f"error_{kind}"] for kind in KINDS) == pytest.approx(0)
+    file = json.loads(annotations.path.read_text())
+    for number, entry in enumerate(file["images"]):
+        _, own = images[number]
+        _, target = expected[number]
+        assert own["image_id"] == entry["id"]
+        assert torch.equal(own["boxes"], target["boxes"])
+        assert torch.equal(own["labels"], target["labels"])
+    assert list(annotations.categories) == sorted(entry["id"] for entry in file["categories"])
+
+
+def test_detections_that_are_not_finite_find_nothing(coco, tmp_path):
+    _, annotations = dataset(edited(coco, tmp_path / "data", "train", ACCEPTED["as it is"]))
+    assert perfect(annotations, score=float("nan"))["ap"] == 0
+
+
+def test_boxes_that_training_drops_are_counted(coco, tmp_path, capsys):
+    """One line each, before training."""
+
+    def change(content):
+        boxes = [a for a in content["annotations"] if a["bbox"][2] and not a["iscrowd"]]
+        boxes[0]["bbox"] = [100, 10, 5, 5]
+        boxes[1]["bbox"][2] = 100
+        boxes[2]["bbox"][2] = 0.5
+        content["images"].append({**content["images"][0], "id": 99})
+
+    data = edited(coco, tmp_path / "data", "train", change)
+    assert main(["detect", *common(data, tmp_path / "runs"), *FCOS, "--epochs", "1", "--pictures", "0"]) == 0
+    told = capsys.readouterr().out.split("vidt_nano")[0]
+    count = read_annotations(data / "annotations" / "instances_train.json", data / "train").boxes.objects
+    for text in (
+        f"1 of {count} boxes have no area and 1 are outside their image",
+        f"1 of {count} boxes reach beyond their image",
+        f"1 of {count} boxes are less than a pixel wide or high at --img-size 48",
+        "1 images are listed more than once",
+    ):
+        assert f"instances_train.json: warning: {text}" in told
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_counted_boxes_are_those_that_training_drops(coco, tmp_path, square):
+    """Against the transforms themselves, at sizes around a pixel."""
+
+    def change(content):
+        for n, a in enumerate(content["annotations"]):
+            a["bbox"][2 + n % 2] = 0.4 + 0.1 * n
+            a["bbox"][n % 2] -= 0.05 * n
+
+    data = edited(coco, tmp_path / "data", "train", change)
+    options = ["--img-size", "40", "--max-size", "50", "--hflip", "0", *(["--square"] if square else [])]
+    images, annotations = dataset(data, *options, training=True)
+    kept = sum(len(images[number][1]["boxes"]) for number in range(len(images)))
+    boxes, small = annotations.boxes, small_boxes(annotations, settings(*options))
+    assert 0 < small < boxes.objects
+    assert kept == boxes.objects - boxes.degenerate - boxes.outside - small
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", ["upright", "stored", "square"])
+def test_photographs_are_read_upright(tmp_path, orientation, size):
+    """The box is where the object is as a viewer shows it; where the noted size is the stored one, as it is stored."""
+    width, height = (48, 48) if size == "square" else (64, 48)
+    upright = np.full((height, width, 3), 100, np.uint8)
+    upright[5:15, 30:46] = (255, 0, 0)
+    shown = Image.fromarray(upright)
+    # what a camera stores, such that the orientation brings it upright
+    turns = [None, "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM"]
+    turns += ["TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270"]
+    turn = turns[orientation - 1]
+    stored = shown if turn is None else shown.transpose(Image.Transpose[turn])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "train").mkdir()
+    stored.save(tmp_path / "train" / "0.jpg", exif=exif, quality=95, subsampling=0)
+    as_stored = size == "stored" and stored.size != shown.size
+    image = stored if as_stored else shown
+    where = np.argwhere(np.asarray(image)[..., 1] < 50)
+    (top, left), (bottom, right) = where.min(0).tolist(), (where.max(0) + 1).tolist()
+    box = [left, top, right - left, bottom - top]
+    content = {
+        "images": [{"id": 1, "file_name": "0.jpg", "width": image.width, "height": image.height}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": box}],
+        "categories": [{"id": 1, "name": "red"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    annotations = read_annotations(tmp_path / "a.json", tmp_path / "train")
+    pixels, target = CocoImages(tmp_path / "train", annotations, None)[0]
+    assert pixels.size == image.size
+    x0, y0, x1, y1 = map(int, target["boxes"][0].tolist())
+    inside = np.zeros((pixels.height, pixels.width), bool)
+    inside[y0:y1, x0:x1] = True
+    red = np.asarray(pixels)[..., 1] < 60
+    assert (red == inside).mean() > 0.98
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_scenes(scenes, tmp_path):
     for split in ("train", "val"):
         told = read_annotations(scenes / "annotations" / f"instances_{split}.json", scenes / split)
         assert told.categories == {0: "0", 1: "1", 2: "2"}
-        assert (told.empty, told.degenerate) == (0, 0)
+        assert (told.empty, told.boxes.degenerate) == (0, 0)
         assert 1 <= told.most <= 3
         same = json.loads((again / "annotations" / f"instances_{split}.json").read_text())
         assert same["annotations"] == [{k: a[k] for k in same["annotations"][0]} for a in told.content["annotations"]]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
@@ -21,14 +22,19 @@ from ..errors import UsageError
 from ..train.batches import Batches
 from ..train.images import CheckedImages
 from ..train.workers import worker_seed
-from .annotations import Annotations, read_annotations, usable
+from .annotations import Annotations, read_annotations
 from .batch import Images, Target, padded
+from .boxes import NEARLY_ALL, count_small, usable
+
+#: EXIF's tag, and its values that exchange width and height.
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
 
 class CocoImages(CocoDetection):
     """torchvision's CocoDetection, with targets as detectors take them.
 
-    Items are an image [3, H, W] float32 in [0, 1] and a `batch.Target`; an image without boxes has empty ones.
+    Items are an image [3, H, W] float32 in [0, 1] and a `batch.Target`, with the file's "image_id"; an image without
+    boxes has empty ones.
 
     Args:
         root: folder of the images.
@@ -40,31 +46,48 @@ class CocoImages(CocoDetection):
         VisionDataset.__init__(self, root, transforms)  # CocoDetection would read the file once more
         self.coco = index(annotations.content)
         self.ids = sorted(self.coco.imgs)
-        self._labels = annotations.label_of
+        self._image_ids = annotations.image_ids
 
     def filename(self, index: int) -> str:
         """For messages."""
         return str(self.coco.imgs[self.ids[index]]["file_name"])
 
     def _load_image(self, id: int) -> Any:
-        image = super()._load_image(id)
+        """Upright, unless the size that the file notes is the one before its rotation.
+
+        Programs to annotate with show photographs as their EXIF says, and so are boxes and sizes in nearly all files;
+        COCO's own tools, which read pixels as they are stored, fill in the size in the others.
+        """
         told = self.coco.imgs[id]
-        if image.size != (told["width"], told["height"]):  # boxes would be scaled wrongly
-            raise ValueError(f"it has {image.size} pixels, the annotations say {told['width']} x {told['height']}")
-        return image
+        size = told["width"], told["height"]
+        with Image.open(Path(self.root) / told["file_name"]) as stored:
+            orientation = _orientation(stored)
+            upright = stored.size[::-1] if orientation in SIDEWAYS else stored.size
+            if size not in (stored.size, upright):  # boxes would be scaled wrongly
+                raise ValueError(f"it has {upright} pixels, the annotations say {size[0]} x {size[1]}")
+            turned = ImageOps.exif_transpose(stored) if orientation != 1 and size == upright else stored
+            return turned.convert("RGB")
 
     def _load_target(self, id: int) -> Any:
         image = self.coco.imgs[id]
         size = (image["height"], image["width"])
-        kept = [a for a in super()._load_target(id) if usable(a)]
+        kept = [a for a in super()._load_target(id) if usable(a, image)]
         boxes = torch.tensor([a["bbox"] for a in kept], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         return {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
-            "labels": torch.tensor([self._labels[a["category_id"]] for a in kept], dtype=torch.int64),
-            "image_id": id,
+            "labels": torch.tensor([a["category_id"] for a in kept], dtype=torch.int64),
+            "image_id": self._image_ids[id],
             "original": size,
         }
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's; 1, upright, where there is none or it is damaged."""
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:
+        return 1
 
 
 def index(content: dict[str, Any]) -> Any:
@@ -169,17 +192,39 @@ def read_splits(options: argparse.Namespace) -> tuple[Annotations, Annotations |
     """Annotations of the training and the validation split.
 
     Raises:
-        UsageError: as `read_split`, or the splits have different categories.
+        UsageError: as `read_split`, or the splits have different categories, or nearly all boxes become too small.
     """
     train = read_split(options, options.train_split)
     validation = read_split(options, options.val_split) if options.val_split else None
     if validation is not None and validation.categories != train.categories:
-        only = sorted(set(train.categories.items()) ^ set(validation.categories.items()))[0]
+        only = sorted(set(train.categories.items()) ^ set(validation.categories.items()), key=str)[0]
         raise UsageError(
             f"--annotations: the categories of {train.path} and {validation.path} differ, first in {only}; labels "
             "would not mean the same"
         )
+    small, objects = small_boxes(train, options), train.boxes.objects
+    if small >= NEARLY_ALL * objects:
+        raise UsageError(
+            f"--img-size: {small} of {objects} boxes of {train.path} are less than a pixel wide or high in images of "
+            f"{options.img_size} pixels, so there is next to nothing to learn from; pass a larger one, or cut the "
+            "images into parts"
+        )
     return train, validation
+
+
+def small_boxes(annotations: Annotations, options: argparse.Namespace) -> int:
+    """How many of the boxes training drops since the largest size of its images leaves them no whole pixel."""
+
+    def resized(height: int, width: int) -> tuple[int, int]:
+        if options.square:
+            return options.img_size, options.img_size
+        # as RandomShortestSize
+        ratio = min(
+            max(options.scales or [options.img_size]) / min(height, width), options.max_size / max(height, width)
+        )
+        return int(height * ratio), int(width * ratio)
+
+    return count_small(annotations.content["annotations"], annotations.content["images"], resized)
 
 
 def read_split(options: argparse.Namespace, split: str) -> Annotations:

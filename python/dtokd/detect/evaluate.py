@@ -25,12 +25,17 @@ class CocoEvaluator:
 
     def __init__(self, annotations: Annotations) -> None:
         self._truth = index(annotations.content)
-        self._ids = list(annotations.categories)
+        self._numbers = {image: number for number, image in enumerate(annotations.image_ids)}
         self._rows: list[np.ndarray[Any, Any]] = []
-        self._seen: set[int] = set()
+        self._seen: set[int | str] = set()
 
     def update(self, detections: Detections, targets: list[Target]) -> None:
-        """Boxes go back to the pixels of the files. An image that comes twice counts once."""
+        """Boxes go back to the pixels of the files. An image that comes twice counts once.
+
+        Args:
+            detections: of a batch.
+            targets: of its images: the file's "image_id", "size" and "original".
+        """
         for found, target in zip(detections.images, targets, strict=True):
             if target["image_id"] in self._seen:
                 continue
@@ -38,9 +43,9 @@ class CocoEvaluator:
             (h, w), (height, width) = target["size"], target["original"]
             boxes = _numbers(found["boxes"]) * np.array([width / w, height / h] * 2)
             boxes[:, 2:] -= boxes[:, :2]
-            ids = np.array(self._ids)[_numbers(found["labels"]).astype(int)]
-            image = np.full(len(boxes), target["image_id"])
-            self._rows.append(np.column_stack([image, boxes, _numbers(found["scores"]), ids]))
+            image = np.full(len(boxes), self._numbers[target["image_id"]])
+            rows = np.column_stack([image, boxes, _numbers(found["scores"]), _numbers(found["labels"])])
+            self._rows.append(rows[np.isfinite(rows).all(1)])  # a box or a score of NaN finds nothing
 
     def compute(self) -> dict[str, float]:
         """AP in [0, 1], as COCO prints it, -1 as NaN where there is nothing of that size; see `split_errors` too."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def draw_pictures(folder: Path, detector: Any, loader: Any, names: Sequence[str]
             if len(written) == count:
                 return written
             height, width = target["size"]
-            path = folder / f"{target['image_id']}.jpg"
+            path = folder / f"{quote(str(target['image_id']), safe='')}.jpg"
             image = _draw(pixels[:, :height, :width].cpu(), target, detections, names)
             F.to_pil_image(image).save(path, quality=85)
             written.append(path)

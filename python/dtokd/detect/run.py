@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from timm.utils import random_seed
@@ -19,7 +20,7 @@ from ..train.rundir import RunDir
 from ..train.world import World
 from .annotations import Annotations
 from .build import build
-from .data import make_loader, read_splits
+from .data import make_loader, read_splits, small_boxes
 from .detectors.base import Detector
 from .detectors.build import make_student
 from .pictures import draw_pictures
@@ -47,7 +48,13 @@ def _detect(options: argparse.Namespace, run: RunDir, progress: Progress | None)
     progress = progress or Progress(options.epochs)
     train, validation = read_splits(options)
     for split in filter(None, (train, validation)):
-        progress.say(_told(split))
+        for line in _told(split):
+            progress.say(line)
+    if small := small_boxes(train, options):
+        progress.say(
+            f"{train.path.name}: warning: {small} of {train.boxes.objects} boxes are less than a pixel wide or high at "
+            f"--img-size {options.img_size}; training drops them"
+        )
     if validation is not None and not _judges(validation, options.eval_metric):
         progress.say(
             f"--eval-metric {options.eval_metric}: {validation.path.name} has no object of this size, so it is nan in "
@@ -83,13 +90,25 @@ def _card(options: argparse.Namespace, student: Detector, train: Annotations) ->
     }
 
 
-def _told(split: Annotations) -> str:
-    content = split.content
-    parts = [f"{len(content['images'])} images, {len(split.categories)} categories"]
+def _told(split: Annotations) -> Iterator[str]:
+    """What is there, and what of it cannot be learned."""
+    boxes, name = split.boxes, split.path.name
+    parts = [f"{len(split.image_ids)} images, {len(split.categories)} categories, {boxes.objects} boxes"]
     parts += [f"{split.empty} images without a box"] if split.empty else []
-    parts += [f"{split.crowds} crowd regions, ignored"] if split.crowds else []
-    parts += [f"{split.degenerate} boxes without area, not learned"] if split.degenerate else []
-    return f"{split.path.name}: {', '.join(parts)}"
+    parts += [f"{boxes.crowds} crowd regions, ignored"] if boxes.crowds else []
+    yield f"{name}: {', '.join(parts)}"
+    if boxes.degenerate or boxes.outside:
+        yield (
+            f"{name}: warning: {boxes.degenerate} of {boxes.objects} boxes have no area and {boxes.outside} are "
+            "outside their image; nobody learns from them, and the evaluation counts them as missed"
+        )
+    if boxes.cut:
+        yield f"{name}: warning: {boxes.cut} of {boxes.objects} boxes reach beyond their image, and training cuts them"
+    if split.repeated:
+        yield (
+            f"{name}: warning: {split.repeated} images are listed more than once, by the name of their file; if each "
+            "entry has a part of the boxes, bring them together"
+        )
 
 
 def _judges(split: Annotations, metric: str) -> bool:
