@@ -400,8 +400,11 @@ def test_counted_boxes_are_those_that_training_drops(coco, tmp_path, square):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("size", ["upright", "stored", "square"])
-def test_photographs_are_read_upright(tmp_path, orientation, size):
+@pytest.mark.parametrize(
+    ("size", "format"),
+    [("upright", "jpg"), ("stored", "jpg"), ("square", "jpg"), ("upright", "png"), ("upright", "tif")],
+)
+def test_photographs_are_read_upright(tmp_path, orientation, size, format):
     """The box is where the object is as a viewer shows it; where the noted size is the stored one, as it is stored."""
     width, height = (48, 48) if size == "square" else (64, 48)
     upright = np.full((height, width, 3), 100, np.uint8)
@@ -415,14 +418,15 @@ def test_photographs_are_read_upright(tmp_path, orientation, size):
     exif = Image.Exif()
     exif[0x0112] = orientation
     (tmp_path / "train").mkdir()
-    stored.save(tmp_path / "train" / "0.jpg", exif=exif, quality=95, subsampling=0)
+    file = tmp_path / "train" / f"0.{format}"
+    stored.save(file, exif=exif, **({"quality": 95, "subsampling": 0} if format == "jpg" else {}))
     as_stored = size == "stored" and stored.size != shown.size
     image = stored if as_stored else shown
     where = np.argwhere(np.asarray(image)[..., 1] < 50)
     (top, left), (bottom, right) = where.min(0).tolist(), (where.max(0) + 1).tolist()
     box = [left, top, right - left, bottom - top]
     content = {
-        "images": [{"id": 1, "file_name": "0.jpg", "width": image.width, "height": image.height}],
+        "images": [{"id": 1, "file_name": file.name, "width": image.width, "height": image.height}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": box}],
         "categories": [{"id": 1, "name": "red"}],
     }
@@ -435,6 +439,21 @@ def test_photographs_are_read_upright(tmp_path, orientation, size):
     inside[y0:y1, x0:x1] = True
     red = np.asarray(pixels)[..., 1] < 60
     assert (red == inside).mean() > 0.98
+
+
+def test_damaged_exif_turns_nothing(tmp_path):
+    shown = Image.fromarray(np.zeros((48, 64, 3), np.uint8))
+    # an orientation that is a text
+    entry = b"\x01\x00\x12\x01\x02\x00\x02\x00\x00\x00a\x00\x00\x00\x00\x00\x00\x00"
+    shown.save(tmp_path / "0.jpg", exif=b"Exif\x00\x00II*\x00\x08\x00\x00\x00" + entry)
+    with Image.open(tmp_path / "0.jpg") as stored:
+        assert stored.getexif()[0x0112] == "a"
+    image = {"id": 1, "file_name": "0.jpg", "width": 64, "height": 48}
+    annotation = {"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}
+    content = {"images": [image], "annotations": [annotation], "categories": [{"id": 1, "name": "x"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    images = CocoImages(tmp_path, read_annotations(tmp_path / "a.json", tmp_path), None)
+    assert images[0][0].size == (64, 48)
 
 
 @pytest.mark.parametrize(

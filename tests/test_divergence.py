@@ -6,7 +6,11 @@ import pytest
 import torch
 from dtokd.cli import main
 from dtokd.detect.task import DetectionTask
+<<<<<<< HEAD:tests/test_divergence.py
 from dtokd.errors import Diverged
+=======
+from dtokd.objectives.logits import Hinton
+>>>>>>> d249b59 (A loss that the balance refuses ends in a sentence with epoch and iteration; TIFF and damaged EXIF are read as they are):tests/test_diverged.py
 from dtokd.objectives.task import DistillationTask
 from dtokd.train.checkpoint import load_checkpoint
 from dtokd.train.divergence import PATIENCE, Losses
@@ -159,6 +163,16 @@ def test_parameters_that_the_last_step_has_spoiled(digits, tmp_path, monkeypatch
     monkeypatch.setattr(DistillationTask, "forward", spoiled)
     assert "student.conv1.0.weight was not finite" in ends(capsys, "train", *common(digits, tmp_path), "--opt", "adamw")
     finished_epoch_is_whole(tmp_path / "x")
+
+
+def test_negative_loss_ends_in_a_sentence(digits, teacher, tmp_path, monkeypatch, capsys):
+    """Which names the loss, epoch and iteration."""
+    monkeypatch.setattr(Hinton, "loss", lambda self, student, *more: -student.logits.square().mean())
+    options = [*common(digits, tmp_path), *distilling(teacher), *BALANCED, "--experiment", "x"]
+    assert main(["train", *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("dtokd train: error: epoch 1, iteration 1: DTOAdamW.backward: losses['kl'] is -")
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

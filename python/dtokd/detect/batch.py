@@ -45,8 +45,10 @@ class Images:
         for number, (height, width) in enumerate(self.sizes):
             numbers.setdefault((padded(height), padded(width)), []).append(number)
         for (height, width), part in numbers.items():
-            pixels, mask = self.pixels[part, :, :height, :width], self.mask[part, :height, :width]
-            yield part, Images(pixels, mask, [self.sizes[number] for number in part])
+            all_of_it = len(part) == len(self)
+            pixels, mask = (self.pixels, self.mask) if all_of_it else (self.pixels[part], self.mask[part])
+            sizes = [self.sizes[number] for number in part]
+            yield part, Images(pixels[..., :height, :width], mask[..., :height, :width], sizes)
 
     def to(self, device: torch.device) -> Images:
         """On a device."""

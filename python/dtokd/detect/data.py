@@ -61,7 +61,8 @@ class CocoImages(CocoDetection):
         told = self.coco.imgs[id]
         size = told["width"], told["height"]
         with Image.open(Path(self.root) / told["file_name"]) as stored:
-            orientation = _orientation(stored)
+            stored.load()  # turns TIFF's upright itself
+            orientation = stored.getexif().get(ORIENTATION, 1)
             upright = stored.size[::-1] if orientation in SIDEWAYS else stored.size
             if size not in (stored.size, upright):  # boxes would be scaled wrongly
                 raise ValueError(f"it has {upright} pixels, the annotations say {size[0]} x {size[1]}")
@@ -80,14 +81,6 @@ class CocoImages(CocoDetection):
             "image_id": self._image_ids[id],
             "original": size,
         }
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's; 1, upright, where there is none or it is damaged."""
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:
-        return 1
 
 
 def index(content: dict[str, Any]) -> Any:

@@ -110,7 +110,7 @@ class Engine:
                 with nullcontext() if steps else self.task.no_sync():
                     with self._autocast():
                         result = self.task(input, target[:, 0] if keys else target, *keys)
-                    self._backward(result, share)
+                    self._backward(result, share, epoch, index)
                 if steps:
                     self._step()
                 losses = {"loss": result["loss"], **result["objectives"]}
@@ -133,11 +133,12 @@ class Engine:
             )
         return means
 
-    def _backward(self, result: dict[str, Any], parts: int) -> None:
+    def _backward(self, result: dict[str, Any], parts: int, epoch: int, index: int) -> None:
         try:
             self.stepper.backward(result, parts)
         except ValueError as error:  # of the balance, such as a loss below 0
-            raise UsageError(f"--kd-balance {self.options.kd_balance}: {error}") from error
+            place = f"epoch {epoch + 1}, iteration {index + 1}"
+            raise UsageError(f"--kd-balance {self.options.kd_balance}: {place}: {error}") from error
 
     def _skipped(self) -> Tensor | None:
         """Whether a gradient of the last step was not finite; a scaler looks for its scale by such steps."""
