@@ -28,6 +28,7 @@ class Counts:
         degenerate: without width or height; nobody learns from them.
         outside: outside their image; nobody learns from them.
         cut: partly outside by more than a pixel; training takes what is inside.
+        repeated: with the class, the image and the numbers of another one.
     """
 
     crowds: int
@@ -35,6 +36,7 @@ class Counts:
     degenerate: int
     outside: int
     cut: int
+    repeated: int
 
 
 def usable(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
@@ -56,7 +58,15 @@ def count_boxes(path: Path, annotations: Sequence[dict[str, Any]], images: Seque
     flat = (w <= 0) | (h <= 0)
     out = ~flat & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
     beyond = ~flat & ((x + w > width + 1) | (y + h > height + 1) | (x < -1) | (y < -1))
-    counts = Counts(len(annotations) - n, n, *(int(b.sum()) for b in (flat, out, beyond & ~out)))
+    different = {(a["image_id"], a["category_id"], *a["bbox"]) for a in annotations if not a["iscrowd"]}
+    counts = Counts(
+        crowds=len(annotations) - n,
+        objects=n,
+        degenerate=int(flat.sum()),
+        outside=int(out.sum()),
+        cut=int((beyond & ~out).sum()),
+        repeated=n - len(different),
+    )
     if not n:
         return counts
     format = "COCO's bbox is x and y of the upper left corner, width and height, in pixels"

@@ -48,13 +48,9 @@ def _detect(options: argparse.Namespace, run: RunDir, progress: Progress | None)
     progress = progress or Progress(options.epochs)
     train, validation = read_splits(options)
     for split in filter(None, (train, validation)):
-        for line in _told(split):
+        small = small_boxes(train, options) if split is train else 0
+        for line in _told(split, small, options.img_size):
             progress.say(line)
-    if small := small_boxes(train, options):
-        progress.say(
-            f"{train.path.name}: warning: {small} of {train.boxes.objects} boxes are less than a pixel wide or high at "
-            f"--img-size {options.img_size}; training drops them"
-        )
     if validation is not None and not _judges(validation, options.eval_metric):
         progress.say(
             f"--eval-metric {options.eval_metric}: {validation.path.name} has no object of this size, so it is nan in "
@@ -90,20 +86,23 @@ def _card(options: argparse.Namespace, student: Detector, train: Annotations) ->
     }
 
 
-def _told(split: Annotations) -> Iterator[str]:
-    """What is there, and what of it cannot be learned."""
+def _told(split: Annotations, small: int, img_size: int) -> Iterator[str]:
+    """What is there, and one warning of all boxes that cannot be learned as they are written."""
     boxes, name = split.boxes, split.path.name
     parts = [f"{len(split.image_ids)} images, {len(split.categories)} categories, {boxes.objects} boxes"]
     parts += [f"{split.empty} images without a box"] if split.empty else []
     parts += [f"{boxes.crowds} crowd regions, ignored"] if boxes.crowds else []
     yield f"{name}: {', '.join(parts)}"
-    if boxes.degenerate or boxes.outside:
-        yield (
-            f"{name}: warning: {boxes.degenerate} of {boxes.objects} boxes have no area and {boxes.outside} are "
-            "outside their image; nobody learns from them, and the evaluation counts them as missed"
-        )
-    if boxes.cut:
-        yield f"{name}: warning: {boxes.cut} of {boxes.objects} boxes reach beyond their image, and training cuts them"
+    counted = (
+        (boxes.degenerate, "have no area, so nobody learns or finds them"),
+        (boxes.outside, "are outside their image, so nobody learns or finds them"),
+        (boxes.cut, "reach beyond their image, where training cuts them"),
+        (boxes.repeated, "are there twice, with the same class, so one of them is missed"),
+        (small, f"are less than a pixel wide or high at --img-size {img_size}, where training drops them"),
+    )
+    if any(count for count, _ in counted):
+        found = "; ".join(f"{count} {text}" for count, text in counted if count)
+        yield f"{name}: warning: of {boxes.objects} boxes {found}"
     if split.repeated:
         yield (
             f"{name}: warning: {split.repeated} images are listed more than once, by the name of their file; if each "
