@@ -7,13 +7,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends
 from .checks import check_options, check_params, check_share
 from .gradients import GradientSets, Losses
 from .ops import group_rows
-from .reach import Known, Reach
+from .reach import of_backward
 from .solve import commit, solve_sets
 from .sources import Source, choose
 from .types import Balance, Group, Private, Rescale, Role, Weighting, limit_of, of_reach
@@ -87,7 +86,7 @@ def backward(
         refuse_wrapped(params, "backward")
     check_share("backward", share)
     options = replace(options, limit=limit_of(p.dtype for p in params))
-    sets = GradientSets(Reach(_known.setdefault(params[0], Known())) if params else None)
+    sets = GradientSets(of_backward(params))
     sets.collect(losses, params, source, options, scaler=scaler, features=features, retain_graph=retain_graph)
     sets.reach.look(sets.grads, None)
     of_role: dict[Role, list[int]] = {}  # positions
@@ -129,10 +128,6 @@ def backward(
             p = params[t]
             p.grad = value if p.grad is None else p.grad.add_(value)
     return record
-
-
-#: What earlier calls have found out, by the first of their parameters.
-_known = WeakIdKeyDictionary()
 
 
 def _check_once(params: list[Tensor]) -> list[Tensor]:

@@ -327,8 +327,8 @@ class Balanced(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As torch, and what torch's optimizers ignore: the memory of the weighting and of the Gram's source.
 
-        They stand under "weighting" and "gram", if they remember anything; under "reach" stands which gradients were
-        zero in place of None (see `reach.Reach`), if any were.
+        They stand under "weighting" and "gram", if they remember anything; under "reach" stands which objectives reach
+        which parameters, as far as that is known (see `reach.Reach`).
         """
         self._settle()
         # before the user's hooks, so that they see it

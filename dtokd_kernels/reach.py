@@ -125,10 +125,13 @@ class Reach:
         self._zeros = [pair for pair, reached in zip(self._zeros, flags, strict=True) if not reached]
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found, if there were zeros: [K, P] int8 of whether an objective reaches a parameter, -1 unknown."""
+        """What was found: [K, P] int8 of whether an objective reaches a parameter, -1 where that is not known.
+
+        A run that goes on without it would look anew, and a gradient that is zero by chance then would change a step.
+        """
         known = [self._known.reached.get(p, {}) for p in self._params]
         table = [[int(of_one.get(name, -1)) for of_one in known] for name in self._names]
-        if not any(0 in row for row in table):
+        if all(value < 0 for row in table for value in row):
             return {}
         reached = torch.tensor(table, dtype=torch.int8, device="cpu")
         return {
@@ -140,13 +143,23 @@ class Reach:
 
     def load_state_dict(self, state: Mapping[str, Any], params: Sequence[Tensor]) -> None:
         """Go on from a state, or look anew."""
-        self._known, self._pattern, self._zeros = Known(), None, []
+        self._known.reached, self._known.steps, self._known.absent = WeakIdKeyDictionary(), 0, False
+        self._pattern, self._zeros = None, []
         self.version += 1
         if state.keys() >= {"reached", "names", "steps", "absent"} and state["reached"].shape[1] == len(params):
             for p, column in zip(params, state["reached"].T.tolist(), strict=True):
                 self._known.reached[p] = {n: bool(v) for n, v in zip(state["names"], column, strict=True) if v >= 0}
             self._known.steps, self._known.absent = state["steps"], state["absent"]
             self.begin(tuple(state["names"]), params)
+
+
+#: What calls of `dtokd_kernels.backward` have found out, by the first of their parameters.
+_known = WeakIdKeyDictionary()
+
+
+def of_backward(params: Sequence[Tensor]) -> Reach:
+    """What earlier calls of `dtokd_kernels.backward` with these parameters have found out."""
+    return Reach(_known.setdefault(params[0], Known()) if params else None)
 
 
 def read(found: Tensor) -> list[bool]:

@@ -178,13 +178,13 @@ def test_a_run_of_its_own(coco, tmp_path, capsys):
     """A second process is refused, and so is a checkpoint of another model, which changes nothing."""
     options = [*common(coco, tmp_path), *FCOS_OPTIONS, "--epochs", "1", "--pictures", "0", "--experiment", "x"]
     with RunDir(tmp_path / "x").locked():
-        assert main(["detect", *options]) == 1
+        assert main(["detect", *options]) == 2
     assert "x is in use by another run of this process" in capsys.readouterr().err
     assert main(["detect", *options]) == 0
     files = {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()}
     resume = ["--resume", str(tmp_path / "x" / "checkpoints" / "epoch-0001.safetensors")]
     other = [text.replace("width=32", "width=64") for text in options]
-    assert main(["detect", *other, *resume]) == 1
+    assert main(["detect", *other, *resume]) == 2
     assert "is of another model" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()} == files
 

@@ -8,11 +8,12 @@ import weakref
 
 import pytest
 import torch
+from dtokd.train.steps import Filled
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dtokd_kernels as dk
-from dtokd_kernels import accumulate, reach
+from dtokd_kernels import reach
 from dtokd_kernels.sources import Ema, Every, Feature, Probe
 from dtokd_kernels.types import Role
 
@@ -111,15 +112,15 @@ def test_backward(backend, gram, private):
 
 
 def test_backward_holds_no_parameters():
-    before = len(accumulate._known)
+    before = len(reach._known)
     w = nn.Parameter(torch.ones(2))
     dk.backward([w.square().sum(), (w - 2).square().sum()], [w])
-    assert len(accumulate._known) == before + 1
+    assert len(reach._known) == before + 1
     held = weakref.ref(w)
     del w
     gc.collect()
     assert held() is None
-    assert len(accumulate._known) == before
+    assert len(reach._known) == before
 
 
 class Late(nn.Module):
@@ -269,3 +270,51 @@ def test_copies_find_out_by_themselves(source, copied):
         step(o, with_zeros(losses_of(m, batch(9)), m))
     assert torch.equal(optimizer.balance.weights, twin.balance.weights)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("filled", [False, True], ids=["optimizer", "backward"])
+def test_a_gradient_that_is_zero_by_chance_after_a_resume(filled):
+    """The parameter stays shared, as in the run that was not stopped."""
+
+    def start():
+        torch.manual_seed(0)
+        return nn.Linear(4, 3, dtype=torch.float64), nn.Linear(3, 2, dtype=torch.float64)
+
+    def train(modules, steps, state=None):
+        params = [p for module in modules for p in module.parameters()]
+        options = {"lr": 0.1, "momentum": 0.9}
+        optimizer = torch.optim.SGD(params, **options) if filled else dk.DTOSGD(params, **options)
+        stepper = None
+        if filled:
+            scaler = torch.amp.GradScaler("cpu", enabled=False)
+            stepper = Filled(
+                optimizer, scaler, None, weighting=dk.weighting.DTO(), gram=None, private="own", rescale="sum"
+            )
+        held = stepper or optimizer
+        if state is not None:
+            held.load_state_dict(state)
+        for step in steps:
+            hidden = modules[0](torch.full((2, 4), 1.0 + step, dtype=torch.float64))
+            out = modules[1](hidden)
+            dead = 0.0 if step == 3 else 1.0
+            distill = dead * (out - 1).square().mean() + hidden.square().mean()
+            losses = {"task": out.square().mean() + 1, "distill": distill}
+            optimizer.zero_grad()
+            if stepper is None:
+                optimizer.backward(losses)
+                optimizer.step()
+            else:
+                stepper.backward({"objectives": losses}, 1)
+                stepper.step()
+        return copy.deepcopy(held.state_dict())
+
+    whole = start()
+    train(whole, range(5))
+    first = start()
+    state = train(first, range(3))
+    again = start()
+    for module, old in zip(again, first, strict=True):
+        module.load_state_dict(old.state_dict())
+    train(again, range(3, 5), state)
+    for module, expected in zip(again, whole, strict=True):
+        assert all(map(torch.equal, module.parameters(), expected.parameters()))

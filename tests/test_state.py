@@ -204,7 +204,7 @@ def test_hooks_see_the_memories(backend):
     seen = []
     optimizer.register_state_dict_post_hook(lambda o, state: seen.append(sorted(state)) or {"wrapped": state})
     state = optimizer.state_dict()
-    assert seen == [["gram", "param_groups", "state", "weighting"]]
+    assert seen == [["gram", "param_groups", "reach", "state", "weighting"]]
     assert state.keys() == {"wrapped"}
     resumed = dk.DTOAdamW(other.parameters(), weighting=dk.weighting.Amortized("gram"), gram=dk.sources.Ema(0.5))
     resumed.register_load_state_dict_pre_hook(lambda o, state: state["wrapped"])

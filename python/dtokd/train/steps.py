@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import dtokd_kernels as dk
 from dtokd_kernels.distributed import Replicas
 from dtokd_kernels.optim import Balanced
+from dtokd_kernels.reach import of_backward
 from dtokd_kernels.sources import Source
 from dtokd_kernels.types import Balance, Private, Rescale, Weighting
 from dtokd_kernels.weighting import Stateful
@@ -117,7 +118,7 @@ class Filled(WeightedSum):
         """Balance this micro-batch."""
         self.balance = dk.backward(
             _losses(result),
-            [p for group in self.optimizer.param_groups for p in group["params"]],
+            self._params(),
             self._weighting,
             gram=self._gram,
             private=self._private,
@@ -127,21 +128,29 @@ class Filled(WeightedSum):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Also of the weighting and of the Gram's source, which an optimizer of ours has in its own."""
+        """Also of the weighting, of the Gram's source and of reach, which an optimizer of ours has in its own."""
         state = super().state_dict()
         if isinstance(self._weighting, Stateful):
             state["weighting"] = self._weighting.state_dict()
         if isinstance(self._gram, Source):
             state["gram"] = self._gram.state_dict()
+        if self.balance is not None:
+            reach = of_backward(self._params())
+            reach.begin(self.balance.names, self._params())
+            state["reach"] = reach.state_dict()
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Also of the weighting and of the Gram's source."""
+        """Also of the weighting, of the Gram's source and of reach."""
         super().load_state_dict(state)
         if isinstance(self._weighting, Stateful):
             self._weighting.load_state_dict(state["weighting"])
         if isinstance(self._gram, Source):
             self._gram.load_state_dict(state["gram"])
+        of_backward(self._params()).load_state_dict(state.get("reach", {}), self._params())
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
 class Fused(WeightedSum):
