@@ -20,7 +20,8 @@ class Known:
     """What was found out, which outlasts the gradients.
 
     Attributes:
-        reached: from a parameter to {objective: whether its gradient there was seen to be other than zero}.
+        reached: from a parameter to {objective: whether its gradient there was seen to be other than zero; None while
+            the objective has had no gradient anywhere}.
         steps: since the last pair that was new.
         absent: whether some objective had no gradient at all.
     """
@@ -71,7 +72,7 @@ class Reach:
         """The objectives that reach parameter t; those with a gradient in the column if all of these were zeros."""
         there = tuple(i for i, g in enumerate(column) if g is not None)
         known = self._known.reached.get(self._params[t], {})
-        return tuple(i for i in there if known.get(self._names[i], True)) or there
+        return tuple(i for i in there if known.get(self._names[i]) is not False) or there
 
     def look(self, rows: Sequence[Sequence[Tensor | None]], ranks: Ranks | None) -> None:
         """A step begins: look for gradients that are zero, if it is time.
@@ -100,8 +101,8 @@ class Reach:
                 if row[t] is None or not p.numel():
                     continue
                 if self._names[i] not in known:
-                    self._known.steps = 0  # a new one
-                if not known.get(self._names[i], False):
+                    self._known.steps, known[self._names[i]] = 0, None  # a new one
+                if not known[self._names[i]]:
                     self._zeros.append((i, t))
 
     def _read(self, rows: Sequence[Sequence[Tensor | None]], ranks: Ranks | None) -> None:
@@ -117,20 +118,20 @@ class Reach:
         present |= {name for p in self._params for name, reached in self._known.reached[p].items() if reached}
         for (i, t), reached in zip(self._zeros, flags, strict=True):
             known, name = self._known.reached[self._params[t]], self._names[i]
-            before = known.get(name, True)
+            before = known[name]
             if name in present:  # else nothing is known of it yet
                 known[name] = reached
-            self.version += before != known.get(name, True)
+            self.version += (before is False) != (known[name] is False)
         self._known.absent = any(name not in present for name in self._names)
         self._zeros = [pair for pair, reached in zip(self._zeros, flags, strict=True) if not reached]
 
     def state_dict(self) -> dict[str, Any]:
-        """What was found: [K, P] int8 of whether an objective reaches a parameter, -1 where that is not known.
+        """What was found: [K, P] int8, whether an objective reaches a parameter; 2 without any gradient yet, -1 if new.
 
         A run that goes on without it would look anew, and a gradient that is zero by chance then would change a step.
         """
         known = [self._known.reached.get(p, {}) for p in self._params]
-        table = [[int(of_one.get(name, -1)) for of_one in known] for name in self._names]
+        table = [[_CODES[of_one[name]] if name in of_one else -1 for of_one in known] for name in self._names]
         if all(value < 0 for row in table for value in row):
             return {}
         reached = torch.tensor(table, dtype=torch.int8, device="cpu")
@@ -148,11 +149,15 @@ class Reach:
         self.version += 1
         if state.keys() >= {"reached", "names", "steps", "absent"} and state["reached"].shape[1] == len(params):
             for p, column in zip(params, state["reached"].T.tolist(), strict=True):
-                self._known.reached[p] = {n: bool(v) for n, v in zip(state["names"], column, strict=True) if v >= 0}
+                pairs = zip(state["names"], column, strict=True)
+                self._known.reached[p] = {name: _MEANINGS[code] for name, code in pairs if code in _MEANINGS}
             self._known.steps, self._known.absent = state["steps"], state["absent"]
             self.begin(tuple(state["names"]), params)
 
 
+#: How a state says what is known of a pair.
+_CODES = {False: 0, True: 1, None: 2}
+_MEANINGS = {code: value for value, code in _CODES.items()}
 #: What calls of `dtokd_kernels.backward` have found out, by the first of their parameters.
 _known = WeakIdKeyDictionary()
 

@@ -6,25 +6,16 @@ import pytest
 import torch
 
 import dtokd_kernels as dk
-from dtokd_kernels.sources import Ema, Every, Feature, Probe
+from dtokd_kernels.sources import Every, Feature, Probe
 
 from . import tolerances
 from .oracle import Student, balanced, batch, losses_of, nothing_with_gradient
+from .test_sources import SOURCES as MEASURING
 
 #: From a model to what `gram=` takes.
-SOURCES = {
-    "exact": lambda model: "exact",
-    "overlap": lambda model: "overlap",
-    "lag": lambda model: "lag",
-    "probe": lambda model: Probe(model.trunk),
-    "probe found": lambda model: "probe",
-    "feature": lambda model: Feature(model.trunk),
-    "every": lambda model: Every(3),
+SOURCES = MEASURING | {
+    "every lag": lambda model: Every(2, "lag"),
     "every feature": lambda model: Every(2, Feature(model.trunk)),
-    "every overlap": lambda model: Every(2, "overlap"),
-    "every ema probe": lambda model: Every(2, Ema(0.5, Probe(model.trunk))),
-    "ema": lambda model: Ema(0.5),
-    "ema lag": lambda model: Ema(0.5, "lag"),
     "none": lambda model: "none",
 }
 each_source = pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)

@@ -318,3 +318,26 @@ def test_a_gradient_that_is_zero_by_chance_after_a_resume(filled):
     train(again, range(3, 5), state)
     for module, expected in zip(again, whole, strict=True):
         assert all(map(torch.equal, module.parameters(), expected.parameters()))
+
+
+@pytest.mark.parametrize("stop", range(1, 10))
+def test_resume_while_an_objective_has_had_no_gradient(stop):
+    """It begins in step 4, and reaches another parameter from step 6 on; with zeros in place of None all the time."""
+
+    def train(stop):
+        torch.manual_seed(0)
+        a, b = (nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2))
+        optimizer = dk.DTOSGD([a, b], lr=0.1)
+        for step in range(10):
+            if step == stop:
+                state, optimizer = optimizer.state_dict(), dk.DTOSGD([a, b], lr=0.1)
+                optimizer.load_state_dict(state)
+            begun, reaches = float(step >= 4), float(step >= 6)
+            task = (a - 1).square().sum() + (b - 1).square().sum()
+            second = 1 + begun * ((a + 2).square().sum() + reaches * (b + 2).square().sum())
+            optimizer.backward({"task": task, "second": second})
+            optimizer.step()
+            optimizer.zero_grad()
+        return a, b
+
+    assert all(map(torch.equal, train(None), train(stop)))
