@@ -121,7 +121,7 @@ def backward(
             return record
         in_place_of_skipped = torch.zeros_like(record.norm)
         if sets.scale is not None:
-            in_place_of_skipped = torch.where(record.norm.isfinite(), 0.0, torch.nan)
+            in_place_of_skipped = torch.where(sets.overflowed(record), torch.nan, torch.zeros_like(record.norm))
         for t, value in combined:
             if sets.scale is not None or record.skipped.device.type != "cpu":
                 value = torch.where(record.skipped.to(value.device), in_place_of_skipped.to(value), value)

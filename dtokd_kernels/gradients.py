@@ -73,6 +73,11 @@ class GradientSets:
         if held:
             torch._foreach_zero_(held)
 
+    def overflowed(self, record: Balance) -> Tensor:
+        """Scalar bool: whether a loss or a gradient is not finite, as a GradScaler asks; by the balance of the step."""
+        assert self.losses is not None
+        return ~(record.norm.isfinite() & self.losses.isfinite().all().to(record.norm.device))
+
     def align(self, params: Sequence[Tensor]) -> bool:
         """Bring the sets to these parameters: those that are gone are forgotten, new ones have no gradient yet.
 
@@ -142,6 +147,7 @@ class GradientSets:
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         try:
             check_share(op, share)
+            share = float(share)
             if not isinstance(features, (Tensor, Sequence, NoneType)) or isinstance(features, str):
                 raise TypeError(
                     f"{op}: features is {features!r}; pass the tensor, or a list of tensors, that the losses were "
@@ -185,13 +191,20 @@ class GradientSets:
         if one_pass:
             chosen = [features] if isinstance(features, Tensor) else features
             unclipped = replace(options, max_norm=None)  # the sum's norm is known when its gradient is
-            with torch.no_grad():
-                record = source.weigh(Call(op, names, values, current, params, chosen, scale), unclipped)
+            try:
+                with torch.no_grad():
+                    record = source.weigh(Call(op, names, values, current, params, chosen, scale), unclipped)
+            except BaseException:
+                self.clear()
+                source.release()
+                raise
             coefficients = record.coefficients * factor
             roots = [root_gradient(v, c) for c, v in zip(coefficients, values, strict=True)]
             passes: list[tuple[list[Tensor], list[Tensor] | None]] = [(values, roots)]
-            skipped = record.skipped if self.weighed is None else record.skipped | self.weighed.skipped
-            weighed, watch = replace(record, skipped=skipped), None
+            if (before := self.weighed) is not None:
+                norm = torch.where(before.norm.isfinite(), record.norm, before.norm)
+                record = replace(record, skipped=record.skipped | before.skipped, norm=norm)
+            weighed, watch = record, None
         else:
             plain = scale is None and share == 1
             passes = [([value], None if plain else [root_gradient(value, factor)]) for value in values]

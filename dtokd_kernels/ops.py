@@ -287,8 +287,8 @@ def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor, optio
         options: of the balance.
 
     Returns:
-        Scalar bool on the device of `skipped`: it, or float16 numbers that the updates would have written are not
-        finite, so that nothing has changed (`trial.Trial`).
+        Scalar bool on the device of `skipped`: it, or numbers that the updates would have written are not finite, so
+        that nothing has changed (`trial.run_tried`).
 
     Effects: no host sync.
     """

@@ -21,7 +21,7 @@ from .gradients import GradientSets, Losses
 from .ops import run_step, run_updates, runs_steps
 from .solve import commit, solve_sets
 from .sources import Exact, Source, choose
-from .trial import stores_float16
+from .trial import needs_trial
 from .types import Balance, Group, Options, Private, Rescale, Role, Update, Weighting, limit_of
 from .weighting import Stateful
 
@@ -277,7 +277,7 @@ class Balanced(torch.optim.Optimizer):
             # torch's scaler looks for overflows in `.grad`, where no gradient set is: this is where it keeps what it
             # has found, and `update` reads it
             found = self._sets.scaler._per_optimizer_states[id(self)]["found_inf_per_device"]
-            found[record.norm.device] = (~record.norm.isfinite()).float()
+            found[record.norm.device] = self._sets.overflowed(record).float()
         commit(self._sets, self._options, record)
         return record
 
@@ -339,7 +339,7 @@ class Balanced(torch.optim.Optimizer):
             handle.remove()
 
     def _memories(self) -> dict[str, Any]:
-        memories = {"gram": self._source.state_dict(), "reach": self._sets.reach.state_dict()}
+        memories = {"gram": self._source.state_dict(), "reach": self._sets.reach.state_dict(self._params())}
         memories = {name: memory for name, memory in memories.items() if memory}
         weighting = self.weighting
         return {"weighting": weighting.state_dict(), **memories} if isinstance(weighting, Stateful) else memories
@@ -509,7 +509,7 @@ class Balanced(torch.optim.Optimizer):
         if asks and runs_steps(buckets[0].params[0].device, options):
             assert self._sets.losses is not None
             updates = self._all_updates(buckets, lists)
-            whole = None if any(map(stores_float16, updates)) else run_step(updates, self._sets.losses, options)
+            whole = None if any(map(needs_trial, updates)) else run_step(updates, self._sets.losses, options)
             if whole is not None:
                 return whole
         op = f"{type(self).__name__}.step"

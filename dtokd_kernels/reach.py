@@ -49,12 +49,13 @@ class Reach:
 
     Attributes:
         version: changes with the answers of `of` for what was asked before.
+        params: what the questions are about.
     """
 
     def __init__(self, known: Known | None = None) -> None:
         self.version = 0
         self._known = Known() if known is None else known
-        self._params: list[Tensor] = []
+        self.params: list[Tensor] = []
         self._names: tuple[str, ...] = ()
         self._pattern: list[list[bool]] | None = None
         self._zeros: list[tuple[int, int]] = []  # (objective, parameter) with a gradient that was always zero
@@ -64,14 +65,14 @@ class Reach:
 
     def begin(self, names: tuple[str, ...], params: Sequence[Tensor]) -> None:
         """Name what the next questions are about."""
-        same = len(params) == len(self._params) and all(map(operator.is_, params, self._params))
+        same = len(params) == len(self.params) and all(map(operator.is_, params, self.params))
         if not same or names != self._names:
-            self._params, self._names, self._pattern = list(params), names, None
+            self.params, self._names, self._pattern = list(params), names, None
 
     def of(self, t: int, column: Sequence[Tensor | None]) -> tuple[int, ...]:
         """The objectives that reach parameter t; those with a gradient in the column if all of these were zeros."""
         there = tuple(i for i, g in enumerate(column) if g is not None)
-        known = self._known.reached.get(self._params[t], {})
+        known = self._known.reached.get(self.params[t], {})
         return tuple(i for i in there if known.get(self._names[i]) is not False) or there
 
     def look(self, rows: Sequence[Sequence[Tensor | None]], ranks: Ranks | None) -> None:
@@ -95,7 +96,7 @@ class Reach:
     def _find(self, rows: Sequence[Sequence[Tensor | None]]) -> None:
         """The pairs that are there and were not seen to be other than zero."""
         self._zeros = []
-        for t, p in enumerate(self._params):
+        for t, p in enumerate(self.params):
             known = self._known.reached.setdefault(p, {})
             for i, row in enumerate(rows):
                 if row[t] is None or not p.numel():
@@ -115,9 +116,9 @@ class Reach:
             found = ranks.sum(found.double()) > 0
         flags = read(found)
         present = {self._names[i] for (i, _), reached in zip(self._zeros, flags, strict=True) if reached}
-        present |= {name for p in self._params for name, reached in self._known.reached[p].items() if reached}
+        present |= {name for p in self.params for name, reached in self._known.reached[p].items() if reached}
         for (i, t), reached in zip(self._zeros, flags, strict=True):
-            known, name = self._known.reached[self._params[t]], self._names[i]
+            known, name = self._known.reached[self.params[t]], self._names[i]
             before = known[name]
             if name in present:  # else nothing is known of it yet
                 known[name] = reached
@@ -125,19 +126,23 @@ class Reach:
         self._known.absent = any(name not in present for name in self._names)
         self._zeros = [pair for pair, reached in zip(self._zeros, flags, strict=True) if not reached]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, params: Sequence[Tensor]) -> dict[str, Any]:
         """What was found: [K, P] int8, whether an objective reaches a parameter; 2 without any gradient yet, -1 if new.
 
         A run that goes on without it would look anew, and a gradient that is zero by chance then would change a step.
+
+        Args:
+            params: P parameters, in an order that `load_state_dict` finds again.
         """
-        known = [self._known.reached.get(p, {}) for p in self._params]
-        table = [[_CODES[of_one[name]] if name in of_one else -1 for of_one in known] for name in self._names]
+        known = [self._known.reached.get(p, {}) for p in params]
+        names = list(dict.fromkeys([*self._names, *(name for of_one in known for name in of_one)]))
+        table = [[_CODES[of_one[name]] if name in of_one else -1 for of_one in known] for name in names]
         if all(value < 0 for row in table for value in row):
             return {}
         reached = torch.tensor(table, dtype=torch.int8, device="cpu")
         return {
             "reached": reached,
-            "names": list(self._names),
+            "names": names,
             "steps": self._known.steps,
             "absent": self._known.absent,
         }

@@ -57,5 +57,7 @@ def solve_sets(
     of_sum = ops.solve(groups, one, plain, sets.scale)
     coefficients = record.coefficients * of_sum.coefficients.to(record.table.device)
     skipped = of_sum.skipped | record.skipped.to(of_sum.skipped.device)
-    record = replace(record, table=coefficients.expand(len(Role), -1), norm=of_sum.norm, skipped=skipped)
+    measured = record.norm.to(of_sum.norm.device)  # not finite if a gradient that was weighed is not
+    norm = torch.where(measured.isfinite(), of_sum.norm, measured)
+    record = replace(record, table=coefficients.expand(len(Role), -1), norm=norm, skipped=skipped)
     return record, of_sum.table

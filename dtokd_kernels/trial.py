@@ -1,8 +1,8 @@
-"""Updates of float16 numbers: on copies first, as what is written may not fit.
+"""Updates whose numbers may not be finite though the direction is: on copies first.
 
 The largest float16 number is 65504: the square of a gradient of 300 or a sum of momenta leaves it, which no bound on
 the gradients' length can exclude without skipping good steps. Other dtypes reach 1e38, where a bound costs nothing
-(`types.limit_of`).
+(`types.limit_of`). AdamW with eps = 0 divides 0 by 0 where no gradient has been.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .types import Options, Update
 def run_tried(
     updates: Sequence[Update], skipped: Tensor, options: Options, run: Callable[[Sequence[Update], Tensor], None]
 ) -> Tensor:
-    """Run updates, or change nothing where `skipped` or where a float16 number that is written would not be finite.
+    """Run updates, or change nothing where `skipped` or where one that needs a trial would write what is not finite.
 
     Args:
         updates: of all parameters.
@@ -31,9 +31,9 @@ def run_tried(
     Returns:
         Scalar bool on the device of `skipped`: whether nothing has changed.
 
-    Effects: no host sync. Updates with float16 numbers cost a copy of what they write, and a read of the copy.
+    Effects: no host sync. Updates that need a trial cost a copy of what they write, and a read of the copy.
     """
-    narrow = [update for update in updates if stores_float16(update)]
+    narrow = [update for update in updates if needs_trial(update)]
     if narrow:
         trials = [_Trial(update) for update in narrow]
         run([trial.update for trial in trials], skipped)
@@ -44,15 +44,16 @@ def run_tried(
         skipped = skipped | overflow
         for trial in trials:
             trial.keep(~skipped)
-    wide = [update for update in updates if not stores_float16(update)] if narrow else updates
+    wide = [update for update in updates if not needs_trial(update)] if narrow else updates
     if wide or not narrow:
         run(wide, skipped)
     return skipped
 
 
-def stores_float16(update: Update) -> bool:
-    """Whether the parameters or some of their state are float16."""
-    return any(values and values[0].dtype is torch.float16 for values in (update.params, *update.state.values()))
+def needs_trial(update: Update) -> bool:
+    """Whether the parameters or some of their state are float16, or AdamW's eps is 0."""
+    narrow = any(values and values[0].dtype is torch.float16 for values in (update.params, *update.state.values()))
+    return narrow or update.options.get("eps") == 0
 
 
 class _Trial:
@@ -67,8 +68,9 @@ class _Trial:
             self._written += zip(values, state[name], strict=True)
 
     def finite(self) -> Tensor:
-        """Scalar bool: whether all that was written is finite."""
-        return functools.reduce(torch.logical_and, [copy.isfinite().all() for _, copy in self._written])
+        """Scalar bool: whether all that was written is finite, or was not before."""
+        good = [(copy.isfinite() | ~tensor.isfinite()).all() for tensor, copy in self._written]
+        return functools.reduce(torch.logical_and, good)
 
     def keep(self, kept: Tensor) -> None:
         """Let the tensors be what their copies are, where `kept` (scalar bool)."""

@@ -229,6 +229,21 @@ def test_frozen_shares_take_one_backward_pass(backend, make, source):
             assert torch.equal(p, q)
 
 
+def test_shares_are_not_frozen_before_they_are_measured():
+    """Steps that were skipped measured nothing; nor did those without one of the gradients."""
+    rule = Share([0.5, 0.5], freeze_after=2)
+    for _ in range(4):
+        step(rule, torch.full((2, 2), torch.nan, dtype=torch.float64), torch.tensor(True))
+        assert not rule.frozen
+    step(rule, torch.diag(torch.tensor([4.0, 0.0]).double()))
+    assert not rule.frozen
+    step(rule, torch.diag(torch.tensor([4.0, 1.0]).double()))
+    assert rule.frozen
+    again = Share([0.5, 0.5], freeze_after=2)
+    again.load_state_dict(rule.state_dict())
+    assert again.frozen
+
+
 # ---- TaskFirst -------------------------------------------------------------------------------------
 
 

@@ -194,3 +194,28 @@ def test_clipping_makes_it_fit(backend):
     step(optimizer, p, [3e37, 1e37])
     assert not optimizer.balance.skipped
     assert (p != 1).all()
+
+
+def test_eps_of_zero(backend):
+    """0 / 0 where no gradient has been: nothing is written, and as soon as all have one, steps are taken."""
+    p = nn.Parameter(torch.ones(4))
+    optimizer = dk.DTOAdamW([p], eps=0.0)
+    for gradient in ([1.0, 0.0, 2.0, 3.0], [1.0, 2.0, 3.0, 4.0]):
+        before = copy.deepcopy(everything(optimizer))
+        optimizer.zero_grad()
+        optimizer.backward([(p * torch.tensor(gradient)).sum() + 9])
+        optimizer.step()
+        assert bool(optimizer.balance.skipped) is (0.0 in gradient)
+        if optimizer.balance.skipped:
+            assert all(torch.equal(a, b) for a, b in zip(before, everything(optimizer), strict=False))
+    assert p.isfinite().all()
+
+
+def test_infinite_parameter_of_float16(backend):
+    """It was there before: others train on, as with torch."""
+    p = nn.Parameter(torch.tensor([1.0, -torch.inf], dtype=torch.float16))
+    optimizer = dk.DTOSGD([p], lr=0.1)
+    optimizer.backward([(p[:1] * 2).sum() + 9])
+    optimizer.step()
+    assert not optimizer.balance.skipped
+    assert p[0] < 1

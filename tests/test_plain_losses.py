@@ -1,6 +1,7 @@
 """Losses go in as they are: `share=` and `scaler=` in every mode, against one big batch and against plain code."""
 
 import copy
+import fractions
 
 import pytest
 import torch
@@ -180,3 +181,57 @@ def test_bad_share(share):
     with pytest.raises((TypeError, ValueError), match=r"^backward: share is"):
         dk.backward(losses_of(model, batch()), model.parameters(), share=share)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("source", ["probe", "feature", "every probe"])
+@pytest.mark.parametrize("filled", [False, True], ids=["optimizer", "backward"])
+def test_a_measurement_that_overflows_lowers_the_scale(backend, source, filled):
+    """The passes that measure have no small coefficient in front, so they overflow where the weighted sum does not."""
+    torch.manual_seed(0)
+    model = Student(torch.float32)
+    made = {"probe": Probe(model.trunk), "feature": Feature(model.trunk), "every probe": Every(2, Probe(model.trunk))}
+    params = list(model.parameters())
+    optimizer = torch.optim.SGD(params, lr=1e-3) if filled else dk.DTOSGD(params, lr=1e-3, gram=made[source])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    before, taken = [p.detach().clone() for p in params], 0
+    for step in range(30):
+        x, y, z = (t.float() for t in batch(step))
+        with torch.autocast("cpu", torch.float16):
+            task, distill = model(x)
+        losses = {"task": 240 * (task.float() - y).square().mean(), "kl": 160 * (distill.float() - z).square().mean()}
+        optimizer.zero_grad()
+        if filled:
+            record = dk.backward(losses, params, gram=made[source], scaler=scaler)
+        else:
+            optimizer.backward(losses, scaler=scaler)
+        scaler.step(optimizer)
+        scaler.update()
+        taken += not (record if filled else optimizer.balance).skipped
+        if not taken:
+            assert all(map(torch.equal, params, before))
+    assert 5 < taken < 30
+    assert scaler.get_scale() < 2.0**16
+
+
+@pytest.mark.parametrize("source", ["exact", "probe"])
+def test_an_error_in_a_pass_leaves_no_half_batch(backend, source):
+    model = Student()
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.1, gram=Probe(model.trunk) if source == "probe" else source)
+    optimizer.backward(losses_of(model, batch()), share=0.5)
+    losses = losses_of(model, batch(1))
+
+    def fails(gradient):
+        raise MemoryError("no memory")
+
+    losses["distill"].register_hook(fails)
+    with pytest.raises(MemoryError):
+        optimizer.backward(losses, share=0.5)
+    with pytest.raises(RuntimeError, match="there are no gradients"):
+        optimizer.step()
+
+
+def test_share_of_any_real_kind(backend):
+    model = Student()
+    optimizer = dk.DTOAdamW(model.parameters())
+    optimizer.backward(losses_of(model, batch()), share=fractions.Fraction(1, 2))
+    optimizer.step()

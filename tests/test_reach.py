@@ -341,3 +341,33 @@ def test_resume_while_an_objective_has_had_no_gradient(stop):
         return a, b
 
     assert all(map(torch.equal, train(None), train(stop)))
+
+
+@pytest.mark.parametrize("change", ["objectives alternate", "a group is added"])
+@pytest.mark.parametrize("stop", [5, 6])
+def test_resume_knows_all_objectives_and_new_groups(stop, change):
+    """A gradient is zero by chance in step 6."""
+
+    def train(stop):
+        torch.manual_seed(0)
+        a, b, c = (nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(3))
+        params = [a, b]
+        optimizer = dk.DTOSGD(params, lr=0.1)
+        for step in range(9):
+            if step == 4 and change == "a group is added":
+                optimizer.add_param_group({"params": [c]})
+                params.append(c)
+            if step == stop:
+                state, optimizer = optimizer.state_dict(), dk.DTOSGD(params[:2], lr=0.1)
+                if len(params) == 3:
+                    optimizer.add_param_group({"params": [c]})
+                optimizer.load_state_dict(state)
+            task = (a - 1).square().sum() + (b - 1).square().sum() + c.square().sum()
+            other = (a + 2).square().sum() + float(step != 6) * (b + 2).square().sum() + (c - 1).square().sum()
+            name = "kl" if step % 2 and change == "objectives alternate" else "feat"
+            optimizer.backward({"task": task, name: other})
+            optimizer.step()
+            optimizer.zero_grad()
+        return a, b, c
+
+    assert all(map(torch.equal, train(None), train(stop)))

@@ -117,7 +117,7 @@ class Probe(Source):
     def state_dict(self) -> dict[str, Any]:
         """Which parameters were found, and which of their gradients are zero in place of None."""
         found = {"positions": list(self._positions)} if self._positions else {}
-        reach = self._loaded or self._reach.state_dict()
+        reach = self._loaded or self._reach.state_dict(self._reach.params)
         return {**found, "reach": reach} if reach else found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -41,9 +41,10 @@ class Share(Stateful):
     reconstruction; RT-DETRv4 (2025): the share of the distillation loss as the set point.
 
     With `freeze_after` the weights are constants after that many steps, and each step takes one backward pass of the
-    weighted sum, whatever `gram=` was. (Steps that were skipped count too, as the host does not know of them.)
+    weighted sum, whatever `gram=` was. Steps that were skipped count too, as the host does not know of them; but no
+    weight is frozen before each objective's gradient was measured: the host reads the memory for it, once as a rule.
 
-    Memory: "norms" [K], the sums, and "counts" [K], what they are divided by; and "steps", how many were taken.
+    Memory: "norms" [K], the sums, and "counts" [K], what they are divided by; "steps", how many were taken; "frozen".
 
     Args:
         shares: one positive number for each objective, or a dict from their names; they sum to 1. With `primary`
@@ -74,6 +75,7 @@ class Share(Stateful):
     freeze_after: int | None = None
     log_gradients: bool = False
     _steps: int = field(default=0, init=False, repr=False)
+    _frozen: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         given = [1.0] if self.shares is None else self.shares
@@ -138,18 +140,24 @@ class Share(Stateful):
 
     @property
     def frozen(self) -> bool:
-        """Whether `freeze_after` steps were taken."""
-        return self.freeze_after is not None and self._steps >= self.freeze_after
+        """Whether `freeze_after` steps were taken, and all gradients measured."""
+        return self._frozen
 
     def commit(self, skipped: Tensor) -> None:
         """Take over what the last call proposed, and count the step."""
         super().commit(skipped)
-        self._steps += self._memory is not None
+        if self._memory is None or self._frozen:
+            return
+        self._steps += 1
+        if self.freeze_after is not None and self._steps >= self.freeze_after:
+            counts = self._memory["counts"]
+            capturing = counts.is_cuda and torch.cuda.is_current_stream_capturing()
+            self._frozen = not capturing and bool((counts > 0).all())
 
     def state_dict(self) -> dict[str, Any]:
         """The memory, and how many steps were taken."""
         state = super().state_dict()
-        return {**state, "steps": self._steps} if state else {}
+        return {**state, "steps": self._steps, "frozen": self._frozen} if state else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; from an empty one, start anew.
@@ -157,8 +165,9 @@ class Share(Stateful):
         Raises:
             ValueError: it is another weighting's state. Nothing has changed then.
         """
-        super().load_state_dict({name: value for name, value in state.items() if name != "steps"})
-        self._steps = int(state.get("steps", 0))
+        own = ("steps", "frozen")
+        super().load_state_dict({name: value for name, value in state.items() if name not in own})
+        self._steps, self._frozen = int(state.get("steps", 0)), bool(state.get("frozen", False))
 
     def _of(self, K: int, like: Tensor) -> tuple[Tensor, int | None]:
         """The shares [K] on the device, in the objectives' order, and the position of the primary one."""

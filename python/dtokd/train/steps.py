@@ -137,7 +137,7 @@ class Filled(WeightedSum):
         if self.balance is not None:
             reach = of_backward(self._params())
             reach.begin(self.balance.names, self._params())
-            state["reach"] = reach.state_dict()
+            state["reach"] = reach.state_dict(self._params())
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
