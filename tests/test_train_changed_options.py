@@ -130,7 +130,7 @@ def test_in_the_middle_of_an_epoch_the_batches_stay(digits, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         signal_at(patch, [6])
         assert main(options) == 143
-    assert main([*options, "--resume", "auto", *more]) == 1
+    assert main([*options, "--resume", "auto", *more]) == 2
     assert message in capsys.readouterr().err
     assert main([*options, "--resume", str(RunDir(tmp_path / "x").checkpoints()[1]), *more]) == 0
 
@@ -144,5 +144,5 @@ def test_in_the_middle_of_an_epoch_the_samples_stay(tmp_path, monkeypatch, capsy
         signal_at(patch, [6])
         assert main(options) == 143
     next((data / "train").rglob("*.png")).unlink()
-    assert main([*options, "--resume", "auto"]) == 1
+    assert main([*options, "--resume", "auto"]) == 2
     assert "in the middle of an epoch of 64 samples, --data-dir now has 63" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def test_what_is_refused_changes_nothing(finished, teacher, digits, tmp_path, ca
         (["--resume", str(path / "nobody")], "there is no file"),
         (["--resume", str(path)], "no checkpoint"),
     ):
-        assert main([*options, *more]) == 1, more
+        assert main([*options, *more]) == 2, more
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
@@ -210,7 +210,7 @@ def test_a_damaged_newest_checkpoint(digits, teacher, tmp_path, capsys):
     for path in held.checkpoints().values():
         invert(path)
     before = contents(held.path)
-    assert main(["train", *common(digits, tmp_path / "b"), *shared, "--resume", "auto"]) == 1
+    assert main(["train", *common(digits, tmp_path / "b"), *shared, "--resume", "auto"]) == 2
     assert "none of the 4 checkpoints" in capsys.readouterr().err
     assert contents(held.path) == before
 
@@ -274,7 +274,7 @@ def test_metadata_that_lacks_a_part(finished, tmp_path, capsys):
             save_checkpoint(other, state)
             code = main([*options, "--resume", str(other), "--epochs", "1"])
             error = capsys.readouterr().err
-            assert (code, error.count("\n")) == (1, 1), (key, error)
+            assert (code, error.count("\n")) == (2, 1), (key, error)
             assert contents(path) == before
 
 
@@ -283,7 +283,7 @@ def test_damaged_lists(finished, capsys):
     whole = (path / "summary.csv").read_text()
     (path / "summary.csv").write_text(whole.replace("\n1,", "\nx,"))
     before = contents(path)
-    assert main([*options, "--resume", "auto"]) == 1
+    assert main([*options, "--resume", "auto"]) == 2
     assert "summary.csv or steps.csv of" in capsys.readouterr().err
     assert contents(path) == before
     (path / "summary.csv").write_text(whole)
@@ -297,7 +297,7 @@ def test_two_runs_in_one_directory(digits, tmp_path, capsys):
     options = ["train", *common(digits, tmp_path), "--experiment", "x", "--workers", "1"]
     process = start([*options, "--epochs", "500"])
     wait_for(tmp_path / "x" / "checkpoints" / "epoch-0001.safetensors")
-    assert main([*options, "--resume", "auto"]) == 1
+    assert main([*options, "--resume", "auto"]) == 2
     assert f"x is in use by another run, process {process.pid}; wait until it has ended" in capsys.readouterr().err
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -306,10 +306,10 @@ def test_two_runs_in_one_directory(digits, tmp_path, capsys):
     assert main([*options, "--resume", "auto", "--epochs", str(last)]) == 0
     assert not (tmp_path / "x" / ".lock").exists()
     with RunDir(tmp_path / "x").locked():
-        assert main([*options, "--resume", "auto"]) == 1
+        assert main([*options, "--resume", "auto"]) == 2
     assert "in use by another run of this process" in capsys.readouterr().err
 
 
 def test_a_refused_run_leaves_no_folder(digits, tmp_path):
-    assert main(["train", *common(digits, tmp_path / "runs"), "--experiment", "x", "--model", "nobody"]) == 1
+    assert main(["train", *common(digits, tmp_path / "runs"), "--experiment", "x", "--model", "nobody"]) == 2
     assert not (tmp_path / "runs").exists()

@@ -146,10 +146,10 @@ class Share(Stateful):
     def commit(self, skipped: Tensor) -> None:
         """Take over what the last call proposed, and count the step."""
         super().commit(skipped)
-        if self._memory is None or self._frozen:
+        if self._memory is None or self._frozen or self.freeze_after is None:
             return
         self._steps += 1
-        if self.freeze_after is not None and self._steps >= self.freeze_after:
+        if self._steps >= self.freeze_after:
             counts = self._memory["counts"]
             capturing = counts.is_cuda and torch.cuda.is_current_stream_capturing()
             self._frozen = not capturing and bool((counts > 0).all())
@@ -157,7 +157,7 @@ class Share(Stateful):
     def state_dict(self) -> dict[str, Any]:
         """The memory, and how many steps were taken."""
         state = super().state_dict()
-        return {**state, "steps": self._steps, "frozen": self._frozen} if state else {}
+        return {**state, "steps": self._steps, "frozen": self._frozen} if state and self.freeze_after else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; from an empty one, start anew.

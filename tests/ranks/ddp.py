@@ -114,7 +114,8 @@ def train(rank, size, options, steps=4):
                 if options.get("zeros") and size > 1:  # in place of None
                     nothing = 0 * sum(p.sum() for p in student.parameters())
                     task, distill = task + nothing, distill + nothing
-                optimizer.backward({"task": task, "distill": distill}, features=[z], scaler=scaler)
+                losses = {"task": task, "distill": distill}
+                optimizer.backward(losses, share=1 / parts, features=[z], scaler=scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=options.get("to_none", True))
