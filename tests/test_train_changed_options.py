@@ -1,6 +1,7 @@
 """Options that change at `--resume`: the schedule and the optimizer follow them from the epoch that begins."""
 
 import csv
+import shutil
 
 import pytest
 from dtokd.cli import main
@@ -146,3 +147,27 @@ def test_in_the_middle_of_an_epoch_the_samples_stay(tmp_path, monkeypatch, capsy
     next((data / "train").rglob("*.png")).unlink()
     assert main([*options, "--resume", "auto"]) == 2
     assert "in the middle of an epoch of 64 samples, --data-dir now has 63" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["renamed", "reversed"])
+def test_the_classes_stay(digits, tmp_path, capsys, kind):
+    """Folders with other names, or the same in another order: a label would mean another class."""
+    data = shutil.copytree(digits, tmp_path / "data")
+    more = []
+    if kind == "reversed":
+        (tmp_path / "classes.txt").write_text("".join(f"{i}\n" for i in range(10)))
+        more = ["--class-map", str(tmp_path / "classes.txt")]
+    options = [*command(data, tmp_path), *more]
+    assert main([*options, "--epochs", "1"]) == 0
+    if kind == "renamed":
+        for split in ("train", "validation"):
+            (data / split / "0").rename(data / split / "zebra")
+    else:
+        (tmp_path / "classes.txt").write_text("".join(f"{i}\n" for i in reversed(range(10))))
+    before = {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert main([*options, "--resume", "auto"]) == 2
+    error = capsys.readouterr().err
+    assert "has learned class 0 as '0'" in error
+    assert ("'1' there" if kind == "renamed" else "'9' there") in error
+    assert {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()} == before

@@ -50,6 +50,7 @@ class Engine:
         progress: what the user sees.
         stopped: the number of the signal with which the user wants out, or 0.
         updates: optimizer steps so far.
+        names: of the classes, in their order, where the data says.
         groups: what the options say of each of the optimizer's groups, see `state.told_of`.
         per_epoch: optimizer steps in an epoch.
         ahead: steps that the schedule counts besides `updates`, where earlier epochs had another number of them.
@@ -65,6 +66,7 @@ class Engine:
     progress: Progress
     stopped: Callable[[], int]
     updates: int = 0
+    names: list[str] | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
     per_epoch: int = 0
     ahead: int = 0

@@ -175,6 +175,7 @@ def fit(
             task, stepper, scheduler, options, device, None, progress, lambda: world.vote(noted[0]), world=world
         )
         engine.groups, engine.per_epoch = groups, per_epoch
+        engine.names = None if card is None else card.get("label_names")
         with world.agreed():
             at = state.restore(engine, loaders, *found) if found else Position(0)
         columns = columns_of(("task", *task.distill_loss_weights))

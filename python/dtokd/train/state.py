@@ -85,6 +85,7 @@ def collect(engine: Engine, loaders: Data, at: Position) -> dict[str, Any]:
     state: dict[str, Any] = {
         "model": engine.options.model,
         "options": plain(engine.options),
+        "names": engine.names,
         "epoch": at.epoch,
         "batches": at.batches,
         "updates": engine.updates,
@@ -157,8 +158,8 @@ def restore(engine: Engine, loaders: Data, path: Path, state: dict[str, Any]) ->
     Options that have changed hold from the epoch on that begins; a line tells each of them.
 
     Raises:
-        UsageError: it is of another model or optimizer, in the middle of an epoch of other ranks or batches, or an
-            option has changed that must not. What is loaded is of no use then.
+        UsageError: it is of another model, optimizer or other classes, in the middle of an epoch of other ranks or
+            batches, or an option has changed that must not. What is loaded is of no use then.
     """
     try:
         return _restore(engine, loaders, path, state)
@@ -177,6 +178,7 @@ def _restore(engine: Engine, loaders: Data, path: Path, state: dict[str, Any]) -
     task, options, progress, world = engine.task, engine.options, engine.progress, engine.world
     module = unwrap_model(task.get_trainable_module())
     _check_model(path, state["weights"], module.state_dict(), options.model, state["model"])
+    _check_names(path, state.get("names"), engine.names)
     _check_options(path, state, options, world.size, loaders)
     for text in _changes(state, options):
         progress.say(f"--resume: {text}")
@@ -257,6 +259,18 @@ def _check_options(path: Path, state: dict[str, Any], options: argparse.Namespac
             f"{middle} of {samples} samples, --data-dir now has {_samples(loaders)}: nobody knows which of "
             f"them were seen; pass one of the checkpoints epoch-*.safetensors"
         )
+
+
+def _check_names(path: Path, before: list[str] | None, now: list[str] | None) -> None:
+    """Raises UsageError: a label does not mean the class that the student has learned. Classes may have no names."""
+    if before is None or now is None or before == now:
+        return
+    label = next((i for i, pair in enumerate(zip(before, now, strict=False)) if pair[0] != pair[1]), 0)
+    raise UsageError(
+        f"--resume: {path} has learned class {label} as {before[label]!r}, --data-dir or --annotations of this run has "
+        f"{now[label]!r} there, so that labels would not mean the same; give the data (and --class-map) of that run, "
+        "or start anew with another --experiment"
+    )
 
 
 def _check_model(path: Path, weights: dict[str, Tensor], own: dict[str, Tensor], model: str, saved_model: str) -> None:
