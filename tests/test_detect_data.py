@@ -502,6 +502,21 @@ def test_bad_image(coco, tmp_path, capsys):
     assert "skipped image: val: 3.png" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["uint16", "float32"])
+def test_more_than_eight_bits(coco, tmp_path, capsys, kind):
+    """Pillow would make almost all of it white."""
+    data = shutil.copytree(coco, tmp_path / "data")
+    with Image.open(data / "train" / "0.png") as image:
+        deep = np.asarray(image.convert("L")).astype(kind) * 200
+    name = "0.png" if kind == "uint16" else "0.tiff"
+    Image.fromarray(deep).save(data / "train" / name)
+    if name != "0.png":
+        (data / "train" / name).replace(data / "train" / "0.png")  # Pillow looks at the contents
+    error = fails(capsys, *common(data, tmp_path / "runs"), *FCOS)
+    assert "image 0.png of 'train' cannot be read" in error
+    assert "more than 8 bits per value" in error
+
+
 def test_one_process(coco, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "only dtokd train needs" in fails(capsys, *common(coco, tmp_path), *FCOS)

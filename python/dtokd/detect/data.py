@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as F
 
 from ..errors import UsageError
 from ..train.batches import Batches
-from ..train.images import CheckedImages
+from ..train.images import CheckedImages, convert
 from ..train.workers import worker_seed
 from .annotations import Annotations, read_annotations
 from .batch import Images, Target, padded
@@ -67,7 +67,7 @@ class CocoImages(CocoDetection):
             if size not in (stored.size, upright):  # boxes would be scaled wrongly
                 raise ValueError(f"it has {upright} pixels, the annotations say {size[0]} x {size[1]}")
             turned = ImageOps.exif_transpose(stored) if orientation != 1 and size == upright else stored
-            return turned.convert("RGB")
+            return convert(turned, "RGB")
 
     def _load_target(self, id: int) -> Any:
         image = self.coco.imgs[id]

@@ -94,11 +94,11 @@ class _Converted:
         self.mode, self.inner = mode, inner
 
     def __call__(self, image: Any) -> Any:
-        converted = _convert(image, self.mode)
+        converted = convert(image, self.mode)
         return converted if self.inner is None else self.inner(converted)
 
 
-def _convert(image: Any, mode: str) -> Any:
+def convert(image: Any, mode: str) -> Any:
     """As Pillow's `convert`, which would cut all values above 255 off instead of scaling them.
 
     Raises:
@@ -115,7 +115,7 @@ def _load(path: str) -> Any:
     from PIL import Image
 
     with Image.open(path) as image:
-        return _convert(image, "RGB")
+        return convert(image, "RGB")
 
 
 @contextmanager
