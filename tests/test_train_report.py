@@ -1,5 +1,6 @@
 """`dtokd report`, `dtokd eval`, `dtokd sweep`."""
 
+import argparse
 import csv
 import json
 import shutil
@@ -14,6 +15,7 @@ from dtokd.cli import main
 from dtokd.errors import UsageError
 from dtokd.report.chart import line_chart
 from dtokd.report.page import write_report
+from dtokd.train.options import add_arguments
 from safetensors.torch import load_file, save_file
 
 from .digits import common, distilling
@@ -255,6 +257,29 @@ def test_sweep_finds_results_by_all_they_depend_on(digits, teacher, tmp_path, mo
         patch.setattr(timm, "__version__", "0.0")
         assert trains("--data-dir", str(moved)) == 1
     assert trains("--data-dir", str(moved)) == 0
+
+
+@pytest.mark.parametrize("option", ["--model", "--kd-model-name"])
+def test_sweep_reads_the_directories_of_models(digits, teacher, tmp_path, option):
+    """Of `local-dir:DIRECTORY` the contents count, as those of other files."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(teacher, folder / "model.safetensors")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = [*common(digits, tmp_path), "--model", "test_resnet", option, f"local-dir:{folder}", "--pretrained"]
+
+    def told():
+        return sweep.depends_on(parser.parse_args(options), {})
+
+    before = told()
+    assert told() == before
+    changed = load_file(teacher)
+    changed["fc.bias"] += 1
+    save_file(changed, folder / "model.safetensors")
+    assert told() != before
+    shutil.copy(teacher, folder / "model.safetensors")
+    assert told() == before
 
 
 def test_compare():

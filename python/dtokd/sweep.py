@@ -16,6 +16,7 @@ from . import identity
 from .errors import Diverged, UsageError
 from .files import as_json, write_text
 from .metric import is_lower_better, rank
+from .objectives.teacher import as_list
 from .train import data
 from .train.options import BALANCES, OUTSIDE, add_arguments, plain, read_value
 from .train.progress import Progress
@@ -138,6 +139,8 @@ def parse_balance(text: str) -> dict[str, object]:
 
 #: Options whose files count by their contents.
 _FILES = ("class_map", "initial_checkpoint", "kd_teacher_path")
+#: Options that name models, which may be in a directory.
+_MODELS = ("model", "kd_model_name")
 
 
 def depends_on(options: argparse.Namespace, data_sets: Mapping[str, str]) -> str:
@@ -151,9 +154,10 @@ def depends_on(options: argparse.Namespace, data_sets: Mapping[str, str]) -> str
     told = {key: value for key, value in plain(options).items() if key not in places}
     files = {}
     for key in _FILES:
-        given = told.get(key) or []
-        paths = [Path(path) for path in (given if isinstance(given, list) else [given])]
-        files[key] = [identity.of_path(path) for path in paths]
+        files[key] = [identity.of_path(Path(path)) for path in as_list(told.get(key) or None)]
+    for key in _MODELS:
+        folders = [name.partition(":")[2] for name in as_list(told.get(key)) if name.lower().startswith("local-dir:")]
+        files[key] = [identity.of_path(Path(folder)) for folder in folders]
     machine = {key: value for key, value in environment(options).items() if key not in ("cores", "threads")}
     return as_json({"options": told, "data": data_sets, "files": files, "environment": machine}, indent=1) + "\n"
 
