@@ -42,6 +42,8 @@ SCHEDULES = {
     "smallest": ("--epochs 3 --min-lr 0.0005", "--epochs 4 --min-lr 0.0001"),
     "batches of another size": ("--epochs 2 --sched-on-updates", "--epochs 4 --sched-on-updates -b 8"),
     "milestones": ("--epochs 2 --sched multistep --decay-milestones 1", "--epochs 4 --decay-milestones 3"),
+    "plateau after the end": ("--epochs 2 --min-lr 0", "--epochs 4 --sched plateau"),
+    "constant after the end": ("--epochs 2 --min-lr 0", "--epochs 4 --sched none"),
     "constant": ("--epochs 2 --sched none", "--epochs 4 --sched none --lr 0.003"),
     "plateau": ("--epochs 2", "--epochs 4 --sched plateau --lr 0.003"),
     "plateau's warmup": ("--epochs 2 --sched plateau", "--epochs 4 --sched plateau --warmup-epochs 3"),

@@ -303,6 +303,9 @@ def _restore_options(engine: Engine, state: dict[str, Any]) -> None:
     in_epoch = updates - state["updates_before"] if state["batches"] else 0
     same = state["per_epoch"] == engine.per_epoch
     engine.ahead = state["ahead"] if same else epoch * engine.per_epoch + in_epoch - updates
+    if scheduler is None and state["scheduler"] is not None:  # no schedule goes on at the end of another one
+        for group, now in zip(groups, engine.groups, strict=True):
+            group["lr"] = now["lr"]
     if scheduler is not None:
         for group, base in zip(groups, scheduler.base_values, strict=True):
             group["initial_lr"] = base
@@ -316,7 +319,7 @@ def _restore_schedule(scheduler: Any, held: dict[str, Any], epoch: int, updates:
 
     Args:
         scheduler: timm's.
-        held: of `_scheduler_state`; of another kind of schedule it does not count.
+        held: of `_scheduler_state`; of another kind of schedule it does not count, nor does its last rate.
         epoch: finished ones.
         updates: steps, as the schedule counts them.
     """
@@ -330,7 +333,9 @@ def _restore_schedule(scheduler: Any, held: dict[str, Any], epoch: int, updates:
         return
     if held.keys() >= set(_PLATEAU):
         vars(inner).update({key: held[key] for key in _PLATEAU})
-    if 0 < epoch <= scheduler.warmup_t:  # later it is what the evaluations have made of it
+    else:
+        scheduler.update_groups(scheduler.base_values)
+    if scheduler.warmup_t and epoch <= scheduler.warmup_t:  # later it is what the evaluations have made of it
         scheduler.step(epoch)
 
 
