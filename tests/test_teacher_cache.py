@@ -127,6 +127,31 @@ def test_shards_are_whole_and_what_is_pending_is_written_at_the_end(tmp_path):
     assert not list(folder.glob(".*"))
 
 
+def flipped(content):
+    return content[:-5] + bytes([content[-5] ^ 64]) + content[-4:]
+
+
+@pytest.mark.parametrize("damage", [flipped, lambda content: content[:-100], lambda content: b""])
+def test_a_damaged_shard_is_computed_anew(tmp_path, damage):
+    data, teacher = KeyedDataset(Noisy()), make_teacher()
+    cache = TeacherCache(tmp_path, teacher, TAPS, data)
+    batches = [batch_of(data, numbers) for numbers in ([0, 1], [2, 3])]
+    expected = []
+    for images, keys in batches:
+        expected.append(cache(teacher, images, TAPS, keys))
+        cache.flush()
+    shard = next(path for path in cache.directory.glob("*.safetensors") if load_file(path)["key"][0, 0] == 2)
+    shard.write_bytes(damage(shard.read_bytes()))
+    with pytest.warns(UserWarning, match=f"{shard.name} is damaged"):
+        again = TeacherCache(tmp_path, teacher, TAPS, data)
+    assert not shard.exists()
+    for (images, keys), want in zip(batches, expected, strict=True):
+        got = again(teacher, images, TAPS, keys)
+        for one, other in zip([*got[:3], *got.maps], [*want[:3], *want.maps], strict=True):
+            assert one is other is None or torch.equal(one, other)
+    assert (again.hits, again.misses) == (2, 2)
+
+
 def test_a_write_that_fails_leaves_the_old_shards(tmp_path, monkeypatch):
     data, teacher = KeyedDataset(Noisy()), make_teacher()
     cache = TeacherCache(tmp_path, teacher, TAPS, data)

@@ -6,20 +6,21 @@ import hashlib
 import json
 import random
 import uuid
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import identity
-from ..files import write_tensors, write_text
+from ..files import digest_of, write_tensors, write_text
 from .taps import Outputs, Taps
 from .teacher import Teacher
 
@@ -97,7 +98,8 @@ class TeacherCache:
     The key covers the teacher's layers, weights and dtype, how it sees the images, what is read of it, the dataset's
     fingerprint, and the versions of torch, timm and this package: any change makes another directory, and old ones can
     be deleted. Shards are written whole (temporary
-    file, fsync, rename); a process that dies loses what it had not yet flushed, at most `shard` samples.
+    file, fsync, rename) and with a checksum: a damaged one is removed with a warning, and its samples are computed
+    anew. A process that dies loses what it had not yet flushed, at most `shard` samples.
 
     Args:
         directory: of all caches.
@@ -184,7 +186,21 @@ class TeacherCache:
 
     def _read(self, path: Path) -> None:
         self._files.add(path)
-        self._index(load_file(path))  # mapped: what is not asked for stays on disk
+        try:
+            with safe_open(path, framework="pt") as file:  # mapped: what is not asked for leaves memory again
+                checksum = (file.metadata() or {}).get("sha256")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            whole = checksum == digest_of(tensors)
+        except (SafetensorError, OSError):
+            whole = False
+        if whole:
+            self._index(tensors)
+            return
+        warnings.warn(
+            f"teacher cache: {path} is damaged, so it is removed and its samples are computed anew", stacklevel=2
+        )
+        with suppress(OSError):  # a cache that may only be read
+            path.unlink()
 
 
 def _flush(directory: Path, pending: list[tuple[tuple[int, int], dict[str, Tensor]]]) -> Path | None:
@@ -193,6 +209,6 @@ def _flush(directory: Path, pending: list[tuple[tuple[int, int], dict[str, Tenso
     names = pending[0][1]
     columns = {n: torch.stack([row[n] for _, row in pending]) for n in names}
     path = directory / f"{uuid.uuid4().hex}.safetensors"
-    write_tensors(path, columns)
+    write_tensors(path, columns, {"sha256": digest_of(columns)})
     pending.clear()
     return path
