@@ -279,6 +279,20 @@ def test_checkpoints_kept(digits, tmp_path):
     assert list(RunDir(tmp_path / "x").checkpoints()) == sorted({int(best), 4, 5})
 
 
+def test_what_a_killed_run_has_left_is_removed(digits, tmp_path):
+    """Files that were being written; others stay."""
+    options = ["train", *common(digits, tmp_path), "--experiment", "x", "--resume", "auto"]
+    assert main([*options, "--epochs", "1"]) == 0
+    folder = tmp_path / "x"
+    left = [folder / ".summary.csv.123.tmp", folder / "checkpoints" / ".epoch-0002.safetensors.4567.tmp"]
+    other = folder / ".mine.tmp"
+    for path in (*left, other):
+        path.write_bytes(b"half")
+    assert main([*options, "--epochs", "2"]) == 0
+    assert not any(path.exists() for path in left)
+    assert other.exists()
+
+
 def test_full_disk(digits, tmp_path, monkeypatch, capsys):
     """The write of the second epoch's checkpoint fails half-way: an error, and all that was there still is."""
     options = ["train", *common(digits, tmp_path), "--experiment", "x"]

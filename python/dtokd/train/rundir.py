@@ -24,7 +24,7 @@ from torch import Tensor
 import dtokd_kernels
 
 from ..errors import UsageError
-from ..files import as_json, digest_of, sync_folder, write_tensors, write_text
+from ..files import as_json, digest_of, remove_unfinished, sync_folder, write_tensors, write_text
 from ..identity import versions
 from .checkpoint import load_run, peek, save_checkpoint
 from .lock import Locked, locked
@@ -65,6 +65,8 @@ class RunDir:
     def locked(self) -> Iterator[None]:
         """Be the only process that writes here. The lock ends with its process, however that ends.
 
+        What a killed process has left of a file that it was writing is removed.
+
         Raises:
             UsageError: another one is, or the folder cannot be made.
         """
@@ -74,6 +76,8 @@ class RunDir:
                 stack.callback(_remove_empty, made)
                 self.path.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(self.path / ".lock"))
+                for folder in (self.path, self.stopped.parent):
+                    remove_unfinished(folder)
             except Locked as error:
                 raise UsageError(
                     f"--experiment: {self.path} is in use by another run{error}; wait until it has ended, or choose "
