@@ -312,6 +312,27 @@ def test_full_disk(digits, tmp_path, monkeypatch, capsys):
     assert main([*options, "--resume", "auto"]) == 0
 
 
+@pytest.mark.parametrize("dies", [True, False])
+def test_a_report_that_fails_hides_no_error(digits, tmp_path, monkeypatch, capsys, dies):
+    """The error of the run is the one that is told; a run that has none ends well, and the report is made later."""
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    options = ["train", *common(digits, tmp_path), "--experiment", "x", "--epochs", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr("dtokd.train.run.write_report", full)
+        if dies:
+            die_at(patch, 6)
+            with pytest.raises(Died):
+                main(options)
+        else:
+            assert main(options) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "report.html was not written: [Errno 28] No space left on device" in told
+    assert main(["report", str(tmp_path / "x")]) == 0
+
+
 def test_checkpoint_of_another_model(digits, teacher, tmp_path, capsys):
     assert main(["train", *common(digits, tmp_path), "--experiment", "x", "--epochs", "1"]) == 0
     path = str(tmp_path / "x" / "checkpoints" / "epoch-0001.safetensors")

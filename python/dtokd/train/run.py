@@ -211,16 +211,25 @@ def fit(
         except Stopped as stop:
             return _stop(run, engine, loaders, collected, at, stop)
         finally:
-            if world.first and run.summary.exists():
-                write_report(run.path)
-            for line in skipped(run.bad_images):
-                progress.say(f"skipped image: {line}")
+            _report(run, progress, world)
     name = _metric(options)
     if at.best is not None and math.isnan(at.best[name]):
         progress.say(f"{name} is nan in all epochs, so none is the best; {run.student} is the last one's")
     elif at.best is not None:
         progress.say(f"best {name} {at.best[name]:.4g} in epoch {at.best['epoch'] + 1:.0f}: {run.student}")
     return Outcome(run.path, at.best)
+
+
+def _report(run: RunDir, progress: Progress, world: World) -> None:
+    """At the end of a run, however it ends: what goes wrong here is told, as it must not hide why the run has ended."""
+    try:
+        if world.first and run.summary.exists():
+            write_report(run.path)
+        for line in skipped(run.bad_images):
+            progress.say(f"skipped image: {line}")
+    except Exception as error:  # the disk, a file that was changed by hand
+        reason = str(error) or type(error).__name__
+        progress.say(f"warning: {run.report} was not written: {reason}; dtokd report {run.path} writes it later")
 
 
 def _find(
