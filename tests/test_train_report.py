@@ -176,6 +176,27 @@ def test_eval_prints_json(trained, capsys, monkeypatch):
     assert (result["top1"], result["loss"], result["x"]) == (10.0, None, None)
 
 
+def test_eval_counts_the_images_that_it_has_skipped(trained, digits, tmp_path, capsys):
+    """Not those of an earlier evaluation, which may have been repaired since."""
+    run, data = shutil.copytree(trained, tmp_path / "run"), shutil.copytree(digits, tmp_path / "data")
+    options = ["eval", str(run), "--workers", "0", "--data-dir", str(data), "--on-bad-image", "skip"]
+    images = sorted((data / "validation").rglob("*.png"))[:2]
+    held = [image.read_bytes() for image in images]
+
+    def count():
+        assert main(options) == 0
+        return json.loads(capsys.readouterr().out).get("skipped_images", 0)
+
+    for image in images:
+        image.write_bytes(b"")
+    assert count() == 2
+    assert count() == 2
+    images[0].write_bytes(held[0])
+    assert count() == 1
+    images[1].write_bytes(held[1])
+    assert count() == 0
+
+
 def test_eval_of_weights(trained, teacher, digits, capsys):
     options = ["eval", "--data-dir", str(digits), "--workers", "0", "--img-size", "32", "--checkpoint", str(teacher)]
     assert main([*options, "--model", "test_resnet"]) == 0

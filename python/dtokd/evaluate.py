@@ -17,7 +17,7 @@ from .files import as_json, read_weights
 from .train import data
 from .train.engine import autocast, evaluate
 from .train.found import class_names, some
-from .train.images import skipped
+from .train.images import new_record, skipped
 from .train.options import check
 from .train.run import check_size, make_student
 from .train.world import World
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, floa
     if weights is None and not settings.pretrained:
         raise UsageError("dtokd eval: no weights; give a run directory, --checkpoint, or --pretrained")
     device = World().device(settings.device)
-    record = None if options.run_dir is None else options.run_dir / "bad_images_eval.txt"
+    record = None if options.run_dir is None else new_record(options.run_dir)
     images = data.open_dataset(settings, settings.val_split, record)
     names = class_names(images)
     classes = settings.num_classes or (None if names is None else len(names))

@@ -130,6 +130,14 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
+def new_record(run: Path) -> Path:
+    """The file for what an evaluation of a run skips, without what an earlier one has skipped."""
+    record = run / "bad_images_eval.txt"
+    if record.exists():
+        record.unlink()
+    return record
+
+
 def skipped(record: Path) -> list[str]:
     """The images that were skipped, each once: "split: name (reason)"."""
     if not record.exists():
