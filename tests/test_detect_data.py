@@ -500,6 +500,12 @@ def test_bad_image(coco, tmp_path, capsys):
     options = [*common(data, tmp_path / "skip"), *FCOS, "--on-bad-image", "skip", "--epochs", "1"]
     assert main(["detect", *options]) == 0
     assert "skipped image: val: 3.png" in capsys.readouterr().out
+    (run,) = (tmp_path / "skip").iterdir()
+    for number in (1, 1, 0):  # the last after a repair
+        if not number:
+            shutil.copy(coco / "val" / "3.png", data / "val" / "3.png")
+        assert main(["eval", str(run)]) == 0
+        assert json.loads(capsys.readouterr().out).get("skipped_images", 0) == number
 
 
 @pytest.mark.parametrize("kind", ["uint16", "float32"])

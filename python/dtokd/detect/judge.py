@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import UsageError
 from ..files import as_json
 from ..train.engine import autocast, evaluate
+from ..train.images import new_record, skipped
 from ..train.world import World
 from .data import make_loader, read_split
 from .detectors.build import load_weights, make_student
@@ -35,8 +36,11 @@ def judge(run: dict[str, Any], given: dict[str, Any]) -> dict[str, float]:
     device = World().device(options.device)
     student = make_student(options, len(split.categories))
     load_weights(student, str(weights), "--checkpoint", options.model)
-    loader = make_loader(options, split, options.val_split, training=False, device=device)
+    record = new_record(Path(given["run_dir"]))
+    loader = make_loader(options, split, options.val_split, training=False, device=device, record=record)
     metrics = evaluate(student.to(device), loader, CocoEvaluator(split), partial(autocast, options, device))
     result = {**metrics, "images": len(split.content["images"])}
+    if bad := skipped(record):
+        result["skipped_images"] = len(bad)
     print(as_json({"model": options.model, "weights": str(weights), **result}))
     return result
