@@ -236,9 +236,10 @@ def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
     everything = grams.diagonal(dim1=1, dim2=2).sum(0)
     skipped = ~(norm.isfinite() & everything.isfinite().all() & losses.isfinite().all() & weights.isfinite().all())
     skipped = skipped | (everything == 0).all()
-    # no element of a combination, nor of any part of it, is larger than `reach`
-    reach = (table.abs() * grams.diagonal(dim1=1, dim2=2).sqrt()).sum(1)
-    skipped = skipped | ~((reach <= options.limit).all() & (table.abs() <= options.limit**2).all())
+    # no element of a combination, nor of any part of it, has a larger square than `reach` (Cauchy and Schwarz)
+    reach = len(gram) * (table.square() * grams.diagonal(dim1=1, dim2=2)).sum(1)
+    bound = options.limit * options.limit
+    skipped = skipped | ~((reach <= bound).all() & (table.square() <= bound * bound).all())
     if options.log_gradients:
         skipped = skipped | (losses <= 0).any()
     norms = gram.diagonal().sqrt()

@@ -67,30 +67,31 @@ DTOKD_HD void finish_balance(const double* const* grams, const double* losses,
   }
   double square = 0;
   double anything = 0;
+  double reach = 0;    // K times this: no element of a combination or its parts has a larger square
+  double largest = 0;  // of a coefficient, squared
   for (int role = 0; role < kRoles; ++role) {
     const double part = quadratic(grams[role], K, out.coefficients[role]);
     square += part < 0 ? 0 : part;  // NaN stays
-    for (int i = 0; i < K; ++i) anything += grams[role][i * K + i];
+    double sum = 0;
+    for (int i = 0; i < K; ++i) {
+      const double c = out.coefficients[role][i];
+      anything += grams[role][i * K + i];
+      sum += c * c * grams[role][i * K + i];
+      largest = c * c > largest ? c * c : largest;
+    }
+    reach = sum > reach ? sum : reach;
   }
   out.norm = dtokd::sqrt(square);
+  double clip = 1;
   if (options.max_norm > 0) {  // as torch.nn.utils.clip_grad_norm_
-    const double clip = options.max_norm / (out.norm + 1e-6);
+    const double wanted = options.max_norm / (out.norm + 1e-6);
+    clip = wanted < 1 ? wanted : 1;
     for (int role = 0; role < kRoles && clip < 1; ++role) {
       for (int i = 0; i < K; ++i) out.coefficients[role][i] *= clip;
     }
   }
-  // No element of a combination, nor of any part of it, is larger than this.
-  bool fits = true;
-  for (int role = 0; role < kRoles; ++role) {
-    double reach = 0;
-    for (int i = 0; i < K; ++i) {
-      const double c =
-          out.coefficients[role][i] < 0 ? -out.coefficients[role][i] : out.coefficients[role][i];
-      reach += c * dtokd::sqrt(grams[role][i * K + i]);
-      fits = fits && c <= options.limit * options.limit;
-    }
-    fits = fits && reach <= options.limit;
-  }
+  const double bound = options.limit * options.limit;
+  const bool fits = K * reach * clip * clip <= bound && largest * clip * clip <= bound * bound;
   out.skipped = !(finite && fits && is_finite(out.norm) && is_finite(anything)) || anything == 0 ||
                 (options.log_gradients && !positive);
   out.vertex = false;

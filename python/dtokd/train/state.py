@@ -178,7 +178,7 @@ def _restore(engine: Engine, loaders: Data, path: Path, state: dict[str, Any]) -
     task, options, progress, world = engine.task, engine.options, engine.progress, engine.world
     module = unwrap_model(task.get_trainable_module())
     _check_model(path, state["weights"], module.state_dict(), options.model, state["model"])
-    _check_names(path, state.get("names"), engine.names)
+    _check_names(path, state["names"], engine.names)
     _check_options(path, state, options, world.size, loaders)
     for text in _changes(state, options):
         progress.say(f"--resume: {text}")
