@@ -156,7 +156,7 @@ def fill(optimizer: dk.DTOAdamW, losses: Tensor, grads: Sequence[Sequence[Tensor
     """Give an optimizer its gradient sets, as `backward` would."""
     sets = optimizer._sets
     sets.names = tuple(map(str, range(len(grads))))
-    sets.losses = losses
+    sets.losses, sets.source = losses, optimizer._source
     sets.params = [p for group in optimizer.param_groups for p in group["params"]]
     sets.grads = [list(row) for row in grads]
 

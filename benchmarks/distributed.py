@@ -82,6 +82,7 @@ def _rank(rank: int, size: int, port: int, width: int, depth: int, steps: int, a
             """DDP's own reduction, once per objective; then the step of one process."""
             values = losses()
             sets = optimizer._sets
+            sets.source = optimizer._source
             for i, value in enumerate(values.values()):
                 if i:
                     ddp.reducer.prepare_for_backward([])

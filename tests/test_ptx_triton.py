@@ -188,7 +188,7 @@ UNCHECKED = (tables.find, " & (tl.load(table + 2 * T + low) != 0)", "")
 def balance_by_ticket(kernels):
     grads = gradients(2, [40, 5], torch.float32)
     losses = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    grams, values, _ = kernels.gram_balance([Member(0, 3, grads)], 2, losses, True, True, False, 1.0, 1e-8)
+    grams, values, _ = kernels.gram_balance([Member(0, 3, grads)], 2, losses, True, True, False, 1.0, 1e-8, 2.0**60)
     assert_gram(grams[0], grads)
     expected = reference.balance(grams, losses, Options(dk.weighting.DTO(), max_norm=1.0))
     assert (values[:2] - expected.weights).abs().max() <= tolerances.weights_bound(grams[0] / losses.outer(losses))
