@@ -237,9 +237,9 @@ def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
     skipped = ~(norm.isfinite() & everything.isfinite().all() & losses.isfinite().all() & weights.isfinite().all())
     skipped = skipped | (everything == 0).all()
     # no element of a combination, nor of any part of it, has a larger square than `reach` (Cauchy and Schwarz)
-    reach = len(gram) * (table.square() * grams.diagonal(dim1=1, dim2=2)).sum(1)
+    reach = len(gram) * (table * grams.diagonal(dim1=1, dim2=2) * table).sum(1)  # c * c alone may overflow
     bound = options.limit * options.limit
-    skipped = skipped | ~((reach <= bound).all() & (table.square() <= bound * bound).all())
+    skipped = skipped | ~((reach <= bound).all() & (table.abs() <= bound).all())
     if options.log_gradients:
         skipped = skipped | (losses <= 0).any()
     norms = gram.diagonal().sqrt()

@@ -237,24 +237,24 @@ def write_balance(
     square = _squared_norm(gram, shared, K, OBJECTIVES)
     anything = squares
     # K times this: no element of a combination, nor of any part of it, has a larger square
-    reach = tl.sum(shared * shared * squares)
+    reach = tl.sum(shared * squares * shared)  # a large coefficient's square may overflow
     if private_gram is not None:
         squares_there = tl.load(private_gram + i * (K + 1), mask=there, other=0.0)
         square += _squared_norm(private_gram, private, K, OBJECTIVES)
         anything += squares_there
-        reach = tl.maximum(reach, tl.sum(private * private * squares_there))
+        reach = tl.maximum(reach, tl.sum(private * squares_there * private))
     if plain_gram is not None:
         squares_there = tl.load(plain_gram + i * (K + 1), mask=there, other=0.0)
         square += _squared_norm(plain_gram, plain, K, OBJECTIVES)
         anything += squares_there
-        reach = tl.maximum(reach, tl.sum(plain * plain * squares_there))
+        reach = tl.maximum(reach, tl.sum(squares_there))
     norm = tl.sqrt(square)
     clip = double(max_norm) / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
     clip = tl.where((double(max_norm) > 0) & (clip < 1), clip, 1.0)
 
-    largest = tl.where(there, tl.maximum(shared * shared, private * private), 0.0)
+    largest = tl.where(there, tl.maximum(tl.abs(shared), tl.abs(private)), 0.0)
     bound = double(limit) * double(limit)
-    fits = (K * reach * clip * clip <= bound) & (tl.max(largest) * clip * clip <= bound * bound)
+    fits = (K * reach * clip * clip <= bound) & (tl.max(largest) * clip <= bound)
     finite = _finite(loss) & _finite(weights) & _finite(anything)
     skipped = (
         (tl.min(finite.to(tl.int32)) == 0)

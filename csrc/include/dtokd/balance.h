@@ -68,7 +68,7 @@ DTOKD_HD void finish_balance(const double* const* grams, const double* losses,
   double square = 0;
   double anything = 0;
   double reach = 0;    // K times this: no element of a combination or its parts has a larger square
-  double largest = 0;  // of a coefficient, squared
+  double largest = 0;  // of the coefficients' sizes
   for (int role = 0; role < kRoles; ++role) {
     const double part = quadratic(grams[role], K, out.coefficients[role]);
     square += part < 0 ? 0 : part;  // NaN stays
@@ -76,8 +76,9 @@ DTOKD_HD void finish_balance(const double* const* grams, const double* losses,
     for (int i = 0; i < K; ++i) {
       const double c = out.coefficients[role][i];
       anything += grams[role][i * K + i];
-      sum += c * c * grams[role][i * K + i];
-      largest = c * c > largest ? c * c : largest;
+      const double size = c < 0 ? -c : c;
+      sum += c * grams[role][i * K + i] * c;  // in this order: the square of a large c may overflow
+      largest = size > largest ? size : largest;
     }
     reach = sum > reach ? sum : reach;
   }
@@ -91,7 +92,7 @@ DTOKD_HD void finish_balance(const double* const* grams, const double* losses,
     }
   }
   const double bound = options.limit * options.limit;
-  const bool fits = K * reach * clip * clip <= bound && largest * clip * clip <= bound * bound;
+  const bool fits = K * reach * clip * clip <= bound && largest * clip <= bound;
   out.skipped = !(finite && fits && is_finite(out.norm) && is_finite(anything)) || anything == 0 ||
                 (options.log_gradients && !positive);
   out.vertex = false;
