@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from . import debug, sources, weighting
 from .accumulate import backward
 from .backends import backend_info, use_backend
+from .held_out import measure_held_out
 from .ops import balance, combine, gram, min_norm_weights
 from .optim import DTOSGD, DTOAdamW
 from .types import Balance
@@ -32,6 +33,7 @@ __all__ = [
     "combine",
     "debug",
     "gram",
+    "measure_held_out",
     "min_norm_weights",
     "sources",
     "use_backend",

@@ -246,7 +246,7 @@ class GradientSets:
     def _checked(self, losses: Losses, options: Options, op: str) -> tuple[tuple[str, ...], list[Tensor]]:
         names, values = named_losses(losses, op)
         for name, value in zip(names, values, strict=True):
-            _check_loss(name, value, op)
+            check_loss(f"losses[{name!r}]", value, op)
             if options.ranks is None and options.log_gradients:  # else what counts is the mean over ranks
                 _check_positive(name, value, op)
         if self.losses is not None and names != self.names:
@@ -331,21 +331,23 @@ def named_losses(losses: Losses, op: str) -> tuple[tuple[str, ...], list[Tensor]
     return names, values
 
 
-def _check_loss(name: str, loss: Tensor, op: str) -> None:
+def check_loss(what: str, loss: Tensor, op: str) -> None:
+    """Refuse what is no scalar that needs a gradient.
+
+    Raises:
+        TypeError, ValueError: names `what` it is, and the remedy.
+    """
     if not isinstance(loss, Tensor):
-        raise TypeError(
-            f"{op}: losses[{name!r}] is a {type(loss).__name__}; pass the loss tensor itself, before .item()"
-        )
+        raise TypeError(f"{op}: {what} is a {type(loss).__name__}; pass the loss tensor itself, before .item()")
     if loss.numel() != 1:
         raise ValueError(
-            f"{op}: losses[{name!r}] has shape {tuple(loss.shape)}, expected a scalar; reduce it with .mean() or .sum()"
+            f"{op}: {what} has shape {tuple(loss.shape)}, expected a scalar; reduce it with .mean() or .sum()"
         )
     if loss.is_complex():
-        raise ValueError(f"{op}: losses[{name!r}] is complex; take its real part or its absolute value")
+        raise ValueError(f"{op}: {what} is complex; take its real part or its absolute value")
     if not loss.requires_grad:
         raise ValueError(
-            f"{op}: losses[{name!r}] needs no gradient; compute it from the parameters, outside no_grad, "
-            "without detach()"
+            f"{op}: {what} needs no gradient; compute it from the parameters, outside no_grad, without detach()"
         )
 
 

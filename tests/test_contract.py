@@ -97,6 +97,7 @@ WEIGHTINGS = {
         "log_gradients": False,
     },
     "UPGrad": {"log_gradients": False},
+    "HeldOut": {"primary": 0, "beta": 0.95},
     "UncertaintyWeighting": {"lr": 1e-3, "weight_decay": 0.0},
 }
 

@@ -33,9 +33,11 @@ name                        what the weights solve                              
 `UncertaintyWeighting`      learned noise divides the losses                             no    no    yes
 `Share`                     each weighted gradient has its share of the norms            no    yes   yes
 `TaskFirst`                 the primary gradient, and what does not work against it      no    yes   yes
+`HeldOut`                   the combination nearest to the task's gradient on new samples  (3)   no    yes
 ==========================  ===========================================================  ====  ====  ======
 
-log: the default of `log_gradients`; most take it as an option. (1) for reading "gram" only; (2) yes for `LogSum`.
+log: the default of `log_gradients`; most take it as an option. (1) for reading "gram" only; (2) yes for `LogSum`;
+(3) raw gradients; their products are measured by `measure_held_out`.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ from .dto import DTO
 from .dualproj import DualProj
 from .dwa import DWA
 from .fixed import Fixed, LogSum
+from .heldout import HeldOut
 from .imtlg import IMTLG
 from .nashmtl import NashMTL
 from .pcgrad import PCGrad
@@ -75,6 +78,7 @@ __all__ = [
     "ConFIG",
     "DualProj",
     "Fixed",
+    "HeldOut",
     "LogSum",
     "NashMTL",
     "PCGrad",
@@ -97,6 +101,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Weighting]] = {
     "eq18": partial(Amortized, "eq18"),
     "famo": partial(Amortized, "famo"),
     "fixed": Fixed,
+    "heldout": HeldOut,
     "imtlg": IMTLG,
     "logsum": LogSum,
     "mgda": partial(DTO, log_gradients=False),

@@ -1,0 +1,112 @@
+"""Measuring what lowers the task's loss on samples that are not trained on, for `weighting.HeldOut`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .gradients import Losses, check_loss, named_losses
+from .weighting import HeldOut
+
+_OP = "measure_held_out"
+
+
+def measure_held_out(
+    optimizer: torch.optim.Optimizer,
+    losses: Losses,
+    held_out: Tensor,
+    *,
+    weighting: HeldOut | None = None,
+    process_group: torch.distributed.ProcessGroup | None = None,
+) -> None:
+    """Measure the gradients of the losses and that of the task's loss on held-out samples, and set the weights by them.
+
+    Call it every ten steps or so, before `backward` of the same losses, whose graph it leaves in place. It changes
+    neither `.grad` nor parameters. The products are over the parameters that all losses and the held-out loss reach, in
+    the metric of the optimizer's state where that is Adam's: x^T y / (sqrt(second moment) + eps), else x^T y.
+
+    Args:
+        optimizer: whose parameters are trained; any optimizer. Groups with `balance=False` stay out.
+        losses: of a training batch, as `backward` takes them.
+        held_out: scalar; the primary loss of a batch of samples that are never trained on. Evaluate the model as in
+            training, without updating BatchNorm's statistics (`dtokd.train` sets `momentum` to 0 meanwhile).
+        weighting: the `HeldOut` that learns from it; default: that of the optimizer.
+        process_group: ranks over which gradients are averaged; default: all, if torch.distributed is initialized.
+
+    Raises:
+        TypeError: there is no `HeldOut` to set; a loss is no tensor; parameters that are sharded (FSDP2).
+        ValueError: a loss that is no scalar or needs no gradient; a held-out loss that is not finite (on the CPU;
+            elsewhere the measurement is left out) or reaches no parameter that all losses reach. Nothing has changed
+            then.
+
+    Effects: K + 1 backward passes; no host sync on CUDA.
+
+    Example:
+        >>> import torch, dtokd_kernels as dk
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = dk.DTOAdamW([w], weighting=dk.weighting.HeldOut("task"))
+        >>> losses = {"task": (w - 1).square().sum(), "distill": (w - torch.tensor([1.0, -1.0])).square().sum()}
+        >>> dk.measure_held_out(optimizer, losses, held_out=(w[0] - 2).square())
+        >>> optimizer.backward(losses)
+        >>> optimizer.step()
+        >>> optimizer.balance.weights
+        tensor([0.7071, 0.7071], dtype=torch.float64)
+    """
+    weighting = getattr(optimizer, "weighting", None) if weighting is None else weighting
+    if not isinstance(weighting, HeldOut):
+        raise TypeError(f"{_OP}: weighting is {weighting!r}; pass the HeldOut that the steps use")
+    names, values = named_losses(losses, _OP)
+    for name, value in zip(names, values, strict=True):
+        check_loss(f"losses[{name!r}]", value, _OP)
+    check_loss("held_out", held_out, _OP)
+    if held_out.device.type == "cpu" and not held_out.isfinite():
+        raise ValueError(f"{_OP}: held_out is {held_out.item()}; a held-out batch must have a finite loss")
+    params = [
+        p for group in optimizer.param_groups if group.get("balance", True) for p in group["params"] if p.requires_grad
+    ]
+    if any(isinstance(p, torch.distributed.tensor.DTensor) for p in params):
+        raise TypeError(f"{_OP}: the parameters are sharded (DTensor), which it does not support; use Share or DTO")
+    rows = [torch.autograd.grad(value, params, retain_graph=True, allow_unused=True) for value in values]
+    rows.append(torch.autograd.grad(held_out, params, allow_unused=True))
+    shared = [t for t, column in enumerate(zip(*rows, strict=True)) if all(g is not None for g in column)]
+    if not shared:
+        raise ValueError(
+            f"{_OP}: no parameter of the optimizer is reached by the held-out loss and by all of {', '.join(names)}"
+        )
+    gradients = [[g for t in shared if (g := row[t]) is not None] for row in rows]
+    with torch.no_grad():
+        _average(gradients, process_group)
+        roots = _metric(optimizer, [params[t] for t in shared])
+        if roots is not None:
+            gradients = [list(torch._foreach_mul(row, roots)) for row in gradients]
+        weighting.observe(ops.gram(gradients), names)
+
+
+def _metric(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[Tensor] | None:
+    """The roots of Adam's metric, one tensor for each parameter: what each gradient is multiplied with, or None."""
+    group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+    roots = []
+    for p in params:
+        state = optimizer.state.get(p, {})
+        second, group = state.get("exp_avg_sq"), group_of[p]
+        if not isinstance(second, Tensor) or second.shape != p.shape or "step" not in state:
+            return None  # no Adam, its first step, or a state in parts
+        steps = torch.as_tensor(state["step"], dtype=torch.float64, device=p.device)
+        corrected = second.float() / (1 - group["betas"][1] ** steps).float()
+        roots.append((corrected.sqrt() + group["eps"]).rsqrt().to(p.dtype))
+    return roots
+
+
+def _average(gradients: list[list[Tensor]], process_group: torch.distributed.ProcessGroup | None) -> None:
+    """Over the ranks, in place."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    size = torch.distributed.get_world_size(process_group)
+    for row in gradients:
+        flat = torch.cat([g.flatten() for g in row]) / size
+        torch.distributed.all_reduce(flat, group=process_group)
+        for g, part in zip(row, flat.split([g.numel() for g in row]), strict=True):
+            g.copy_(part.view_as(g))

@@ -1,0 +1,280 @@
+"""`HeldOut` against a regression by non-negative least squares, and what it guarantees; `measure_held_out`."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import dtokd_kernels as dk
+from dtokd_kernels.weighting import HeldOut
+
+from .oracle import Student, batch, losses_of
+
+
+def gram_of(J):
+    return J @ J.T
+
+
+def random(K, seed=0, n=60):
+    generator = torch.Generator().manual_seed(seed)
+    shared = torch.randn(n, generator=generator, dtype=torch.float64)
+    return shared + torch.randn(K + 1, n, generator=generator, dtype=torch.float64)
+
+
+def regression(G, b, steps=200_000):
+    """argmin over w >= 0 of w^T G w / 2 - b^T w, by projected gradients: plain code."""
+    w = torch.zeros_like(b)
+    rate = 1 / torch.linalg.eigvalsh(G).max()
+    for _ in range(steps):
+        new = (w - rate * (G @ w - b)).clamp(min=0)
+        if torch.equal(new, w):
+            break
+        w = new
+    return w
+
+
+def weights_of(rule, K):
+    gram = torch.eye(K, dtype=torch.float64)
+    return rule(gram, torch.ones(K, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("primary", [0, -1], ids=["first", "last"])
+def test_weights_are_those_of_the_regression_at_the_primary_length(K, primary):
+    rule = HeldOut(primary % K, beta=0.7)
+    G, b = torch.zeros(K, K, dtype=torch.float64), torch.zeros(K, dtype=torch.float64)
+    for t in range(4):
+        gram = gram_of(random(K, seed=10 * K + t) * (1 + t))  # in other units from time to time
+        rule.observe(gram)
+        G = 0.7 * G + gram[:K, :K] / gram[primary % K, primary % K]
+        b = 0.7 * b + gram[:K, K] / gram[primary % K, primary % K]
+    w = regression(G, b)
+    assert (w > 0).any()
+    w = w * (G[primary % K, primary % K] / (w @ G @ w)).sqrt()
+    torch.testing.assert_close(weights_of(rule, K), w, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_combination_points_more_towards_the_held_out_gradient(seed):
+    J = random(3, seed)
+    J[2] -= 1.5 * J[3]  # one that works against it
+    rule = HeldOut(beta=0.0)
+    rule.observe(gram_of(J))
+    d = weights_of(rule, 3) @ J[:3]
+    cosine = torch.cosine_similarity(d, J[3], dim=0)
+    others = torch.rand(2000, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    assert cosine >= torch.cosine_similarity(others @ J[:3], J[3][None], dim=1).max() - 1e-12
+    assert d.norm() == pytest.approx(float(J[0].norm()), rel=1e-12)
+
+
+def test_an_objective_that_works_against_it_fades_out_and_comes_back():
+    rule = HeldOut(beta=0.5)
+    J = random(2, n=4000)
+    rule.observe(gram_of(J))
+    assert (weights_of(rule, 2) > 0).all()
+    for _ in range(6):
+        rule.observe(gram_of(torch.stack([J[0], J[1] - 3 * J[2], J[2]])))
+    assert weights_of(rule, 2).tolist() == pytest.approx([1.0, 0.0])
+    for _ in range(8):
+        rule.observe(gram_of(J))
+    assert weights_of(rule, 2)[1] > 0
+
+
+def test_a_noisy_gradient_has_the_smaller_weight():
+    """Two objectives with one mean gradient: the weights are in inverse proportion to the variances."""
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(4000, generator=generator, dtype=torch.float64)
+
+    def noise(size):
+        return size * torch.randn(4000, generator=generator, dtype=torch.float64)
+
+    rule = HeldOut(beta=0.999)
+    for _ in range(300):
+        rule.observe(gram_of(torch.stack([mean + noise(2.0), mean + noise(1.0), mean + noise(2.0)])))
+    weights = weights_of(rule, 2)
+    assert float(weights[1] / weights[0]) == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e9])
+def test_units_of_the_losses_do_not_matter(factor):
+    J = random(2)
+    plain, scaled = HeldOut(), HeldOut()
+    for t in range(3):
+        plain.observe(gram_of(J + t))
+        scaled.observe(gram_of((J + t) * torch.tensor([1.0, factor, 1.0], dtype=torch.float64)[:, None]))
+    expected = weights_of(plain, 2) / torch.tensor([1.0, factor], dtype=torch.float64)
+    torch.testing.assert_close(weights_of(scaled, 2), expected, rtol=1e-9, atol=0)
+
+
+def test_where_nothing_helps_the_primary_objective_is_alone():
+    J = random(2)
+    rule = HeldOut(1)
+    rule.observe(gram_of(torch.stack([J[0], J[1], -J[0] - J[1]])))
+    assert weights_of(rule, 2).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_measurement_that_is_not_finite_changes_nothing(wrong):
+    J = random(2)
+    rule = HeldOut()
+    rule.observe(gram_of(J))
+    before = copy.deepcopy(rule.state_dict())
+    J[1, 3] = wrong
+    rule.observe(gram_of(J))
+    after = rule.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in ("gram", "products", "weights"))
+    rule.observe(torch.zeros(3, 3, dtype=torch.float64))  # a primary gradient of zero is no measure
+    assert torch.equal(before["gram"], rule.state_dict()["gram"])
+
+
+def test_without_a_measurement_it_warns_once():
+    rule = HeldOut("b")
+    rule.expect(("a", "b"))
+    with pytest.warns(UserWarning, match="measure_held_out"):
+        assert weights_of(rule, 2).tolist() == [0, 1]
+    weights_of(rule, 2)  # warnings are errors here
+    fresh = HeldOut()
+    fresh.observe(gram_of(random(2)))
+    weights_of(fresh, 2)
+    resumed = HeldOut()
+    resumed.load_state_dict(fresh.state_dict())
+    assert torch.equal(weights_of(resumed, 2), weights_of(fresh, 2))
+
+
+# ---- measuring -------------------------------------------------------------------------------------
+
+
+def shared(model):
+    return [*model.trunk.parameters(), model.scale]
+
+
+def task(out):
+    return (out - 1).square().mean()
+
+
+def plain_gram(model, losses, held_out, roots=None):
+    params = shared(model)
+    rows = []
+    for loss in (*losses.values(), held_out):
+        grads = torch.autograd.grad(loss, params, retain_graph=True)
+        rows.append(torch.cat([g.flatten() for g in grads]).double())
+    J = torch.stack(rows)
+    return gram_of(J if roots is None else J * roots)
+
+
+def measured(rule):
+    gram, products = rule.state_dict()["gram"], rule.state_dict()["products"]
+    return torch.cat([gram, products[:, None]], 1)
+
+
+@pytest.mark.parametrize("make", [dk.DTOAdamW, dk.DTOSGD, torch.optim.AdamW, torch.optim.SGD])
+def test_it_measures_what_plain_code_does_in_the_metric_of_the_state(make):
+    model = Student(torch.float32)
+    rule = HeldOut("task")
+    ours = make in (dk.DTOAdamW, dk.DTOSGD)
+    optimizer = make(model.parameters(), lr=1e-2, **({"weighting": rule} if ours else {}))
+    expected = 0
+    for step in range(3):
+        losses = losses_of(model, batch(step, torch.float32))
+        held_out = losses_of(model, batch(50 + step, torch.float32))["task"]
+        roots = None
+        if "AdamW" in make.__name__ and step:
+            roots = torch.cat(
+                [
+                    ((optimizer.state[p]["exp_avg_sq"].double() / (1 - 0.999**step)).sqrt() + 1e-8).flatten()
+                    for p in shared(model)
+                ]
+            ).rsqrt()
+        gram = plain_gram(model, losses, held_out, roots)
+        expected = 0.95 * expected + gram[:2] / gram[0, 0]
+        dk.measure_held_out(optimizer, losses, held_out, weighting=None if ours else rule)
+        torch.testing.assert_close(measured(rule), expected, rtol=1e-5, atol=1e-6)
+        assert all(p.grad is None for p in model.parameters())
+        if ours:
+            optimizer.backward(losses)
+        else:
+            dk.backward(losses, model.parameters(), rule)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_a_step_takes_the_weighted_sum_in_one_pass():
+    model, plain = Student(), Student()
+    plain.load_state_dict(model.state_dict())
+    rule = HeldOut("task")
+    a = dk.DTOAdamW(model.parameters(), lr=1e-2, weighting=rule)
+    b = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for step in range(4):
+        losses = losses_of(model, batch(step))
+        if step % 2 == 0:
+            dk.measure_held_out(a, losses, losses_of(model, batch(90 + step))["task"])
+        weights = rule.state_dict()["weights"]
+        a.backward(losses)
+        a.step()
+        assert torch.equal(a.balance.weights, weights)
+        assert torch.equal(rule.state_dict()["weights"], weights)
+        b.zero_grad()
+        torch.autograd.backward(
+            [w * loss for w, loss in zip(weights, losses_of(plain, batch(step)).values(), strict=True)]
+        )
+        b.step()
+        a.zero_grad()
+    for p, q in zip(shared(model), shared(plain), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8)
+
+
+def test_a_run_resumes_bit_for_bit():
+    def steps(model, optimizer, numbers):
+        for step in numbers:
+            losses = losses_of(model, batch(step))
+            if step % 2 == 0:
+                dk.measure_held_out(optimizer, losses, losses_of(model, batch(90 + step))["task"])
+            optimizer.backward(losses)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def new():
+        torch.manual_seed(0)
+        model = Student()
+        return model, dk.DTOAdamW(model.parameters(), lr=1e-2, weighting=HeldOut("task"))
+
+    whole, optimizer = new()
+    steps(whole, optimizer, range(7))
+    model, optimizer = new()
+    steps(model, optimizer, range(3))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    model, optimizer = new()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    steps(model, optimizer, range(3, 7))
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def test_refusals():
+    model = nn.Linear(3, 2)
+    other = nn.Linear(3, 2)
+    optimizer = dk.DTOAdamW(model.parameters(), weighting=HeldOut("task"))
+    out = model(torch.ones(4, 3))
+    losses = {"task": task(out), "distill": out.square().mean()}
+    before = optimizer.weighting.state_dict()
+
+    def refused(error, match, losses=losses, held_out=None, optimizer=optimizer, **kwargs):
+        with pytest.raises(error, match=match):
+            dk.measure_held_out(
+                optimizer, losses, task(model(torch.ones(4, 3))) if held_out is None else held_out, **kwargs
+            )
+        assert optimizer.weighting.state_dict() == before
+
+    refused(ValueError, "held_out is nan", held_out=task(out) * float("nan"))
+    refused(ValueError, "no parameter", held_out=task(other(torch.ones(4, 3))))
+    refused(ValueError, "held_out needs no gradient", held_out=torch.ones(()))
+    refused(ValueError, r"held_out has shape \(4, 2\)", held_out=out)
+    refused(ValueError, "choose one of them", losses={"a": losses["task"], "b": losses["distill"]})
+    with pytest.raises(TypeError, match="pass the HeldOut"):
+        dk.measure_held_out(dk.DTOAdamW(model.parameters()), losses, task(out))
+    with pytest.raises(TypeError, match="pass the HeldOut"):
+        dk.measure_held_out(torch.optim.SGD(model.parameters(), lr=0.1), losses, task(out))
+    for beta in (-0.1, 1.0, "x", float("nan")):
+        with pytest.raises(ValueError, match="beta"):
+            HeldOut(beta=beta)
