@@ -66,13 +66,13 @@ def test_fields_of_balance():
 
 
 WEIGHTINGS = {
-    "AlignedMTL": {"log_gradients": False},
+    "AlignedMTL": {"log_gradients": False, "preference": None},
     "Amortized": {"reading": "famo", "lr": 0.025, "weight_decay": 0.01},
     "CAGrad": {"c": 0.5, "log_gradients": False},
-    "ConFIG": {"log_gradients": False},
+    "ConFIG": {"log_gradients": False, "preference": None},
     "DTO": {"log_gradients": True, "clamp": True},
     "DWA": {"period": 1000, "temperature": 2.0},
-    "DualProj": {"log_gradients": False},
+    "DualProj": {"log_gradients": False, "preference": None},
     "Fixed": {"weights": None, "log_gradients": False},
     "IMTLG": {"log_gradients": False},
     "LogSum": {},
@@ -96,7 +96,8 @@ WEIGHTINGS = {
         "patience": None,
         "log_gradients": False,
     },
-    "UPGrad": {"log_gradients": False},
+    "Reachable": {"loss_min": None, "preference": None},
+    "UPGrad": {"log_gradients": False, "preference": None},
     "HeldOut": {"primary": 0, "beta": 0.95},
     "UncertaintyWeighting": {"lr": 1e-3, "weight_decay": 0.0},
 }

@@ -131,15 +131,23 @@ def test_a_measurement_that_is_not_finite_changes_nothing(wrong):
 def test_without_a_measurement_it_warns_once():
     rule = HeldOut("b")
     rule.expect(("a", "b"))
+
+    def steps(rule, count):
+        for _ in range(count):
+            assert weights_of(rule, 2).tolist() == [0, 1]
+            rule.commit(torch.tensor(False))
+
+    steps(rule, 99)
     with pytest.warns(UserWarning, match="measure_held_out"):
-        assert weights_of(rule, 2).tolist() == [0, 1]
-    weights_of(rule, 2)  # warnings are errors here
-    fresh = HeldOut()
-    fresh.observe(gram_of(random(2)))
-    weights_of(fresh, 2)
-    resumed = HeldOut()
+        steps(rule, 1)
+    steps(rule, 200)  # warnings are errors here
+    fresh = HeldOut(1)
+    fresh.observe(gram_of(-random(2)[[1, 0, 2]]))
+    resumed = HeldOut(1)
     resumed.load_state_dict(fresh.state_dict())
-    assert torch.equal(weights_of(resumed, 2), weights_of(fresh, 2))
+    for _ in range(200):
+        assert torch.equal(weights_of(resumed, 2), weights_of(fresh, 2))
+        resumed.commit(torch.tensor(False))
 
 
 # ---- measuring -------------------------------------------------------------------------------------

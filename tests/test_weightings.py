@@ -37,9 +37,11 @@ MAKERS["taskfirst"] = lambda **options: weighting.TaskFirst(
     0, "pcd", tau=0.9, **options
 )  # "cosine" has weights of 0, 1
 STATEFUL = [name for name, make in MAKERS.items() if isinstance(make(), weighting.Stateful)]
-NEED_NO_GRAM = {"amortized", "dwa", "eq18", "famo", "fixed", "logsum", "rlw", "uncertainty"}
+NEED_NO_GRAM = {"amortized", "dwa", "eq18", "famo", "fixed", "heldout", "logsum", "rlw", "uncertainty"}
 each_weighting = pytest.mark.parametrize("name", MAKERS)
 each_stateful = pytest.mark.parametrize("name", STATEFUL)
+#: What `HeldOut` learns it learns from measurements, not from steps (test_held_out.py).
+learning_from_steps = pytest.mark.parametrize("name", [name for name in STATEFUL if name != "heldout"])
 
 
 def gram_of(J):
@@ -206,11 +208,13 @@ def test_says_whether_it_needs_the_gram(name):
     assert torch.equal(*seen) == (not needs)
 
 
-@pytest.mark.parametrize("name", sorted(set(MAKERS) - {"rlw", "fixed", "logsum", "dto", "mgda", "taskfirst"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(MAKERS) - {"rlw", "fixed", "logsum", "dto", "mgda", "taskfirst", "heldout"})
+)
 @pytest.mark.parametrize("K", [2, 3, 8])
 @pytest.mark.parametrize("family", ["random", "conflicting"])
 def test_permutation_of_objectives(name, K, family):
-    """(PCGrad's random order and TaskFirst's primary objective are positions. `DTO` is in test_weights.py.)"""
+    """(Positions matter to PCGrad's order and to the primary objective of two rules. `DTO` is in test_weights.py.)"""
     K = 2 if name == "pcgrad" else K
     gram, values = gram_of(families(K)[family]), losses(K)
 
@@ -250,7 +254,7 @@ def test_direction_is_invariant_to_the_units_of_the_losses(name, K):
     close(*directions, 16 * K * U)
 
 
-@pytest.mark.parametrize("name", sorted(set(MAKERS) - NEED_NO_GRAM - {"gram", "dto", "mgda"}))
+@pytest.mark.parametrize("name", sorted(set(MAKERS) - NEED_NO_GRAM - {"gram", "dto", "mgda", "reachable"}))
 def test_published_form_is_on_raw_gradients_and_log_gradients_are_a_choice(name):
     gram = torch.tensor([[1.0, 0.5, -9.0], [0.5, 4.25, -4.5], [-9.0, -4.5, 90.0]], dtype=torch.float64)
     values = losses(3)
@@ -873,7 +877,7 @@ def remember(name, steps=3):
     return rule
 
 
-@each_stateful
+@learning_from_steps
 def test_call_changes_nothing_until_it_is_committed(name):
     rule = remember(name)
     before = rule.state_dict()
@@ -962,7 +966,7 @@ def test_optimizers_save_and_restore_the_memory(backend, rule, name):
     assert memories_equal(second.weighting.state_dict(), memory)
 
 
-@each_stateful
+@learning_from_steps
 def test_optimizers_and_backward_leave_the_memory_at_a_skipped_step(backend, name):
     model = Student()
     optimizer = dk.DTOAdamW(model.parameters(), weighting=MAKERS[name]())

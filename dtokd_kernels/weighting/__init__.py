@@ -19,6 +19,7 @@ name                        what the weights solve                              
 ==========================  ===========================================================  ====  ====  ======
 `DTO`                       the shortest convex combination                              yes   yes   no
 `Amortized`                 the same, approached from step to step                       yes   (1)   yes
+`Reachable`                 the same, of log(L_i - m_i): what can still be gained        (3)   yes   yes
 `Fixed`, `LogSum`           nothing: constants                                           (2)   no    no
 `RLW`                       nothing: random                                              no    no    yes
 `PCGrad`                    projections on the normal planes of conflicting gradients    no    yes   yes
@@ -33,11 +34,11 @@ name                        what the weights solve                              
 `UncertaintyWeighting`      learned noise divides the losses                             no    no    yes
 `Share`                     each weighted gradient has its share of the norms            no    yes   yes
 `TaskFirst`                 the primary gradient, and what does not work against it      no    yes   yes
-`HeldOut`                   the combination nearest to the task's gradient on new samples  (3)   no    yes
+`HeldOut`                   the combination nearest to the task's gradient on new samples  (3)   (4)   yes
 ==========================  ===========================================================  ====  ====  ======
 
 log: the default of `log_gradients`; most take it as an option. (1) for reading "gram" only; (2) yes for `LogSum`;
-(3) raw gradients; their products are measured by `measure_held_out`.
+(3) no: the weights multiply raw gradients; (4) the products are measured by `measure_held_out`.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from .heldout import HeldOut
 from .imtlg import IMTLG
 from .nashmtl import NashMTL
 from .pcgrad import PCGrad
+from .reachable import Reachable
 from .rlw import RLW
 from .share import Share
 from .stateful import Stateful
@@ -82,6 +84,7 @@ __all__ = [
     "LogSum",
     "NashMTL",
     "PCGrad",
+    "Reachable",
     "Share",
     "Stateful",
     "TaskFirst",
@@ -107,6 +110,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Weighting]] = {
     "mgda": partial(DTO, log_gradients=False),
     "nashmtl": NashMTL,
     "pcgrad": PCGrad,
+    "reachable": Reachable,
     "rlw": RLW,
     "share": Share,
     "taskfirst": TaskFirst,

@@ -9,23 +9,24 @@ from ._faces import sets_of, solve_on_faces
 from ._units import in_any_order, unit_gram
 
 
-def dual_cone_weights(gram: Tensor, each: bool) -> Tensor:
-    """Weights of the mean gradient, projected.
+def dual_cone_weights(gram: Tensor, preference: Tensor, each: bool) -> Tensor:
+    """Weights of the preferred sum of the gradients, projected.
 
     Args:
         gram: [K, K] float64.
-        each: project each gradient and take the mean, instead of projecting the mean.
+        preference: [K], what multiplies the gradients in the sum; 1 / K for their mean.
+        each: project each gradient and take the sum, instead of projecting the sum.
 
     Returns:
         [K] float64.
     """
 
-    def solve(gram: Tensor) -> Tensor:
+    def solve(gram: Tensor, preference: Tensor) -> Tensor:
         cosines, norms, inverse = unit_gram(gram)
-        lower = torch.diag(norms) if each else norms[None] / len(gram)
-        return (_project(cosines, lower) * inverse).mean(0)
+        lower = torch.diag(norms * preference) if each else (norms * preference)[None]
+        return (_project(cosines, lower) * inverse).sum(0)
 
-    return in_any_order(solve, gram)
+    return in_any_order(solve, gram, preference)
 
 
 def _project(gram: Tensor, lower: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def check_primary(rule: str, primary: str | int, names: Sequence[str]) -> None:
@@ -32,3 +32,37 @@ def position_of(rule: str, objective: str | int, names: Sequence[str], K: int) -
         have = list(names) or f"{K} without names: pass a position, or a dict of losses to an optimizer or to backward"
         raise ValueError(f"{rule}: primary is {objective!r}, but the objectives are {have}")
     return place
+
+
+def ordered(
+    rule: str, argument: str, values: Sequence[float] | Mapping[str, float], names: Sequence[str], K: int
+) -> list[float]:
+    """Numbers for K objectives, in the objectives' order.
+
+    Args:
+        rule: what error messages call the weighting.
+        argument: and its argument.
+        values: in that order already, or by name.
+        names: of the objectives; empty if nobody named them.
+        K: how many there are.
+
+    Raises:
+        ValueError: not one for each objective.
+    """
+    if isinstance(values, Mapping):
+        if len(names) != K:
+            raise ValueError(
+                f"{rule}: {argument} has names, but the losses have none; pass a dict of losses to an optimizer or to "
+                f"backward, or a list as {argument}"
+            )
+        if set(values) != set(names):
+            raise ValueError(
+                f"{rule}: {argument} are of {list(values)}, but the losses are {list(names)}; name the same"
+            )
+        return [values[name] for name in names]
+    if len(values) != K:
+        raise ValueError(
+            f"{rule}: {argument} has {len(values)} numbers, but there are {K} losses"
+            f"{f' {list(names)}' if names else ''}; give one each"
+        )
+    return list(values)

@@ -26,15 +26,16 @@ def unit_gram(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return cosines, norms, inverse
 
 
-def in_any_order(solve: Callable[[Tensor], Tensor], gram: Tensor) -> Tensor:
+def in_any_order(solve: Callable[[Tensor, Tensor], Tensor], gram: Tensor, preference: Tensor) -> Tensor:
     """Weights that go along when the objectives are put in another order, also where rounding decides.
 
     Where gradients are linearly dependent many weights give one direction, and elimination finds those of the order
     that it goes in. So the objectives are solved for in an order of their own, and equal gradients share.
 
     Args:
-        solve: from a Gram matrix to weights.
+        solve: from a Gram matrix and a preference to weights.
         gram: [K, K] float64.
+        preference: [K].
 
     Returns:
         [K] float64.
@@ -42,7 +43,7 @@ def in_any_order(solve: Callable[[Tensor], Tensor], gram: Tensor) -> Tensor:
     cosines, norms, _ = unit_gram(gram)
     others = cosines - cosines.diagonal().diag()
     order = torch.arange(len(gram), device=gram.device)
-    for key in (others.abs().amin(1), others.amax(1), others.amin(1), norms):
+    for key in (preference, others.abs().amin(1), others.amax(1), others.amin(1), norms):
         order = order[key[order].argsort(stable=True)]
-    weights = torch.empty_like(norms).scatter_(0, order, solve(gram[order][:, order]))
+    weights = torch.empty_like(norms).scatter_(0, order, solve(gram[order][:, order], preference[order]))
     return share_equally(gram, weights, torch.ones_like(norms, dtype=torch.bool))

@@ -52,7 +52,7 @@ class CAGrad:
         Returns:
             [K] float64, at least 1 / K each.
         """
-        return in_any_order(lambda gram: cagrad_weights(gram, self.c), gram)
+        return in_any_order(lambda gram, _: cagrad_weights(gram, self.c), gram, torch.ones_like(gram[0]))
 
 
 def cagrad_weights(gram: Tensor, c: float) -> Tensor:

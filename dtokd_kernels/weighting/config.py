@@ -1,13 +1,15 @@
-"""ConFIG: equal cosines with all gradients."""
+"""ConFIG: equal cosines with all gradients, or cosines in proportion to a preference."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ._eigen import solve_by_pseudoinverse
+from ._preference import check_preference, preference_of
 from ._units import unit_gram
 
 
@@ -23,9 +25,18 @@ class ConFIG:
 
     Args:
         log_gradients: weigh the gradients of log L_i instead of those of L_i (published): only d's length differs.
+        preference: what the cosines are in proportion to, a number for each objective (a = C^+ preference); None for
+            equal ones. TorchJD's `pref_vector`.
+
+    Raises:
+        TypeError, ValueError: a preference that is no list of numbers from 0, or has no positive one.
     """
 
     log_gradients: bool = False
+    preference: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_preference("ConFIG", self.preference)
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
         """Weights of a Gram matrix of the gradients this weighting asks for.
@@ -38,6 +49,7 @@ class ConFIG:
             [K] float64; all 0 for two opposite gradients.
         """
         cosines, norms, inverse = unit_gram(gram)
-        a, products, _ = solve_by_pseudoinverse(cosines, (inverse > 0).double())  # and those with the unit gradients
+        wanted = torch.where(inverse > 0, preference_of("ConFIG", self.preference, 1.0, gram), 0.0)
+        a, products, _ = solve_by_pseudoinverse(cosines, wanted)  # and those with the unit gradients
         square = a @ products
         return torch.where(square > 0, (norms @ products) / square, 0.0) * a * inverse

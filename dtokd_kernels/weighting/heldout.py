@@ -16,6 +16,9 @@ from ._names import check_primary, position_of
 from ._units import unit_gram
 from .stateful import Memory, Stateful, choose
 
+#: Steps without any measurement after which there is a warning.
+PATIENCE = 100
+
 
 @dataclass(eq=False)
 class HeldOut(Stateful):
@@ -66,7 +69,7 @@ class HeldOut(Stateful):
     beta: float = 0.95
     log_gradients: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = False
-    _measured: bool = field(default=False, init=False, repr=False)
+    _unmeasured: int | None = field(default=0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_number("HeldOut", "beta", self.beta, 0, "from 0 to below 1, such as 0.95", below=1)
@@ -92,16 +95,17 @@ class HeldOut(Stateful):
         """The weights of the last measurement."""
         return memory["weights"].clone(), memory
 
-    def __call__(self, gram: Tensor, losses: Tensor) -> Tensor:
-        """The weights of the last measurement; the primary objective alone before there was one, with a warning."""
-        if not self._measured:
-            self._measured = True
+    def commit(self, skipped: Tensor) -> None:
+        """Take over what the last call proposed; warn once if many steps were taken without a measurement."""
+        super().commit(skipped)
+        if self._unmeasured is not None:
+            self._unmeasured += 1
+        if self._unmeasured == PATIENCE:
             warnings.warn(
-                "HeldOut: no held-out gradient was measured yet, so the primary objective alone is trained; call "
-                "measure_held_out(optimizer, losses, held_out_loss) before the first backward, and every few steps",
+                f"HeldOut: no held-out gradient was measured in {PATIENCE} steps, and the primary objective alone was "
+                "trained; call measure_held_out(optimizer, losses, held_out_loss) every few steps",
                 stacklevel=2,
             )
-        return super().__call__(gram, losses)
 
     @torch.no_grad()
     def observe(self, gram: Tensor, names: Sequence[str] = ()) -> None:
@@ -121,7 +125,7 @@ class HeldOut(Stateful):
         K = len(gram) - 1
         self.expect(tuple(names) or tuple(map(str, range(K))))
         gram = gram.double()
-        super().__call__(gram[:K, :K], gram[K])  # makes the memory, or checks that it is of K objectives
+        self(gram[:K, :K], gram[K])  # makes the memory, or checks that it is of K objectives
         assert self._next is not None
         self._memory, _ = self._next
         self._next = None
@@ -135,7 +139,7 @@ class HeldOut(Stateful):
         }
         new["weights"] = _towards(new["gram"], new["products"], p)
         self._write(choose(~(gram.isfinite().all() & (unit > 0)), memory, new))
-        self._measured = True
+        self._unmeasured = None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; from an empty one, start anew.
@@ -144,7 +148,7 @@ class HeldOut(Stateful):
             ValueError: it is another weighting's state. Nothing has changed then.
         """
         super().load_state_dict(state)
-        self._measured = self._memory is not None
+        self._unmeasured = 0 if self._memory is None else None
 
 
 def _towards(gram: Tensor, products: Tensor, p: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import check_number, check_steps
-from ._names import check_primary, position_of
+from ._names import check_primary, ordered, position_of
 from .stateful import Memory, Stateful
 
 
@@ -106,12 +106,8 @@ class Share(Stateful):
         Raises:
             ValueError: they are not those of `shares` and `primary`, or not those of the memory.
         """
-        if isinstance(self.shares, Mapping) and set(self.shares) != set(names):
-            raise ValueError(
-                f"Share: shares are of {list(self.shares)}, but the losses are {list(names)}; name the same"
-            )
-        if isinstance(self.shares, Sequence) and len(self.shares) != len(names):
-            raise ValueError(f"Share: there are {len(self.shares)} shares for the losses {list(names)}; give one each")
+        if self.shares is not None:
+            ordered("Share", "shares", self.shares, names, len(names))
         if self.primary is not None:
             check_primary("Share", self.primary, names)
         super().expect(names)
@@ -172,17 +168,7 @@ class Share(Stateful):
     def _of(self, K: int, like: Tensor) -> tuple[Tensor, int | None]:
         """The shares [K] on the device, in the objectives' order, and the position of the primary one."""
         names = self._expected
-        if isinstance(self.shares, Mapping):
-            if len(names) != K:
-                raise ValueError(
-                    "Share: shares are named, but the losses are not; pass a dict of losses to an optimizer or to "
-                    "backward, or a list of shares"
-                )
-            values = [self.shares[name] for name in names]
-        else:
-            values = [1 / K] * K if self.shares is None else list(self.shares)
-        if len(values) != K:
-            raise ValueError(f"Share: there are {len(values)} shares for {K} objectives; give one each")
+        values = [1 / K] * K if self.shares is None else ordered("Share", "shares", self.shares, names, K)
         primary = None if self.primary is None else position_of("Share", self.primary, names, K)
         # filled on the device: a tensor made of a list would be copied there, which waits for it
         return torch.stack([like.new_full((), value, dtype=torch.float64) for value in values]), primary

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ._dual_cone import dual_cone_weights
+from ._preference import check_preference, preference_of
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,18 @@ class UPGrad:
 
     Args:
         log_gradients: weigh the gradients of log L_i instead of those of L_i (published).
+        preference: what multiplies the projected gradients in the sum, a number for each objective;
+            None for their mean, 1 / K each. TorchJD's `pref_vector`.
+
+    Raises:
+        TypeError, ValueError: a preference that is no list of numbers from 0, or has no positive one.
     """
 
     log_gradients: bool = False
+    preference: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_preference("UPGrad", self.preference)
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
         """Weights of a Gram matrix of the gradients this weighting asks for.
@@ -32,6 +43,6 @@ class UPGrad:
             losses: not used.
 
         Returns:
-            [K] float64, at least 1 / K each where there is a gradient.
+            [K] float64, at least the preference (1 / K without one) where there is a gradient.
         """
-        return dual_cone_weights(gram, True)
+        return dual_cone_weights(gram, preference_of("UPGrad", self.preference, 1 / len(gram), gram), True)
