@@ -211,15 +211,6 @@ def test_a_learning_rate_that_is_far_too_large(capsys, digits, teacher, tmp_path
     assert "--lr below 1e+12" in error
 
 
-def test_sweep_goes_on(capsys, digits, teacher, tmp_path):
-    """One of its runs diverges: the others are trained, and it is named."""
-    argv = ["sweep", *common(digits, tmp_path), *distilling(teacher), "--opt", "adamw", "--experiment", "s"]
-    assert main([*argv, "--seeds", "0", "--balances", "fixed:0.5,lr=1e12", "fixed:0.5"]) == 1
-    assert "--balances: fixed:0.5,lr=1e12 with seed 0 diverged" in capsys.readouterr().err
-    assert len(list((tmp_path / "s" / "fixed_0.5").glob("seed-0-*/finished.json"))) == 1
-    assert main([*argv, "--seeds", "0", "--balances", "fixed:0.5"]) == 0
-
-
 def losses_of_batches(*batches, skipped=None, before=None):
     losses = Losses(World(), row=before)
     for value in batches:

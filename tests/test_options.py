@@ -33,7 +33,7 @@ NONSENSE = ("nan", "inf", "-1", "0", WIDE, HUGE, "foo", "")
 ACCEPTED = {
     ("0",): "workers hflip vflip drop drop_path model_ema_decay momentum warmup_epochs cooldown_epochs reprob pictures "
     "mixup_prob mixup_switch_prob mixup_off_epoch smoothing bce_target_thresh seed seeds kd_cache_views aug_repeats "
-    "cutmix_minmax",
+    "cutmix_minmax data_seed",
     ("0", WIDE, HUGE): "lr weight_decay warmup_lr min_lr color_jitter mixup cutmix opt_eps kd_dkd_alpha kd_dkd_beta "
     "task_loss_weight distill_loss_weight",
     (WIDE, HUGE): "lr_base clip_grad decay_epochs decay_rate scale ratio std kd_temperature",
@@ -43,8 +43,8 @@ ACCEPTED = {
 }
 #: Texts that only the run can judge; `test_refused_by_the_run` has each but the last five, which are any text.
 NAMES = "model opt train_split kd_model_name kd_teacher_path data_dir kd_cache_teacher checkpoint run_dir output"
-TEXTS = "annotations backbone_checkpoint balances class_map dataset device initial_checkpoint kd_balance_gram resume "
-TEXTS += "val_split experiment"
+TEXTS = "annotations backbone_checkpoint arms class_map dataset device initial_checkpoint kd_balance_gram resume "
+TEXTS += "val_split experiment judge_split"
 
 
 def accepted(dest):
@@ -61,7 +61,7 @@ def valued(parser):
 
 
 def read(command, parser, argv):
-    if command in ("train", "sweep", "detect"):
+    if command in ("train", "compare", "detect"):
         return train_options.parse(parser, argv)
     return parser.parse_args(argv)
 
@@ -84,7 +84,7 @@ def refusal(call, *arguments):
     return None
 
 
-@pytest.mark.parametrize("command", ["train", "sweep", "detect", "eval", "report", "demo"])
+@pytest.mark.parametrize("command", ["train", "compare", "detect", "eval", "report", "demo"])
 def test_nonsense_on_the_command_line(command):
     """Each value is refused in one line that names the option, but those that are listed above."""
     parser = _parser()[1][command]
@@ -101,7 +101,7 @@ def test_nonsense_on_the_command_line(command):
                 assert told.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", ["train", "sweep", "detect"])
+@pytest.mark.parametrize("command", ["train", "compare", "detect"])
 def test_nonsense_in_a_file(command, tmp_path):
     """As on the command line; and what only YAML has."""
     path = tmp_path / "c.yaml"
@@ -301,13 +301,6 @@ def test_gpu_that_is_not_there(capsys, digits, tmp_path):
     """The default falls back to the CPU; a GPU that is asked for by number does not."""
     number = torch.cuda.device_count()
     assert "--device" in fails(capsys, "train", *common(digits, tmp_path), "--device", f"cuda:{number}")
-
-
-@pytest.mark.parametrize(
-    "balance", ["foo", "fixed:nan", "fixed:2", "dto:lr=nan", "dto:rescale=foo", "dto:params=foo", "dto:foo=1", ""]
-)
-def test_refused_by_the_sweep(capsys, digits, tmp_path, balance):
-    assert "--balances" in fails(capsys, "sweep", *common(digits, tmp_path), "--balances", balance)
 
 
 def test_refused_by_eval_and_report(capsys, digits, tmp_path):

@@ -1,6 +1,5 @@
-"""`dtokd report`, `dtokd eval`, `dtokd sweep`."""
+"""`dtokd report`, `dtokd eval`."""
 
-import argparse
 import csv
 import json
 import shutil
@@ -8,15 +7,12 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
-import timm
 import torch
-from dtokd import evaluate, metric, sweep
+from dtokd import evaluate, metric
 from dtokd.cli import main
 from dtokd.errors import UsageError
 from dtokd.report.chart import line_chart
 from dtokd.report.page import write_report
-from dtokd.train.options import add_arguments
-from safetensors.torch import load_file, save_file
 
 from .digits import common, distilling
 
@@ -212,120 +208,6 @@ def test_eval_of_weights(trained, teacher, digits, capsys):
     assert "no weights" in capsys.readouterr().err
 
 
-def test_sweep(digits, teacher, tmp_path, capsys, monkeypatch):
-    """Two seeds of three balances; the second call trains nothing, and a missing run is made up for."""
-    options = ["sweep", *common(digits, tmp_path), *distilling(teacher), "--opt", "adamw", "--epochs", "1"]
-    options += ["--seeds", "0", "1", "--balances", "fixed:0.5", "fixed:0.9", "dto:rescale=sum,gram=overlap"]
-    assert main(options) == 0
-    folder = tmp_path / "sweep"
-    table = (folder / "sweep.md").read_text()
-    assert table in capsys.readouterr().out
-    assert table.count("| reference |") == 1
-    with (folder / "sweep.csv").open(newline="") as file:
-        first = list(csv.DictReader(file))
-    assert len(first) == 6
-    with monkeypatch.context() as patch:
-        patch.setattr(sweep, "train", None)
-        assert main(options) == 0
-    (missing,) = (folder / "fixed_0.9").glob("seed-1-*")
-    shutil.rmtree(missing)
-    assert main(options) == 0
-    with (folder / "sweep.csv").open(newline="") as file:
-        assert list(csv.DictReader(file)) == first
-
-
-def test_sweep_finds_results_by_all_they_depend_on(digits, teacher, tmp_path, monkeypatch):
-    """What has changed is trained anew, what was there before is found again."""
-    data, weights = tmp_path / "data", tmp_path / "teacher.safetensors"
-    shutil.copytree(digits, data)
-    shutil.copy(teacher, weights)
-    options = ["sweep", *common(data, tmp_path), *distilling(weights), "--opt", "adamw", "--epochs", "1"]
-    options += ["--seeds", "0", "--balances", "fixed:0.5"]
-    trained = []
-    run_train = sweep.train
-    monkeypatch.setattr(sweep, "train", lambda own, progress: trained.append(own) or run_train(own, progress))
-
-    def trains(*more):
-        del trained[:]
-        assert main([*options, *more]) == 0
-        return len(trained)
-
-    assert trains() == 1
-    assert trains() == 0
-    assert trains("--workers", "1", "--log-interval", "3") == 0
-    assert trains("--lr", "0.002") == 1
-    assert trains("--model", "test_vit") == 1
-    assert trains("--epochs", "2") == 1
-    assert trains("--lr", "0.002") == 0
-    assert trains() == 0
-    for split in ("train", "validation"):  # as many images as before, one of them another
-        image = min((data / split).rglob("*.png"))
-        held = image.read_bytes()
-        shutil.copy(max((data / split).rglob("*.png")), image)
-        assert trains() == 1
-        image.write_bytes(held)
-        assert trains() == 0
-    changed = load_file(weights)
-    held = weights.read_bytes()
-    changed["fc.bias"] += 1
-    save_file(changed, weights)
-    assert trains() == 1
-    weights.write_bytes(held)
-    assert trains() == 0
-    moved = shutil.move(data, tmp_path / "elsewhere")
-    assert trains("--data-dir", str(moved)) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(timm, "__version__", "0.0")
-        assert trains("--data-dir", str(moved)) == 1
-    assert trains("--data-dir", str(moved)) == 0
-
-
-@pytest.mark.parametrize("option", ["--model", "--kd-model-name"])
-def test_sweep_reads_the_directories_of_models(digits, teacher, tmp_path, option):
-    """Of `local-dir:DIRECTORY` the contents count, as those of other files."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    shutil.copy(teacher, folder / "model.safetensors")
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    options = [*common(digits, tmp_path), "--model", "test_resnet", option, f"local-dir:{folder}", "--pretrained"]
-
-    def told():
-        return sweep.depends_on(parser.parse_args(options), {})
-
-    before = told()
-    assert told() == before
-    changed = load_file(teacher)
-    changed["fc.bias"] += 1
-    save_file(changed, folder / "model.safetensors")
-    assert told() != before
-    shutil.copy(teacher, folder / "model.safetensors")
-    assert told() == before
-
-
-def test_compare():
-    lines = sweep.compare({"fixed:0.1": [1.0, 2.0], "fixed:0.5": [3.0, 5.0], "dto": [5.0, 4.0], "none": [0.0, 0.0]})
-    assert [line.balance for line in lines] == ["dto", "fixed:0.5", "fixed:0.1", "none"]
-    dto, reference = lines[:2]
-    assert (dto.mean, dto.difference, dto.won) == (4.5, 0.5, 1)
-    assert dto.error == pytest.approx(1.5)  # differences 2 and -1: deviation 2.1213, over sqrt(2)
-    assert reference.reference
-    assert reference.difference == 0
-    assert [line.balance for line in sweep.compare({"fixed:0": [1.0], "dto": [2.0]}, lower=True)] == ["fixed:0", "dto"]
-    assert "difference" not in sweep.markdown(sweep.compare({"dto": [1.0]}), "top1", [0], 1)
-
-
-def test_seeds_that_gave_nan():
-    """Are worse than any number, as reference, in the order and seed by seed."""
-    results = {"fixed:0.1": [NAN, 5.0], "fixed:0.5": [1.0, 2.0], "dto": [3.0, 1.0], "none": [NAN, NAN]}
-    for lower, order in ((False, ["dto", "fixed:0.5"]), (True, ["fixed:0.5", "dto"])):
-        lines = sweep.compare(results, lower)
-        assert [line.balance for line in lines] == [*order, "fixed:0.1", "none"]
-        assert next(line.balance for line in lines if line.reference) == "fixed:0.5"
-    dto = next(line for line in sweep.compare({"fixed:0.1": [NAN, 5.0], "dto": [3.0, NAN]}) if not line.reference)
-    assert dto.won == 1
-
-
 @pytest.mark.parametrize(
     ("values", "lower", "best"),
     [
@@ -340,12 +222,6 @@ def test_seeds_that_gave_nan():
 def test_best_epoch(values, lower, best):
     """NaN is no epoch's best while there is a number; the last one of nothing but NaN has learned longest."""
     assert metric.best_of(values, lower) == best
-
-
-@pytest.mark.parametrize("text", ["nobody", "fixed:x", "dto:speed=1", "dto:lr=fast"])
-def test_bad_balances(text):
-    with pytest.raises(UsageError, match="--balances"):
-        sweep.parse_balance(text)
 
 
 def test_report_of_nothing(tmp_path):

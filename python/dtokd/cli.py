@@ -1,4 +1,4 @@
-"""The command line: `dtokd train`, `detect`, `eval`, `report`, `sweep`, `demo`, `doctor`."""
+"""The command line: `dtokd train`, `detect`, `eval`, `report`, `compare`, `demo`, `doctor`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .compare import options as compare_options
 from .detect import options as detect_options
 from .errors import Diverged, ToldElsewhere, UsageError
 from .train import options as train_options
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, commands = _parser()
     command = argv[0] if argv and argv[0] in commands else None
     try:
-        if command in ("train", "sweep", "detect"):
+        if command in ("train", "compare", "detect"):
             options = train_options.parse(commands[command], argv[1:])
         else:
             options = parser.parse_args(argv)
@@ -59,10 +60,10 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
         from .detect.run import main as detect
 
         return detect(options)
-    if command == "sweep":
-        from .sweep import run as sweep
+    if command == "compare":
+        from .compare.run import run as compare
 
-        return sweep(options)
+        return compare(options)
     if command == "eval":
         from .evaluate import run as evaluate
 
@@ -104,14 +105,14 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
             allow_abbrev=False,
         )
     )
-    sweep = commands.add_parser(
-        "sweep",
-        help="train one configuration with several balances and seeds, and compare",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
+    compare_options.add_arguments(
+        commands.add_parser(
+            "compare",
+            help="is distillation helping, with which rule, and is the difference real?",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
     )
-    train_options.add_arguments(sweep)
-    train_options.add_sweep(sweep)
     evaluation = commands.add_parser("eval", help="a student's accuracy", argument_default=None, allow_abbrev=False)
     evaluation.add_argument("run_dir", nargs="?", type=path, help="of dtokd train: its student and its options")
     evaluation.add_argument("--checkpoint", type=path, metavar="FILE", help="other weights than the run's best")

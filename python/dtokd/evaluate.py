@@ -23,12 +23,22 @@ from .train.run import check_size, make_student
 from .train.world import World
 
 
-def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, float]:
-    """Evaluate, print one JSON line, and return it.
+def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Evaluate, print one JSON line, and return it: see `measure`."""
+    result = measure(options, defaults)
+    print(as_json(result))
+    return result
+
+
+def measure(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, Any]:
+    """A student on a split.
 
     Args:
         options: of the command line: `run_dir`, or `model` and `checkpoint`; where the data is.
         defaults: of `dtokd train`, for what a run directory does not say.
+
+    Returns:
+        model, weights, the metrics, images, and skipped_images if there are any.
 
     Raises:
         UsageError: no such run, model, weights or data, or they do not fit each other.
@@ -78,10 +88,9 @@ def run(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, floa
     loader = data.validation_loader(settings, images, config, device)
     evaluator = ClassificationEvaluator(device=device)
     metrics = evaluate(student, loader, evaluator, partial(autocast, settings, device))
-    result = {**metrics, "images": len(images)}
+    result = {"model": settings.model, "weights": str(weights or timm.__version__), **metrics, "images": len(images)}
     if record is not None and (bad := skipped(record)):
         result["skipped_images"] = len(bad)
-    print(as_json({"model": settings.model, "weights": str(weights or timm.__version__), **result}))
     return result
 
 

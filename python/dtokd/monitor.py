@@ -33,8 +33,9 @@ class BalanceLogger:
     """Logs conflict, dominance, weights, ||d|| and skipped steps, and scalars of your own.
 
     Columns of a step, for objectives named task and distill: step, weight_task, weight_distill, norm_task, norm_distill
-    (of the raw gradients), cosine_task_distill, conflict (some cosine is negative), dominance (norm of the second
-    objective over that of the first), vertex (some weight is exactly 0), norm (of the combined direction, before
+    (of the raw gradients), share_task, share_distill (each objective's part of the sum of the norms of the gradients as
+    they are multiplied for the update), cosine_task_distill, conflict (some cosine is negative), dominance (norm of the
+    second objective over that of the first), vertex (some weight is exactly 0), norm (of the combined direction, before
     clipping), skipped. Means, over the steps of a flush that were not skipped: conflict_rate, vertex_rate, dominance
     (the geometric mean), the mean of every other column; skip_rate is over all steps, step the last one.
 
@@ -114,8 +115,9 @@ class BalanceLogger:
                 raise ValueError(f"BalanceLogger.log: columns {twice} would stand twice; rename objectives or scalars")
         self._names, self._extra = names, extra
         # one operation, into memory of its own: a captured graph writes its record anew in each replay
-        parts = [balance.weights, balance.norms, balance.gram, balance.norm, balance.vertex, balance.skipped]
-        self._kept.append(torch.cat([t.detach().reshape(-1) for t in (*parts, *scalars.values())]))
+        several = [balance.weights, balance.norms, balance.coefficients, balance.gram]
+        single = [balance.norm, balance.vertex, balance.skipped, *scalars.values()]
+        self._kept.append(torch.cat([t.detach().reshape(-1) for t in (*several, *single)]))
         self._step += 1
         if len(self._kept) == self._every:
             self.flush()
@@ -141,12 +143,16 @@ class BalanceLogger:
     def _named(values: list[float], names: tuple[str, ...], extra: tuple[str, ...]) -> Iterator[tuple[str, float]]:
         """The columns of a kept step."""
         K = len(names)
-        weights, norms, gram = values[:K], values[K : 2 * K], values[2 * K : 2 * K + K * K]
-        norm, vertex, skipped, *scalars = values[2 * K + K * K :]
+        weights, norms, coefficients = values[:K], values[K : 2 * K], values[2 * K : 3 * K]
+        gram = values[3 * K : 3 * K + K * K]
+        norm, vertex, skipped, *scalars = values[3 * K + K * K :]
+        lengths = [abs(c) * n for c, n in zip(coefficients, norms, strict=True)]
         pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
         products = [gram[i * K + j] for i, j in pairs]
         yield from zip([f"weight_{name}" for name in names], weights, strict=True)
         yield from zip([f"norm_{name}" for name in names], norms, strict=True)
+        for name, length in zip(names, lengths, strict=True):
+            yield f"share_{name}", _ratio(length, sum(lengths))
         for (i, j), product in zip(pairs, products, strict=True):
             yield f"cosine_{names[i]}_{names[j]}", _ratio(product, norms[i] * norms[j])
         unmeasured = any(math.isnan(product) for product in products)
@@ -176,7 +182,7 @@ class BalanceLogger:
 def columns_of(names: Sequence[str]) -> list[str]:
     """The columns of a step with objectives of these names, without scalars of your own."""
     K = len(names)
-    columns = BalanceLogger._named([0.0] * (2 * K + K * K + 3), tuple(names), ())
+    columns = BalanceLogger._named([0.0] * (3 * K + K * K + 3), tuple(names), ())
     return ["step", *(name for name, _ in columns)]
 
 

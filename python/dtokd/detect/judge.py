@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..files import as_json
 from ..train.engine import autocast, evaluate
 from ..train.images import new_record, skipped
 from ..train.world import World
@@ -17,8 +16,8 @@ from .detectors.build import load_weights, make_student
 from .evaluate import CocoEvaluator
 
 
-def judge(run: dict[str, Any], given: dict[str, Any]) -> dict[str, float]:
-    """Evaluate, print one JSON line, and return it.
+def judge(run: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A detector on a split: what `dtokd.evaluate.measure` returns.
 
     Args:
         run: the run's args.yaml.
@@ -39,8 +38,8 @@ def judge(run: dict[str, Any], given: dict[str, Any]) -> dict[str, float]:
     record = new_record(Path(given["run_dir"]))
     loader = make_loader(options, split, options.val_split, training=False, device=device, record=record)
     metrics = evaluate(student.to(device), loader, CocoEvaluator(split), partial(autocast, options, device))
-    result = {**metrics, "images": len(split.content["images"])}
+    images = len(split.content["images"])
+    result = {"model": options.model, "weights": str(weights), **metrics, "images": images}
     if bad := skipped(record):
         result["skipped_images"] = len(bad)
-    print(as_json({"model": options.model, "weights": str(weights), **result}))
     return result

@@ -265,6 +265,13 @@ def add_run(parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "
     """Where a run goes, how it goes on, and which of the metrics is best; the first is the default."""
     group = parser.add_argument_group("run")
     group.add_argument("--seed", type=NATURAL, default=42, metavar="N")
+    group.add_argument(
+        "--data-seed",
+        type=NATURAL,
+        metavar="N",
+        help="seed of each epoch's order and augmentation of images, and of dropout, so that they do not depend on the "
+        "teacher and the heads; default: they follow from --seed, as in timm",
+    )
     group.add_argument("--output", type=path, default=Path("output/train"), metavar="DIR")
     group.add_argument(
         "--experiment", type=file_name, default="", metavar="NAME", help="folder in it; default: made of the options"
@@ -274,20 +281,6 @@ def add_run(parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "
     group.add_argument("--eval-metric", choices=list(metrics), default=metrics[0], help="what is best")
     group.add_argument("--log-interval", type=COUNT, default=50, metavar="N", help="iterations from line to line")
     group.add_argument("--log-tensorboard", action=argparse.BooleanOptionalAction, default=True)
-
-
-def add_sweep(parser: argparse.ArgumentParser) -> None:
-    """Add what `dtokd sweep` varies."""
-    group = parser.add_argument_group("sweep", "--experiment names its folder; --resume is always auto")
-    group.add_argument("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], metavar="N")
-    group.add_argument(
-        "--balances",
-        nargs="+",
-        default=["fixed:0.5", "dto"],
-        metavar="BALANCE",
-        help="fixed:W, timm's sum of W task + (1-W) distill; none, with the weights given; or a weighting, with "
-        "options after a colon: dto:rescale=sum,params=all,gram=overlap,opt=dtoadamw,lr=0.001",
-    )
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

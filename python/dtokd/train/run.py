@@ -43,6 +43,9 @@ from .rundir import RunDir, chained
 from .state import Position
 from .world import World, join, under_torchrun
 
+#: Keeps the seeds of the epochs of neighbouring `--data-seed`s apart.
+_PRIME = 1_000_003
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -170,7 +173,7 @@ def fit(
         progress.console.quiet = True
     found = _find(run, options, world, progress)
     with ExitStack() as stack:
-        noted = stack.enter_context(_signals())
+        noted = stack.enter_context(signals())
         engine = Engine(
             task, stepper, scheduler, options, device, None, progress, lambda: world.vote(noted[0]), world=world
         )
@@ -399,9 +402,12 @@ def _epoch(
     sampler: Any = getattr(loaders.train, "sampler", None)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
+    if options.data_seed is not None and not at.batches:
+        random_seed((options.data_seed + epoch * _PRIME) % 2**31, engine.world.rank)
     start = time.monotonic()
     losses = engine.train_epoch(loaders.train, epoch, at.batches, at.means)
     _flush(engine)
+    per_iteration = (time.monotonic() - start) / max(len(loaders.train) - at.batches, 1)
     if engine.world.size > 1 and options.dist_bn:
         for module in state.modules(task).values():
             distribute_bn(module, engine.world.size, options.dist_bn == "reduce")
@@ -417,7 +423,8 @@ def _epoch(
         engine.scheduler.step(epoch + 1, None if math.isnan(judged) else judged)
     row = {"epoch": epoch} | {f"train_{name}": value for name, value in losses.items()}
     row |= {f"eval_{name}": value for name, value in metrics.items()}
-    row |= {"lr": at.lr, **collected.take(), "seconds": round(time.monotonic() - start, 3)}
+    row |= {"lr": at.lr, **collected.take(), "iteration_seconds": round(per_iteration, 6)}
+    row["seconds"] = round(time.monotonic() - start, 3)
     if metrics:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         engine.progress.say(f"epoch {epoch + 1}/{engine.progress.epochs}  evaluation  {shown}")
@@ -498,7 +505,7 @@ def _student(task: TrainingTask, ema: bool) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def signals() -> Iterator[list[int]]:
     """The first Ctrl-C or SIGTERM is noted in the list, a second one ends the process as usual.
 
     Not under torchrun: it sends on the signal that a terminal gives to all, and ends us itself if we take too long.

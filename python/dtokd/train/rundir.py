@@ -361,11 +361,11 @@ def chained(rows: Iterable[Mapping[str, Any]], history: str = "") -> str:
     """A sum over the lines of summary.csv, by which a checkpoint knows those of the epochs before it.
 
     Args:
-        rows: in order; the time that an epoch took does not count.
+        rows: in order; the time that it took does not count.
         history: the sum of the lines before them.
     """
     for row in rows:
-        told = {key: str(value) for key, value in row.items() if key != "seconds" and str(value)}
+        told = {key: str(value) for key, value in row.items() if not key.endswith("seconds") and str(value)}
         history = hashlib.sha256(f"{history} {sorted(told.items())}".encode()).hexdigest()
     return history
 

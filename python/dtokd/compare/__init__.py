@@ -1,0 +1,1 @@
+"""`dtokd compare`: is distillation helping, with which rule, and is the difference real?"""

@@ -1,0 +1,176 @@
+"""An arm of a comparison: from its text to the options of `dtokd train` that it stands for."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from typing import Any
+
+from dtokd_kernels import weighting
+
+from ..errors import UsageError
+from ..objectives.teacher import as_list
+from ..train.options import BALANCES, add_arguments, flag, read_value
+from ..values import FRACTION, read_yaml
+
+#: The arm without a teacher.
+NONE = "none"
+#: What may follow an arm's colon besides the rule's own options, and the option of `dtokd train` that it sets.
+_OPTIONS = {
+    "rescale": "kd_balance_rescale",
+    "params": "kd_balance_params",
+    "gram": "kd_balance_gram",
+    "opt": "opt",
+    "lr": "lr",
+    "temperature": "kd_temperature",
+}
+#: What the arm without a teacher is without.
+_TEACHER = ("kd_model_name", "kd_teacher_path", "kd_cache_teacher", "kd_balance_gram", "kd_balance_rescale")
+
+
+def parse_arms(texts: list[str], objectives: int) -> dict[str, dict[str, Any]]:
+    """From each arm, the one without a teacher first, to the options that it changes.
+
+    Args:
+        texts: as `--arms` has them.
+        objectives: number of distillation objectives.
+
+    Raises:
+        UsageError: one is no arm, or two are the same.
+    """
+    arms: dict[str, dict[str, Any]] = {}
+    for text in [NONE, *(text for text in texts if text != NONE)]:
+        changes = parse_arm(text, objectives)
+        for other, theirs in arms.items():
+            if theirs == changes or folder_of(other) == folder_of(text):
+                raise UsageError(f"--arms: {other!r} and {text!r} are the same; leave one of them out")
+        arms[text] = changes
+    if len(arms) == 1:
+        raise UsageError("--arms: none alone; name an arm to compare it with, such as fixed:0.5")
+    return arms
+
+
+def parse_arm(text: str, objectives: int = 1) -> dict[str, Any]:
+    """The options that an arm stands for.
+
+    Args:
+        text: NAME, NAME:NUMBER, or either with key=value pairs.
+        objectives: number of distillation objectives.
+
+    Raises:
+        UsageError: it is none.
+
+    Example:
+        >>> parse_arm("fixed:0.3")
+        {'kd_balance': 'none', 'task_loss_weight': 0.3, 'distill_loss_weight': [0.7]}
+        >>> parse_arm("share:0.5,rescale=sum")
+        {'kd_balance': 'share', 'kd_balance_rescale': 'sum', 'kd_balance_kwargs': {'shares': [0.5, 0.5]}}
+    """
+    if text == NONE:
+        return {"kd_balance": "none", "kd_balance_kwargs": {}, **dict.fromkeys(_TEACHER)}
+    name, _, rest = text.partition(":")
+    if name not in BALANCES or name == NONE:
+        raise UsageError(
+            f"--arms: {text!r}; choose none, fixed:WEIGHT or one of {', '.join(BALANCES[1:])}, with options after a "
+            "colon such as dto:lr=0.001"
+        )
+    number, pairs = None, rest.split(",") if rest else []
+    if pairs and "=" not in pairs[0]:
+        number = _number(text, name, pairs.pop(0))
+    changes: dict[str, Any] = {"kd_balance": name}
+    own: dict[str, Any] = {}
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    actions = {action.dest: action for action in parser._actions}
+    for pair in pairs:
+        key, mark, value = pair.partition("=")
+        if not mark or not key:
+            raise UsageError(f"--arms: {text!r}: {pair!r} is no key=value; such as dto:rescale=sum,lr=0.001")
+        if key in _OPTIONS:
+            changes[_OPTIONS[key]] = read_value(actions[_OPTIONS[key]], value, f"--arms: {text!r}: {key}")
+        else:
+            try:
+                own[key] = read_yaml(value)
+            except argparse.ArgumentTypeError as error:
+                raise UsageError(f"--arms: {text!r}: {key}: {error}") from error
+    if name == "fixed" and number is not None:
+        if own:
+            raise UsageError(f"--arms: {text!r}: a fixed sum has no option {', '.join(own)}; leave it out")
+        weights = {"task_loss_weight": number, "distill_loss_weight": [round(1 - number, 12)]}
+        return changes | {"kd_balance": "none"} | weights
+    if name == "share" and number is not None:
+        own["shares"] = [number, *[round((1 - number) / objectives, 12)] * objectives]
+    if own:
+        changes["kd_balance_kwargs"] = own
+    try:
+        # of "fixed" the trainer knows the weights
+        weighting.from_name(name, **({"weights": [1.0]} if name == "fixed" else {}), **own)
+    except (TypeError, ValueError) as error:
+        keys = ", ".join(_OPTIONS)
+        raise UsageError(f"--arms: {text!r}: {error}; besides the rule's own options there are {keys}") from error
+    return changes
+
+
+def _number(text: str, name: str, number: str) -> float:
+    if name not in ("fixed", "share"):
+        raise UsageError(f"--arms: {text!r}: {name} takes no number; write key=value after the colon")
+    try:
+        return FRACTION(number)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--arms: {text!r}: {error}") from error
+
+
+def apply(options: argparse.Namespace, changes: dict[str, Any]) -> argparse.Namespace:
+    """The options of an arm's runs.
+
+    Args:
+        options: of `train.options`.
+        changes: of `parse_arm`.
+    """
+    own = argparse.Namespace(**{**vars(options), **changes})
+    if own.kd_balance == "none":  # a weighted sum is for the optimizer that ours stands for
+        own.opt = own.opt.lower().removeprefix("dto")
+    return own
+
+
+def objectives_of(options: argparse.Namespace) -> int:
+    """How many distillation objectives these options make."""
+    return len(as_list(options.kd_model_name)) * len(as_list(options.kd_distill_type))
+
+
+def folder_of(text: str) -> str:
+    """The name of an arm's folder."""
+    return re.sub(r"[^\w.=-]+", "_", text)
+
+
+def flags_of(text: str, options: argparse.Namespace) -> str:
+    """What to give to `dtokd train` besides the options that all arms share.
+
+    Args:
+        text: the arm.
+        options: of the comparison.
+
+    Example:
+        >>> flags_of("fixed:0.3", argparse.Namespace(opt="adamw", kd_model_name=["a"], kd_distill_type=["logit"]))
+        '--kd-balance none --task-loss-weight 0.3 --distill-loss-weight 0.7'
+    """
+    if text == NONE:
+        return "no --kd-model-name and no --kd-teacher-path: train without a teacher"
+    changes = parse_arm(text, objectives_of(options))
+    opt = apply(options, changes).opt
+    if opt != options.opt or "opt" in changes:
+        changes["opt"] = opt
+    return " ".join(f"{flag(key)} {_written(value)}" for key, value in changes.items())
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(shlex.quote(f"{key}={_yaml(item)}") for key, item in value.items())
+    return " ".join(map(str, as_list(value)))
+
+
+def _yaml(value: Any) -> str:
+    import yaml
+
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

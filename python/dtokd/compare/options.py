@@ -1,0 +1,47 @@
+"""The options of `dtokd compare`: those of `dtokd train`, and what it varies. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..train import options as shared
+from ..values import COUNT, NATURAL, Number
+
+#: What is compared unless `--arms` says otherwise.
+ARMS = ("none", "fixed:0.3", "fixed:0.5", "fixed:0.7", "share:0.5", "taskfirst", "logsum", "famo", "dto")
+#: Options of the comparison, which a run of it does not have.
+OWN = ("arms", "seeds", "schedule_share", "judge_split", "jobs", "dry_run")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all options of `dtokd compare`."""
+    shared.add_arguments(parser)
+    group = parser.add_argument_group(
+        "comparison", "--experiment names its folder (default: compare); --seed, --data-seed and --resume are set by it"
+    )
+    add = group.add_argument
+    add(
+        "--arms",
+        nargs="+",
+        default=list(ARMS),
+        metavar="ARM",
+        help="none: without a teacher, always among them; fixed:W: timm's sum of W task + (1-W) distill; share:W: the "
+        "task gets the share W of the gradient's norm; or any --kd-balance. Options follow a colon: "
+        "dto:rescale=sum,gram=overlap,opt=dtoadamw,lr=0.001, and the rule's own, as in cagrad:c=0.4",
+    )
+    add("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], metavar="N", help="each arm is trained with each")
+    add(
+        "--schedule-share",
+        type=Number(float, above=0, most=1),
+        default=1.0,
+        metavar="X",
+        help="a shorter schedule: this part of --epochs, and of the warm-up and the other options that count epochs",
+    )
+    add(
+        "--judge-split",
+        default="",
+        metavar="NAME",
+        help="a split that judges the arms, which --val-split chooses among; default: --val-split does both",
+    )
+    add("--jobs", type=COUNT, metavar="N", help="runs at a time, in processes of their own; default: one per GPU")
+    add("--dry-run", action="store_true", help="tell which runs there are and how long they take, and train none")

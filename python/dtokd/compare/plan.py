@@ -1,0 +1,253 @@
+"""Which runs a comparison has, what all of them depend on, and what each has come to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from .. import identity
+from ..errors import UsageError
+from ..files import as_json, write_text
+from ..objectives.teacher import as_list, resolve_teachers
+from ..train import data
+from ..train.options import OUTSIDE, flag, plain
+from ..train.rundir import environment, read_rows
+from .arms import apply, folder_of, objectives_of, parse_arms
+from .options import OWN
+
+#: Options that count epochs, which a shorter schedule shortens.
+_EPOCHS = ("warmup_epochs", "cooldown_epochs", "mixup_off_epoch")
+#: Options whose files count by their contents.
+_FILES = ("class_map", "initial_checkpoint", "kd_teacher_path")
+#: Options that name models, which may be in a directory.
+_MODELS = ("model", "kd_model_name")
+#: Options that say where something is: its contents count. And those that each run sets.
+_PLACES = (*OUTSIDE, "data_dir", "kd_cache_teacher", "device", "seed", "data_seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed.
+
+    Attributes:
+        arm: its text.
+        seed: of the initial student, and of the batches.
+        options: of `train.options`; `output` / `experiment` is the run's directory.
+    """
+
+    arm: str
+    seed: int
+    options: argparse.Namespace
+
+    @property
+    def path(self) -> Path:
+        """The run's directory."""
+        return Path(self.options.output) / str(self.options.experiment)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run has come to; kept in its directory.
+
+    Attributes:
+        chosen, judged: the last epoch's metric on the split that chooses, and on the one that judges.
+        seconds: of the whole run.
+        diverged: why it has; the numbers are NaN then.
+    """
+
+    chosen: float
+    judged: float
+    seconds: float = math.nan
+    diverged: str = ""
+
+    @classmethod
+    def read(cls, run: Run) -> Result | None:
+        """None before the run is finished.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        file = run.path / "finished.json"
+        if not file.exists():
+            return None
+        try:
+            held = json.loads(file.read_text(encoding="utf-8"))
+            chosen, judged, seconds = (
+                math.nan if held[key] is None else float(held[key]) for key in ("chosen", "judged", "seconds")
+            )
+            return cls(chosen, judged, seconds, str(held["diverged"]))
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise UsageError(f"--experiment: {file} is damaged ({error}); remove it, and the run goes on") from error
+
+    def write(self, run: Run) -> None:
+        """Mark the run as finished."""
+        write_text(run.path / "finished.json", as_json(vars(self), indent=1) + "\n")
+
+
+class Plan:
+    """All runs of a comparison.
+
+    Args:
+        options: of `compare.options`.
+
+    Attributes:
+        folder: of the comparison.
+        options: of the arms' runs before an arm changes them, with the shorter schedule.
+        seeds: see `--seeds`.
+        arms: from each arm's text to the options that it changes.
+        judges: the split that judges; the one that chooses if there is no other.
+        images: of the split that judges.
+
+    Raises:
+        UsageError: an arm, the seeds, or an option that all share is of no use.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        if twice := sorted({seed for seed in options.seeds if options.seeds.count(seed) > 1}):
+            raise UsageError(f"--seeds: {twice[0]} is there twice; pass different ones, such as 0 1 2")
+        if not options.val_split:
+            raise UsageError("--val-split: empty, but a comparison needs evaluations; name a split")
+        if options.judge_split == options.val_split:
+            raise UsageError(
+                f"--judge-split: {options.judge_split!r} is the --val-split too; name another split, or leave it out"
+            )
+        self.folder = options.output / (options.experiment or "compare")
+        self.seeds: Sequence[int] = options.seeds
+        self.options = _shortened(options)
+        resolve_teachers(self.options)
+        if not self.options.kd_model_name:
+            raise UsageError("--kd-model-name: missing, but there is nothing to compare without a teacher")
+        self.arms = parse_arms(options.arms, objectives_of(self.options))
+        self.judges = options.judge_split or options.val_split
+        self._data = {}
+        for split in dict.fromkeys((options.train_split, options.val_split, self.judges)):
+            images = data.open_dataset(self.options, split)
+            told = identity.of_dataset(images)
+            if told is None and options.data_dir is not None:
+                told = identity.of_folder(options.data_dir)
+            self._data[split] = told  # None: not known
+            self.images = len(images) if hasattr(images, "__len__") else 0
+
+    def runs(self) -> Iterator[Run]:
+        """Seed by seed, so that an early end leaves whole pairs."""
+        for seed in self.seeds:
+            for arm, changes in self.arms.items():
+                own = apply(self.options, changes)
+                own.seed = own.data_seed = seed
+                own.resume, own.output, own.experiment = "auto", self.folder / folder_of(arm), f"seed-{seed}"
+                yield Run(arm, seed, own)
+
+    def told(self) -> dict[str, dict[str, Any]]:
+        """All that the results of the runs depend on, besides arm and seed: by kind, then by name."""
+        told = {key: value for key, value in plain(self.options).items() if key not in _PLACES}
+        told["judge_split"] = self.judges
+        files = {key: [identity.of_path(Path(path)) for path in as_list(told.get(key) or None)] for key in _FILES}
+        for key in _MODELS:
+            names = as_list(told.get(key))
+            folders = [name.partition(":")[2] for name in names if name.lower().startswith("local-dir:")]
+            files[key] = [identity.of_path(Path(folder)) for folder in folders]
+        places = ("class_map", "initial_checkpoint", "kd_teacher_path")
+        machine = {key: v for key, v in environment(self.options).items() if key not in ("cores", "threads")}
+        return {
+            "options": {key: value for key, value in told.items() if key not in places},
+            "files": files,
+            "data": self._data,
+            "environment": machine,
+        }
+
+    def check(self) -> bool:
+        """Compare with what the folder holds. Nothing is written.
+
+        Returns:
+            Whether it holds this comparison already.
+
+        Raises:
+            UsageError: it holds another one, or a damaged one.
+        """
+        file, now = self.folder / "comparison.json", json.loads(as_json(self.told()))
+        if not file.exists():
+            return False
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+            changed = [
+                (kind, key, before[kind].get(key), now[kind].get(key))
+                for kind in now
+                for key in {**before[kind], **now[kind]}
+                if before[kind].get(key) != now[kind].get(key)
+            ]
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise UsageError(f"--experiment: {file} is damaged ({error}); choose another --experiment") from error
+        if changed:
+            told = "; ".join(_change(*change) for change in changed[:3])
+            more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UsageError(
+                f"--experiment: {self.folder} holds a comparison with other settings: {told}{more}; give those, or "
+                "choose another --experiment"
+            )
+        return True
+
+    def begin(self) -> None:
+        """Note what the results depend on, after `check`."""
+        write_text(self.folder / "comparison.json", as_json(self.told(), indent=1) + "\n")
+
+
+def _change(kind: str, key: str, before: Any, now: Any) -> str:
+    if kind == "data":
+        return f"the images of {key!r} have changed"
+    if kind == "files":
+        return f"the file or directory of {flag(key)} has changed"
+    return f"{flag(key) if kind == 'options' else key} was {before!r}, is now {now!r}"
+
+
+def _shortened(options: argparse.Namespace) -> argparse.Namespace:
+    """Without the comparison's own options; epochs are those of the shorter schedule."""
+    own = argparse.Namespace(**{key: value for key, value in vars(options).items() if key not in OWN})
+    share = options.schedule_share
+    if share < 1:
+        own.epochs = max(1, round(share * own.epochs))
+        for key in _EPOCHS:
+            setattr(own, key, round(share * getattr(own, key)))
+        own.decay_epochs = max(share * own.decay_epochs, 1e-3)
+        own.decay_milestones = [max(1, round(share * value)) for value in own.decay_milestones]
+    return own
+
+
+def seconds_of(path: Path) -> tuple[float, float]:
+    """Of a run: per iteration, as the median of the epochs after the first, which warms up; and of all of it.
+
+    NaN if the file does not tell.
+    """
+    return _median(_column(path, "iteration_seconds")), math.fsum(_column(path, "seconds"))
+
+
+def rates_of(paths: Sequence[Path]) -> Mapping[str, float]:
+    """Of several runs: the means over their epochs of conflict_rate, vertex_rate and each objective's share_."""
+    rows = [row for path in paths for row in read_rows(path / "summary.csv")]
+    names = [key for key in (rows[0] if rows else {}) if key in ("conflict_rate", "vertex_rate") or "share_" in key]
+    means = {}
+    for name in names:
+        values = [value for row in rows if math.isfinite(value := float(row[name] or "nan"))]
+        if values:
+            means[name] = math.fsum(values) / len(values)
+    return means
+
+
+def last_of(path: Path, column: str) -> float:
+    """Of the last epoch: the best one would be chosen on the split that judges."""
+    values = _column(path, column)
+    return values[-1] if values else math.nan
+
+
+def _column(path: Path, name: str) -> list[float]:
+    return [float(row[name] or "nan") for row in read_rows(path / "summary.csv") if name in row]
+
+
+def _median(values: Sequence[float]) -> float:
+    kept = [value for value in values[1:] or values if math.isfinite(value)]
+    return median(kept) if kept else math.nan

@@ -1,0 +1,614 @@
+"""`dtokd compare`: the arms, the statistics, the verdict in words, and the command on tiny data."""
+
+import csv
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from dtokd.cli import _parser, main
+from dtokd.compare import plan as plans
+from dtokd.compare import processes, verdict
+from dtokd.compare import run as command
+from dtokd.compare.arms import flags_of, parse_arm, parse_arms
+from dtokd.compare.differences import Paired, student_t, studentized_range
+from dtokd.compare.options import ARMS
+from dtokd.errors import UsageError
+from dtokd.train import options as train_options
+from dtokd.train.checkpoint import load_checkpoint
+from safetensors.torch import load_file, save_file
+from scipy import stats
+
+from .digits import common, distilling
+from .test_train_report import Page
+
+#: timm's reader leaves files to the garbage collector
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+NAN = float("nan")
+
+
+def options_of(digits, teacher, output, *more):
+    """One epoch, two arms besides the one without a teacher, two seeds."""
+    texts = ["compare", *common(digits, output), *distilling(teacher), "--opt", "adamw", "--epochs", "1"]
+    return [*texts, "--arms", "fixed:0.5", "dto:rescale=sum", "--seeds", "0", "1", *more]
+
+
+def parsed(argv):
+    return train_options.parse(_parser()[1]["compare"], argv[1:])
+
+
+# ---- the statistics
+
+
+@pytest.mark.parametrize("arms", [2, 3, 9])
+@pytest.mark.parametrize("freedom", [1, 2, 12, 40])
+def test_quantiles_are_scipys(arms, freedom):
+    assert studentized_range(0.95, arms, freedom) == pytest.approx(stats.studentized_range.ppf(0.95, arms, freedom))
+    assert student_t(0.95, freedom) == pytest.approx(stats.t.ppf(0.975, freedom))
+
+
+def test_many_seeds_need_no_finer_steps():
+    """Beyond 200 degrees of freedom the interval is wider by a percent at most, never narrower."""
+    limit = stats.norm.ppf(0.975)
+    for freedom in (300, 10_000):
+        assert limit <= student_t(0.95, freedom) <= 1.01 * limit
+
+
+def test_two_arms_are_a_paired_t_test():
+    a, b = [3.0, 5.0, 4.0], [1.0, 4.5, 2.0]
+    found = Paired({"a": a, "b": b}).between("a", "b")
+    interval = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    assert Paired({"a": a, "b": b}, sign=-1).between("a", "b").mean == -found.mean
+
+
+@pytest.mark.parametrize("noise", [(1.0, 1.0, 1.0, 1.0, 1.0), (0.5, 1.0, 1.0, 1.0, 2.0)])
+def test_all_intervals_hold_together(noise):
+    """In at least 95 % of comparisons each pair's interval has the truth; a pair alone more often."""
+    trials, seeds = 400, 3
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(trials, len(noise), seeds, generator=generator, dtype=torch.float64)
+    draws = draws * torch.tensor(noise)[:, None] + 10 * torch.randn(trials, 1, seeds, generator=generator)
+    names = [f"arm {i}" for i in range(len(noise))]
+    pairs = [(a, b) for a in names for b in names if a < b]
+    missed = 0
+    for trial in draws.tolist():
+        paired = Paired(dict(zip(names, trial, strict=True)))
+        missed += any(d.better or d.worse for d in (paired.between(a, b) for a, b in pairs))
+    assert missed / trials <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / trials)
+
+
+def test_a_rule_that_varies_more_has_a_wider_interval():
+    quiet = {f"arm {i}": [10.0 + 0.01 * (i * s % 3) for s in range(4)] for i in range(6)}
+    paired = Paired({**quiet, "wild": [9.0, 12.0, 10.5, 13.0]})
+    wild, calm = paired.between("wild", "arm 0"), paired.between("arm 1", "arm 0")
+    assert wild.high - wild.low > calm.high - calm.low
+    assert not wild.better
+
+
+def test_a_difference_of_less_than_an_image_is_none():
+    """Results on few images are often equal to the digit, which is no certainty."""
+    found = Paired({"a": [90.0, 90.0], "b": [89.0, 89.0]}, resolution=2.0).between("a", "b")
+    assert (found.low, found.high) == (-1.0, 3.0)
+
+
+# ---- the verdict
+
+
+def setting(**changes):
+    told = {"metric": "top1", "seeds": [0, 1, 2], "epochs": 10, "full": 10, "chooses": "val", "judges": "test"}
+    return verdict.Setting(**{**told, "images": 10_000, **changes})
+
+
+def arm(text, *values, judged=None, failed=(), seconds=NAN, **rates):
+    flags = f"FLAGS OF {text}"
+    return verdict.Arm(text, values, values if judged is None else judged, flags, failed, seconds, rates)
+
+
+def words(found):
+    return " ".join(found.text)
+
+
+BARE = arm("none", 70.0, 71.0, 69.0, seconds=1.0)
+
+
+def test_it_helps():
+    arms = [
+        BARE,
+        arm("share:0.5", 72.0, 72.9, 71.1),
+        arm("logsum", 71.9, 73.1, 71.0),
+        arm("fixed:0.5", 70.4, 71.3, 69.2),
+    ]
+    found = verdict.judge(arms, setting())
+    assert (found.kind, found.arm, found.fixed) == ("helps", "share:0.5", "fixed:0.5")
+    assert re.match(
+        r"Distillation helps: \+2\.0 points \(95 % interval \+1\.\d to \+2\.\d\) with share:0\.5\.", words(found)
+    )
+    assert "The arm logsum cannot be told apart from it with 3 seeds." in words(found)
+    assert "Use: FLAGS OF share:0.5" in words(found)
+    assert re.search(r"share:0\.5 against the best fixed weights, fixed:0\.5: \+1\.7 points .*: better\.", words(found))
+    assert [line.arm.text for line in found.lines] == ["share:0.5", "logsum", "fixed:0.5", "none"]
+    assert "'val' chose, the 10000 images of 'test' judged." in words(found)
+
+
+def test_it_hurts():
+    arms = [BARE, arm("fixed:0.5", 65.0, 66.1, 64.1), arm("dto", 50.0, 51.1, 48.9)]
+    found = verdict.judge(arms, setting())
+    assert (found.kind, found.arm) == ("hurts", "fixed:0.5")
+    assert "Distillation hurts: -4.9 points" in words(found)
+    assert "even with the best arm, fixed:0.5" in words(found)
+    assert "Use: no teacher" in words(found)
+
+
+def test_undecided():
+    found = verdict.judge([BARE, arm("fixed:0.5", 71.0, 70.8, 70.0), arm("dto", 69.0, 71.5, 70.0)], setting())
+    assert (found.kind, found.arm) == ("undecided", "fixed:0.5")
+    assert "may be chance with 3 seeds" in words(found)
+    seeds = int(re.search(r"about (\d+) seeds would settle", words(found))[1])
+    assert 3 < seeds <= 30
+    assert "The best so far: FLAGS OF fixed:0.5" in words(found)
+    hopeless = verdict.judge([BARE, arm("fixed:0.5", 70.0, 71.2, 69.0), arm("dto", 65.0, 77.0, 70.0)], setting())
+    assert "more seeds would hardly settle it" in words(hopeless)
+
+
+def test_one_seed_decides_nothing():
+    found = verdict.judge([arm("none", 70.0), arm("dto", 90.0)], setting(seeds=[0]))
+    assert found.kind == "undecided"
+    assert "one seed shows no spread; it gave +20.0 with the best arm, dto" in words(found)
+    assert "interval" not in words(found)
+    assert "inf" not in verdict.as_markdown(found, setting(seeds=[0]))
+    assert json.loads(json.dumps(verdict.as_data(found, setting(seeds=[0]))))["verdict"] == "undecided"
+
+
+def test_a_diverged_arm_is_left_out_and_named():
+    arms = [BARE, arm("dto", NAN, 99.0, 99.0, failed=[0]), arm("fixed:0.5", 75.0, 76.1, 74.1)]
+    found = verdict.judge(arms, setting())
+    assert (found.kind, found.arm) == ("helps", "fixed:0.5")
+    assert "dto has no result with the seeds 0: it diverged" in words(found)
+    assert found.lines[-1].arm.text == "dto"
+    assert "| dto | diverged |" in verdict.as_markdown(found, setting())
+    for gone in ("none", "dto"):
+        arms = [arm(name, NAN, failed=[0]) if name == gone else arm(name, 70.0) for name in ("none", "dto")]
+        found = verdict.judge(arms, setting(seeds=[0]))
+        assert (found.kind, found.arm) == ("none", None)
+        assert words(found).startswith("No verdict: ")
+
+
+def test_chosen_by_one_split_and_judged_by_another():
+    """The arm that is best where it is chosen, not where it is judged; both numbers are told by their splits."""
+    arms = [
+        BARE,
+        arm("fixed:0.5", 80, 80, 80, judged=[74, 75.1, 73.1]),
+        arm("dto", 79, 79, 79, judged=[78, 79.1, 76.9]),
+    ]
+    assert verdict.judge(arms, setting()).arm == "fixed:0.5"
+    same = words(verdict.judge(arms, setting(judges="val")))
+    assert "The same 10000 images of 'val' chose and judged" in same
+    assert "--judge-split" in same
+
+
+def test_a_loss_is_better_when_smaller():
+    arms = [arm("none", 2.0, 2.1, 1.9), arm("dto", 1.0, 1.11, 0.9), arm("fixed:0.5", 1.9, 2.0, 1.85)]
+    found = verdict.judge(arms, setting(metric="loss"))
+    assert (found.kind, found.arm) == ("helps", "dto")
+    assert "+0.997 (95 % interval" in words(found)
+
+
+def test_a_shortened_schedule_is_told():
+    found = verdict.judge([BARE, arm("dto", 75.0, 76.1, 74.1)], setting(epochs=3, full=30))
+    assert "3 of 30 epochs" in words(found)
+
+
+def test_table():
+    arms = [BARE, arm("dto", 75.0, 76.1, 74.1, seconds=1.5, conflict_rate=0.25, vertex_rate=0.5, share_kl=0.125)]
+    head, *rows = verdict.rows_of(verdict.judge(arms, setting(jobs=2)), setting(jobs=2))
+    told = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert told["none"]["to none"] == "reference"
+    assert told["none"]["cost"] == "1.00x"
+    assert told["dto"]["conflict"] == "25 %"
+    assert told["dto"]["vertex"] == "50 %"
+    assert told["dto"]["share of kl"] == "12 %"
+    assert told["dto"]["cost"] == "1.50x"
+    assert "2 runs shared the machine" in " ".join(verdict.notes(setting(jobs=2)))
+
+
+# ---- the arms
+
+
+def test_default_arms_are_arms():
+    assert list(parse_arms(list(ARMS), 1)) == list(ARMS)
+    assert ARMS[0] == "none"
+    assert any(text.startswith("fixed") for text in ARMS)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("nobody", "choose none, fixed:WEIGHT or one of"),
+        ("", "choose none"),
+        ("fixed:x", "expected a number from 0 to 1"),
+        ("fixed:2", "expected a number from 0 to 1"),
+        ("fixed:nan", "expected a number from 0 to 1"),
+        ("dto:0.5", "dto takes no number"),
+        ("dto:speed=1", "rescale, params, gram, opt, lr, temperature"),
+        ("cagrad:c=-1", "c is"),
+        ("dto:lr=fast", "lr"),
+        ("dto:rescale=foo", "rescale"),
+        ("dto:lr=0.1,", "is no key=value"),
+        ("share:0", "share"),
+    ],
+)
+def test_bad_arms(text, told):
+    with pytest.raises(UsageError, match=re.escape(told)) as found:
+        parse_arm(text)
+    assert str(found.value).startswith("--arms: ")
+
+
+def test_flags_make_the_arm(digits, teacher, tmp_path):
+    """What the verdict tells to use is read by `dtokd train` as the options of the arm's runs."""
+    base = [
+        *common(digits, tmp_path),
+        *distilling(teacher),
+        "--opt",
+        "dtoadamw",
+        "--kd-distill-type",
+        "logit",
+        "feature",
+    ]
+    options = train_options.parse(_parser()[1]["train"], base)
+    for text in ("fixed:0.3", "share:0.5", "cagrad:c=0.4", "dto:rescale=sum,lr=0.002,opt=adamw", "taskfirst"):
+        given = train_options.parse(_parser()[1]["train"], base + shlex.split(flags_of(text, options)))
+        changes = parse_arm(text, 2)
+        assert {key: getattr(given, key) for key in changes} == changes
+        assert given.opt == ("dtoadamw" if text.split(":")[0] in ("share", "cagrad", "taskfirst") else "adamw")
+
+
+# ---- the command
+
+
+def read(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def compared(digits, teacher, tmp_path_factory):
+    output = tmp_path_factory.mktemp("compared")
+    assert main(options_of(digits, teacher, output)) == 0
+    return output
+
+
+def test_compare(compared, digits, teacher, tmp_path, capsys, monkeypatch):
+    """Two seeds of three arms; the second call trains nothing, and a missing run is made up for."""
+    output = shutil.copytree(compared, tmp_path / "out")
+    folder = output / "compare"
+    options = options_of(digits, teacher, output)
+    first = {name: (folder / name).read_text() for name in ("compare.md", "compare.csv", "compare.json", "report.html")}
+    rows = read(folder / "compare.csv")
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        (name, seed) for seed in "01" for name in ("none", "fixed:0.5", "dto:rescale=sum")
+    ]
+    told = json.loads(first["compare.json"], parse_constant=pytest.fail)
+    assert {line["arm"] for line in told["arms"]} == {"none", "fixed:0.5", "dto:rescale=sum"}
+    dto = next(line for line in told["arms"] if line["arm"].startswith("dto"))
+    assert 0 <= dto["share_kl"] <= 1
+    assert dto["cost"] > 0
+    assert dto["judged"] == [float(row["top1_judged"]) for row in rows if row["arm"].startswith("dto")]
+    page = Page(first["report.html"])
+    assert page.open == []
+    assert page.outside == []
+    assert "Difference in top1 to no teacher" in page.captions
+    assert {"none", "fixed:0.5", "dto:rescale=sum"} <= set(page.names)
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "train", None)
+        assert main(options) == 0
+    assert first["compare.md"].strip() in capsys.readouterr().out
+    shutil.rmtree(folder / "fixed_0.5" / "seed-1")
+    assert main(options) == 0
+    for row, again in zip(rows, read(folder / "compare.csv"), strict=True):
+        assert {**again, "seconds": row["seconds"]} == row
+
+
+def test_differences_are_paired(compared):
+    """All arms of a seed begin with one student and see the same images in the same order; seeds differ."""
+    folder = compared / "compare"
+    begins = {
+        (arm, seed): load_checkpoint(folder / arm / f"seed-{seed}" / "checkpoints" / "epoch-0000.safetensors")
+        for arm in ("none", "fixed_0.5", "dto_rescale=sum")
+        for seed in (0, 1)
+    }
+    students = {key: value["weights"]["student.fc.weight"] for key, value in begins.items()}
+    for seed in (0, 1):
+        for name in ("fixed_0.5", "dto_rescale=sum"):
+            assert torch.equal(students[name, seed], students["none", seed])
+    assert not torch.equal(students["none", 0], students["none", 1])
+
+
+def test_order_and_augmentation_do_not_depend_on_the_teacher(digits, teacher, tmp_path, monkeypatch):
+    """With --data-seed; a feature's projector draws random numbers before, which the seed of the data undoes."""
+    from dtokd.train import engine
+
+    seen, add = [], engine.Losses.add
+
+    def note(self, values, *arguments, **more):
+        seen.append(float(values["task"].detach()))
+        add(self, values, *arguments, **more)
+
+    monkeypatch.setattr(engine.Losses, "add", note)
+
+    def first_losses(name, *more):
+        del seen[:]
+        argv = ["train", *common(digits, tmp_path), "--experiment", name, "--lr", "0", *more]
+        assert main(argv) == 0
+        return list(seen)
+
+    feature = [*distilling(teacher), "--kd-distill-type", "feature", "--kd-projector", "orthogonal"]
+    alone = first_losses("a", "--data-seed", "3")
+    assert first_losses("b", "--data-seed", "3", *feature) == alone
+    assert first_losses("c", "--data-seed", "4") != alone
+    assert alone[:4] != alone[4:], "the epochs have the same batches"
+    assert first_losses("d", *feature) != first_losses("e")
+
+
+def test_an_interrupted_comparison_goes_on(digits, teacher, tmp_path, monkeypatch, compared):
+    """A signal in the middle of a run ends it with its number; the same command then has the undisturbed results."""
+    options = options_of(digits, teacher, tmp_path)
+    original, count = command.train, [0]
+
+    def stopping(own, progress):
+        count[0] += 1
+        if count[0] == 3:
+            monkeypatch.setattr(command, "train", original)
+            from dtokd.train import engine
+
+            step = engine.Engine._step
+            monkeypatch.setattr(engine.Engine, "_step", lambda self: (step(self), os.kill(os.getpid(), signal.SIGINT)))
+            try:
+                return original(own, progress)
+            finally:
+                monkeypatch.setattr(engine.Engine, "_step", step)
+        return original(own, progress)
+
+    monkeypatch.setattr(command, "train", stopping)
+    assert main(options) == 128 + signal.SIGINT
+    assert not (tmp_path / "compare" / "compare.md").exists()
+    assert main(options) == 0
+    for row, again in zip(read(compared / "compare/compare.csv"), read(tmp_path / "compare/compare.csv"), strict=True):
+        assert {**again, "seconds": row["seconds"]} == row
+
+
+def test_it_finds_its_runs_again(compared, digits, teacher, tmp_path, capsys, monkeypatch):
+    """More seeds and arms, another place of the data, other workers: the finished runs are kept. Else it is refused."""
+    output = shutil.copytree(compared, tmp_path / "out")
+    data, weights = shutil.copytree(digits, tmp_path / "data"), shutil.copy(teacher, tmp_path / "t.safetensors")
+    trained = []
+    run_train = command.train
+    monkeypatch.setattr(command, "train", lambda own, progress: trained.append(own) or run_train(own, progress))
+
+    def trains(*more, data=data, weights=weights):
+        del trained[:]
+        assert main([*options_of(data, weights, output), *more]) == 0
+        return len(trained)
+
+    def refused(*more, data=data, weights=weights):
+        assert main([*options_of(data, weights, output), *more]) == 2
+        return capsys.readouterr().err
+
+    assert trains("--log-interval", "3", "--jobs", "1") == 0
+    assert trains("--seeds", "1", "0", "--arms", "fixed:0.5") == 0
+    assert trains("--seeds", "0", "2", "--arms", "none", "fixed:0.5") == 2
+    assert trains("--seeds", "0", "--arms", "fixed:0.6") == 1
+    assert "--lr was 0.001, is now 0.002" in refused("--lr", "0.002")
+    assert "--epochs was 1, is now 2" in refused("--epochs", "2")
+    assert "choose another --experiment" in refused("--model", "test_vit")
+    assert "--eval-metric was 'top1', is now 'loss'" in refused("--eval-metric", "loss")
+    image = min((data / "train").rglob("*.png"))
+    held = image.read_bytes()
+    shutil.copy(max((data / "train").rglob("*.png")), image)
+    assert "the images of 'train' have changed" in refused()
+    image.write_bytes(held)
+    assert trains() == 0
+    held = load_file(weights)
+    save_file({**held, "fc.bias": held["fc.bias"] + 1}, weights)
+    assert "the file or directory of --kd-teacher-path has changed" in refused()
+    save_file(held, weights)
+    monkeypatch.setattr(timm, "__version__", "0.0")
+    assert "timm was" in refused()
+
+
+def test_directories_of_models_count_by_their_contents(digits, teacher, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(teacher, folder / "model.safetensors")
+    argv = [*options_of(digits, teacher, tmp_path), "--model", f"local-dir:{folder}"]
+
+    def told():
+        return plans.Plan(parsed(argv)).told()
+
+    before = told()
+    assert told() == before
+    changed = load_file(teacher)
+    save_file({**changed, "fc.bias": changed["fc.bias"] + 1}, folder / "model.safetensors")
+    assert told() != before
+
+
+def test_a_diverged_run(digits, teacher, tmp_path, capsys, monkeypatch):
+    """The others are trained, the verdict names it, and it is not trained again; without any other there is none."""
+    options = options_of(digits, teacher, tmp_path)
+    argv = [*options, "--seeds", "0", "--arms", "fixed:0.5,lr=1e12", "fixed:0.5"]
+    assert main(argv) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "fixed:0.5,lr=1e12 has no result with the seeds 0: it diverged" in out
+    assert {row["arm"]: bool(row["diverged"]) for row in read(tmp_path / "compare" / "compare.csv")} == {
+        "none": False, "fixed:0.5,lr=1e12": True, "fixed:0.5": False,
+    }  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "train", None)
+        assert main(argv) == 0
+        assert main([*options, "--seeds", "0", "--arms", "fixed:0.5,lr=1e12"]) == 1
+    assert "No verdict: all arms with a teacher have diverged" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_split_of_its_own_judges(digits, teacher, tmp_path):
+    data = shutil.copytree(digits, tmp_path / "data")
+    shutil.copytree(data / "validation", data / "test")
+    image = min((data / "test").rglob("*.png"))
+    image.unlink()
+    argv = [*options_of(data, teacher, tmp_path), "--seeds", "0", "--arms", "fixed:0.5", "--judge-split", "test"]
+    assert main(argv) == 0
+    rows = read(tmp_path / "compare" / "compare.csv")
+    number = 29 / 100
+    assert all(
+        float(row["top1_judged"]) * number == pytest.approx(round(float(row["top1_judged"]) * number)) for row in rows
+    )
+    text = (tmp_path / "compare" / "compare.md").read_text()
+    assert "'validation' chose, the 29 images of 'test' judged." in text
+
+
+def test_a_shorter_schedule(digits, teacher, tmp_path):
+    more = ["--epochs", "20", "--warmup-epochs", "4", "--decay-milestones", "8", "16", "--schedule-share", "0.25"]
+    plan = plans.Plan(parsed([*options_of(digits, teacher, tmp_path), *more]))
+    own = next(plan.runs()).options
+    assert (own.epochs, own.warmup_epochs, own.decay_milestones, own.decay_epochs) == (5, 1, [2, 4], 22.5)
+
+
+def test_preview_trains_nothing(compared, digits, teacher, tmp_path, capsys):
+    assert main([*options_of(digits, teacher, tmp_path), "--dry-run"]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert "6 runs, 6 to train" in " ".join(capsys.readouterr().out.split())
+    assert main([*options_of(digits, teacher, compared), "--seeds", "0", "1", "2", "--dry-run"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "9 runs, 3 to train" in out
+    assert "min are left" in out
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--arms", "nobody"], "--arms: 'nobody'"),
+        (["--arms", "dto:foo=1"], "--arms: 'dto:foo=1'"),
+        (["--arms", "fixed:0.5", "fixed:0.50"], "--arms: 'fixed:0.5' and 'fixed:0.50' are the same"),
+        (["--arms", "none"], "--arms: none alone"),
+        (["--seeds", "0", "1", "0"], "--seeds: 0 is there twice"),
+        (["--val-split", ""], "--val-split: empty"),
+        (["--judge-split", "validation"], "--judge-split: 'validation' is the --val-split too"),
+        (["--judge-split", "foo"], "'foo'"),
+    ],
+)
+def test_refused(digits, teacher, tmp_path, capsys, more, told):
+    assert main([*options_of(digits, teacher, tmp_path), *more]) == 2
+    assert told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refused_without_a_teacher(digits, tmp_path, capsys):
+    assert main(["compare", *common(digits, tmp_path)]) == 2
+    assert "--kd-model-name: missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--seeds"], ["--arms"], ["--schedule-share", "0"], ["--jobs", "0"]])
+def test_refused_by_the_parser(digits, teacher, tmp_path, capsys, argv):
+    with pytest.raises(SystemExit) as end:
+        main([*options_of(digits, teacher, tmp_path), *argv])
+    assert end.value.code == 2
+    assert argv[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"options": 5}', "[" * 100_000])
+@pytest.mark.parametrize("name", ["comparison.json", "none/seed-0/finished.json"])
+def test_damaged_notes(compared, digits, teacher, tmp_path, capsys, name, text):
+    output = shutil.copytree(compared, tmp_path / "out")
+    (output / "compare" / name).write_text(text)
+    assert main(options_of(digits, teacher, output)) == 2
+    error = capsys.readouterr().err
+    assert f"{name} is damaged" in error
+    assert error.count("\n") == 1
+
+
+# ---- several processes
+
+
+def test_in_processes(digits, teacher, tmp_path, capsys, compared):
+    """Two at a time have the results of one after the other."""
+    assert main([*options_of(digits, teacher, tmp_path), "--jobs", "2"]) == 0
+    for row, again in zip(read(compared / "compare/compare.csv"), read(tmp_path / "compare/compare.csv"), strict=True):
+        assert {**again, "seconds": row["seconds"]} == row
+    assert "2 runs shared the machine" in (tmp_path / "compare" / "compare.md").read_text()
+    assert "epoch 1/1" in (tmp_path / "compare" / "none" / "seed-0.log").read_text()
+
+
+def test_a_signal_ends_all_processes(digits, teacher, tmp_path):
+    argv = [*options_of(digits, teacher, tmp_path), "--jobs", "2", "--epochs", "500"]
+    process = subprocess.Popen([sys.executable, "-m", "dtokd", *argv], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    logs = [tmp_path / "compare" / name / "seed-0.log" for name in ("none", "fixed_0.5")]
+    end = time.monotonic() + 120
+    while not all(log.exists() and "evaluation" in log.read_text() for log in logs):
+        assert time.monotonic() < end
+        assert process.poll() is None, process.stdout.read().decode()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, out.decode()
+    assert all("are saved: the same command" in " ".join(log.read_text().split()) for log in logs)
+    assert not list(tmp_path.rglob(".lock"))
+
+
+class Ended:
+    """A process that has ended in some way."""
+
+    def __init__(self, code, printed):
+        self.returncode, self._printed = code, printed
+
+    def poll(self):
+        return self.returncode
+
+    def wait(self):
+        return self.returncode
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "told"),
+    [
+        (-9, "epoch 1\n", r"ended by signal 9 \(SIGKILL\); it may have had too little memory"),
+        (1, "Traceback\nKeyError: 1\n", "ended with exit code 1"),
+        (2, "dtokd train: error: --model: foo\n", r"none with seed 0: --model: foo"),
+    ],
+)
+def test_a_process_that_fails(digits, teacher, tmp_path, capsys, monkeypatch, code, printed, told):
+    """One sentence, no traceback, and no file that says that the run is finished."""
+
+    def start(run, jobs, device):
+        processes.log_of(run).parent.mkdir(parents=True, exist_ok=True)
+        processes.log_of(run).write_text(printed)
+        return run, Ended(code, printed), processes.log_of(run).open("ab")
+
+    monkeypatch.setattr(processes, "_start", start)
+    assert main([*options_of(digits, teacher, tmp_path), "--jobs", "2"]) == 2
+    assert re.search(told, capsys.readouterr().err)
+    assert not list(tmp_path.rglob("finished.json"))
+
+
+def test_gpus_in_turn(digits, teacher, tmp_path, monkeypatch):
+    """Each run sees one GPU: of those that this process sees."""
+    options = parsed([*options_of(digits, teacher, tmp_path), "--device", "cuda"])
+    assert processes.gpus(options) == [] or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert processes.gpus(options) == ["0", "1", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    assert processes.gpus(options) == ["5", "7"]
+    options.device = "cuda:1"
+    assert processes.gpus(options) == []
