@@ -13,6 +13,7 @@ from .backends import backend_info, use_backend
 from .held_out import measure_held_out
 from .ops import balance, combine, gram, min_norm_weights
 from .optim import DTOSGD, DTOAdamW
+from .probing import probe
 from .types import Balance
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ __all__ = [
     "gram",
     "measure_held_out",
     "min_norm_weights",
+    "probe",
     "sources",
     "use_backend",
     "weighting",

@@ -37,12 +37,17 @@ def test_public_functions_have_examples(name):
 
 
 def blocks_of(path):
-    """(line number, text) of each ```python block."""
+    """(line number, text) of each ```python block, and of each ```diff block after the change."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [
-        (text[: found.start()].count("\n") + 1, found[1])
-        for found in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        (text[: found.start()].count("\n") + 1, found[2] if found[1] == "python" else changed(found[2]))
+        for found in re.finditer(r"^```(python|diff)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     ]
+
+
+def changed(diff):
+    """The text that a diff makes, with empty lines for those that it removes."""
+    return "".join("\n" if line[0] == "-" else line[1:] or "\n" for line in diff.splitlines(keepends=True))
 
 
 def run_blocks(path):
