@@ -16,6 +16,8 @@ from torch import Tensor
 from dtokd_kernels import Balance
 from dtokd_kernels.optim import Balanced
 
+from .lopsided import LopsidedWeights, may_be_lopsided
+
 Row = dict[str, float]
 
 
@@ -42,7 +44,8 @@ class BalanceLogger:
     Args:
         sinks: where to write: `CSV`, `TensorBoard`, `WandB`, or anything with `write` and `close`.
         every: steps from one flush to the next.
-        optimizer: DTOAdamW or DTOSGD; its steps are then logged without a call.
+        optimizer: DTOAdamW or DTOSGD; its steps are then logged without a call, and a UserWarning tells if exact DTO
+            gives nearly all of the weight to one objective (`LopsidedWeights`, which is a sink for other loops).
         step: number of the first step, when training goes on.
 
     Effects: a step costs one small operation on the device and no wait; a flush one copy to the host. Use it as a
@@ -72,6 +75,8 @@ class BalanceLogger:
         self._extra: tuple[str, ...] = ()
         self._kept: list[Tensor] = []
         self._closing = ExitStack()
+        if optimizer is not None and may_be_lopsided(optimizer.weighting):
+            sinks = [*sinks, LopsidedWeights()]
         for sink in sinks:
             self._closing.callback(sink.close)
         self._sinks = tuple(sinks)

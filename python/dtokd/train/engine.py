@@ -15,6 +15,7 @@ from timm.task.evaluator import evaluation_sample_limit
 from torch import Tensor
 
 from ..errors import UsageError
+from ..lopsided import LopsidedWeights
 from ..monitor import BalanceLogger
 from .divergence import Losses, Statistics, diverged
 from .progress import Progress
@@ -55,6 +56,7 @@ class Engine:
         per_epoch: optimizer steps in an epoch.
         ahead: steps that the schedule counts besides `updates`, where earlier epochs had another number of them.
         world: the processes that train together.
+        lopsided: of the balanced steps, where the weighting may give all to one objective.
     """
 
     task: TrainingTask
@@ -71,6 +73,7 @@ class Engine:
     per_epoch: int = 0
     ahead: int = 0
     world: World = field(default_factory=World)
+    lopsided: LopsidedWeights | None = None
     _row: Tensor | None = None  # of batches that were not finite, at the end of the last epoch
 
     def train_epoch(

@@ -25,6 +25,7 @@ from .. import networks as _networks  # noqa: F401  registers CIFAR's with timm
 from ..card import CARD, input_config, make_card
 from ..errors import UsageError
 from ..files import as_json, read_weights, write_text
+from ..lopsided import REMEDY, LopsidedWeights, may_be_lopsided
 from ..metric import is_lower_better, replaces
 from ..monitor import CSV, BalanceLogger, Row, Sink, TensorBoard, columns_of, means_of
 from ..objectives.build import build, use_cache
@@ -179,6 +180,10 @@ def fit(
         )
         engine.groups, engine.per_epoch = groups, per_epoch
         engine.names = None if card is None else card.get("label_names")
+        if may_be_lopsided(stepper.weighting):
+            engine.lopsided = LopsidedWeights(
+                lambda text: progress.say(f"warning: {text}"), f"--kd-balance {REMEDY} (docs/weightings.md)"
+            )
         with world.agreed():
             at = state.restore(engine, loaders, *found) if found else Position(0)
         columns = columns_of(("task", *task.distill_loss_weights))
@@ -195,8 +200,7 @@ def fit(
                 stack.callback(board.close)
         if options.kd_balance != "none":
             sinks: list[Sink] = [CSV(run.steps, append=True), collected] if world.first else []
-            if board is not None:
-                sinks.append(board)
+            sinks += [sink for sink in (board, engine.lopsided) if sink is not None and world.first]
             engine.log = stack.enter_context(BalanceLogger(sinks, options.log_interval, step=engine.updates))
         collected.rows = list(at.rows)
         ranks = f" of {world.size} processes" if world.joined else ""

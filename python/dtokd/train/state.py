@@ -103,6 +103,8 @@ def collect(engine: Engine, loaders: Data, at: Position) -> dict[str, Any]:
         "scheduler": None if scheduler is None else _scheduler_state(scheduler),
         "ranks": engine.world.gather(own),
     }
+    if engine.lopsided is not None:
+        state["lopsided"] = engine.lopsided.state_dict()
     if task.has_ema():
         ema: Any = task.get_trainable_module(ema=True)
         state["ema"] = {"weights": dict(ema.module.state_dict()), "random": ema._sr_generator.get_state()}
@@ -188,6 +190,8 @@ def _restore(engine: Engine, loaders: Data, path: Path, state: dict[str, Any]) -
         ema: Any = task.get_trainable_module(ema=True)
         ema.module.load_state_dict(state["ema"]["weights"])
         ema._sr_generator.set_state(state["ema"]["random"])
+    if engine.lopsided is not None and "lopsided" in state:
+        engine.lopsided.load_state_dict(state["lopsided"])
     engine.updates = state["updates"]
     _restore_options(engine, state)
     rows = _rows(state["rows"])

@@ -33,6 +33,10 @@ class Stepper(Protocol):
         """Of the last step, if it was balanced."""
 
     @property
+    def weighting(self) -> Weighting | None:
+        """What balances."""
+
+    @property
     def skips(self) -> bool:
         """Whether a step with a loss that is not finite changes nothing; otherwise it spoils the parameters."""
 
@@ -53,6 +57,7 @@ class WeightedSum:
     """`--kd-balance none`: one backward pass of timm's weighted sum, as timm's train.py steps."""
 
     balance: Balance | None = None
+    weighting: Weighting | None = None
 
     def __init__(
         self,
@@ -107,7 +112,7 @@ class Filled(WeightedSum):
         rescale: Rescale,
     ) -> None:
         super().__init__(optimizer, scaler, clip)
-        self._weighting, self._gram, self._private, self._rescale = weighting, gram, private, rescale
+        self.weighting, self._gram, self._private, self._rescale = weighting, gram, private, rescale
 
     @property
     def skips(self) -> bool:
@@ -119,7 +124,7 @@ class Filled(WeightedSum):
         self.balance = dk.backward(
             _losses(result),
             self._params(),
-            self._weighting,
+            self.weighting,
             gram=self._gram,
             private=self._private,
             rescale=self._rescale,
@@ -130,8 +135,8 @@ class Filled(WeightedSum):
     def state_dict(self) -> dict[str, Any]:
         """Also of the weighting, of the Gram's source and of reach, which an optimizer of ours has in its own."""
         state = super().state_dict()
-        if isinstance(self._weighting, Stateful):
-            state["weighting"] = self._weighting.state_dict()
+        if isinstance(self.weighting, Stateful):
+            state["weighting"] = self.weighting.state_dict()
         if isinstance(self._gram, Source):
             state["gram"] = self._gram.state_dict()
         if self.balance is not None:
@@ -143,8 +148,8 @@ class Filled(WeightedSum):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Also of the weighting, of the Gram's source and of reach."""
         super().load_state_dict(state)
-        if isinstance(self._weighting, Stateful):
-            self._weighting.load_state_dict(state["weighting"])
+        if isinstance(self.weighting, Stateful):
+            self.weighting.load_state_dict(state["weighting"])
         if isinstance(self._gram, Source):
             self._gram.load_state_dict(state["gram"])
         of_backward(self._params()).load_state_dict(state.get("reach", {}), self._params())
@@ -171,6 +176,11 @@ class Fused(WeightedSum):
     def balance(self) -> Balance | None:  # type: ignore[override]
         """Of the last step."""
         return self.optimizer.balance
+
+    @property
+    def weighting(self) -> Weighting:  # type: ignore[override]
+        """That of the optimizer."""
+        return self.optimizer.weighting
 
     def attach(self, module: DistributedDataParallel, shard: bool) -> None:
         """Average gradient sets over ranks; with `shard` each keeps a part of them and of the state."""
