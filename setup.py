@@ -9,6 +9,8 @@ takes nvcc and no GPU; TORCH_CUDA_ARCH_LIST says for which, by default for those
 
 import os
 import re
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from setuptools import setup
 ROOT = Path(__file__).parent
 CHOICES = ("auto", "cpu", "cuda", "none")
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
+VERSION = runpy.run_path(str(ROOT / "dtokd_kernels/_version.py"))["built_from"](ROOT / "csrc")
 
 
 def sources(*kinds: str) -> list[str]:
@@ -37,26 +40,60 @@ def cuda_home() -> str | None:
     return str(Path(where[1]).parent) if where else None
 
 
+def use_ccache() -> None:
+    """Where there is ccache, compile only what no build on this machine has compiled before."""
+    cache = shutil.which("ccache")
+    if cache is None or "CXX" in os.environ:
+        return
+    os.environ.setdefault("PYTORCH_NVCC", "ccache nvcc")
+    os.environ.setdefault("CCACHE_BASEDIR", str(ROOT.resolve()))  # the same in every checkout
+    os.environ.setdefault("CCACHE_NOHASHDIR", "1")
+    # torch takes one word for a compiler: ccache stands in for the one whose name it is called by
+    folder = ROOT.resolve() / "build/ccache"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("c++", "g++", "clang++"):
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(cache)
+    os.environ["PATH"] = f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def no_cpu_extension() -> str | None:
+    """Why nothing can be compiled here, and what helps; or None."""
+    if sys.platform == "win32":
+        return "it is built on Linux and macOS only; the package runs without it (DTOKD_BUILD=none)"
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(compiler[0]) is None:
+        return f"no C++ compiler: {compiler[0]} is not on the PATH; install one (Debian: g++) or set CXX"
+    tried = subprocess.run([*compiler, "-std=c++20", "-x", "c++", "-E", os.devnull], capture_output=True, check=False)
+    if tried.returncode:
+        return f"the C++ compiler {compiler[0]} does not take -std=c++20; GCC 10 and Clang 13 do, or set CXX to another"
+    try:
+        runpy.run_path(str(ROOT / "dtokd_kernels/_supported.py"))
+    except ImportError as error:
+        return (
+            f"{error} in the environment of the build, which is this one with `pip install setuptools wheel ninja` "
+            "and `pip install --no-build-isolation .`"
+        )
+    return None
+
+
 def extensions() -> dict:
     wanted = os.environ.get("DTOKD_BUILD", "auto")
     if wanted not in CHOICES:
         sys.exit(f"DTOKD_BUILD is {wanted!r}; choose one of {', '.join(CHOICES)}")
     if wanted == "none":
         return {}
+    use_ccache()
+    if (reason := no_cpu_extension()) is not None:
+        if wanted != "auto":
+            sys.exit(f"DTOKD_BUILD={wanted} cannot build the CPU extension: {reason}")
+        print(f"dtokd: no CPU extension: {reason}")
+        return {}
     home = cuda_home()
     if home is not None:
         os.environ.setdefault("CUDA_HOME", home)  # read when cpp_extension is imported
-    try:
-        import torch
-        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
-    except ImportError:
-        if wanted != "auto":
-            sys.exit(
-                f"DTOKD_BUILD={wanted} needs torch when building: install it first, then "
-                "pip install --no-build-isolation ."
-            )
-        print("dtokd: no torch in the build environment, so no extension; see --no-build-isolation in the README")
-        return {}
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     obstacle = None
     if home is None:
@@ -83,9 +120,14 @@ def extensions() -> dict:
         "py_limited_api": True,
         "optional": wanted == "auto",
     }
-    stable = [("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000")]
-    # without the debug information that Python's own flags ask for, which is nine tenths of the library
+    stable = [
+        ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+        ("DTOKD_VERSION", f'"{VERSION}"'),
+    ]
+    # without the debug information that Python's own flags ask for, which is nine tenths of the library, and without
+    # the path of this checkout: the same sources give the same bytes
     compiled = ["-O3", "-g0", "-std=c++20", "-fno-math-errno", "-fvisibility=hidden"]
+    compiled += [f"-ffile-prefix-map={ROOT.resolve()}=."]
     modules = [
         CppExtension(
             "dtokd_kernels._C",

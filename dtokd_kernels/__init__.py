@@ -4,10 +4,10 @@ losses --> gradients --> gram --> min_norm_weights, balance --> combine, or an o
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from . import debug, sources, weighting
+from . import _supported, debug, sources, weighting  # the first refuses an old Python or torch
+from ._version import __version__
 from .accumulate import backward
 from .backends import backend_info, use_backend
 from .held_out import measure_held_out
@@ -19,15 +19,13 @@ from .types import Balance
 if TYPE_CHECKING:
     from . import distributed as distributed
 
-try:
-    __version__ = version("dtokd-kernels")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
+del _supported
 
 __all__ = [
     "DTOSGD",
     "Balance",
     "DTOAdamW",
+    "__version__",
     "backend_info",
     "backward",
     "balance",

@@ -134,6 +134,7 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, *, present: Tensor | None
         what the Gram matrix knows. Gradients closer than a share of 3e-7 of their length count as equal, those as close
         to the affine hull of others as in it. Where gradients are nearly parallel the weights are ill-conditioned, the
         combination is not.
+
     Effects: no host sync; mutates nothing; not differentiable.
 
     Example:
