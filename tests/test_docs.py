@@ -37,17 +37,23 @@ def test_public_functions_have_examples(name):
 
 
 def blocks_of(path):
-    """(line number, text) of each ```python block, and of each ```diff block after the change."""
+    """(line number, text) of each ```python block, and of each ```diff as it is after the change."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = re.finditer(r"^```(python|diff)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return [
-        (text[: found.start()].count("\n") + 1, found[2] if found[1] == "python" else changed(found[2]))
-        for found in re.finditer(r"^```(python|diff)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        (text[: block.start()].count("\n") + 1, block[2] if block[1] == "python" else after(block[2]))
+        for block in found
     ]
 
 
-def changed(diff):
-    """The text that a diff makes, with empty lines for those that it removes."""
-    return "".join("\n" if line[0] == "-" else line[1:] or "\n" for line in diff.splitlines(keepends=True))
+def after(diff):
+    """What a diff leads to; its lines keep their numbers."""
+    return "\n".join("" if line.startswith("-") else line[1:] for line in diff.splitlines())
+
+
+def before(diff):
+    """What a diff begins with."""
+    return "\n".join("" if line.startswith("+") else line[1:] for line in diff.splitlines())
 
 
 def run_blocks(path):
@@ -76,3 +82,19 @@ def test_pages_run(page, tmp_path, monkeypatch):
     run_blocks(ROOT / page)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+DIFFS = [
+    (p, n)
+    for p in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+    for n in range(p.read_text().count("```diff"))
+]
+
+
+@pytest.mark.parametrize(("page", "number"), DIFFS, ids=lambda value: getattr(value, "name", value))
+def test_diffs_begin_with_python_too(page, number):
+    """Both sides are whole programs: what is removed parses as well, and each side differs from the other."""
+    diff = re.findall(r"^```diff\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)[number]
+    assert all(line[:1] in ("-", "+", " ") for line in diff.splitlines()), "a line has none of the three marks"
+    compile(before(diff), str(page), "exec")
+    assert before(diff) != after(diff)

@@ -1,6 +1,6 @@
 """Recipes: YAML files of options, one per number of the paper's tables.
 
-Those of classification (docs/recipes.md) are for `dtokd train`, those that begin with coco_ (docs/detect.md) for
+Those of classification (docs/recipes.md) are for `dtokd train`, those that begin with `coco_` (docs/detect.md) for
 `dtokd detect`.
 
 A recipe may say `extends: NAME` or `extends: [NAME, NAME]`: options of these come first, later ones win, its own last.
