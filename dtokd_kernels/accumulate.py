@@ -81,7 +81,7 @@ def backward(
         )
     params = [p for p in _check_once(check_params("backward", params)) if p.requires_grad]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from .distributed.attach import refuse_wrapped
+        from .distributed.find import refuse_wrapped
 
         refuse_wrapped(params, "backward")
     check_share("backward", share)
@@ -102,7 +102,7 @@ def backward(
     for role, group, _ in found:
         by_role.setdefault(role, []).append(group)
     with torch.no_grad():
-        record, table = solve_sets(sets, by_role, options, "backward")
+        record, table = solve_sets(sets, by_role, options, None, "backward")
         record = replace(record, names=sets.names)
         # the sets stay scaled, as the optimizer's scaler expects `.grad`
         table = table * share

@@ -9,20 +9,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from types import NoneType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .checks import check_share
+from .ranks import Ranks
 from .reach import Reach
-from .sources.source import Call, Source, Watch, root_gradient
+from .sources.source import Call, Source, root_gradient
 from .sources.unmeasured import Unmeasured
 from .types import MAX_OBJECTIVES, Balance, Options
+from .watch import Watch
 from .weighting.stateful import Stateful
-
-if TYPE_CHECKING:
-    from .distributed.ranks import Ranks
 
 Losses = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -108,6 +106,7 @@ class GradientSets:
         params: Sequence[Tensor],
         source: Source,
         options: Options,
+        ranks: Ranks | None = None,
         *,
         share: float = 1.0,
         scaler: torch.amp.GradScaler | None = None,
@@ -129,6 +128,7 @@ class GradientSets:
             params: leaf tensors whose gradients are collected.
             source: of the Gram matrix; says which passes there are. Their kind stays until the sets are cleared.
             options: of the balance. Losses that are not positive are refused where log-gradients divide by them.
+            ranks: the other processes that train the same model; None if there are none.
             share: of this call in the step: its part of the batch.
             scaler: whose scale the gradients are multiplied with; the same in all calls of a step.
             balanced: for each parameter, whether it takes part in the balance; default: all do.
@@ -143,7 +143,6 @@ class GradientSets:
 
         Effects: losses on the CPU are checked here; those on another device are not read, so that nothing stalls.
         """
-        ranks = options.ranks
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         try:
             check_share(op, share)
@@ -153,7 +152,7 @@ class GradientSets:
                     f"{op}: features is {features!r}; pass the tensor, or a list of tensors, that the losses were "
                     "computed from"
                 )
-            names, values = self._checked(losses, options, op)
+            names, values = self._checked(losses, options, ranks, op)
             self._check_scaler(scaler, op)
         except (TypeError, ValueError):
             if ranks is not None:
@@ -193,7 +192,7 @@ class GradientSets:
             unclipped = replace(options, max_norm=None)  # the sum's norm is known when its gradient is
             try:
                 with torch.no_grad():
-                    record = source.weigh(Call(op, names, values, current, params, chosen, scale), unclipped)
+                    record = source.weigh(Call(op, names, values, current, params, chosen, scale, ranks), unclipped)
             except BaseException:
                 self.clear()
                 source.release()
@@ -243,11 +242,13 @@ class GradientSets:
         self.scaler, self.scale = scaler, scale
         self.shares += share
 
-    def _checked(self, losses: Losses, options: Options, op: str) -> tuple[tuple[str, ...], list[Tensor]]:
+    def _checked(
+        self, losses: Losses, options: Options, ranks: Ranks | None, op: str
+    ) -> tuple[tuple[str, ...], list[Tensor]]:
         names, values = named_losses(losses, op)
         for name, value in zip(names, values, strict=True):
             check_loss(f"losses[{name!r}]", value, op)
-            if options.ranks is None and options.log_gradients:  # else what counts is the mean over ranks
+            if ranks is None and options.log_gradients:  # else what counts is the mean over ranks
                 _check_positive(name, value, op)
         if self.losses is not None and names != self.names:
             raise ValueError(

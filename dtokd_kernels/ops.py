@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_gram, check_lists, check_options, check_out, check_present, numbers
+from .ranks import Ranks
 from .trial import run_tried
 from .types import Balance, GradientList, Group, Options, Rescale, Role, Update, Weighting, of_reach, spread
 
@@ -62,7 +63,11 @@ def gram_of_groups(groups: Iterable[Group], K: int, backend: str | None = None) 
 
 
 def solve(
-    groups: Mapping[Role, Sequence[Group]], losses: Tensor, options: Options, scale: Tensor | None = None
+    groups: Mapping[Role, Sequence[Group]],
+    losses: Tensor,
+    options: Options,
+    scale: Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> Balance:
     """Gram matrices and balance of groups of tensors, unchecked: the optimizers' way into `gram` and `balance`.
 
@@ -74,15 +79,16 @@ def solve(
         options: of the balance.
         scale: scalar, what the gradients were multiplied with (the scale of a GradScaler); None for 1. The balance is
             that of the gradients without it.
+        ranks: the other processes that train the same model; None if there are none.
     """
     devices = {lists[0][0].device for same_role in groups.values() for _, lists in same_role}
     module = backends.select(next(iter(devices), losses.device), options.backend)
-    sharded = options.ranks is not None and options.ranks.shards
+    sharded = ranks is not None and ranks.shards
     if len(devices) == 1 and scale is None and not sharded and hasattr(module, "gram_balance"):
         return module.gram_balance(groups, losses, options)
     grams = unscaled(grams_by_role(groups, losses, options.backend), scale)
-    if options.ranks is not None:
-        grams, losses = options.ranks.total(grams, losses)
+    if ranks is not None:
+        grams, losses = ranks.total(grams, losses)
     return balance_grams(grams, losses, options)
 
 
@@ -255,8 +261,7 @@ def combine(
 
 def runs_steps(device: torch.device, options: Options) -> bool:
     """Whether the backend has a function `run_step`, which may do `solve` and `run_updates` at once."""
-    sharded = options.ranks is not None and options.ranks.shards
-    return not sharded and hasattr(backends.select(device, options.backend), "run_step")
+    return hasattr(backends.select(device, options.backend), "run_step")
 
 
 def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Balance | None:
@@ -278,7 +283,9 @@ def run_step(updates: Sequence[Update], losses: Tensor, options: Options) -> Bal
     return balance
 
 
-def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor, options: Options) -> Tensor:
+def run_updates(
+    updates: Sequence[Update], table: Tensor, skipped: Tensor, options: Options, ranks: Ranks | None = None
+) -> Tensor:
     """Update parameters and state in place, or change nothing where `skipped`.
 
     Args:
@@ -286,6 +293,7 @@ def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor, optio
         table: [3, S] float64, what multiplies the S gradient sets, by `Role`.
         skipped: scalar bool.
         options: of the balance.
+        ranks: the other processes that train the same model; None if there are none.
 
     Returns:
         Scalar bool on the device of `skipped`: it, or numbers that the updates would have written are not finite, so
@@ -298,11 +306,11 @@ def run_updates(updates: Sequence[Update], table: Tensor, skipped: Tensor, optio
         for same, there, skip_there in _by_device(some, table, skip):
             backends.select(there.device, options.backend).run_updates(same, there, skip_there)
 
-    return run_tried(updates, skipped, options, run)
+    return run_tried(updates, skipped, ranks, run)
 
 
 def measure_and_update(
-    updates: Sequence[Update], table: Tensor, skipped: Tensor, options: Options
+    updates: Sequence[Update], table: Tensor, skipped: Tensor, options: Options, ranks: Ranks | None = None
 ) -> tuple[Tensor, Tensor]:
     """`run_updates`, and the Gram matrices of the gradients that it reads, from the same pass over them.
 
@@ -318,7 +326,7 @@ def measure_and_update(
             module = backends.select(there.device, options.backend)
             grams.append(module.measure_and_update(same, there, skip_there).to(table.device))
 
-    skipped = run_tried(updates, skipped, options, run)
+    skipped = run_tried(updates, skipped, ranks, run)
     return functools.reduce(Tensor.add, grams[1:] or grams), skipped
 
 

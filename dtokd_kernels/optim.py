@@ -19,6 +19,7 @@ from torch.optim.optimizer import ParamsT
 from .checks import check_flag, check_options, check_params
 from .gradients import GradientSets, Losses
 from .ops import run_step, run_updates, runs_steps
+from .ranks import Ranks
 from .solve import commit, solve_sets
 from .sources import Exact, Source, choose
 from .trial import needs_trial
@@ -77,8 +78,8 @@ class Balanced(torch.optim.Optimizer):
 
     def _zeros(self, p: Tensor) -> Tensor:
         """A moment's start."""
-        if self._options.ranks is not None:
-            return self._options.ranks.zeros(p, self._precision[0])
+        if self._ranks is not None:
+            return self._ranks.zeros(p, self._precision[0])
         return torch.zeros_like(p, dtype=self._precision[0], memory_format=torch.preserve_format)
 
     def _masters(self, params: Sequence[Tensor]) -> dict[str, list[Tensor]]:
@@ -89,7 +90,7 @@ class Balanced(torch.optim.Optimizer):
         """
         if not self._precision[1] or params[0].dtype not in (torch.float16, torch.bfloat16):
             return {}
-        ranks = self._options.ranks
+        ranks = self._ranks
         self._mastered += params
         for p in params:
             if "master" in self.state[p] and p._version == self._versions.get(p):
@@ -104,6 +105,7 @@ class Balanced(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         self._sets = GradientSets()
+        self._ranks: Ranks | None = None  # a copy's parameters are others
         self._balance: Balance | None = None
         self._skipped_steps: Tensor | None = None
         self._plan: tuple[Any, list[_Bucket]] | None = None
@@ -180,6 +182,7 @@ class Balanced(torch.optim.Optimizer):
             params,
             self._source,
             self._options,
+            self._ranks,
             share=share,
             scaler=scaler,
             balanced=self._balanced(),
@@ -199,11 +202,10 @@ class Balanced(torch.optim.Optimizer):
 
     def _look(self, params: Sequence[Tensor]) -> None:
         """Find out, once, whether other ranks train these parameters."""
-        if self._options.ranks is None and torch.distributed.is_available() and torch.distributed.is_initialized():
-            from .distributed.attach import find
+        if self._ranks is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+            from .distributed.find import find
 
-            ranks = find(params, self._source, f"{type(self).__name__}.backward")
-            self._options = replace(self._options, ranks=ranks)
+            self._ranks = find(params, self._source, f"{type(self).__name__}.backward")
         self._looked = True
 
     @torch.no_grad()
@@ -221,8 +223,8 @@ class Balanced(torch.optim.Optimizer):
                 scale `backward` was not given.
 
         Effects: no host sync on CUDA, but in the first step with new parameters or objectives and, where gradients are
-            zero in place of None, in few later ones (see `reach.Reach`); for `DTOSGD` with dampening, once; and while
-            Triton tunes its first large step. If a gradient or loss is not finite, nothing changes and the step counts
+            zero in place of None, in few later ones (see `reach.Reach`); and, for `DTOSGD` with dampening, once.
+            If a gradient or loss is not finite, nothing changes and the step counts
             in `skipped_steps`.
         """
         loss = None
@@ -247,7 +249,7 @@ class Balanced(torch.optim.Optimizer):
                 f"{type(self).__name__}.step: there are no gradients; call backward(losses) of this optimizer first "
                 "(not loss.backward())"
             )
-        if self._options.ranks is not None and self._options.ranks.unsynced:
+        if self._ranks is not None and self._ranks.unsynced:
             raise RuntimeError(
                 f"{type(self).__name__}.step: the gradients were gathered inside no_sync() and are those of this rank "
                 "alone; call backward outside of it for the last part of the batch"
@@ -264,10 +266,10 @@ class Balanced(torch.optim.Optimizer):
             self._sets.watch.start(self._sets.grads, self._balanced(), self._sets.reach)  # looks at what is there now
             self._sets.watch.finish()
         self._sets.reach.begin(self._sets.names, self._sets.params)
-        self._sets.reach.look(self._sets.grads, self._options.ranks)
+        self._sets.reach.look(self._sets.grads, self._ranks)
         buckets = self._buckets()
         lists = [bucket.gradients(self._sets.grads) for bucket in buckets]
-        ranks = self._options.ranks
+        ranks = self._ranks
         if ranks is not None and ranks.shards:
             lists = [[ranks.local(values) for values in grads] for grads in lists]
         record = self._run(buckets, lists)
@@ -299,8 +301,8 @@ class Balanced(torch.optim.Optimizer):
             set_to_none: False keeps the memory of the sets and fills it with zeros.
         """
         super().zero_grad(set_to_none)
-        if self._options.ranks is not None:
-            self._options.ranks.unsynced = False
+        if self._ranks is not None:
+            self._ranks.unsynced = False
         if set_to_none:
             self._sets.clear()
         else:
@@ -406,7 +408,7 @@ class Balanced(torch.optim.Optimizer):
         """What torch does not know of a state that it has loaded."""
         self._versions.clear()
         self._restore_precision(state)
-        if (ranks := self._options.ranks) is not None:
+        if (ranks := self._ranks) is not None:
             for p, held in self.state.items():
                 for name, value in held.items():
                     if name != "step" and isinstance(value, Tensor):
@@ -422,7 +424,7 @@ class Balanced(torch.optim.Optimizer):
         params = self._params()
         if len(saved) != len(params):
             return  # which torch refuses
-        flat = self._options.ranks is not None  # a state in parts is a list of numbers
+        flat = self._ranks is not None  # a state in parts is a list of numbers
         for t, (i, p) in enumerate(zip(saved, params, strict=True)):
             for name, value in state_dict["state"].get(i, {}).items():
                 if name == "step" or not isinstance(value, Tensor) or value.shape == p.shape:
@@ -448,7 +450,7 @@ class Balanced(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
-            "_options": replace(self._options, ranks=None),  # a copy's parameters are others
+            "_options": self._options,
             "_source": self._source,
             "_precision": self._precision,
         }
@@ -505,7 +507,8 @@ class Balanced(torch.optim.Optimizer):
         options, scale = self._options, self._sets.scale
         updates: list[Update] | None = None
         exact = type(self._sets.source) is Exact and self._sets.weighed is None
-        asks = self._may_run_at_once and exact and scale is None and bool(buckets)
+        whole_tensors = self._ranks is None or not self._ranks.shards
+        asks = self._may_run_at_once and exact and scale is None and whole_tensors and bool(buckets)
         if asks and runs_steps(buckets[0].params[0].device, options):
             assert self._sets.losses is not None
             updates = self._all_updates(buckets, lists)
@@ -513,7 +516,7 @@ class Balanced(torch.optim.Optimizer):
             if whole is not None:
                 return whole
         op = f"{type(self).__name__}.step"
-        record, table = solve_sets(self._sets, _by_role(buckets, lists), options, op)
+        record, table = solve_sets(self._sets, _by_role(buckets, lists), options, self._ranks, op)
         if _known_to_skip(record):
             return record
         if updates is None:
@@ -521,11 +524,11 @@ class Balanced(torch.optim.Optimizer):
         if scale is not None:
             table = table / scale.to(table.device)
         if self._sets.weighed is None:
-            record = self._sets.source.run(updates, record, table, options)
+            record = self._sets.source.run(updates, record, table, options, self._ranks)
         else:
-            record = replace(record, skipped=run_updates(updates, table, record.skipped, options))
-        if options.ranks is not None:
-            options.ranks.after_updates()
+            record = replace(record, skipped=run_updates(updates, table, record.skipped, options, self._ranks))
+        if self._ranks is not None:
+            self._ranks.after_updates()
         return record
 
     def _all_updates(self, buckets: list[_Bucket], lists: list[list[list[Tensor]]]) -> list[Update]:
@@ -535,7 +538,7 @@ class Balanced(torch.optim.Optimizer):
             for bucket, grads in zip(reversed(buckets), reversed(lists), strict=True)
             for update in self._updates(bucket, grads)
         ]
-        ranks = self._options.ranks
+        ranks = self._ranks
         return updates if ranks is None else [ranks.local_update(update) for update in updates]
 
     def _count(self, skipped: Tensor) -> None:

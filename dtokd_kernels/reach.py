@@ -5,14 +5,23 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-if TYPE_CHECKING:
-    from .distributed.ranks import Ranks
+
+class Others(Protocol):
+    """What a look for zeros asks of the other processes that train the model (`ranks.Ranks`)."""
+
+    shards: bool
+
+    def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """This process's parts of tensors."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
 
 
 @dataclass
@@ -75,7 +84,7 @@ class Reach:
         known = self._known.reached.get(self.params[t], {})
         return tuple(i for i in there if known.get(self._names[i]) is not False) or there
 
-    def look(self, rows: Sequence[Sequence[Tensor | None]], ranks: Ranks | None) -> None:
+    def look(self, rows: Sequence[Sequence[Tensor | None]], ranks: Others | None) -> None:
         """A step begins: look for gradients that are zero, if it is time.
 
         Args:
@@ -106,7 +115,7 @@ class Reach:
                 if not known[self._names[i]]:
                     self._zeros.append((i, t))
 
-    def _read(self, rows: Sequence[Sequence[Tensor | None]], ranks: Ranks | None) -> None:
+    def _read(self, rows: Sequence[Sequence[Tensor | None]], ranks: Others | None) -> None:
         gradients = [g for g in (rows[i][t] for i, t in self._zeros) if g is not None]
         if ranks is not None:
             gradients = ranks.local(gradients)

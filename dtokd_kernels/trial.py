@@ -14,18 +14,19 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .types import Options, Update
+from .ranks import Ranks
+from .types import Update
 
 
 def run_tried(
-    updates: Sequence[Update], skipped: Tensor, options: Options, run: Callable[[Sequence[Update], Tensor], None]
+    updates: Sequence[Update], skipped: Tensor, ranks: Ranks | None, run: Callable[[Sequence[Update], Tensor], None]
 ) -> Tensor:
     """Run updates, or change nothing where `skipped` or where one that needs a trial would write what is not finite.
 
     Args:
         updates: of all parameters.
         skipped: scalar bool.
-        options: of the balance; ranks that hold shards agree.
+        ranks: the other processes that train the same model, which agree if they hold shards; None if there are none.
         run: (updates, scalar bool) carries them out, unless the bool is True.
 
     Returns:
@@ -38,7 +39,6 @@ def run_tried(
         trials = [_Trial(update) for update in narrow]
         run([trial.update for trial in trials], skipped)
         overflow = ~functools.reduce(torch.logical_and, [trial.finite().to(skipped.device) for trial in trials])
-        ranks = options.ranks
         if ranks is not None and ranks.shards:
             overflow = ranks.sum(overflow.double()) > 0
         skipped = skipped | overflow

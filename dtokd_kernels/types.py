@@ -6,13 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .distributed.ranks import Ranks
 
 Rescale = Literal["none", "sum"]
 Private = Literal["own", "balanced"]
@@ -28,10 +25,9 @@ Group = tuple[tuple[int, ...], list[list[Tensor]]]
 
 @dataclass(frozen=True)
 class Options:
-    """How gradients are balanced: what the optimizers and `backward` are told once.
+    """How gradients are balanced: what the user has chosen for an optimizer or for a call of `backward`.
 
     Attributes:
-        ranks: the other processes that train the same model; None if there are none.
         limit: of what a direction may be, see `limit_of`; beyond it the step is skipped.
         The others are as the arguments of `DTOAdamW`.
     """
@@ -42,7 +38,6 @@ class Options:
     private: Private = "own"
     loss_floor: float = 1e-8
     backend: str | None = None
-    ranks: Ranks | None = None
     limit: float = math.inf
 
     @property

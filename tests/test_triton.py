@@ -133,70 +133,19 @@ def test_a_vertex_does_not_read_the_gradient_it_leaves_out(kernels):
     assert torch.equal(after.tensors["param"][0], expected.tensors["param"][0])
 
 
-def bits(variant, K, config, monkeypatch):
-    from dtokd_kernels.triton import tuning
-
-    monkeypatch.setattr(tuning, "DEFAULT", config)  # what the interpreter always takes
-    step = Step(variant, K, [CHUNK + 40], torch.float32).run(backends.select(torch.device("cpu")))
-    return [t.view(torch.int32) for tensors in step.tensors.values() for t in tensors]
-
-
 @interpreted
 @pytest.mark.parametrize("variant", ["adamw amsgrad", "sgd nesterov"])
 def test_bits_do_not_depend_on_the_configuration(kernels, monkeypatch, variant):
-    from dtokd_kernels.triton import tuning, update
+    """Warps and accesses of a program: each element is computed by itself."""
+    from dtokd_kernels.triton import update
 
-    launched = []
-    options = update.options
-    monkeypatch.setattr(update, "options", lambda config: launched.append(config) or options(config))
-    first, *others = [bits(variant, 2, config, monkeypatch) for config in tuning.CONFIGS]
-    assert launched == list(tuning.CONFIGS)
-    assert len(others) >= 2
-    for other in others:
-        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    def bits(vectors):
+        monkeypatch.setattr(update, "VECTORS", vectors)
+        step = Step(variant, 2, [CHUNK + 40], torch.float32).run(backends.select(torch.device("cpu")))
+        return [t.view(torch.int32) for tensors in step.tensors.values() for t in tensors]
 
-
-@interpreted
-@pytest.mark.parametrize("variant", ["adamw amsgrad", "sgd nesterov"])
-def test_tuning_runs_every_configuration_on_tensors_of_its_own(kernels, monkeypatch, tmp_path, variant):
-    """All of it but the clock: the timed launches read and write scratch, and the step after them is the usual one."""
-    from dtokd_kernels.triton import tuning, update
-
-    before = Step(variant, 2, [CHUNK + 40, 7], torch.float32, coefficients=torch.tensor([0.0, 1.5]).double())
-    milliseconds = iter([3.0, 2.0, 1.0, 4.0])
-
-    def milliseconds_of(run):
-        run()
-        for was, now in zip(before.tensors.values(), step.tensors.values(), strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(was, now, strict=True))
-        return next(milliseconds)
-
-    launched = []
-    options = update.options
-    monkeypatch.setattr(update, "options", lambda config: launched.append(config) or options(config))
-    monkeypatch.setattr(tuning, "_milliseconds", milliseconds_of)
-    monkeypatch.setattr(tuning, "INTERPRETED", False)
-    monkeypatch.setattr(tuning, "ENOUGH", 1)
-    monkeypatch.setattr(tuning, "PROGRAMS", 1)
-    monkeypatch.setattr(tuning, "SCRATCH_BYTES", 0)
-    monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(tuning, "machine", lambda device: {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    step = before.clone()
-    assert_step(before, step.run(kernels))
-    assert launched == [*tuning.CONFIGS, tuning.CONFIGS[2]]
-
-
-@interpreted
-def test_what_is_launched_once_is_not_tuned(kernels, monkeypatch):
-    from dtokd_kernels.triton import tuning
-
-    tuned = []
-    monkeypatch.setattr(tuning, "choose", lambda *args, FIRST, **flags: tuned.append(FIRST) or tuning.DEFAULT)
-    Step("sgd nesterov first", 2, [9], torch.float32).run(kernels)
-    Step("sgd nesterov", 2, [9], torch.float32).run(kernels)
-    assert tuned == [False]
+    for one, two in zip(bits(1), bits(2), strict=True):
+        assert torch.equal(one, two)
 
 
 @interpreted
@@ -659,8 +608,7 @@ def wanted():
     """Kernels and compute capabilities: float32 and bfloat16 for every GPU, the rest and K = 8 for one."""
     if backends.interpreted():
         return []
-    from dtokd_kernels.triton import compile as compiler
-    from dtokd_kernels.triton import tuning
+    from benchmarks import triton_kernels as compiler
 
     cases = []
     for K, dtypes, capabilities in (
@@ -669,8 +617,6 @@ def wanted():
         (8, (torch.float32,), (90,)),
     ):
         cases += [(v, c) for v in compiler.variants((K,), dtypes) for c in capabilities]
-    for config in tuning.CONFIGS[1:]:
-        cases += [(v, 90) for v in compiler.variants((2,), (torch.float32,), config) if "BLOCK" in v.constants]
     names = {f"{v.name} sm_{c}": (v, c) for v, c in cases}  # some kernels do not depend on the dtype
     return [pytest.param(*case, id=name) for name, case in names.items()]
 
@@ -684,7 +630,7 @@ TRAFFIC = {"gram": (0, 0), "combine": (0, 1), "adamw": (3, 3), "sgd": (2, 2)}
 @pytest.mark.parametrize(("variant", "capability"), wanted())
 def test_compiles_without_spills_to_wide_accesses(variant, capability):
     """What ptxas makes of a kernel. It says nothing of speed, and nothing of what a GPU computes."""
-    from dtokd_kernels.triton import compile as compiler
+    from benchmarks import triton_kernels as compiler
 
     result = compiler.compile(variant, capability)
     code = compiler.sass(result)

@@ -7,8 +7,8 @@ dk.distributed.attach(optimizer, model)        # from here on as on one device
 `docs/distributed.md` says how it works and what it costs.
 """
 
+from ..ranks import Ranks
 from .attach import attach
-from .ranks import Ranks
 from .replicas import Replicas
 from .state import whole_state
 

@@ -1,25 +1,14 @@
-"""Telling an optimizer about the other ranks, and finding out that nobody told it."""
+"""Connecting an optimizer with the other ranks that train its parameters."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..checks import check_flag, is_number
-from .ranks import Ranks
+from ..optim import Balanced
 from .replicas import BUCKET_BYTES, Replicas
-
-if TYPE_CHECKING:
-    from ..optim import Balanced
-    from ..sources.source import Source
 
 
 def attach(
@@ -56,8 +45,6 @@ def attach(
         ValueError: a module's parameter that requires a gradient is not in the optimizer: nobody would average it.
         RuntimeError: torch.distributed is not initialized.
     """
-    from ..optim import Balanced
-
     if not isinstance(optimizer, Balanced):
         raise TypeError(f"attach: optimizer is a {type(optimizer).__name__}; pass a DTOAdamW or DTOSGD")
     for module in modules:
@@ -102,7 +89,7 @@ def attach(
                 )
         if optimizer.state:
             raise ValueError("attach: shard=True, but the optimizer has a state already; attach it before")
-        ranks: Replicas = Sharded(
+        sharded = Sharded(
             process_group,
             modules,
             op=op,
@@ -110,7 +97,8 @@ def attach(
             bucket_bytes=bucket_bytes,
             static_graph=static_graph,
         )
-        ranks.check(optimizer._source, "attach")
+        sharded.check(optimizer._source, "attach")
+        ranks: Replicas = sharded
     else:
         ranks = Replicas(process_group, modules, op=op, bucket_bytes=bucket_bytes, static_graph=static_graph)
     for p in params:
@@ -120,61 +108,5 @@ def attach(
     for module in modules:
         module._remove_autograd_hooks()
         module._static_graph_delay_allreduce_enqueued = True  # else a static graph's first pass reduces on its own
-    optimizer._options = replace(optimizer._options, ranks=ranks)
+    optimizer._ranks = ranks
     return ranks
-
-
-def find(params: Sequence[Tensor], source: Source, op: str) -> Ranks | None:
-    """The ranks that an optimizer was not told of, from its parameters; called once, by the first `backward`.
-
-    Raises:
-        RuntimeError: the parameters belong to a DistributedDataParallel module of several ranks.
-        ValueError: sharded parameters in a layout, or with a source of the Gram matrix, that is not supported.
-    """
-    if any(isinstance(p, DTensor) for p in params):
-        from .shards import Shards
-
-        ranks = Shards(params, op)
-        ranks.check(source, op)
-        return ranks
-    if _wrapped(params):
-        raise RuntimeError(
-            f"{op}: parameters of the optimizer belong to a DistributedDataParallel module, which reduces the "
-            "gradients of one backward pass only, so the ranks would drift apart; call "
-            "dtokd_kernels.distributed.attach(optimizer, module) after both are made"
-        )
-    return None
-
-
-def refuse_wrapped(params: Sequence[Tensor], op: str) -> None:
-    """What cannot be attached must not meet a wrapped module.
-
-    Raises:
-        RuntimeError: the parameters belong to a DistributedDataParallel module of several ranks.
-    """
-    if not params or params[0] in _unwrapped:
-        return
-    if any(isinstance(p, DTensor) for p in params):
-        raise RuntimeError(f"{op}: params are sharded, so a rank sees a part of each gradient; use DTOAdamW or DTOSGD")
-    if _wrapped(params):
-        raise RuntimeError(
-            f"{op}: params belong to a DistributedDataParallel module, which reduces the gradients of one backward "
-            "pass only, so the ranks would drift apart; use DTOAdamW or DTOSGD with "
-            "dtokd_kernels.distributed.attach(optimizer, module)"
-        )
-    _unwrapped[params[0]] = True
-
-
-#: First parameters of lists that were looked up: the search takes tens of milliseconds.
-_unwrapped = WeakIdKeyDictionary()
-
-
-def _wrapped(params: Sequence[Tensor]) -> bool:
-    """Whether one of them belongs to a DistributedDataParallel module of several ranks."""
-    known = {id(p) for p in params}
-    return any(
-        issubclass(type(item), DistributedDataParallel)
-        and dist.get_world_size(item.process_group) > 1
-        and any(id(p) in known for p in item.module.parameters())
-        for item in gc.get_objects()  # a module's hooks cannot be seen from its parameters
-    )

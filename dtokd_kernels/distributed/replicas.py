@@ -6,17 +6,15 @@ import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .ranks import Ranks
-
-if TYPE_CHECKING:
-    from ..sources.source import Watch
+from ..ranks import Ranks
+from ..watch import Watch
 
 #: As DistributedDataParallel's: large enough for bandwidth, small enough to start while the pass goes on.
 BUCKET_BYTES = 25 << 20

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ..sources import Lag
+from ..sources.source import Source
 from ..sources.wrapper import innermost
 from ..types import Update
+from ..watch import Watch
 from .replicas import BUCKET_BYTES, Pass, Replicas, Slot, Waits, check_dense
-
-if TYPE_CHECKING:
-    from ..sources.source import Source, Watch
 
 #: torch 2.14 has other names for them
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -11,20 +11,18 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from ..ranks import Ranks
 from ..sources import Lag, Overlap, Probe
+from ..sources.source import Source
 from ..sources.wrapper import innermost
 from ..types import Update
-from .ranks import Ranks
-
-if TYPE_CHECKING:
-    from ..sources.source import Source, Watch
+from ..watch import Watch
 
 
 class Shards(Ranks):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-if TYPE_CHECKING:
-    from ..optim import Balanced
+from ..optim import Balanced
 
 
 def whole_state(optimizer: Balanced) -> dict[str, Any]:

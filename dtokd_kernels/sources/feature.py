@@ -63,8 +63,8 @@ class Feature(Source):
                 )
         groups = [group for group, _ in ops.group_rows(list(zip(*rows, strict=True))).values()]
         gram = ops.unscaled(ops.gram_of_groups(groups, len(rows), options.backend), call.scale)
-        if options.ranks is not None:
-            gram = options.ranks.sample_gram(gram)
+        if call.ranks is not None:
+            gram = call.ranks.sample_gram(gram)
         return ops.balance_grams(ops.by_role({Role.SHARED: gram}, call.losses), call.losses, options)
 
     def release(self) -> None:

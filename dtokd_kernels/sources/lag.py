@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..ranks import Ranks
 from ..reach import Reach
 from ..types import Balance, Options, Role, Update
+from ..watch import Watch
 from .buckets import Buckets
-from .source import Gathered, Given, Source, Watch, remember
+from .source import Gathered, Given, Source, remember
 
 
 @dataclass(eq=False)
@@ -76,12 +78,14 @@ class Lag(Source):
             return self._measured(grams, losses, record, options)
         return record
 
-    def run(self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options) -> Balance:
+    def run(
+        self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options, ranks: Ranks | None
+    ) -> Balance:
         """Update and measure in one pass; the first step has measured already."""
         if self._weights is None:
-            return super().run(updates, balance, table, options)
+            return super().run(updates, balance, table, options, ranks)
         assert self._next is not None
-        grams, skipped = ops.measure_and_update(updates, table, balance.skipped, options)
+        grams, skipped = ops.measure_and_update(updates, table, balance.skipped, options, ranks)
         grams = ops.unscaled(grams, self._scale)
         losses = self._next[1]
         self._next = grams, losses

@@ -10,8 +10,9 @@ from torch import Tensor
 from .. import ops
 from ..reach import Reach
 from ..types import Balance, Options, Role, spread
+from ..watch import Watch
 from .buckets import Buckets
-from .source import Gathered, Source, Watch
+from .source import Gathered, Source
 
 
 @dataclass(eq=False)
@@ -39,8 +40,8 @@ class Overlap(Source):
             return super().solve(gathered, options)
         losses = gathered.losses
         grams = ops.unscaled(gathered.watch.grams(losses), gathered.scale)
-        if options.ranks is not None:
-            grams, losses = options.ranks.total(grams, losses)
+        if gathered.ranks is not None:
+            grams, losses = gathered.ranks.total(grams, losses)
         return ops.balance_grams(grams, losses, options)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..reach import Reach
 from ..types import Balance, Options, Role
-from .source import Call, Gathered, Source, Watch
+from ..watch import Watch
+from .source import Call, Gathered, Source
 
 #: Share of the shared parameters that a probe of its own choice holds; a block of a 12-layer transformer has a twelfth.
 SHARE = 1 / 16
@@ -68,8 +69,8 @@ class Probe(Source):
                 "block whose parameters the optimizer has"
             )
         gradients = [call.gradients(value, probe) for value in call.values]
-        if options.ranks is not None:
-            gradients = options.ranks.average(gradients)
+        if call.ranks is not None:
+            gradients = call.ranks.average(gradients)
         rows = list(zip(*gradients, strict=True))
         unseen = sum(all(g is None for g in row) for row in rows)
         if unseen:
@@ -82,7 +83,7 @@ class Probe(Source):
             self._reach.load_state_dict(self._loaded, probe)
             self._loaded = {}
         self._reach.begin(call.names, probe)
-        self._reach.look(gradients, options.ranks)
+        self._reach.look(gradients, call.ranks)
         shared = [row for t, row in enumerate(rows) if len(self._reach.of(t, row)) == len(row)]
         if not shared:
             raise ValueError(

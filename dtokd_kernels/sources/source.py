@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..ranks import Ranks
 from ..reach import Reach
 from ..types import Balance, Group, Options, Role, Update
+from ..watch import Watch
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Call:
         features: what the user passed as shared representation.
         scale: scalar float64, what gradients are multiplied with while they are made (the scale of a GradScaler); None
             for 1.
+        ranks: the other processes that train the same model; None if there are none.
     """
 
     op: str
@@ -36,6 +39,7 @@ class Call:
     params: Sequence[Tensor]
     features: Sequence[Tensor] | None
     scale: Tensor | None
+    ranks: Ranks | None
 
     def gradients(self, value: Tensor, at: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of one of `values` at some tensors, times `scale`; the graph is kept."""
@@ -62,7 +66,8 @@ class Gathered:
         groups: the gradients by role.
         scale: scalar float64, what the gradients were multiplied with; None for 1.
         watch: what `Source.watch` returned for these gradients.
-        reach: who reaches what, as the groups' roles have it.
+        reach: which objectives reach which parameters, as the groups' roles have it.
+        ranks: the other processes that train the same model; None if there are none.
     """
 
     op: str
@@ -73,31 +78,7 @@ class Gathered:
     scale: Tensor | None
     watch: Watch | None
     reach: Reach
-
-
-class Watch(Protocol):
-    """Looks at gradients while autograd writes them: `register_post_accumulate_grad_hook` on each parameter.
-
-    One belongs to the gradients between two zero_grad().
-    """
-
-    def watches(self, i: int, K: int) -> bool:
-        """Whether `ready` is to be called in pass i of K."""
-
-    def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool], reach: Reach) -> None:
-        """A call of `backward` begins.
-
-        Args:
-            rows: the gradient sets, filled as it goes.
-            balanced: for each parameter, whether its group is balanced.
-            reach: who reaches what, as it is known now.
-        """
-
-    def ready(self, i: int, t: int, gradient: Tensor) -> None:
-        """Pass i has written the gradient of parameter t."""
-
-    def finish(self) -> None:
-        """All passes of the call are done."""
+    ranks: Ranks | None
 
 
 def remember(old: Tensor, new: Tensor, skipped: Tensor) -> Tensor:
@@ -149,9 +130,11 @@ class Source:
 
     def solve(self, gathered: Gathered, options: Options) -> Balance:
         """The balance of K gradients."""
-        return ops.solve(gathered.groups, gathered.losses, options, gathered.scale)
+        return ops.solve(gathered.groups, gathered.losses, options, gathered.scale, gathered.ranks)
 
-    def run(self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options) -> Balance:
+    def run(
+        self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options, ranks: Ranks | None
+    ) -> Balance:
         """Carry out the updates of K gradients.
 
         Args:
@@ -159,11 +142,12 @@ class Source:
             balance: what `solve` returned.
             table: [3, K] float64, what multiplies the gradients as they are: the balance's, without their scale.
             options: of the balance.
+            ranks: the other processes that train the same model; None if there are none.
 
         Returns:
             The balance as it is known after that.
         """
-        return replace(balance, skipped=ops.run_updates(updates, table, balance.skipped, options))
+        return replace(balance, skipped=ops.run_updates(updates, table, balance.skipped, options, ranks))
 
     def release(self) -> None:
         """The passes of a call of `backward` are over: hold nothing that belongs to its graph."""

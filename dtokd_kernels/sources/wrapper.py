@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ranks import Ranks
 from ..types import Balance, Options, Update
-from .source import Source, Watch
+from ..watch import Watch
+from .source import Source
 
 
 class Wrapper(Source):
@@ -35,9 +37,11 @@ class Wrapper(Source):
         """As the source."""
         return self.inner.watch(options)
 
-    def run(self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options) -> Balance:
+    def run(
+        self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options, ranks: Ranks | None
+    ) -> Balance:
         """The updates, by the source that measures."""
-        return self.inner.run(updates, balance, table, options)
+        return self.inner.run(updates, balance, table, options, ranks)
 
     def release(self) -> None:
         """Let the source that measures drop its graph."""

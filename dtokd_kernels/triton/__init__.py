@@ -2,7 +2,7 @@
 
 The functions here have the names and meanings of those in `reference`; `..fused` says which tensors fit the kernels.
 They take CUDA tensors, or, where TRITON_INTERPRET=1 was set before this was imported, CPU tensors. The first call of
-each kind compiles; none stalls on the device, but the first large update of a kind, which tunes (see NOTE [Tuning]).
+each kind compiles; none stalls on the device.
 """
 
 from __future__ import annotations

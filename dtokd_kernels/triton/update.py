@@ -1,14 +1,14 @@
 """What is done with the combined gradient d = sum_i c_i g_i: stored, or descended by AdamW or SGD.
 
 The formulas are those of `csrc/include/dtokd/update_rules.h`, fused multiply-adds included; the compiler may fuse no
-others, so neither a configuration nor a version of it changes a bit. Computed in float32, or float64 for float64
+others, so neither the number of warps nor a version of it changes a bit. Computed in float32, or float64 for float64
 tensors; numbers of a parameter group arrive as float64 and are rounded once, here. Coefficients and `skipped` are
 read by the kernels, so that nothing waits for them; a gradient whose coefficient is exactly 0 is not read. Chunks are
 walked last first, as the Gram pass has read the last gradients most recently, and parameters and states are marked to
-leave the cache first. `tuning` chooses how a kernel is compiled.
+leave the cache first.
 
 An update kernel with MEASURE also takes the Gram matrix of the gradients: it reads all of them, of a skipped step too,
-and adds as NOTE [Sums] in `gram` says. So it is compiled in one configuration only, that of the Gram kernel.
+and adds as NOTE [Sums] in `gram` says. So it has as many warps as the Gram kernel.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
 # ruff: noqa: RUF005, SIM300 (triton knows no starred tuples; constants are in capitals, as in all of triton)
@@ -22,7 +22,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import fused
-from . import tuning
 from .gram import LANES, add_products, added_up, columns, no_sums, objectives, store_sums
 from .tables import (
     CHUNK,
@@ -37,24 +36,26 @@ from .tables import (
     table_of,
 )
 
-#: Counters counted at a time: no fewer than any configuration's threads, of which the rest would read a counter beside
-#: the one that writes it.
+#: Warps of a program, and accesses of 16 bytes to each list in one pass of a kernel's loop.
+NUM_WARPS = LANES // 32
+VECTORS = 1
+#: Counters counted at a time: no fewer than a program's threads, of which the rest would read a counter beside the one
+#: that writes it.
 COUNT_BLOCK = tl.constexpr(512)
 SUM_LANES = tl.constexpr(LANES)
 
 
-def options(config: tuning.Config) -> dict[str, Any]:
-    """How the update kernels are compiled in a configuration."""
-    return {"num_warps": config.num_warps, "enable_fp_fusion": False}
+#: How the update kernels are compiled.
+OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
 
 
-def constants(dtype: torch.dtype, config: tuning.Config) -> dict[str, Any]:
-    """What the update kernels of a dtype are specialized for in a configuration."""
+def constants(dtype: torch.dtype) -> dict[str, Any]:
+    """What the update kernels are specialized for, for tensors of a dtype."""
     return {
         "DTYPE": DTYPES[dtype],
         "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
         "CHUNK": CHUNK,
-        "BLOCK": 32 * config.num_warps * config.vectors * VECTOR_BYTES // dtype.itemsize,
+        "BLOCK": 32 * NUM_WARPS * VECTORS * VECTOR_BYTES // dtype.itemsize,
     }
 
 
@@ -171,17 +172,7 @@ def sgd_step(
 
 def _launch(kernel: Any, table: Table, dtype: torch.dtype, *args: Any, **flags: Any) -> None:
     """One program per chunk of a table whose tensors are of this dtype; one if all are empty."""
-
-    def launch(config: tuning.Config, table: Table, args: Sequence[Any]) -> None:
-        compiled_for = {**constants(dtype, config), **options(config)}
-        kernel[(max(table.chunks, 1),)](table.numbers, table.tensors, *args, **flags, **compiled_for)
-
-    fixed = flags.get("FIRST") or flags.get("MEASURE")  # once: not worth tuning; sums: their order is fixed
-    variant = {**flags, "K": flags["REACH"].bit_count()} if "REACH" in flags else flags
-    variant.pop("REACH", None)
-    variant.pop("MEASURE", None)
-    config = tuning.DEFAULT if fixed else tuning.choose(launch, table, dtype, args, kernel, **variant)
-    launch(config, table, args)
+    kernel[(max(table.chunks, 1),)](table.numbers, table.tensors, *args, **flags, **constants(dtype), **OPTIONS)
 
 
 @triton.jit(do_not_specialize=["T"])

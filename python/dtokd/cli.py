@@ -57,6 +57,10 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
         from .detect.install import check_installed
 
         check_installed(options)
+        if options.demo:
+            from .detect.demo import run as detect_demo
+
+            return detect_demo(options)
         from .detect.run import main as detect
 
         return detect(options)

@@ -118,9 +118,5 @@ def _judges(split: Annotations, metric: str) -> bool:
 
 def main(options: argparse.Namespace) -> int:
     """The command. Returns its exit code."""
-    if options.demo:
-        from .demo import run as demo
-
-        return demo(options)
     signal = detect(options).interrupted
     return 128 + signal if signal else 0

@@ -1,4 +1,4 @@
-"""Every kernel compiled for a GPU that need not be there: what ptxas makes of it can be read, counted and tested."""
+"""Every Triton kernel, compiled for a GPU that need not be there: what ptxas makes of it can be read and counted."""
 
 import subprocess
 import tempfile
@@ -11,9 +11,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import solve, tuning, update
-from .gram import LANES, gram_kernel, gram_sum_kernel
-from .tables import CHUNK, DTYPES, INTERPRETED, VECTOR_BYTES
+from dtokd_kernels.triton import solve, update
+from dtokd_kernels.triton.gram import LANES, gram_kernel, gram_sum_kernel
+from dtokd_kernels.triton.tables import CHUNK, DTYPES, INTERPRETED, VECTOR_BYTES
 
 
 class Variant(NamedTuple):
@@ -38,13 +38,8 @@ _TYPES = {
 def variants(
     objectives: tuple[int, ...] = (2,),
     dtypes: tuple[torch.dtype, ...] = tuple(DTYPES),
-    config: tuning.Config = tuning.DEFAULT,
 ) -> Iterator[Variant]:
-    """Every kernel, for these numbers of objectives and dtypes; options that change no loop are left at one value.
-
-    The update kernels, which can be tuned, are compiled in this configuration.
-    """
-    options = update.options(config)
+    """Every kernel, for these numbers of objectives and dtypes; options that change no loop are left at one value."""
     sums = {"LANES": LANES}
     warps = {"num_warps": LANES // 32}
     for K in objectives:
@@ -60,21 +55,19 @@ def variants(
             vector = VECTOR_BYTES // dtype.itemsize
             constants = {"K": K, "REACH": 2**K - 1, "DTYPE": DTYPES[dtype], "CHUNK": CHUNK, "VECTOR": vector, **sums}
             yield Variant(f"gram {what}", gram_kernel, constants, warps)
-            common = {"K": K, **update.constants(dtype, config)}
-            if config != tuning.DEFAULT:
-                what += f" {config.num_warps} warps, {config.vectors} accesses"
+            common = {"K": K, **update.constants(dtype)}
             descent = {**common, "REACH": 2**K - 1, "MAXIMIZE": False, "TENSOR_LR": False, "tensor_lr": None}
-            yield Variant(f"combine {what}", update.combine_kernel, common, options)
+            yield Variant(f"combine {what}", update.combine_kernel, common, update.OPTIONS)
             for measure in (False, True):
-                if measure and config != tuning.DEFAULT:
-                    continue
                 beside = {**descent, "MEASURE": measure, **({} if measure else {"partials": None})}
                 counted = {**beside, "STEP": tl.float32}
                 momentum = {"MOMENTUM": True, "NESTEROV": False, "FIRST": False}
                 name = f"measuring {what}" if measure else what
-                yield Variant(f"adamw {name}", update.adamw_kernel, {**counted, "AMSGRAD": False}, options)
-                yield Variant(f"adamw amsgrad {name}", update.adamw_kernel, {**counted, "AMSGRAD": True}, options)
-                yield Variant(f"sgd {name}", update.sgd_kernel, {**beside, **momentum}, options)
+                yield Variant(f"adamw {name}", update.adamw_kernel, {**counted, "AMSGRAD": False}, update.OPTIONS)
+                yield Variant(
+                    f"adamw amsgrad {name}", update.adamw_kernel, {**counted, "AMSGRAD": True}, update.OPTIONS
+                )
+                yield Variant(f"sgd {name}", update.sgd_kernel, {**beside, **momentum}, update.OPTIONS)
 
 
 def compile(variant: Variant, capability: int) -> Any:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..types import MAX_OBJECTIVES, Update
-
-if TYPE_CHECKING:
-    from ..sources.source import Source, Watch
+from .types import MAX_OBJECTIVES, Update
+from .watch import Watch
 
 
 class Ranks:
@@ -53,13 +50,6 @@ class Ranks:
     def agrees_before(self, one_pass: bool) -> bool:
         """Whether `agree` comes before the backward passes of a call; else losses travel with the Gram matrices."""
         return one_pass or (self.syncs and not self.shards)
-
-    def check(self, source: Source, op: str) -> None:
-        """Refuse a source of the Gram matrix that would see gradients of this rank alone.
-
-        Raises:
-            ValueError: it is one.
-        """
 
     def agree(self, losses: Tensor, names: Sequence[str], passes: int, op: str) -> Tensor:
         """The losses [K] float64, averaged over the ranks: one all-reduce of 11 numbers.
