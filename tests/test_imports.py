@@ -15,13 +15,13 @@ PACKAGES = {"dtokd_kernels": ROOT / "dtokd_kernels", "dtokd": ROOT / "python" / 
 #: The library's floors, the lowest first: modules, or packages with all their modules. A file imports from its own
 #: floor and those below.
 FLOORS = (
-    ("types", "debug", "reach", "watch", "ranks"),  # words, and what is known of parameters and of other processes
+    ("_version", "_supported", "types", "debug", "reach", "watch", "ranks"),  # words, and what is known of parameters and of other processes
     ("reference", "weighting"),  # formulas
     ("fused", "fakes", "native", "cuda", "triton", "backends"),  # who computes
     ("checks", "trial", "ops"),  # operations
     ("sources", "gradients", "solve"),  # from losses to what multiplies the gradients
     ("distributed.replicas", "distributed.sharded", "distributed.shards", "distributed.find"),
-    ("optim", "accumulate"),
+    ("optim", "accumulate", "held_out", "probing"),
     ("distributed.attach", "distributed.state", "distributed"),
     ("", "__main__"),
 )
