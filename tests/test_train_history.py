@@ -75,7 +75,7 @@ def test_what_is_refused_changes_nothing(finished, teacher, digits, tmp_path, ca
         (["--resume", str(nonsense)], "does not fit this run"),
         (["--resume", str(path / "student.safetensors")], "holds weights, but no state of a run"),
         (["--resume", str(path / "nobody")], "there is no file"),
-        (["--resume", str(path)], "no checkpoint"),
+        (["--resume", str(path)], "is a folder"),
     ):
         assert main([*options, *more]) == 2, more
         error = capsys.readouterr().err

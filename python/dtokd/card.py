@@ -15,6 +15,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models._hub import save_config_for_hf
 
 from .errors import UsageError
+from .texts import parse_json
 
 CARD = "config.json"
 
@@ -71,7 +72,7 @@ def read_card(folder: str | Path, option: str) -> dict[str, Any]:
     """
     path = Path(folder) / CARD
     try:
-        card = json.loads(path.read_text(encoding="utf-8"))
+        card = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(
             f"{option}: {folder} is no run directory of dtokd train: it has no {CARD}; pass the file of the weights"

@@ -33,7 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = train_options.parse(commands[command], argv[1:])
         else:
             options = parser.parse_args(argv)
-        return _run(command, options)
+        from .files import writing
+
+        option = "run_dir" if command in ("report", "eval") else "--output"
+        with writing(getattr(options, option.strip("-"), "a file"), option):
+            return _run(command, options)
     except ToldElsewhere:
         return 2
     except UsageError as error:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 from timm.task import ClassificationEvaluator
 
 from .card import CARD, input_config, read_card
 from .errors import UsageError
 from .files import as_json, read_weights
+from .settings import settings_of
 from .train import data
 from .train.engine import autocast, evaluate
 from .train.found import class_names, some
@@ -43,7 +42,7 @@ def measure(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, 
     Raises:
         UsageError: no such run, model, weights or data, or they do not fit each other.
     """
-    told = _of_run(options)
+    told = {} if options.run_dir is None else settings_of(options.run_dir, "dtokd eval")
     if "annotations" in told:
         from .detect.judge import judge
 
@@ -92,17 +91,6 @@ def measure(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, 
     if record is not None and (bad := skipped(record)):
         result["skipped_images"] = len(bad)
     return result
-
-
-def _of_run(options: argparse.Namespace) -> dict[str, Any]:
-    if options.run_dir is None:
-        return {}
-    path = options.run_dir / "args.yaml"
-    if not path.exists():
-        raise UsageError(f"dtokd eval: {options.run_dir} is no run directory: it has no args.yaml")
-    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    settings["data_dir"] = None if settings["data_dir"] is None else Path(settings["data_dir"])
-    return settings
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,40 @@ from torch import Tensor
 
 from .errors import UsageError
 
+#: How a system refuses to write, but not to read.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+#: Errors of the system that are not about a file.
+_NO_FILE = (ConnectionError, TimeoutError, ChildProcessError, BlockingIOError, InterruptedError)
+
+
+@contextmanager
+def writing(folder: Path | str, option: str) -> Iterator[None]:
+    """Around what writes: that the system refuses a file becomes an error of the user's, any other error stays.
+
+    Args:
+        folder: that is written to, for messages; an error often knows the file better.
+        option: by which the user gave it.
+
+    Raises:
+        UsageError: the disk is full or broken, or may not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, _NO_FILE):  # without a number: of a library that loads by network
+            raise
+        how = "written" if error.errno in _FULL else "read or written"
+        raise UsageError(
+            f"{option}: {error.filename or folder} cannot be {how}: {error.strerror}; make room, or choose another "
+            "place; what was finished before is as it was"
+        ) from error
+
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace the file, or leave it as it was.
 
     Raises:
-        OSError: the disk is full, or the folder is not writable; nothing has changed then.
+        OSError: the disk is full, or the folder is not writable; what was there still is.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -32,10 +62,13 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # not the temporary one's
         raise
-    sync_folder(path.parent)
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -23,12 +23,14 @@ def of_dataset(images: Any) -> str | None:
     file's size and time of change stand for them: a copy with other times is then other data.
 
     Args:
-        images: of timm or torchvision: numbered samples that are files, or are in memory.
+        images: of timm or torchvision: numbered samples that are files, or are in memory; or with an `identity()`.
 
     Returns:
-        sha256, or None if it is neither.
+        sha256, or None if it is none of these.
     """
     inner = getattr(images, "images", images)  # of `CheckedImages`
+    if callable(own := getattr(inner, "identity", None)):
+        return str(own())
     labels = getattr(inner, "targets", getattr(inner, "labels", None))
     if getattr(inner, "data", None) is not None and labels is not None:  # torchvision's CIFAR, MNIST, SVHN
         digest = hashlib.sha256()
@@ -38,10 +40,15 @@ def of_dataset(images: Any) -> str | None:
         return digest.hexdigest()
     owner = getattr(inner, "reader", inner)
     samples = getattr(owner, "samples", None)
-    if not samples or not all(_is_named(sample) for sample in samples) or not os.path.isfile(samples[0][0]):
+    if (
+        samples is None
+        or not len(samples)
+        or not all(_is_named(sample) for sample in samples)
+        or not os.path.isfile(samples[0][0])
+    ):
         return None
     root = getattr(owner, "root", None) or os.path.commonpath([sample[0] for sample in samples])
-    return _of_files((Path(path), f"{os.path.relpath(path, root)} {label}") for path, label in samples)
+    return of_files((path, f"{os.path.relpath(path, root)} {label}") for path, label in samples)
 
 
 def _is_named(sample: Any) -> bool:
@@ -51,32 +58,39 @@ def _is_named(sample: Any) -> bool:
 def of_path(path: Path) -> str:
     """sha256 of a file's bytes, or of the weights and settings in a directory; "" if there is neither."""
     if path.is_file():
-        return _of_files([(path, "")], read=True)
+        return of_files([(path, "")], read=True)
     files = sorted(file for file in path.glob("*") if file.suffix in _WEIGHTS) if path.is_dir() else []
-    return _of_files([(file, file.name) for file in files], read=True) if files else ""
+    return of_files([(file, file.name) for file in files], read=True) if files else ""
 
 
 def of_folder(folder: Path) -> str:
     """As `of_dataset`, of all files below a folder, or of one file."""
     if folder.is_file():
-        return _of_files([(folder, "")])
+        return of_files([(folder, "")])
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return _of_files((file, str(file.relative_to(folder))) for file in files)
+    return of_files((file, str(file.relative_to(folder))) for file in files)
 
 
-def _of_files(named: Iterable[tuple[Path, str]], read: bool = False) -> str:
-    found = [(path, name, path.stat()) for path, name in named]
-    read = read or sum(stat.st_size for *_, stat in found) <= READ
+def of_files(named: Iterable[tuple[str | Path, str]], read: bool = False) -> str:
+    """sha256 of names and contents of files, see `of_dataset`.
+
+    Args:
+        named: each file, and what it is called.
+        read: the contents, whatever their size.
+    """
+    files = list(named)
+    stats = [(stat.st_size, stat.st_mtime_ns) for stat in (os.stat(path) for path, _ in files)]
+    read = read or sum(size for size, _ in stats) <= READ
     digest = hashlib.sha256()
-    for path, name, stat in found:
-        digest.update(f"{name} {stat.st_size}\n".encode())
-        digest.update(_contents(path) if read else str(stat.st_mtime_ns).encode())
+    for (path, name), (size, changed) in zip(files, stats, strict=True):
+        digest.update(f"{name} {size}\n".encode())
+        digest.update(_contents(path) if read else str(changed).encode())
     return digest.hexdigest()
 
 
-def _contents(path: Path) -> bytes:
+def _contents(path: str | Path) -> bytes:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
     return digest.digest()

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .texts import parse_yaml
+
 #: Of whole numbers: what fits into an int32, which also leaves a seed room for ranks and steps.
 MOST = 2**31 - 1
 #: Of a file's name in bytes, with room for what temporary files add.
@@ -117,14 +119,12 @@ def read_yaml(text: str) -> Any:
     Raises:
         argparse.ArgumentTypeError: it is no YAML, or NaN.
     """
-    import yaml
-
     try:
         value = float(text) if not text.lstrip("+-").isdigit() else int(text)
     except ValueError:
         try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            return parse_yaml(text)
+        except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is no value of YAML") from error
     if math.isnan(value):
         raise argparse.ArgumentTypeError(f"{text!r}; expected a number that is one")
@@ -137,9 +137,7 @@ def path(text: str) -> Path:
     Raises:
         argparse.ArgumentTypeError: it is empty.
     """
-    if not text:
-        raise argparse.ArgumentTypeError("empty; expected a path ('.' for the current folder)")
-    return Path(file_name(text))
+    return Path(file_name(not_empty(text, "a path ('.' for the current folder)")))
 
 
 def file_name(text: str) -> str:
@@ -148,19 +146,21 @@ def file_name(text: str) -> str:
     Raises:
         argparse.ArgumentTypeError: no file can have it.
     """
-    if any(len(part.encode()) > LONGEST for part in Path(text).parts) or "\0" in text:
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text[:20]!r} holds the character \\0, which no name can have")
+    if any(len(part.encode()) > LONGEST for part in Path(text).parts):
         raise argparse.ArgumentTypeError(f"{text[:20]!r}... is too long for a name; expected at most {LONGEST} bytes")
     return text
 
 
-def not_empty(text: str) -> str:
-    """A name.
+def not_empty(text: str, expected: str = "a name") -> str:
+    """A text that is not empty; for messages, what is expected.
 
     Raises:
         argparse.ArgumentTypeError: it is empty.
     """
     if not text:
-        raise argparse.ArgumentTypeError("empty; expected a name")
+        raise argparse.ArgumentTypeError(f"empty; expected {expected}")
     return text
 
 

@@ -15,9 +15,11 @@ from .. import identity
 from ..errors import UsageError
 from ..files import as_json, write_text
 from ..objectives.teacher import as_list, resolve_teachers
+from ..report.page import read_columns
+from ..texts import parse_json
 from ..train import data
 from ..train.options import OUTSIDE, flag, plain
-from ..train.rundir import environment, read_rows
+from ..train.rundir import environment
 from .arms import apply, folder_of, objectives_of, parse_arms
 from .options import OWN
 
@@ -77,12 +79,12 @@ class Result:
         if not file.exists():
             return None
         try:
-            held = json.loads(file.read_text(encoding="utf-8"))
+            held = parse_json(file.read_text(encoding="utf-8"))
             chosen, judged, seconds = (
                 math.nan if held[key] is None else float(held[key]) for key in ("chosen", "judged", "seconds")
             )
             return cls(chosen, judged, seconds, str(held["diverged"]))
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError) as error:
             raise UsageError(f"--experiment: {file} is damaged ({error}); remove it, and the run goes on") from error
 
     def write(self, run: Run) -> None:
@@ -128,10 +130,7 @@ class Plan:
         self._data = {}
         for split in dict.fromkeys((options.train_split, options.val_split, self.judges)):
             images = data.open_dataset(self.options, split)
-            told = identity.of_dataset(images)
-            if told is None and options.data_dir is not None:
-                told = identity.of_folder(options.data_dir)
-            self._data[split] = told  # None: not known
+            self._data[split] = data.identity_of(options, images)  # None: not known
             self.images = len(images) if hasattr(images, "__len__") else 0
 
     def runs(self) -> Iterator[Run]:
@@ -174,14 +173,14 @@ class Plan:
         if not file.exists():
             return False
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = parse_json(file.read_text(encoding="utf-8"))
             changed = [
                 (kind, key, before[kind].get(key), now[kind].get(key))
                 for kind in now
                 for key in {**before[kind], **now[kind]}
                 if before[kind].get(key) != now[kind].get(key)
             ]
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise UsageError(f"--experiment: {file} is damaged ({error}); choose another --experiment") from error
         if changed:
             told = "; ".join(_change(*change) for change in changed[:3])
@@ -228,11 +227,11 @@ def seconds_of(path: Path) -> tuple[float, float]:
 
 def rates_of(paths: Sequence[Path]) -> Mapping[str, float]:
     """Of several runs: the means over their epochs of conflict_rate, vertex_rate and each objective's share_."""
-    rows = [row for path in paths for row in read_rows(path / "summary.csv")]
-    names = [key for key in (rows[0] if rows else {}) if key in ("conflict_rate", "vertex_rate") or "share_" in key]
+    runs = [read_columns(path / "summary.csv") for path in paths]
+    names = dict.fromkeys(name for run in runs for name in run if name.startswith(("conflict_r", "vertex_r", "share_")))
     means = {}
     for name in names:
-        values = [value for row in rows if math.isfinite(value := float(row[name] or "nan"))]
+        values = [value for run in runs for value in run.get(name, ()) if math.isfinite(value)]
         if values:
             means[name] = math.fsum(values) / len(values)
     return means
@@ -245,7 +244,7 @@ def last_of(path: Path, column: str) -> float:
 
 
 def _column(path: Path, name: str) -> list[float]:
-    return [float(row[name] or "nan") for row in read_rows(path / "summary.csv") if name in row]
+    return read_columns(path / "summary.csv").get(name, [])
 
 
 def _median(values: Sequence[float]) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..texts import parse_json
 from .boxes import Counts, count_boxes, usable
 
 #: What a file calls an image or a category.
@@ -63,7 +64,7 @@ def read_annotations(path: Path, images: Path) -> Annotations:
             category that the file does not know, a field that is no number, or boxes of another format.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UsageError(f"--annotations: {path} cannot be read: {error.strerror}; see --data-dir too") from error
     except ValueError as error:

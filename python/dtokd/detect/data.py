@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -18,6 +20,7 @@ from torchvision.datasets import CocoDetection, VisionDataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from .. import identity
 from ..errors import UsageError
 from ..train.batches import Batches
 from ..train.images import CheckedImages, convert
@@ -47,6 +50,13 @@ class CocoImages(CocoDetection):
         self.coco = index(annotations.content)
         self.ids = sorted(self.coco.imgs)
         self._image_ids = annotations.image_ids
+
+    def identity(self) -> str:
+        """sha256 of the annotations and the images, see `identity.of_dataset`."""
+        names = [str(entry["file_name"]) for entry in self.coco.dataset["images"]]
+        told = json.dumps([self.coco.dataset["annotations"], self.coco.dataset["categories"]], sort_keys=True)
+        images = identity.of_files((Path(self.root) / name, name) for name in names)
+        return hashlib.sha256(f"{images} {told}".encode()).hexdigest()
 
     def filename(self, index: int) -> str:
         """For messages."""
@@ -226,7 +236,9 @@ def read_split(options: argparse.Namespace, split: str) -> Annotations:
     Raises:
         UsageError: no such folder, or as `read_annotations`.
     """
-    if options.data_dir is None or not options.data_dir.is_dir():
+    if options.data_dir is None:
+        raise UsageError("--data-dir: missing; pass the folder that holds images and annotations")
+    if not options.data_dir.is_dir():
         raise UsageError(f"--data-dir: {options.data_dir} is no folder; pass the one with images and annotations")
     if not (options.data_dir / split).is_dir():
         raise UsageError(

@@ -88,7 +88,7 @@ class Features(Objective):
     def loss(
         self, student: Outputs, projected: object, teacher: Outputs, pairs: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """See the class."""
+        """The mean over the maps of their distance; a scalar, float32. `pairs` is not used."""
         assert isinstance(projected, Outputs)
         terms = _levels(projected.maps, teacher.maps, self.norm, self.distance)
         return torch.stack(terms).mean()
@@ -133,7 +133,7 @@ class Tokens(Objective):
     def loss(
         self, student: Outputs, projected: object, teacher: Outputs, pairs: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """See the class.
+        """S, or with `root` its root; a scalar, float32.
 
         Raises:
             ValueError: by index, but the numbers of queries differ.
@@ -186,7 +186,10 @@ class Predictions(Objective):
     def loss(
         self, student: Outputs, projected: object, teacher: Outputs, pairs: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """See the class; the teacher's logits are log-odds (`as_odds`)."""
+        """The weighted mean over places, or over pairs of queries; a scalar, float32, not below 0.
+
+        The teacher's logits are log-odds (`as_odds`).
+        """
         logits, boxes = student.logits.float(), student.boxes.float()
         their_logits = teacher.logits[..., self.columns.to(logits.device)]
         their_boxes = teacher.boxes

@@ -65,7 +65,7 @@ class Pooled(Objective):
         self.student, self.teacher = Taps(logits=True, pooled=pool), Taps(pooled=pool)
 
     def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
-        """See the class.
+        """The distance between the projected and the teacher's pooled features, as `Objective.loss`.
 
         Raises:
             ValueError: the teacher's features have another width than the projector was made for.
@@ -107,7 +107,7 @@ class MultiScale(Objective):
         self.student, self.teacher = Taps(logits=True, stages=stages[0]), Taps(stages=stages[1])
 
     def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
-        """See the class."""
+        """The mean distance of the stages' maps, as `Objective.loss`."""
         assert isinstance(projected, list)
         pairs = [same_size(s, t.float()) for s, t in zip(projected, teacher.maps, strict=True)]
         return sum((self.distance(*normalise(s, t, self.norm)) for s, t in pairs), pairs[0][0].new_zeros(())) / len(
@@ -128,7 +128,7 @@ class Attention(Objective):
         self.student, self.teacher = Taps(logits=True, stages=stages[0]), Taps(stages=stages[1])
 
     def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
-        """See the class."""
+        """The sum of the stages' `attention_distance`, as `Objective.loss`."""
         total = teacher.maps[0].new_zeros((), dtype=None)
         for s, t in zip(student.maps, teacher.maps, strict=True):
             total = total + attention_distance(s.float(), t.float())

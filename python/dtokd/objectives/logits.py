@@ -90,7 +90,7 @@ class Decoupled(Objective):
         self.student = self.teacher = Taps(logits=True)
 
     def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
-        """See the class.
+        """The two parts with their factors, as `Objective.loss`.
 
         Raises:
             ValueError: class probabilities as targets: there is no one target class to decouple.

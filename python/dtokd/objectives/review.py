@@ -91,7 +91,7 @@ class Review(Objective):
         self.student, self.teacher = Taps(logits=True, stages=stages[0]), Taps(stages=stages[1])
 
     def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
-        """See the class."""
+        """The sum of the stages' `hierarchical_context`, as `Objective.loss`."""
         assert isinstance(projected, list)
         pairs = [same_size(s, t.float()) for s, t in zip(projected, teacher.maps, strict=True)]
         return sum((hierarchical_context(s, t) for s, t in pairs), pairs[0][0].new_zeros(()))

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ..texts import parse_yaml
 
 FOLDER = Path(__file__).parent
 
@@ -48,20 +48,23 @@ def load(file: str | Path) -> dict[str, Any]:
 
 def _load(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if file in above:
-        raise ValueError(f"config {file}: extends itself, through {' -> '.join(p.name for p in (*above, file))}")
+        raise ValueError(f"{file}: extends itself, through {' -> '.join(p.name for p in (*above, file))}")
     try:
-        own = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"config {file}: not YAML: {error}") from error
+        own = parse_yaml(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: not YAML: {error}") from error
     own = {} if own is None else own
     if not isinstance(own, dict) or not all(isinstance(key, str) for key in own):
-        raise ValueError(f"config {file}: not a mapping of options; write one `name: value` per line")
-    extended = own.pop("extends", None) or []
+        raise ValueError(f"{file}: not a mapping of options; write one `name: value` per line")
+    extended = own.pop("extends", None)
+    names = extended if isinstance(extended, list) else [] if extended is None else [extended]
+    if not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{file}: extends {extended!r}; expected a recipe's name, or a list of names")
     options: dict[str, Any] = {}
-    for name in [extended] if isinstance(extended, str) else extended:
+    for name in names:
         places = [folder / f"{name}.yaml" for folder in (file.parent, FOLDER)]
         found = next((p for p in places if p.is_file()), None)
         if found is None:
-            raise ValueError(f"config {file}: extends {name!r}, but there is no {places[0]}")
+            raise ValueError(f"{file}: extends {name!r}, but there is no {places[0]}")
         options |= _load(found, (*above, file))
     return options | own

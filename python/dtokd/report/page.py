@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from ..metric import best_of, is_lower_better
+from ..texts import parse_json
 from ..train.rundir import read_rows
 from .chart import line_chart
 
@@ -51,20 +51,18 @@ def write_report(run: Path) -> Path:
         Its path.
 
     Raises:
-        UsageError: it is no run directory, or no epoch is finished.
+        UsageError: it is no run directory, no epoch is finished, or a file of it is damaged.
     """
-    import yaml
-
     from ..files import write_text
+    from ..settings import settings_of
     from ..train.images import skipped
 
-    if not (run / "args.yaml").exists():
-        raise UsageError(f"dtokd report: {run} is no run directory: it has no args.yaml")
-    epochs, steps = read_columns(run / "summary.csv"), read_columns(run / "steps.csv")
+    settings = settings_of(run, "dtokd report")
+    epochs = read_columns(run / "summary.csv", ("epoch", "lr"))
+    steps = read_columns(run / "steps.csv", ("step",))
     if not epochs:
         raise UsageError(f"dtokd report: {run} has no finished epoch yet")
-    settings = yaml.safe_load((run / "args.yaml").read_text(encoding="utf-8"))
-    environment = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+    environment = _read_environment(run / "environment.json")
     parts = [
         f"<h1>{escape(run.name)}</h1>",
         f"<p>{_headline(settings, epochs)}</p>",
@@ -108,10 +106,32 @@ def pictures(folder: Path, title: str, most: int | None = None) -> str:
     )
 
 
-def read_columns(path: Path) -> dict[str, list[float]]:
-    """A CSV file of numbers; a cell that is empty is NaN. Empty if there is no file."""
-    rows = read_rows(path)
-    return {key: [float(row[key] or "nan") for row in rows] for key in (rows[0] if rows else {})}
+def read_columns(path: Path, expected: Sequence[str] = ()) -> dict[str, list[float]]:
+    """A run's CSV file of numbers, by column; a cell that is empty is NaN. Empty if there is no file.
+
+    Args:
+        path: the file.
+        expected: columns that it has in any case.
+
+    Raises:
+        UsageError: it is damaged, or another file.
+    """
+    try:
+        rows = read_rows(path)
+        columns = {key: [float(row[key] or "nan") for row in rows] for key in (rows[0] if rows else {})}
+        if rows and (absent := [name for name in expected if name not in columns]):
+            raise ValueError(f"it has no column {absent[0]!r}")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} does not hold the numbers of a run: {error}; remove what is no number") from error
+    return columns
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    try:
+        held = parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}; remove it, and the report goes without") from error
+    return held if isinstance(held, dict) else {}
 
 
 def _listed(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -99,6 +100,11 @@ def peek(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, tensors: bool) -> tuple[str, dict[str, Tensor]]:
+    if os.path.isdir(path):
+        raise UsageError(
+            f"--resume: {path} is a folder; pass a checkpoint, such as {path}/checkpoints/epoch-0001.safetensors, or "
+            "--resume auto with the --output and --experiment of that run"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

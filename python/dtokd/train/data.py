@@ -48,6 +48,17 @@ class Data:
     batches: Batches | None = None
 
 
+def identity_of(options: argparse.Namespace, images: Any) -> str | None:
+    """What tells a data set from others: `identity.of_dataset`, or of all that is in --data-dir; None if nothing does.
+
+    Args:
+        options: of `add_data`.
+        images: the data set, perhaps a `KeyedDataset`.
+    """
+    told = identity.of_dataset(images.dataset if isinstance(images, KeyedDataset) else images)
+    return identity.of_folder(options.data_dir) if told is None and options.data_dir is not None else told
+
+
 def open_dataset(options: argparse.Namespace, split: str, record: Path | None = None) -> Any:
     """One split, as timm finds it.
 
@@ -71,6 +82,8 @@ def open_dataset(options: argparse.Namespace, split: str, record: Path | None = 
     folder = not name or name.lower() in ("torch/image_folder", "torch/folder")
     if options.class_map and not options.class_map.lower().endswith(".txt"):
         raise UsageError(f"--class-map: {options.class_map}; expected a .txt file with the name of a class per line")
+    if options.class_map:
+        _check_class_map(options.class_map)
     if folder:
         if root is None:
             raise UsageError("--data-dir: missing; pass the folder that holds the images, or choose --dataset")
@@ -109,6 +122,19 @@ def open_dataset(options: argparse.Namespace, split: str, record: Path | None = 
     if len(images) == 0:
         raise UsageError(f"--data-dir: split {split!r} of {root} holds no images")
     return CheckedImages(images, split, options.on_bad_image == "skip", record)
+
+
+def _check_class_map(path: str) -> None:
+    """Raises UsageError: a line names no class, or one that an earlier line has named."""
+    try:
+        names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--class-map: {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    for number, name in enumerate(names):
+        if not name:
+            raise UsageError(f"--class-map: line {number + 1} of {path} is empty; write the name of a class per line")
+        if name in names[:number]:
+            raise UsageError(f"--class-map: line {number + 1} of {path} repeats {name!r}; name each class once")
 
 
 def _reading(options: argparse.Namespace) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Engine:
         stopped: the number of the signal with which the user wants out, or 0.
         updates: optimizer steps so far.
         names: of the classes, in their order, where the data says.
+        data: of the training data, `identity.of_dataset`, where the data has one.
         groups: what the options say of each of the optimizer's groups, see `state.told_of`.
         per_epoch: optimizer steps in an epoch.
         ahead: steps that the schedule counts besides `updates`, where earlier epochs had another number of them.
@@ -69,6 +70,7 @@ class Engine:
     stopped: Callable[[], int]
     updates: int = 0
     names: list[str] | None = None
+    data: str | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
     per_epoch: int = 0
     ahead: int = 0

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .. import networks as _networks  # noqa: F401  registers CIFAR's with timm
 from ..card import CARD, input_config, make_card
 from ..errors import UsageError
-from ..files import as_json, read_weights, write_text
+from ..files import as_json, read_weights, write_text, writing
 from ..lopsided import REMEDY, LopsidedWeights, may_be_lopsided
 from ..metric import is_lower_better, replaces
 from ..monitor import CSV, BalanceLogger, Row, Sink, TensorBoard, columns_of, means_of
@@ -174,12 +174,16 @@ def fit(
         progress.console.quiet = True
     found = _find(run, options, world, progress)
     with ExitStack() as stack:
+        stack.enter_context(writing(run.path, "--output"))  # a log's lines, a folder's names
         noted = stack.enter_context(signals())
         engine = Engine(
             task, stepper, scheduler, options, device, None, progress, lambda: world.vote(noted[0]), world=world
         )
         engine.groups, engine.per_epoch = groups, per_epoch
         engine.names = None if card is None else card.get("label_names")
+        if loaders.batches is not None:
+            images = loaders.batches.dataset
+            engine.data = world.first_does(lambda: data.identity_of(options, images))
         if may_be_lopsided(stepper.weighting):
             engine.lopsided = LopsidedWeights(
                 lambda text: progress.say(f"warning: {text}"), f"--kd-balance {REMEDY} (docs/weightings.md)"
@@ -189,8 +193,9 @@ def fit(
         columns = columns_of(("task", *task.distill_loss_weights))
         if not world.first_does(lambda: run.begin(options, found, columns, progress.say)):
             at = replace(at, best=None, history="", students={})
-        if world.first and card is not None:
-            write_text(run.path / CARD, as_json(card, indent=2) + "\n")
+        if card is not None:
+            text = as_json(card, indent=2) + "\n"
+            world.first_does(lambda: write_text(run.path / CARD, text))
         anew, found = found is None, None  # its tensors need no room any more
         collected = _Collected()
         board = None

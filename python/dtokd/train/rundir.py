@@ -24,8 +24,9 @@ from torch import Tensor
 import dtokd_kernels
 
 from ..errors import UsageError
-from ..files import as_json, digest_of, remove_unfinished, sync_folder, write_tensors, write_text
+from ..files import as_json, digest_of, remove_unfinished, sync_folder, write_tensors, write_text, writing
 from ..identity import versions
+from ..texts import parse_yaml
 from .checkpoint import load_run, peek, save_checkpoint
 from .lock import Locked, locked
 from .options import OUTSIDE, plain
@@ -161,75 +162,72 @@ class RunDir:
         Raises:
             UsageError: a file cannot be written.
         """
+        path, state = found or (self.path, {"epoch": 0, "updates": 0, "history": "", "students": {}, "batches": 0})
+        with self._legible(), writing(self.path, "--output"):
+            aside = _Aside(self.path)
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+            epoch, folder = state["epoch"], path.resolve().parent
+            own = found is None or folder == (self.path / "checkpoints").resolve()
+            # of a file that was copied from elsewhere the run beside it may have the history
+            runs = [self] if own else [self, RunDir(folder.parent)]
+            rows = {run: [row for row in read_rows(run.summary) if _first(row) < epoch] for run in runs}
+            source = next((run for run in runs if chained(rows[run]) == state["history"]), None)
+            students = self._students(state, [*([] if source is None else [source.path / "checkpoints"]), folder])
+            whole = source is not None and students is not None
+            kept = rows[source] if whole and source is not None else []
+            steps = read_rows(source.steps) if whole and source is not None else []
+            steps = [row for row in steps if _first(row) < state["updates"]]
+            # the newest first: what is left if that is interrupted is a run
+            for number, checkpoint in sorted(self.checkpoints().items(), reverse=True):
+                replaced = not own and (source is not self or (number == epoch and not state["batches"]))
+                if number > epoch or replaced:
+                    aside.move(checkpoint)
+            if self.stopped.exists() and self.stopped.resolve() != path.resolve():
+                aside.move(self.stopped)
+            if _differs(self.summary, kept):
+                aside.copy(self.summary)
+                write_rows(self.summary, kept)
+            # of other objectives, by options that have changed
+            others = bool(steps) and list(steps[0]) != list(columns)
+            if others or _differs(self.steps, steps):
+                if others or aside.files:  # else they are of an unfinished epoch, which takes the same steps again
+                    aside.copy(self.steps)
+                write_rows(self.steps, [] if others else steps)
+            for file in (self.student, self.last_student):
+                expected = state["students"].get(file.name) if whole else None
+                if expected == _digest(file):
+                    continue
+                aside.move(file)
+                if file == self.student:
+                    aside.move(self.pictures)
+                if students is not None and file.name in students:
+                    write_tensors(file, students[file.name], {"format": "pt"})
+            if found is not None and not whole:
+                state.update(history="", students={}, best=None)
+            if not own:
+                save_checkpoint(self.stopped if state["batches"] else self._checkpoint(epoch), state)
+            self._settings(options, aside)
+            if aside.files:
+                aside.copy(self.report)
+                say(f"what this run does not go on from is now in {aside.folder}: {', '.join(aside.files)}")
+            if not whole:
+                say(
+                    f"--resume: the lines or the best student of the {epoch} epochs before {path} are not there: the "
+                    "best is chosen among the epochs that follow"
+                )
+            return whole
+
+    @contextmanager
+    def _legible(self) -> Iterator[None]:
         try:
-            return self._begin(options, found, columns, say)
-        except OSError as error:
-            raise UsageError(f"--output: {self.path} cannot be written: {error.strerror or error}") from error
+            yield
+        except UsageError:
+            raise
         except ValueError as error:
             raise UsageError(
                 f"--experiment: summary.csv or steps.csv of {self.path} cannot be read ({error}); remove what is no "
                 "line of numbers, or choose another --experiment"
             ) from error
-
-    def _begin(
-        self,
-        options: argparse.Namespace,
-        found: tuple[Path, dict[str, Any]] | None,
-        columns: Sequence[str],
-        say: Callable[[str], None],
-    ) -> bool:
-        aside = _Aside(self.path)
-        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        path, state = found or (self.path, {"epoch": 0, "updates": 0, "history": "", "students": {}, "batches": 0})
-        epoch, folder = state["epoch"], path.resolve().parent
-        own = found is None or folder == (self.path / "checkpoints").resolve()
-        # of a file that was copied from elsewhere the run beside it may have the history
-        runs = [self] if own else [self, RunDir(folder.parent)]
-        rows = {run: [row for row in read_rows(run.summary) if _first(row) < epoch] for run in runs}
-        source = next((run for run in runs if chained(rows[run]) == state["history"]), None)
-        students = self._students(state, [*([] if source is None else [source.path / "checkpoints"]), folder])
-        whole = source is not None and students is not None
-        kept = rows[source] if whole and source is not None else []
-        steps = read_rows(source.steps) if whole and source is not None else []
-        steps = [row for row in steps if _first(row) < state["updates"]]
-        # the newest first: what is left if that is interrupted is a run
-        for number, checkpoint in sorted(self.checkpoints().items(), reverse=True):
-            replaced = not own and (source is not self or (number == epoch and not state["batches"]))
-            if number > epoch or replaced:
-                aside.move(checkpoint)
-        if self.stopped.exists() and self.stopped.resolve() != path.resolve():
-            aside.move(self.stopped)
-        if _differs(self.summary, kept):
-            aside.copy(self.summary)
-            write_rows(self.summary, kept)
-        others = bool(steps) and list(steps[0]) != list(columns)  # of other objectives, by options that have changed
-        if others or _differs(self.steps, steps):
-            if others or aside.files:  # else they are of an unfinished epoch, which takes the same steps again
-                aside.copy(self.steps)
-            write_rows(self.steps, [] if others else steps)
-        for file in (self.student, self.last_student):
-            expected = state["students"].get(file.name) if whole else None
-            if expected == _digest(file):
-                continue
-            aside.move(file)
-            if file == self.student:
-                aside.move(self.pictures)
-            if students is not None and file.name in students:
-                write_tensors(file, students[file.name], {"format": "pt"})
-        if found is not None and not whole:
-            state.update(history="", students={}, best=None)
-        if not own:
-            save_checkpoint(self.stopped if state["batches"] else self._checkpoint(epoch), state)
-        self._settings(options, aside)
-        if aside.files:
-            aside.copy(self.report)
-            say(f"what this run does not go on from is now in {aside.folder}: {', '.join(aside.files)}")
-        if not whole:
-            say(
-                f"--resume: the lines or the best student of the {epoch} epochs before {path} are not there: the best "
-                "is chosen among the epochs that follow"
-            )
-        return whole
 
     def _students(self, state: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, dict[str, Tensor]] | None:
         """The exported students that a checkpoint knows, by file name, as far as they are not here but can be made.
@@ -265,12 +263,12 @@ class RunDir:
         if environment_file.exists() and environment_file.read_text(encoding="utf-8") != text:
             aside.copy(environment_file)
         write_text(environment_file, text)
-        told = plain(options)
+        now = plain(options)
         if self.args.exists() and any(
-            _settings_in(self.args).get(key) != value for key, value in told.items() if key not in OUTSIDE
+            _settings_in(self.args).get(key) != value for key, value in now.items() if key not in OUTSIDE
         ):
             aside.copy(self.args)
-        write_text(self.args, yaml.safe_dump(told, sort_keys=False))
+        write_text(self.args, yaml.safe_dump(now, sort_keys=False))
 
     def _checkpoint(self, epoch: int) -> Path:
         return self.path / "checkpoints" / f"epoch-{epoch:04d}.safetensors"
@@ -309,10 +307,8 @@ class RunDir:
         Returns:
             Their `digest_of`.
         """
-        try:
+        with writing(path, "--output"):
             write_tensors(path, student, {"format": "pt"})
-        except OSError as error:
-            raise UsageError(f"--output: {path} cannot be written: {error.strerror or error}; make room") from error
         return digest_of(student)
 
     def add_summary(self, row: Mapping[str, Any]) -> None:
@@ -322,11 +318,18 @@ class RunDir:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The complete lines of a CSV file; none if it is not there."""
+    """The complete lines of a CSV file; none if it is not there.
+
+    Raises:
+        ValueError: it is no CSV, or no text.
+    """
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+        try:
+            return [row for row in csv.DictReader(file) if None not in row and None not in row.values()]
+        except csv.Error as error:
+            raise ValueError(str(error)) from error
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -384,8 +387,8 @@ def _best_of(state: Mapping[str, Any]) -> int | None:
 def _settings_in(file: Path) -> dict[str, Any]:
     """What a YAML file holds; nothing if it is damaged."""
     try:
-        return dict(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValueError, TypeError):
+        return dict(parse_yaml(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
         return {}
 
 

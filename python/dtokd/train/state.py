@@ -24,10 +24,12 @@ from .randomness import random_state, set_random_state
 FIXED = ("opt", "eval_metric", "model_ema", "val_split", "seed", "data_seed")
 #: Of the beginning; the checkpoint has what came of them.
 FIRST = ("pretrained", "initial_checkpoint", "backbone_checkpoint")
-#: Which samples are left of an epoch depends on these, and what its means are of.
+#: Which samples are left of an epoch depends on these, how they look, and what its means are of; so do the options of
+#: distillation and balance, whose names begin with kd_.
 OF_AN_EPOCH = (
-    *("batch_size", "grad_accum_steps", "aug_repeats", "dataset", "train_split"),
-    *("kd_model_name", "kd_distill_type", "kd_balance"),
+    *("batch_size", "grad_accum_steps", "aug_repeats", "dataset", "train_split", "annotations", "class_map"),
+    *("img_size", "input_size", "max_size", "square", "in_chans", "mean", "std"),
+    *("task_loss_weight", "distill_loss_weight", "bce_loss", "bce_target_thresh", "smoothing"),
 )
 #: What torch's plateau schedule remembers; its other attributes are options.
 _PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
@@ -78,7 +80,7 @@ def collect(engine: Engine, loaders: Data, at: Position) -> dict[str, Any]:
     own: dict[str, Any] = {"random": random_state(), "means": at.means}
     if at.batches and loaders.batches is not None:
         own["loader"] = loaders.batches.state_dict(at.batches)
-        own["samples"] = _samples(loaders)
+        own["samples"], own["data"] = _samples(loaders), engine.data
     if engine.world.size > 1:
         # statistics of normalisation layers, which ranks may have of their own
         own["buffers"] = {name: _buffers(module) for name, module in modules(task).items()}
@@ -181,7 +183,7 @@ def _restore(engine: Engine, loaders: Data, path: Path, state: dict[str, Any]) -
     module = unwrap_model(task.get_trainable_module())
     _check_model(path, state["weights"], module.state_dict(), options.model, state["model"])
     _check_names(path, state["names"], engine.names)
-    _check_options(path, state, options, world.size, loaders)
+    _check_options(path, state, engine, loaders)
     for text in _changes(state, options):
         progress.say(f"--resume: {text}")
     engine.stepper.load_state_dict(state["stepper"])
@@ -235,7 +237,8 @@ def _changes(state: dict[str, Any], options: argparse.Namespace) -> list[str]:
     ]
 
 
-def _check_options(path: Path, state: dict[str, Any], options: argparse.Namespace, ranks: int, loaders: Data) -> None:
+def _check_options(path: Path, state: dict[str, Any], engine: Engine, loaders: Data) -> None:
+    options, ranks = engine.options, engine.world.size
     changed = _changed(state, options)
     for key in (key for key in FIXED if key in changed):
         before, now = changed[key]
@@ -253,7 +256,7 @@ def _check_options(path: Path, state: dict[str, Any], options: argparse.Namespac
         raise UsageError(
             f"{middle} of {len(state['ranks'])} processes, this run has {ranks}; start as many, {finished}"
         )
-    for key in (key for key in OF_AN_EPOCH if key in changed):
+    for key in (key for key in changed if key in OF_AN_EPOCH or (key.startswith("kd_") and key != "kd_cache_teacher")):
         raise UsageError(
             f"{middle} with {_option(key)} {changed[key][0]}, this run has {changed[key][1]}; give that, {finished}"
         )
@@ -262,6 +265,12 @@ def _check_options(path: Path, state: dict[str, Any], options: argparse.Namespac
         raise UsageError(
             f"{middle} of {samples} samples, --data-dir now has {_samples(loaders)}: nobody knows which of "
             f"them were seen; pass one of the checkpoints epoch-*.safetensors"
+        )
+    before, now = state["ranks"][0].get("data"), engine.data
+    if before is not None and now is not None and before != now:
+        raise UsageError(
+            f"{middle} of other training data than --data-dir now has (names, labels or contents have changed): nobody "
+            "knows which of it was seen; restore it, or pass one of the checkpoints epoch-*.safetensors"
         )
 
 

@@ -15,6 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import ToldElsewhere, UsageError
+from ..files import writing
 
 T = TypeVar("T")
 
@@ -90,11 +91,16 @@ class World:
             raise UsageError(found[0]) if self.first else ToldElsewhere(found[0]) from error
 
     def first_does(self, work: Callable[[], T]) -> T:
-        """What the first rank returns from this, which it alone does. Raises as `agreed`."""
+        """What the first rank returns from this, which it alone does.
+
+        Raises:
+            UsageError: as `agreed`; also where it cannot write.
+        """
         result: list[Any] = [None]
         with self.agreed():
             if self.first:
-                result[0] = work()
+                with writing("the run's folder", "--output"):
+                    result[0] = work()
         if self.joined:
             dist.broadcast_object_list(result, 0, group=self._control)
         return result[0]

@@ -71,7 +71,7 @@ def _make(name: str, classes: int, changes: dict[str, Any], option: str, **more:
         body = make_backbone(backbone, weights, more.get("image_size"))
         try:
             return Dense(kind, body, classes, freeze_norm=more.get("freeze_norm", False), **changes)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # what torchvision and torch raise is of every kind
             kwargs = "--model-kwargs" if option == "--model" else "--kd-model-kwargs"
             raise UsageError(
                 f"{option}, {kwargs}: {error}; known are width (a multiple of 32), score_thresh, nms_thresh"

@@ -64,8 +64,9 @@ def make(
             **neck,
         )
         detector = HFDetector(DeformableDetrForObjectDetection(config), class_weight=CLASS_WEIGHT)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--model {name}, --model-kwargs {changes}: {error}") from error
+    except Exception as error:  # what transformers and torch raise is of every kind
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UsageError(f"--model {name}, --model-kwargs {changes}: {reason}") from error
     if pretrained and not backbone and not hub:
         raise UsageError(
             f"--pretrained: there are no published weights of the backbone of {name}; pass --backbone-checkpoint, "

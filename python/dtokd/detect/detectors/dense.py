@@ -76,6 +76,9 @@ class Dense(Detector):
         freeze_norm: the backbone's batch norms keep their statistics, as usual where batches are small.
         score_thresh, nms_thresh: of detections, torchvision's defaults for COCO but the first: 0.05 as RetinaNet has
             it, since what is cut off is missing from AP.
+
+    Raises:
+        ValueError: one of these is out of its range.
     """
 
     dense = True
@@ -91,6 +94,11 @@ class Dense(Detector):
         score_thresh: float = 0.05,
         nms_thresh: float | None = None,
     ) -> None:
+        if not isinstance(width, int) or width < 32 or width % 32:
+            raise ValueError(f"width is {width!r}; expected a multiple of 32")
+        for name, value in (("score_thresh", score_thresh), ("nms_thresh", nms_thresh)):
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value <= 1):
+                raise ValueError(f"{name} is {value!r}; expected a number from 0 to 1")
         cfg = getattr(backbone, "pretrained_cfg", None) or {}
         super().__init__(cfg.get("mean", MEAN), cfg.get("std", STD))
         self.kind, self.classes, self.widths = kind, classes, [width] * 5

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from ...errors import UsageError
+from ...texts import parse_json
 from ..batch import Detections, Images, Outputs, Target
 from .base import MEAN, MOST, STD, Detector, take_any_image
 
@@ -173,7 +173,10 @@ def load_folder(folder: Path, option: str) -> HFDetector:
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UsageError(f"{option}: the weights in {folder} cannot be loaded: {_line(error)}") from error
     file = folder / "preprocessor_config.json"
-    told: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    try:
+        told: dict[str, Any] = dict(parse_json(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{option}: {file} cannot be read: {_line(error)}") from error
     if told.get("do_normalize", True):
         return HFDetector(net, told.get("image_mean", MEAN), told.get("image_std", STD))
     return HFDetector(net, (0.0,) * 3, (1.0,) * 3)

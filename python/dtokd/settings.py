@@ -1,0 +1,43 @@
+"""The options of a run that is on disk, checked as those of a command line are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .detect import options as detect_options
+from .errors import UsageError
+from .texts import parse_yaml
+from .train import options as train_options
+from .values import Parser
+
+
+def settings_of(run: Path, command: str) -> dict[str, Any]:
+    """The `args.yaml` of a run of `dtokd train` or `dtokd detect`; an option that it does not have has its default.
+
+    Args:
+        run: its directory.
+        command: that asks, for messages.
+
+    Raises:
+        UsageError: it is no such directory, or the file is damaged.
+    """
+    file = run / "args.yaml"
+    if not file.is_file():
+        raise UsageError(f"{command}: {run} is no run directory: it has no args.yaml")
+    try:
+        held = parse_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{command}: {file} cannot be read: {error}") from error
+    if not isinstance(held, dict) or not isinstance(held.get("model"), str):
+        raise UsageError(f"{command}: {file} does not hold the options of dtokd train or dtokd detect")
+    parser = Parser()
+    (detect_options if "annotations" in held else train_options).add_arguments(parser)
+    settings = {}
+    for action in parser._actions:
+        if action.dest not in ("help", "config"):
+            where = f"{command}: {file}: {action.dest}"
+            settings[action.dest] = (
+                train_options.read_value(action, held[action.dest], where) if action.dest in held else action.default
+            )
+    return settings
