@@ -15,7 +15,7 @@ PACKAGES = {"dtokd_kernels": ROOT / "dtokd_kernels", "dtokd": ROOT / "python" / 
 #: The library's floors, the lowest first: modules, or packages with all their modules. A file imports from its own
 #: floor and those below.
 FLOORS = (
-    ("_version", "_supported", "types", "debug", "reach", "watch", "ranks"),  # words, and what is known of parameters and of other processes
+    ("_version", "_supported", "types", "debug", "reach", "watch", "ranks"),  # words, and what is known
     ("reference", "weighting"),  # formulas
     ("fused", "fakes", "native", "cuda", "triton", "backends"),  # who computes
     ("checks", "trial", "ops"),  # operations
