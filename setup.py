@@ -60,7 +60,7 @@ def use_ccache() -> None:
 def no_cpu_extension() -> str | None:
     """Why nothing can be compiled here, and what helps; or None."""
     if sys.platform == "win32":
-        return "it is built on Linux and macOS only; the package runs without it (DTOKD_BUILD=none)"
+        return "it is not built on Windows; the package runs without it (DTOKD_BUILD=none)"
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     if shutil.which(compiler[0]) is None:
         return f"no C++ compiler: {compiler[0]} is not on the PATH; install one (Debian: g++) or set CXX"

@@ -55,6 +55,50 @@ def pytest_configure(config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{text}:UserWarning")
 
 
+#: Modules that compile C++ or train for a minute or more, the slowest first. They begin before the others, so that no
+#: process of the tests is left alone with one of them at the end; `-m "not slow"` leaves them out.
+SLOW = (
+    "test_core",
+    "test_mutations",
+    "test_packaging",
+    "test_emulation",
+    "test_benchmarks",
+    "test_train_resume",
+    "test_train_ranks",
+    "test_detect_run",
+    "test_distributed",
+    "test_cuda_launches",
+    "test_train",
+    "test_ptx_triton",
+    "test_ptx",
+    "test_kernels_static",
+    "test_triton",
+    "test_train_history",
+    "test_train_changed_options",
+    "test_train_report",
+    "test_teacher_cache",
+    "test_divergence",
+    "test_demo",
+    "test_detect_recipes",
+    "test_detect_demo",
+    "test_long_run",
+    "test_evidence",
+    "test_examples",
+)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    places = {name: place for place, name in enumerate(SLOW)}
+
+    def place(item):
+        return places.get(item.module.__name__.rpartition(".")[2], len(SLOW))
+
+    for item in items:
+        if place(item) < len(SLOW):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=place)  # within a module, and among the others, the order stays
+
+
 def pytest_report_header() -> list[str]:
     where = f"{DEVICE} ({torch.cuda.get_device_name(DEVICE) if DEVICE.type == 'cuda' else native.instructions()})"
     lines = [f"dtokd: on {where}; backends under test: {', '.join(BACKENDS)}"]

@@ -98,3 +98,34 @@ def test_diffs_begin_with_python_too(page, number):
     assert all(line[:1] in ("-", "+", " ") for line in diff.splitlines()), "a line has none of the three marks"
     compile(before(diff), str(page), "exec")
     assert before(diff) != after(diff)
+
+
+WRITTEN = [*ROOT.glob("*.md"), ROOT / "examples/README.md", *ROOT.glob("docs/**/*.md")]
+
+
+@pytest.mark.parametrize("page", sorted(WRITTEN), ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    """Files that links name exist, with the headings that they name; `make docs` looks at the site's own."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        to = page.parent / name if name else page
+        assert to.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", to.read_text(), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles], target
+
+
+def test_contributors_are_led_to_files_that_exist():
+    named = re.findall(
+        r"`((?:benchmarks|csrc|docs|dtokd_kernels|python|tests|tools)/[\w./]+)`", (ROOT / "CONTRIBUTING.md").read_text()
+    )
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_readme_is_short():
+    """A visitor decides in two minutes."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
