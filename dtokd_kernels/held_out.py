@@ -20,6 +20,7 @@ def measure_held_out(
     held_out: Tensor,
     *,
     weighting: HeldOut | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
 ) -> None:
     """Measure the gradients of the losses and that of the task's loss on held-out samples, and set the weights by them.
@@ -34,6 +35,8 @@ def measure_held_out(
         held_out: scalar; the primary loss of a batch of samples that are never trained on. Evaluate the model as in
             training, without updating BatchNorm's statistics (`dtokd.train` sets `momentum` to 0 meanwhile).
         weighting: the `HeldOut` that learns from it; default: that of the optimizer.
+        scaler: a `torch.amp.GradScaler` for fp16, so that small gradients do not underflow. Losses are passed as they
+            are. A 64th of its scale is used, and a measurement that overflows all the same is left out.
         process_group: ranks over which gradients are averaged; default: all, if torch.distributed is initialized.
 
     Raises:
@@ -64,6 +67,9 @@ def measure_held_out(
     check_loss("held_out", held_out, _OP)
     if held_out.device.type == "cpu" and not held_out.isfinite():
         raise ValueError(f"{_OP}: held_out is {held_out.item()}; a held-out batch must have a finite loss")
+    if scaler is not None and scaler.is_enabled():
+        # the products' ratios do not depend on the scale: stay away from that at which training's gradients overflow
+        values, held_out = [scaler.scale(value) / 64 for value in values], scaler.scale(held_out) / 64
     params = [
         p for group in optimizer.param_groups if group.get("balance", True) for p in group["params"] if p.requires_grad
     ]

@@ -286,3 +286,15 @@ def test_refusals():
     for beta in (-0.1, 1.0, "x", float("nan")):
         with pytest.raises(ValueError, match="beta"):
             HeldOut(beta=beta)
+
+
+def test_the_scale_of_a_scaler_cancels():
+    model = Student(torch.float32)
+    plain, scaled = HeldOut("task"), HeldOut("task")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    losses = losses_of(model, batch(0, torch.float32))
+    for rule, given in ((plain, None), (scaled, scaler)):
+        held_out = losses_of(model, batch(9, torch.float32))["task"]
+        dk.measure_held_out(optimizer, losses, held_out, weighting=rule, scaler=given)
+    torch.testing.assert_close(measured(scaled), measured(plain), rtol=1e-5, atol=1e-6)

@@ -39,6 +39,7 @@ class Data:
         mixup: of the collation.
         keyed: samples by their numbers, for a cached teacher.
         batches: under `train`, to go on in the middle of an epoch; None for a stream.
+        held_out: images that are never trained on, prepared as for validation, if there are any.
     """
 
     train: Any
@@ -46,6 +47,7 @@ class Data:
     mixup: FastCollateMixup | None
     keyed: KeyedDataset | None = None
     batches: Batches | None = None
+    held_out: Any | None = None
 
 
 def identity_of(options: argparse.Namespace, images: Any) -> str | None:
@@ -178,6 +180,7 @@ def make_loaders(
     num_classes: int,
     device: Any,
     distributed: bool = False,
+    held_out: Any | None = None,
 ) -> Data:
     """Timm's loaders for the student's input, with Mixup in the collation as timm's train.py has it.
 
@@ -190,6 +193,7 @@ def make_loaders(
         device: of the batches.
         distributed: whether this rank takes its share of the samples; as timm does, an epoch's order is then drawn
             from its number.
+        held_out: training images that are not trained on.
 
     Raises:
         UsageError: there are fewer images than one batch takes, or an odd batch with Mixup, or a stream where samples
@@ -269,7 +273,10 @@ def make_loaders(
                 f"{', of which each rank has a part' if distributed else ''}; pass a smaller one"
             )
     checked = None if validation is None else validation_loader(options, validation, config, device, distributed)
-    return Data(loader, checked, mixup, keyed, batches)
+    held = (
+        None if held_out is None else validation_loader(options, held_out, config, device, distributed, training=True)
+    )
+    return Data(loader, checked, mixup, keyed, batches, held)
 
 
 def collate_keyed(batch: Sequence[tuple[Any, int, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -279,13 +286,28 @@ def collate_keyed(batch: Sequence[tuple[Any, int, Tensor]]) -> tuple[Tensor, Ten
 
 
 def validation_loader(
-    options: argparse.Namespace, images: Any, config: dict[str, Any], device: Any, distributed: bool = False
+    options: argparse.Namespace,
+    images: Any,
+    config: dict[str, Any],
+    device: Any,
+    distributed: bool = False,
+    training: bool = False,
 ) -> Any:
-    """Timm's loader without augmentation; of this rank's share of the samples, if there are several."""
+    """Timm's loader without augmentation; of this rank's share of the samples, if there are several.
+
+    Args:
+        options: of `train.options`.
+        images: the data set.
+        config: timm's data configuration.
+        device: of the batches.
+        distributed: whether there are several ranks.
+        training: with the batch size of training instead of --validation-batch-size.
+    """
+    size = options.batch_size if training else options.validation_batch_size or options.batch_size
     return create_loader(
         images,
         input_size=config["input_size"],
-        batch_size=options.validation_batch_size or options.batch_size,
+        batch_size=size,
         is_training=False,
         interpolation=config["interpolation"],
         mean=config["mean"],

@@ -18,6 +18,7 @@ from ..errors import UsageError
 from ..lopsided import LopsidedWeights
 from ..monitor import BalanceLogger
 from .divergence import Losses, Statistics, diverged
+from .heldout import HeldOutImages
 from .progress import Progress
 from .steps import Stepper
 from .world import World
@@ -58,6 +59,7 @@ class Engine:
         ahead: steps that the schedule counts besides `updates`, where earlier epochs had another number of them.
         world: the processes that train together.
         lopsided: of the balanced steps, where the weighting may give all to one objective.
+        held_out: sets the weights by images that are not trained on, where the weighting asks for that.
     """
 
     task: TrainingTask
@@ -76,6 +78,7 @@ class Engine:
     ahead: int = 0
     world: World = field(default_factory=World)
     lopsided: LopsidedWeights | None = None
+    held_out: HeldOutImages | None = None
     _row: Tensor | None = None  # of batches that were not finite, at the end of the last epoch
 
     def train_epoch(
@@ -115,8 +118,10 @@ class Engine:
                 keys = (target[:, 1:],) if getattr(self.options, "kd_cache_teacher", None) else ()
                 steps = (index + 1) % accumulate == 0 or index + 1 == count
                 with nullcontext() if steps else self.task.no_sync():
-                    with self._autocast():
+                    with self.autocast():
                         result = self.task(input, target[:, 0] if keys else target, *keys)
+                    if self.held_out is not None and index % accumulate == 0:
+                        self.held_out.measure(self.updates, result)
                     self._backward(result, share, epoch, index)
                 if steps:
                     self._step()
@@ -181,10 +186,11 @@ class Engine:
         limit = evaluation_sample_limit(loader)
         evaluator = self.task.create_evaluator(**({} if limit is None else {"max_samples": limit}))
         return evaluate(
-            model, loader, evaluator, self._autocast, self.options.channels_last, distributed=self.world.joined
+            model, loader, evaluator, self.autocast, self.options.channels_last, distributed=self.world.joined
         )
 
-    def _autocast(self) -> AbstractContextManager[Any]:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Around the student's forward passes."""
         return autocast(self.options, self.device)
 
 

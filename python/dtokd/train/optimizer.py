@@ -21,6 +21,7 @@ from dtokd_kernels.types import Rescale
 
 from .. import timm_optim  # noqa: F401  registers dtoadamw and dtosgd
 from ..errors import UsageError
+from . import heldout
 from .options import flag
 from .steps import Filled, Fused, Stepper, WeightedSum, clipping
 from .world import World
@@ -57,6 +58,7 @@ def make_stepper(
     """
     ours = options.opt.lower().split("_")[-1] in ("dtoadamw", "dtosgd")
     balanced = options.kd_balance != "none"
+    heldout.check(options)
     _check(options, ours, balanced)
     world = world or World()
     _check_ranks(options, ours, balanced, device, world)

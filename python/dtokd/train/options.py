@@ -42,11 +42,13 @@ BALANCES = (
     "eq18",
     "famo",
     "fixed",
+    "heldout",
     "imtlg",
     "logsum",
     "mgda",
     "nashmtl",
     "pcgrad",
+    "reachable",
     "rlw",
     "share",
     "taskfirst",
@@ -224,6 +226,20 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
         "--kd-balance-gram",
         metavar="SOURCE",
         help="exact, overlap, lag, probe[:MODULES], feature:MODULE, every:N[:SOURCE], ema:B[:SOURCE]",
+    )
+    group.add_argument(
+        "--kd-held-out",
+        type=Number(float, above=0, most=0.5),
+        default=0.0,
+        metavar="SHARE",
+        help="of the training images, kept from training: --kd-balance heldout weighs by what lowers the loss there",
+    )
+    group.add_argument(
+        "--kd-held-out-every",
+        type=Number(int, least=1),
+        default=20,
+        metavar="N",
+        help="steps from one look at a held-out batch to the next; each costs a forward and K + 1 backward passes",
     )
     group.add_argument(
         "--kd-balance-params",

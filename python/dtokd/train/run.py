@@ -32,7 +32,7 @@ from ..objectives.build import build, use_cache
 from ..objectives.task import DistillationTask
 from ..objectives.teacher import resolve_teachers
 from ..report.page import write_report
-from . import data, state
+from . import data, heldout, state
 from .checkpoint import load_run
 from .engine import Engine, Stopped
 from .found import class_names, examine
@@ -100,8 +100,9 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
             card = make_card(options.model, student, config, names)
             # timm's tasks translate the student's normalization into the teacher's: it has to be the one in use
             student.pretrained_cfg = {**student.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
+            train_images, held_out = heldout.split(options, train_images)
             loaders = data.make_loaders(
-                options, train_images, validation_images, config, student.num_classes, device, world.joined
+                options, train_images, validation_images, config, student.num_classes, device, world.joined, held_out
             )
             task = _make_task(options, student, loaders, device, config["input_size"], names)
         return fit(options, run, task, loaders, device, progress, world, card)
@@ -184,6 +185,10 @@ def fit(
         if loaders.batches is not None:
             images = loaders.batches.dataset
             engine.data = world.first_does(lambda: data.identity_of(options, images))
+        if loaders.held_out is not None:
+            engine.held_out = heldout.HeldOutImages(
+                loaders.held_out, options.kd_held_out_every, task, stepper, engine.autocast, options.channels_last
+            )
         if may_be_lopsided(stepper.weighting):
             engine.lopsided = LopsidedWeights(
                 lambda text: progress.say(f"warning: {text}"), f"--kd-balance {REMEDY} (docs/weightings.md)"

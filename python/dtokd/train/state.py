@@ -21,7 +21,7 @@ from .options import OUTSIDE, plain
 from .randomness import random_state, set_random_state
 
 #: What a run's files mean depends on these: which epoch is the best, what the optimizer remembers, the random numbers.
-FIXED = ("opt", "eval_metric", "model_ema", "val_split", "seed", "data_seed")
+FIXED = ("opt", "eval_metric", "model_ema", "val_split", "seed", "data_seed", "kd_held_out")
 #: Of the beginning; the checkpoint has what came of them.
 FIRST = ("pretrained", "initial_checkpoint", "backbone_checkpoint")
 #: Which samples are left of an epoch depends on these, how they look, and what its means are of; so do the options of

@@ -37,6 +37,10 @@ class Stepper(Protocol):
         """What balances."""
 
     @property
+    def scaler(self) -> torch.amp.GradScaler:
+        """Of the losses; disabled where nothing is scaled."""
+
+    @property
     def skips(self) -> bool:
         """Whether a step with a loss that is not finite changes nothing; otherwise it spoils the parameters."""
 
@@ -65,36 +69,36 @@ class WeightedSum:
         scaler: torch.amp.GradScaler,
         clip: Callable[[], None] | None,
     ) -> None:
-        self.optimizer, self._scaler, self._clip = optimizer, scaler, clip
+        self.optimizer, self.scaler, self._clip = optimizer, scaler, clip
 
     @property
     def skips(self) -> bool:
         """As torch: under a GradScaler alone."""
-        return self._scaler.is_enabled()
+        return self.scaler.is_enabled()
 
     def backward(self, result: Result, parts: int) -> None:
         """One pass."""
         loss = result["loss"]
-        self._scaler.scale(loss / parts if parts > 1 else loss).backward()
+        self.scaler.scale(loss / parts if parts > 1 else loss).backward()
 
     def step(self) -> None:
         """Unscale, clip, update."""
         if self._clip is not None:
-            self._scaler.unscale_(self.optimizer)
+            self.scaler.unscale_(self.optimizer)
             self._clip()
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
         """Of optimizer and scaler."""
-        return {"optimizer": self.optimizer.state_dict(), "scaler": self._scaler.state_dict()}
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Of optimizer and scaler."""
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
-            self._scaler.load_state_dict(state["scaler"])
+            self.scaler.load_state_dict(state["scaler"])
 
 
 class Filled(WeightedSum):
@@ -122,13 +126,13 @@ class Filled(WeightedSum):
     def backward(self, result: Result, parts: int) -> None:
         """Balance this micro-batch."""
         self.balance = dk.backward(
-            _losses(result),
+            losses_of(result),
             self._params(),
             self.weighting,
             gram=self._gram,
             private=self._private,
             rescale=self._rescale,
-            scaler=self._scaler,
+            scaler=self.scaler,
             share=1 / parts,
         )
 
@@ -188,14 +192,14 @@ class Fused(WeightedSum):
 
     def backward(self, result: Result, parts: int) -> None:
         """One pass per objective, or what the Gram's source asks for."""
-        self.optimizer.backward(_losses(result), share=1 / parts, scaler=self._scaler)
+        self.optimizer.backward(losses_of(result), share=1 / parts, scaler=self.scaler)
 
     def state_dict(self) -> dict[str, Any]:
         """As of one process, whatever the ranks: another number of them can go on."""
         if self._ranks is None:
             return super().state_dict()
         optimizer = dk.distributed.whole_state(self.optimizer)
-        return {"optimizer": optimizer, "scaler": self._scaler.state_dict(), "ranks": self._ranks.state_dict()}
+        return {"optimizer": optimizer, "scaler": self.scaler.state_dict(), "ranks": self._ranks.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Of one process or several."""
@@ -204,7 +208,8 @@ class Fused(WeightedSum):
             self._ranks.load_state_dict(state["ranks"])
 
 
-def _losses(result: Result) -> dict[str, Tensor]:
+def losses_of(result: Result) -> dict[str, Tensor]:
+    """What is balanced, in float32."""
     return {name: loss.float() for name, loss in result["objectives"].items()}
 
 

@@ -1,0 +1,124 @@
+"""`dtokd train --kd-balance heldout`: images that are never trained on set the weights."""
+
+import argparse
+import csv
+
+import pytest
+import torch
+from dtokd.cli import main
+from dtokd.train import data, heldout
+from dtokd.train.options import add_arguments, parse
+from torch import nn
+
+from dtokd_kernels.weighting import HeldOut
+
+from .digits import common, distilling
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+HELD = ["--kd-balance", "heldout", "--kd-held-out", "0.25", "--kd-held-out-every", "2"]
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        "--opt dtoadamw",
+        "--opt adamw --kd-distill-type feature --mixup 0.2",
+        "--opt dtosgd --grad-accum-steps 2 --amp --amp-dtype float16",
+    ],
+    ids=["fused", "filled", "accumulated"],
+)
+def test_weights_change_at_the_measurements_alone(digits, teacher, tmp_path, monkeypatch, more):
+    seen, observe = [], HeldOut.observe
+
+    def watched(self, gram, names):
+        observe(self, gram, names)
+        seen.append((gram.isfinite().all(), names, float(self.state_dict()["weights"][1])))
+
+    monkeypatch.setattr(HeldOut, "observe", watched)
+    options = [*common(digits, tmp_path), *distilling(teacher), *HELD, *more.split(), "-b", "8", "--epochs", "2"]
+    assert main(["train", *options, "--experiment", "x", "--log-interval", "1"]) == 0
+    steps = rows(tmp_path / "x" / "steps.csv")
+    (name,) = (key.removeprefix("weight_") for key in steps[0] if key.startswith("weight_") and key != "weight_task")
+    weights = [float(row[f"weight_{name}"]) for row in steps]
+    assert len(weights) >= 6
+    assert all(finite and names == ("task", name) for finite, names, _ in seen)
+    expected = [weight for _, _, weight in seen for _ in range(2)]  # each until the next one
+    assert weights == pytest.approx(expected[: len(weights)], rel=1e-6)
+    assert len(seen) == -(-len(weights) // 2)
+
+
+def images_of(part):
+    return [part.images.reader.samples[i][0] for i in part.positions]
+
+
+def test_held_out_images_are_never_trained_on_and_have_a_transform_of_their_own(digits, tmp_path):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parse(parser, [*common(digits, tmp_path), *distilling(tmp_path), *HELD])
+    images = data.open_dataset(options, "train")
+    first, second = heldout.split(options, images), heldout.split(options, data.open_dataset(options, "train"))
+    train, held = first
+    assert len(train) == 48
+    assert len(held) == 16
+    assert set(images_of(train)) | set(images_of(held)) == {path for path, _ in images.images.reader.samples}
+    assert images_of(held) == images_of(second[1])  # the same in each run
+    train.transform, held.transform = (lambda image: "trained"), (lambda image: "held out")
+    assert train[0][0] == "trained"
+    assert held[0][0] == "held out"
+    assert images.transform is None
+
+
+def test_statistics_stay():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(8, 3) + 4
+    with heldout.frozen_statistics(model):
+        out = model(x)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert out.mean().abs() < 1e-5  # of the batch
+    assert [m.track_running_stats for m in model] == [True, False]
+
+
+def test_a_resumed_run_takes_the_batch_of_its_step():
+    class Loader(list):
+        pass
+
+    loader = Loader(range(3))
+
+    def taken(numbers):
+        images = object.__new__(heldout.HeldOutImages)
+        images._loader, images._batches, images._next = loader, iter(()), -1
+        return [images._batch(number) for number in numbers]
+
+    assert taken(range(8)) == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert taken([4, 5, 6]) == [1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--kd-balance heldout", "pass --kd-held-out SHARE"),
+        ("--kd-balance dto --kd-held-out 0.1", "does not look at held-out images"),
+        ("--kd-held-out 0.1", "does not look at held-out images"),
+        ("--kd-balance heldout --kd-held-out 0.01", "hold out two at least"),
+        ("--kd-balance heldout --kd-held-out 0.7", "--kd-held-out"),
+        ("--kd-balance heldout --kd-held-out 0.1 --kd-held-out-every 0", "--kd-held-out-every"),
+    ],
+)
+def test_refusals(digits, teacher, tmp_path, capsys, more, message):
+    options = [*common(digits, tmp_path), *distilling(teacher), "--opt", "adamw", "--experiment", "x", *more.split()]
+    try:
+        code = main(["train", *options])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "x" / "args.yaml").exists()
