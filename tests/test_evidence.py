@@ -1,5 +1,6 @@
 """The evidence: tuning looks at validation images only, every method trains, a killed command goes on."""
 
+import csv
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -101,6 +102,9 @@ def test_journal_goes_on_where_it_was_killed(tmp_path):
     assert set(trained[3:]) >= set(runs[2:])
     assert not kept & set(trained[5:])
     assert read(path) == {run: replace(RESULT, test=float(run.seed)) for run in runs}
+    with ThreadPoolExecutor(1) as executor:
+        Journal(path, executor, one, "abc")([replace(RUN, lr=0.1, seed=9)])
+    assert [row["commit"] for row in csv.DictReader(path.read_text().splitlines())] == [""] * 5 + ["abc"]
 
 
 def test_tables_compare_with_the_fixed_weights_that_validation_chose(tmp_path):

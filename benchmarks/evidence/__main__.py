@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from . import data, tables, worker
-from .methods import OBJECTIVES
+from .methods import METHODS, NONE, OBJECTIVES
 from .protocol import Journal, carry_out, read
 
 
@@ -20,6 +21,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("--data", nargs="+", choices=list(data.MAKERS), default=list(data.MAKERS))
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    parser.add_argument(
+        "--methods", nargs="+", choices=[m.title for m in (NONE, *METHODS)], default=[], help="default: all"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="that are counted")
     parser.add_argument("--iterations", type=int, default=200, help="of each student")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each; no result depends on it")
@@ -32,11 +36,24 @@ def main() -> None:
     with ProcessPoolExecutor(
         options.jobs, mp_context=get_context("spawn"), initializer=worker.start, initargs=(options.output,)
     ) as executor:
-        journal = Journal(path, executor, worker.carry_out)
+        journal = Journal(path, executor, worker.carry_out, commit())
         for name in options.data:
-            carry_out(name, options.objectives, options.seeds, options.iterations, journal)
+            carry_out(name, options.objectives, options.seeds, options.iterations, journal, options.methods)
             print(name, "done", file=sys.stderr, flush=True)
     print(tables.markdown(read(path)))
+
+
+def commit() -> str:
+    """Of the checkout that this file is in, with "+" where files have changed since; "" where git does not tell."""
+    root = Path(__file__).parents[2]
+    try:
+        told = [
+            subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return told[0] + ("+" if told[1] else "")
 
 
 if __name__ == "__main__":

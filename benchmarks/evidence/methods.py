@@ -12,7 +12,7 @@ from dtokd.objectives.logits import Hinton
 from torch import Tensor
 
 from dtokd_kernels.sources import Ema
-from dtokd_kernels.weighting import DTO, Amortized, Fixed, LogSum, PCGrad
+from dtokd_kernels.weighting import DTO, Amortized, Fixed, HeldOut, LogSum, PCGrad, Reachable, Share, TaskFirst
 
 Losses = dict[str, Tensor]
 
@@ -29,12 +29,14 @@ class Method:
         options: of the optimizer.
         combine: what becomes of the losses before the optimizer sees them.
         only: the kinds of loss it is for; empty for all.
+        held_out: steps from one look at a batch of the validation images to the next; 0 for none.
     """
 
     title: str
     options: dict[str, Any] = field(default_factory=dict)
     combine: Callable[[Losses], Losses] = dict
     only: Sequence[str] = ()
+    held_out: int = 0
 
     @property
     def grid(self) -> bool:
@@ -78,6 +80,10 @@ METHODS = (
     Method("DTO, amortized (FAMO)", {"weighting": Amortized()}),
     Method("FAMO", {"weighting": Amortized(), "rescale": "sum"}),
     Method("PCGrad", {"weighting": PCGrad()}),
+    Method("held-out gain", {"weighting": HeldOut("task")}, held_out=5),
+    Method("share, half", {"weighting": Share()}),
+    Method("DTO, reachable", {"weighting": Reachable()}),
+    Method("task first, cosine", {"weighting": TaskFirst("task")}),
 )
 
 

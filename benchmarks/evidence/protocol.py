@@ -50,10 +50,11 @@ class Journal:
         path: of the file.
         executor: carries the runs out.
         train: does one; a function that the executor's processes know.
+        commit: of the code that trains; written beside each run.
     """
 
-    def __init__(self, path: Path, executor: Executor, train: Callable[[Run], Result]) -> None:
-        self._path, self._executor, self._train = path, executor, train
+    def __init__(self, path: Path, executor: Executor, train: Callable[[Run], Result], commit: str = "") -> None:
+        self._path, self._executor, self._train, self._commit = path, executor, train, commit
         self._done = read(path) if path.exists() else {}
         self._lock = Lock()
 
@@ -67,7 +68,7 @@ class Journal:
         return [self._done[run] for run in runs]
 
     def _append(self, run: Run, result: Result) -> None:
-        row = {**asdict(run), **asdict(result)}
+        row = {**asdict(run), **asdict(result), "commit": self._commit}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         fresh = not self._path.exists()
         with self._path.open("a", newline="", encoding="utf-8") as file:
@@ -84,6 +85,7 @@ def read(path: Path) -> dict[Run, Result]:
 
 
 def _parsed(row: dict[str, str]) -> tuple[Run, Result]:
+    row.pop("commit")
     counts = {"seed", "iterations", "skipped"}
     typed: dict[str, Any] = {
         key: value if key in ("data", "objective", "method") else int(value) if key in counts else float(value)
@@ -101,8 +103,15 @@ def settings(data: str, objectives: Sequence[str]) -> Iterator[tuple[str, Method
             yield objective, method
 
 
-def carry_out(data: str, objectives: Sequence[str], seeds: Sequence[int], iterations: int, train: Train) -> None:
-    """Tune and train everything on one data set. `train` is called from several threads."""
+def carry_out(
+    data: str,
+    objectives: Sequence[str],
+    seeds: Sequence[int],
+    iterations: int,
+    train: Train,
+    titles: Sequence[str] = (),
+) -> None:
+    """Tune and train everything on one data set, or the methods with these titles; `train` is called from threads."""
 
     def one(setting: tuple[str, Method]) -> None:
         objective, method = setting
@@ -112,7 +121,7 @@ def carry_out(data: str, objectives: Sequence[str], seeds: Sequence[int], iterat
 
     # a method alone does not fill the processes: its learning rates follow from each other
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(one, settings(data, objectives)))
+        list(threads.map(one, (s for s in settings(data, objectives) if not titles or s[1].title in titles)))
 
 
 def tune(run: Run, train: Train) -> float:

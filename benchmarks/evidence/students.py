@@ -14,10 +14,11 @@ from dtokd.demo.train import BATCH, MAX_NORM, WEIGHT_DECAY, accuracy
 from dtokd.objectives.base import Objective
 from dtokd.objectives.taps import Outputs, Taps, in_float32
 from dtokd.objectives.task import Trainable
+from dtokd.train.heldout import frozen_statistics
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from dtokd_kernels import Balance, DTOAdamW
+from dtokd_kernels import Balance, DTOAdamW, measure_held_out
 
 from .data import DataSet
 from .methods import OBJECTIVES, Method
@@ -74,6 +75,8 @@ def train(data: DataSet, objective: str | None, method: Method, *, lr: float, se
         torch.default_generator.manual_seed(seed)
         for index in _batches(len(data.labels), iterations, seed):
             losses = _losses(model, data, lesson, index)
+            if method.held_out and len(balances) % method.held_out == 0:
+                measure_held_out(optimizer, losses, _held_out(model, data, seed, len(balances)))
             optimizer.backward(method.combine(losses))
             optimizer.step()
             optimizer.zero_grad()
@@ -119,6 +122,16 @@ def _losses(model: Trainable, data: DataSet, lesson: Objective | None, index: Te
         taught = Outputs(logits=data.logits[index], pooled=data.features[index])
         losses["distill"] = lesson.loss(outputs, projected.get(lesson.name), taught, labels)
     return losses
+
+
+def _held_out(model: Trainable, data: DataSet, seed: int, step: int) -> Tensor:
+    """The task's loss on a batch of the validation images, which also choose learning rates and fixed weights."""
+    generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
+    index = torch.randint(len(data.validation_labels), (BATCH,), generator=generator)
+    with frozen_statistics(model):
+        outputs, _ = model(data.validation_images[index])
+    assert outputs.logits is not None
+    return nn.functional.cross_entropy(outputs.logits, data.validation_labels[index])
 
 
 def _figures(balances: list[Balance], losses: Tensor) -> dict[str, float]:
