@@ -28,12 +28,13 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 autodoc_class_signature = "separated"
-autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 default_role = "code"
 
+pygments_style = "friendly"  # diffs in red and green
+pygments_dark_style = "monokai"
 html_theme = "furo"
 html_title = f"dtokd-kernels {release}"
 html_theme_options = {

@@ -34,7 +34,7 @@ name                        what the weights solve                              
 `UncertaintyWeighting`      learned noise divides the losses                             no    no    yes
 `Share`                     each weighted gradient has its share of the norms            no    yes   yes
 `TaskFirst`                 the primary gradient, and what does not work against it      no    yes   yes
-`HeldOut`                   the combination nearest to the task's gradient on new samples  (3)   (4)   yes
+`HeldOut`                   nearest to the task's gradient on samples that are held out  (3)   (4)   yes
 ==========================  ===========================================================  ====  ====  ======
 
 log: the default of `log_gradients`; most take it as an option. (1) for reading "gram" only; (2) yes for `LogSum`;

@@ -95,7 +95,7 @@ class Paired:
 
 
 def student_t(level: float, freedom: int) -> float:
-    """Quantile t of Student's distribution with P(|T| < t) = level: the range of two, over sqrt(2)."""
+    """Quantile t of Student's distribution with `P(|T| < t) = level`: the range of two, over sqrt(2)."""
     return studentized_range(level, 2, freedom) / math.sqrt(2)
 
 
