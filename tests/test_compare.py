@@ -98,6 +98,22 @@ def test_a_rule_that_varies_more_has_a_wider_interval():
     assert not wild.better
 
 
+def test_seeds_that_would_tell_two_arms_apart():
+    """As many as make the interval exclude 0, with the wider of the two intervals."""
+    arms = {"a": [1.0, 3.0, 2.0], "b": [0.5, 1.0, 1.5], "c": [0.6, 0.9, 1.5]}
+    seeds = Paired(arms).seeds_for("a", "b", 100)
+    assert 3 < seeds < 100
+    spread = stats.tstd([0.5, 2.0, 0.5])
+
+    def alone(n):
+        return stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n)
+
+    assert alone(seeds) < 1.0
+    two = Paired({name: arms[name] for name in "ab"})
+    assert alone(two.seeds_for("a", "b", 100)) < 1.0 <= alone(two.seeds_for("a", "b", 100) - 1)
+    assert Paired(arms, resolution=2.0).seeds_for("a", "b", 100) is None
+
+
 def test_a_difference_of_less_than_an_image_is_none():
     """Results on few images are often equal to the digit, which is no certainty."""
     found = Paired({"a": [90.0, 90.0], "b": [89.0, 89.0]}, resolution=2.0).between("a", "b")
@@ -216,11 +232,11 @@ def test_table():
     head, *rows = verdict.rows_of(verdict.judge(arms, setting(jobs=2)), setting(jobs=2))
     told = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     assert told["none"]["to none"] == "reference"
-    assert told["none"]["cost"] == "1.00x"
+    assert told["none"]["time to none"] == "1.00x"
     assert told["dto"]["conflict"] == "25 %"
     assert told["dto"]["vertex"] == "50 %"
     assert told["dto"]["share of kl"] == "12 %"
-    assert told["dto"]["cost"] == "1.50x"
+    assert told["dto"]["time to none"] == "1.50x"
     assert "2 runs shared the machine" in " ".join(verdict.notes(setting(jobs=2)))
 
 
@@ -304,12 +320,14 @@ def test_compare(compared, digits, teacher, tmp_path, capsys, monkeypatch):
     assert {line["arm"] for line in told["arms"]} == {"none", "fixed:0.5", "dto:rescale=sum"}
     dto = next(line for line in told["arms"] if line["arm"].startswith("dto"))
     assert 0 <= dto["share_kl"] <= 1
-    assert dto["cost"] > 0
+    assert dto["time_to_none"] > 0
+    assert dto["time_to_best_fixed"] > 0
     assert dto["judged"] == [float(row["top1_judged"]) for row in rows if row["arm"].startswith("dto")]
     page = Page(first["report.html"])
     assert page.open == []
     assert page.outside == []
     assert "Difference in top1 to no teacher" in page.captions
+    assert "Share of the gradient: kl" in page.captions
     assert {"none", "fixed:0.5", "dto:rescale=sum"} <= set(page.names)
     with monkeypatch.context() as patch:
         patch.setattr(command, "train", None)
@@ -516,6 +534,16 @@ def test_refused(digits, teacher, tmp_path, capsys, more, told):
 def test_refused_without_a_teacher(digits, tmp_path, capsys):
     assert main(["compare", *common(digits, tmp_path)]) == 2
     assert "--kd-model-name: missing" in capsys.readouterr().err
+
+
+def test_a_run_is_no_comparison(digits, teacher, tmp_path, capsys):
+    """Its folder stays as it is."""
+    assert main(["train", *common(digits, tmp_path), "--experiment", "x", "--epochs", "1"]) == 0
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*options_of(digits, teacher, tmp_path), "--experiment", "x"]) == 2
+    assert "--experiment: " in (error := capsys.readouterr().err)
+    assert "holds a run of dtokd train" in error
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("argv", [["--seeds"], ["--arms"], ["--schedule-share", "0"], ["--jobs", "0"]])

@@ -151,6 +151,9 @@ def test_chart():
     assert line_chart("", {"a": [(0, float("nan"))]}, "x") == ""
     assert line_chart("", {"a": [(0, 0.0)]}, "x", log=True) == ""
     assert "<circle" in line_chart("", {"a": [(3, 7.0)]}, "x")
+    many = line_chart("", {str(i): [(0, i), (1, i)] for i in range(9)}, "x")
+    looks = [part.partition('"')[0] for part in many.split('<polyline class="')[1:]]
+    assert len(set(looks)) == 9, "two lines look the same"
     long = line_chart("", {"a": [(i, i % 2) for i in range(10_001)]}, "x")
     assert long.count(",") < 500
 

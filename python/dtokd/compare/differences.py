@@ -75,23 +75,32 @@ class Paired:
         rest = rows - rows.mean(1, keepdim=True) - rows.mean(0, keepdim=True) + rows.mean()
         return math.sqrt(float(rest.square().sum()) / ((arms - 1) * (self.seeds - 1)))
 
-    def half_width(self, noise: float, seeds: int) -> float:
-        """Tukey's, for this noise and so many seeds: what more seeds would give."""
-        arms = len(self._results)
-        return studentized_range(LEVEL, arms, (arms - 1) * (seeds - 1)) * noise / math.sqrt(seeds)
-
     def between(self, arm: str, other: str) -> Difference:
         """Of two arms: positive where the first is better."""
-        pairs = zip(self._results[arm], self._results[other], strict=True)
-        differences = [self._sign * (a - b) for a, b in pairs]
-        mean = fmean(differences)
         if arm == other:
             return Difference(0.0, 0.0, 0.0)
-        if self.seeds < 2:
-            return Difference(mean, -math.inf, math.inf)
-        alone = student_t(LEVEL, self.seeds - 1) * stdev(differences) / math.sqrt(self.seeds)
-        half = max(self.half_width(self.noise, self.seeds), alone, self._resolution)
+        differences = self._differences(arm, other)
+        mean, half = fmean(differences), self._half_width(differences, self.seeds)
         return Difference(mean, mean - half, mean + half)
+
+    def seeds_for(self, arm: str, other: str, most: int) -> int | None:
+        """How many seeds would tell two arms apart, if mean and spread stay; None for more than `most`."""
+        differences = self._differences(arm, other)
+        mean = abs(fmean(differences))
+        return next((n for n in range(self.seeds, most + 1) if self._half_width(differences, n) < mean), None)
+
+    def _differences(self, arm: str, other: str) -> list[float]:
+        pairs = zip(self._results[arm], self._results[other], strict=True)
+        return [self._sign * (a - b) for a, b in pairs]
+
+    def _half_width(self, differences: Sequence[float], seeds: int) -> float:
+        """Of an interval from so many seeds, with the spread of those that there are."""
+        if self.seeds < 2:
+            return math.inf
+        arms = len(self._results)
+        together = studentized_range(LEVEL, arms, (arms - 1) * (seeds - 1)) * self.noise
+        alone = student_t(LEVEL, seeds - 1) * stdev(differences)
+        return max(max(together, alone) / math.sqrt(seeds), self._resolution)
 
 
 def student_t(level: float, freedom: int) -> float:

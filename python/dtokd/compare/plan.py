@@ -169,6 +169,8 @@ class Plan:
         Raises:
             UsageError: it holds another one, or a damaged one.
         """
+        if (self.folder / "args.yaml").exists():
+            raise UsageError(f"--experiment: {self.folder} holds a run of dtokd train; choose another --experiment")
         file, now = self.folder / "comparison.json", json.loads(as_json(self.told()))
         if not file.exists():
             return False

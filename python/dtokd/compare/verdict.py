@@ -70,7 +70,7 @@ class Line:
         arm: see `Arm`.
         mean, deviation: of what judges it; NaN for an arm that has failed, and without a spread.
         to_none, to_fixed: improvement on the arm without a teacher, and on the best fixed weights; None if unknown.
-        cost: seconds per iteration over those without a teacher.
+        to_bare_time, to_fixed_time: seconds per iteration over those without a teacher, and of the best fixed weights.
     """
 
     arm: Arm
@@ -78,7 +78,8 @@ class Line:
     deviation: float
     to_none: Difference | None
     to_fixed: Difference | None
-    cost: float
+    to_bare_time: float
+    to_fixed_time: float
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,16 @@ def judge(arms: Sequence[Arm], setting: Setting) -> Verdict:
     paired = Paired({arm.text: arm.judged for arm in whole}, -1 if lower else 1, resolution) if whole else None
     there = {arm.text for arm in whole}
 
+    seconds = {arm.text: arm.seconds for arm in arms if arm.seconds > 0}
+
     def line(arm: Arm) -> Line:
         def to(other: str | None) -> Difference | None:
             return paired.between(arm.text, other) if paired and other in there and arm.text in there else None
 
         spread = stdev(arm.judged) if arm.text in there and len(arm.judged) > 1 else math.nan
         mean = fmean(arm.judged) if arm.text in there else math.nan
-        base = next((other.seconds for other in arms if other.text == NONE), math.nan)
-        return Line(arm, mean, spread, to(NONE), to(fixed), arm.seconds / base if base else math.nan)
+        costs = [arm.seconds / seconds.get(other, math.nan) for other in (NONE, fixed or "")]
+        return Line(arm, mean, spread, to(NONE), to(fixed), *costs)
 
     lines = [line(arm) for arm in [*order, *(arm for arm in arms if arm.failed)]]
     failures = [
@@ -157,7 +160,7 @@ def _decide(candidates: Sequence[Line], paired: Paired, setting: Setting) -> tup
     if paired.seeds < 2:
         told = f"Undecided: one seed shows no spread; it gave {_number(gain.mean, setting)} with the best arm, {name}."
         return "undecided", name, [told, "Add seeds, as in --seeds 0 1 2: the finished runs are kept."]
-    more = _seeds_for(gain, paired)
+    more = paired.seeds_for(name, NONE, _MOST_SEEDS)
     hint = f"about {more} seeds would settle a difference of this size" if more else "more seeds would hardly settle it"
     told = f"Undecided: {_told(gain, setting)} with the best arm, {name}"
     text = [f"{told}, may be chance {with_seeds}; {hint}."]
@@ -169,15 +172,6 @@ def _decide(candidates: Sequence[Line], paired: Paired, setting: Setting) -> tup
 def _apart(paired: Paired, arm: str, other: str) -> bool:
     difference = paired.between(arm, other)
     return difference.better or difference.worse
-
-
-def _seeds_for(gain: Difference, paired: Paired) -> int | None:
-    """How many seeds make the interval exclude 0, if mean and noise stay; None for more than `_MOST_SEEDS`."""
-    noise = paired.noise
-    for seeds in range(paired.seeds + 1, _MOST_SEEDS + 1):
-        if paired.half_width(noise, seeds) < abs(gain.mean):
-            return seeds
-    return None
 
 
 def _against_fixed(lines: Sequence[Line], arm: str, fixed: str | None, setting: Setting) -> list[str]:
@@ -230,13 +224,14 @@ def rows_of(verdict: Verdict, setting: Setting) -> list[tuple[str, ...]]:
     """The table as text, its head first."""
     shares = sorted({name for line in verdict.lines for name in line.arm.rates if name.startswith("share_")})
     head = ["arm", setting.metric, "to none", f"to {verdict.fixed}" if verdict.fixed else "", "conflict", "vertex"]
-    head += [f"share of {name.removeprefix('share_')}" for name in shares] + ["s / iteration", "cost"]
+    head += [f"share of {name.removeprefix('share_')}" for name in shares]
+    head += ["s / iteration", "time to none", f"time to {verdict.fixed}" if verdict.fixed else ""]
     rows = [tuple(head)]
     for line in verdict.lines:
         rates = line.arm.rates
         numbers = [_percent(rates.get(name, math.nan)) for name in ("conflict_rate", "vertex_rate", *shares)]
         spread = "" if math.isnan(line.deviation) else f" ± {line.deviation:.2f}"
-        cost = [f"{line.arm.seconds:.3g}", f"{line.cost:.2f}x"]
+        cost = [f"{line.arm.seconds:.3g}", f"{line.to_bare_time:.2f}x", f"{line.to_fixed_time:.2f}x"]
         rows.append(
             (
                 line.arm.text,
@@ -272,7 +267,7 @@ def notes(setting: Setting) -> list[str]:
         "student and batches in all arms; their intervals hold together, for all pairs of arms, with 95 % (Tukey's, "
         "and no narrower than the paired t-interval). They are about the seeds, not about the choice of images.",
         "conflict, vertex: steps in which gradients pointed apart, and in which a weight was 0. share: of the norms of "
-        f"the weighted gradients. cost: seconds per iteration over those without a teacher{disturbed}.",
+        f"the weighted gradients. s / iteration: the median over the epochs after the first{disturbed}.",
     ]
 
 
@@ -307,7 +302,8 @@ def as_data(verdict: Verdict, setting: Setting) -> dict[str, Any]:
                 "to_none": pair(line.to_none),
                 "to_best_fixed": pair(line.to_fixed),
                 "seconds_per_iteration": line.arm.seconds,
-                "cost": line.cost,
+                "time_to_none": line.to_bare_time,
+                "time_to_best_fixed": line.to_fixed_time,
                 **line.arm.rates,
             }
             for line in verdict.lines

@@ -8,6 +8,8 @@ from html import escape
 
 Points = Sequence[tuple[float, float]]
 
+#: That the page's style has.
+COLOURS = 6
 _WIDTH, _HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 38
 #: Points that a screen can tell apart.
@@ -63,15 +65,20 @@ def line_chart(
     for i, points in enumerate(kept.values()):
         places = [place(*p) for p in points]
         if len(places) == 1:
-            parts.append(f'<circle class="s{i % 6}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="4"/>')
+            parts.append(f'<circle class="{_look(i)}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="4"/>')
         text = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-        parts.append(f'<polyline class="s{i % 6}" points="{text}"/>')
-    legend = " ".join(f'<span><i class="s{i % 6}"></i>{escape(name)}</span>' for i, name in enumerate(kept))
+        parts.append(f'<polyline class="{_look(i)}" points="{text}"/>')
+    legend = " ".join(f'<span><i class="{_look(i)}"></i>{escape(name)}</span>' for i, name in enumerate(kept))
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
         f'<div class="legend">{legend}</div></figure>'
     )
+
+
+def _look(i: int) -> str:
+    """The class of line i: six colours, then the same ones dashed."""
+    return f"s{i % COLOURS}{' dashed' if i // COLOURS % 2 else ''}"
 
 
 def _drawn(y: float, log: bool) -> bool:

@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..metric import best_of, is_lower_better
 from ..texts import parse_json
 from ..train.rundir import read_rows
-from .chart import line_chart
+from .chart import COLOURS, line_chart
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --soft: #62666d; --back: #fff; --line: #dcdfe4;
@@ -32,13 +32,15 @@ svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 .grid { stroke: var(--line); } .mark { stroke: var(--soft); stroke-dasharray: 4 4; }
 polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1rem; font-size: .9rem; color: var(--soft); }
+polyline.dashed { stroke-dasharray: 6 4; }
 .legend i { display: inline-block; width: 1.1em; height: .25em; margin-right: .4em; vertical-align: middle; }
+.legend i.dashed { clip-path: polygon(0 0, 40% 0, 40% 100%, 60% 100%, 60% 0, 100% 0, 100% 100%, 0 100%); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .pictures { display: flex; flex-wrap: wrap; gap: .6rem; } .pictures img { max-width: 100%; border-radius: 4px; }
 td { overflow-wrap: anywhere; } summary { cursor: pointer; margin-top: 2rem; font-weight: 600; }
 """ + "".join(f"polyline.s{i} {{ stroke: var(--s{i}); }} circle.s{i} {{ fill: var(--s{i}); }} "
-              f".legend i.s{i} {{ background: var(--s{i}); }}\n" for i in range(6))  # fmt: skip
+              f".legend i.s{i} {{ background: var(--s{i}); }}\n" for i in range(COLOURS))  # fmt: skip
 
 
 def write_report(run: Path) -> Path:
