@@ -154,7 +154,7 @@ def test_it_helps():
     )
     assert "The arm logsum cannot be told apart from it with 3 seeds." in words(found)
     assert "Use: FLAGS OF share:0.5" in words(found)
-    assert re.search(r"share:0\.5 against the best fixed weights, fixed:0\.5: \+1\.7 points .*: better\.", words(found))
+    assert re.search(r"share:0\.5 against the best fixed weights, fixed:0\.5: \+1\.7 points .*, better\.", words(found))
     assert [line.arm.text for line in found.lines] == ["share:0.5", "logsum", "fixed:0.5", "none"]
     assert "'val' chose, the 10000 images of 'test' judged." in words(found)
 

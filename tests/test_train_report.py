@@ -154,6 +154,8 @@ def test_chart():
     many = line_chart("", {str(i): [(0, i), (1, i)] for i in range(9)}, "x")
     looks = [part.partition('"')[0] for part in many.split('<polyline class="')[1:]]
     assert len(set(looks)) == 9, "two lines look the same"
+    gap = line_chart("", {"a": [(0, 1.0)], "none": [], "c": [(0, 2.0)]}, "x")
+    assert '<i class="s2"></i>c' in gap, "an arm has another colour in another chart"
     long = line_chart("", {"a": [(i, i % 2) for i in range(10_001)]}, "x")
     assert long.count(",") < 500
 

@@ -48,9 +48,8 @@ def _charts(arms: Mapping[str, Sequence[Mapping[str, list[float]]]], setting: Se
     yield line_chart(f"{setting.metric} of {setting.chooses}, mean over the seeds", judged, "epoch")
     bare = dict(judged.get(NONE, []))
     gains = {
-        arm: [(epoch, value - bare[epoch]) for epoch, value in points if epoch in bare]
+        arm: [(epoch, value - bare[epoch]) for epoch, value in points if epoch in bare and arm != NONE]
         for arm, points in judged.items()
-        if arm != NONE
     }
     yield line_chart(f"Difference in {setting.metric} to no teacher", gains, "epoch", mark=0)
     yield line_chart("Task loss in training", of("train_task"), "epoch")

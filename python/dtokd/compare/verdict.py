@@ -180,8 +180,8 @@ def _against_fixed(lines: Sequence[Line], arm: str, fixed: str | None, setting: 
         return []
     told = "better" if difference.better else "worse" if difference.worse else "not told apart"
     searched = sum(line.arm.text.startswith("fixed") for line in lines)
-    cost = f", whose search took {searched} runs per seed," if searched > 1 else ""
-    return [f"{arm} against the best fixed weights, {fixed}{cost}: {_told(difference, setting)}: {told}."]
+    cost = f" (found with {searched} runs per seed)" if searched > 1 else ""
+    return [f"{arm} against the best fixed weights, {fixed}{cost}: {_told(difference, setting)}, {told}."]
 
 
 def _limits(setting: Setting) -> list[str]:

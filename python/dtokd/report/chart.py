@@ -24,7 +24,7 @@ def line_chart(
     Args:
         title: its caption.
         series: by name; values that are not finite are left out, with `log` also those that are not positive. Long
-            ones are drawn as means of neighbours.
+            ones are drawn as means of neighbours. A series without points keeps its colour from the others.
         x: name of the axis.
         log: logarithmic y.
         mark: a y to draw a dashed line at.
@@ -62,13 +62,14 @@ def line_chart(
     if mark is not None:
         _, b = place(x0, mark)
         parts.append(f'<line class="mark" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{b:.1f}" y2="{b:.1f}"/>')
-    for i, points in enumerate(kept.values()):
+    looks = {name: _look(i) for i, name in enumerate(series)}
+    for name, points in kept.items():
         places = [place(*p) for p in points]
         if len(places) == 1:
-            parts.append(f'<circle class="{_look(i)}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="4"/>')
+            parts.append(f'<circle class="{looks[name]}" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="4"/>')
         text = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
-        parts.append(f'<polyline class="{_look(i)}" points="{text}"/>')
-    legend = " ".join(f'<span><i class="{_look(i)}"></i>{escape(name)}</span>' for i, name in enumerate(kept))
+        parts.append(f'<polyline class="{looks[name]}" points="{text}"/>')
+    legend = " ".join(f'<span><i class="{looks[name]}"></i>{escape(name)}</span>' for name in kept)
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg>'
