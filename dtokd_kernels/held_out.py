@@ -1,4 +1,4 @@
-"""Measuring what lowers the task's loss on samples that are not trained on, for `weighting.HeldOut`."""
+"""Measuring what lowers the task's loss on samples that are not trained on, for `weighting.HeldOut` and `Auto`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .gradients import Losses, check_loss, named_losses
-from .weighting import HeldOut
+from .weighting import Auto, HeldOut
 
 _OP = "measure_held_out"
 
@@ -19,7 +19,7 @@ def measure_held_out(
     losses: Losses,
     held_out: Tensor,
     *,
-    weighting: HeldOut | None = None,
+    weighting: HeldOut | Auto | None = None,
     scaler: torch.amp.GradScaler | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
 ) -> None:
@@ -34,18 +34,18 @@ def measure_held_out(
         losses: of a training batch, as `backward` takes them.
         held_out: scalar; the primary loss of a batch of samples that are never trained on. Evaluate the model as in
             training, without updating BatchNorm's statistics (`dtokd.train` sets `momentum` to 0 meanwhile).
-        weighting: the `HeldOut` that learns from it; default: that of the optimizer.
+        weighting: the `HeldOut` or `Auto` that learns from it; default: that of the optimizer.
         scaler: a `torch.amp.GradScaler` for fp16, so that small gradients do not underflow. Losses are passed as they
             are. A 64th of its scale is used, and a measurement that overflows all the same is left out.
         process_group: ranks over which gradients are averaged; default: all, if torch.distributed is initialized.
 
     Raises:
-        TypeError: there is no `HeldOut` to set; a loss is no tensor; parameters that are sharded (FSDP2).
+        TypeError: there is no `HeldOut` or `Auto` to set; a loss is no tensor; parameters that are sharded (FSDP2).
         ValueError: a loss that is no scalar or needs no gradient; a held-out loss that is not finite (on the CPU;
             elsewhere the measurement is left out) or reaches no parameter that all losses reach. Nothing has changed
             then.
 
-    Effects: K + 1 backward passes; no host sync on CUDA.
+    Effects: K + 1 backward passes; no host sync on CUDA. Nothing once `Auto` has chosen.
 
     Example:
         >>> import torch, dtokd_kernels as dk
@@ -59,8 +59,10 @@ def measure_held_out(
         tensor([0.7071, 0.7071], dtype=torch.float64)
     """
     weighting = getattr(optimizer, "weighting", None) if weighting is None else weighting
-    if not isinstance(weighting, HeldOut):
-        raise TypeError(f"{_OP}: weighting is {weighting!r}; pass the HeldOut that the steps use")
+    if not isinstance(weighting, (HeldOut, Auto)):
+        raise TypeError(f"{_OP}: weighting is {weighting!r}; pass the HeldOut or Auto that the steps use")
+    if weighting.done:
+        return
     names, values = named_losses(losses, _OP)
     for name, value in zip(names, values, strict=True):
         check_loss(f"losses[{name!r}]", value, _OP)

@@ -99,6 +99,7 @@ WEIGHTINGS = {
     "Reachable": {"loss_min": None, "preference": None},
     "UPGrad": {"log_gradients": False, "preference": None},
     "HeldOut": {"primary": 0, "beta": 0.95},
+    "Auto": {"primary": 0, "window": 40},
     "UncertaintyWeighting": {"lr": 1e-3, "weight_decay": 0.0},
 }
 

@@ -279,9 +279,9 @@ def test_refusals():
     refused(ValueError, "held_out needs no gradient", held_out=torch.ones(()))
     refused(ValueError, r"held_out has shape \(4, 2\)", held_out=out)
     refused(ValueError, "choose one of them", losses={"a": losses["task"], "b": losses["distill"]})
-    with pytest.raises(TypeError, match="pass the HeldOut"):
+    with pytest.raises(TypeError, match="pass the HeldOut or Auto"):
         dk.measure_held_out(dk.DTOAdamW(model.parameters()), losses, task(out))
-    with pytest.raises(TypeError, match="pass the HeldOut"):
+    with pytest.raises(TypeError, match="pass the HeldOut or Auto"):
         dk.measure_held_out(torch.optim.SGD(model.parameters(), lr=0.1), losses, task(out))
     for beta in (-0.1, 1.0, "x", float("nan")):
         with pytest.raises(ValueError, match="beta"):

@@ -55,6 +55,17 @@ def test_weights_change_at_the_measurements_alone(digits, teacher, tmp_path, mon
     assert len(seen) == -(-len(weights) // 2)
 
 
+def test_auto_chooses_and_goes_on(digits, teacher, tmp_path, capsys):
+    options = [*common(digits, tmp_path), *distilling(teacher), *HELD, "--opt", "dtoadamw", "-b", "8"]
+    options += ["--kd-balance", "auto", "--kd-balance-kwargs", "window=4", "--log-interval", "1", "--experiment", "x"]
+    assert main(["train", *options]) == 0
+    assert "for which the held-out loss falls fastest" in " ".join(capsys.readouterr().out.split())
+    weights = [row["weight_kl"] for row in rows(tmp_path / "x" / "steps.csv")]
+    assert len(weights) == 12
+    assert len(set(weights[6:])) == 1
+    assert len(set(weights)) > 1
+
+
 def images_of(part):
     return [part.images.reader.samples[i][0] for i in part.positions]
 

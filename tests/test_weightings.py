@@ -37,11 +37,11 @@ MAKERS["taskfirst"] = lambda **options: weighting.TaskFirst(
     0, "pcd", tau=0.9, **options
 )  # "cosine" has weights of 0, 1
 STATEFUL = [name for name, make in MAKERS.items() if isinstance(make(), weighting.Stateful)]
-NEED_NO_GRAM = {"amortized", "dwa", "eq18", "famo", "fixed", "heldout", "logsum", "rlw", "uncertainty"}
+NEED_NO_GRAM = {"amortized", "auto", "dwa", "eq18", "famo", "fixed", "heldout", "logsum", "rlw", "uncertainty"}
 each_weighting = pytest.mark.parametrize("name", MAKERS)
 each_stateful = pytest.mark.parametrize("name", STATEFUL)
-#: What `HeldOut` learns it learns from measurements, not from steps (test_held_out.py).
-learning_from_steps = pytest.mark.parametrize("name", [name for name in STATEFUL if name != "heldout"])
+#: What `HeldOut` and `Auto` learn they learn from measurements, not from steps (test_held_out.py).
+learning_from_steps = pytest.mark.parametrize("name", [name for name in STATEFUL if name not in ("heldout", "auto")])
 
 
 def gram_of(J):

@@ -34,6 +34,7 @@ name                        what the weights solve                              
 `UncertaintyWeighting`      learned noise divides the losses                             no    no    yes
 `Share`                     each weighted gradient has its share of the norms            no    yes   yes
 `TaskFirst`                 the primary gradient, and what does not work against it      no    yes   yes
+`Auto`                      one of four, by what they do for new samples                 (3)   (4)   yes
 `HeldOut`                   nearest to the task's gradient on samples that are held out  (3)   (4)   yes
 ==========================  ===========================================================  ====  ====  ======
 
@@ -50,6 +51,7 @@ from typing import Any
 from ..types import Weighting
 from .alignedmtl import AlignedMTL
 from .amortized import Amortized
+from .auto import Auto
 from .cagrad import CAGrad
 from .config import ConFIG
 from .dto import DTO
@@ -76,6 +78,7 @@ __all__ = [
     "RLW",
     "AlignedMTL",
     "Amortized",
+    "Auto",
     "CAGrad",
     "ConFIG",
     "DualProj",
@@ -96,6 +99,7 @@ __all__ = [
 _CONSTRUCTORS: dict[str, Callable[..., Weighting]] = {
     "alignedmtl": AlignedMTL,
     "amortized": Amortized,
+    "auto": Auto,
     "cagrad": CAGrad,
     "config": ConFIG,
     "dto": DTO,

@@ -1,4 +1,4 @@
-"""Images that are never trained on, and what they tell about the weights (`--kd-balance heldout`)."""
+"""Images that are never trained on, and what they tell about the weights (`--kd-balance heldout`, `auto`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, IterableDataset
 
 import dtokd_kernels as dk
-from dtokd_kernels.weighting import HeldOut
+from dtokd_kernels.weighting import Auto, HeldOut
 
 from ..errors import UsageError
 from .steps import Stepper, losses_of
@@ -62,15 +62,16 @@ def check(options: argparse.Namespace) -> None:
         UsageError: names the options.
     """
     share = getattr(options, "kd_held_out", 0.0)
-    if options.kd_balance == "heldout" and not share:
+    looks = options.kd_balance in ("heldout", "auto")
+    if looks and not share:
         raise UsageError(
-            "--kd-balance heldout: there are no held-out images; pass --kd-held-out SHARE, such as 0.05 (dtokd detect "
-            "has none yet: choose another rule)"
+            f"--kd-balance {options.kd_balance}: there are no held-out images; pass --kd-held-out SHARE, such as "
+            "0.05 (dtokd detect has none yet: choose another rule)"
         )
-    if share and options.kd_balance != "heldout":
+    if share and not looks:
         raise UsageError(
             f"--kd-held-out: {share:g}, but --kd-balance {options.kd_balance} does not look at held-out images; choose "
-            "heldout, or leave it out"
+            "heldout or auto, or leave it out"
         )
     if share and options.kd_cache_teacher:
         raise UsageError("--kd-held-out: does not go together with --kd-cache-teacher yet; leave one of them out")
@@ -109,6 +110,7 @@ class HeldOutImages:
         stepper: holds optimizer and weighting.
         autocast: makes the context of the forward pass.
         channels_last: memory format of the input.
+        say: takes the line on what `Auto` has chosen.
     """
 
     def __init__(
@@ -119,8 +121,10 @@ class HeldOutImages:
         stepper: Stepper,
         autocast: Callable[[], AbstractContextManager[Any]],
         channels_last: bool = False,
+        say: Callable[[str], None] = print,
     ) -> None:
-        assert isinstance(stepper.weighting, HeldOut)
+        self._say = say
+        assert isinstance(stepper.weighting, (HeldOut, Auto))
         self._loader, self._every, self._weighting = loader, every, stepper.weighting
         self._task, self._stepper, self._autocast, self._channels_last = task, stepper, autocast, channels_last
         self._batches: Iterator[Any] = iter(())
@@ -133,7 +137,7 @@ class HeldOutImages:
             updates: steps so far.
             result: of the task, for the first micro-batch of a step; its graph stays.
         """
-        if updates % self._every:
+        if updates % self._every or self._weighting.done:
             return
         images, target = self._batch(updates // self._every)
         if self._channels_last:
@@ -148,6 +152,8 @@ class HeldOutImages:
         dk.measure_held_out(
             self._stepper.optimizer, losses_of(result), loss, weighting=self._weighting, scaler=self._stepper.scaler
         )
+        if self._weighting.done and isinstance(self._weighting, Auto) and (line := self._weighting.report()):
+            self._say(line)
 
     def _batch(self, number: int) -> Any:
         """The batch of a measurement, whatever came before: a resumed run takes the same."""

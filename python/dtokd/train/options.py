@@ -34,6 +34,7 @@ BALANCES = (
     "none",
     "alignedmtl",
     "amortized",
+    "auto",
     "cagrad",
     "config",
     "dto",
@@ -232,7 +233,7 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
         type=Number(float, above=0, most=0.5),
         default=0.0,
         metavar="SHARE",
-        help="of the training images, kept from training: --kd-balance heldout weighs by what lowers the loss there",
+        help="of the training images, kept from training: --kd-balance heldout and auto weigh by the loss there",
     )
     group.add_argument(
         "--kd-held-out-every",

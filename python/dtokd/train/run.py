@@ -187,7 +187,13 @@ def fit(
             engine.data = world.first_does(lambda: data.identity_of(options, images))
         if loaders.held_out is not None:
             engine.held_out = heldout.HeldOutImages(
-                loaders.held_out, options.kd_held_out_every, task, stepper, engine.autocast, options.channels_last
+                loaders.held_out,
+                options.kd_held_out_every,
+                task,
+                stepper,
+                engine.autocast,
+                options.channels_last,
+                progress.say,
             )
         if may_be_lopsided(stepper.weighting):
             engine.lopsided = LopsidedWeights(

@@ -1,0 +1,124 @@
+"""What rules have in common that learn from measurements on held-out samples."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ._names import check_primary, position_of
+from .stateful import Memory, Stateful, choose
+
+#: Steps without any measurement after which there is a warning.
+PATIENCE = 100
+
+
+class Measured(Stateful):
+    """A rule whose weights are constants until the next measurement (`dtokd_kernels.measure_held_out`).
+
+    A subclass is a dataclass with a field `primary`, and has `learn`. Its memory has "weights" [K].
+    """
+
+    primary: str | int
+    log_gradients: ClassVar[bool] = False
+    needs_gram: ClassVar[bool] = False
+    _steps = 0  # taken before the first measurement
+    _measurements = 0
+
+    @abstractmethod
+    def learn(self, memory: Memory, gram: Tensor, p: int) -> Memory:
+        """The memory after a measurement, without side effects.
+
+        Args:
+            memory: before it.
+            gram: [K + 1, K + 1] float64, of the K objectives and the held-out gradient, over the primary one's square.
+            p: position of the primary objective.
+        """
+
+    @property
+    def done(self) -> bool:
+        """Whether further measurements would change nothing."""
+        return False
+
+    def expect(self, names: tuple[str, ...]) -> None:
+        """Take the names of the objectives whose losses come next.
+
+        Raises:
+            ValueError: the primary one is not among them, or they are not those of the memory.
+        """
+        check_primary(type(self).__name__, self.primary, names)
+        super().expect(names)
+
+    def place(self, K: int) -> int:
+        """Position of the primary objective among K."""
+        return position_of(type(self).__name__, self.primary, self._expected, K)
+
+    def alone(self, gram: Tensor) -> Tensor:
+        """[K] float64: weight 1 for the primary objective, and 0 for the others."""
+        K = len(gram)
+        p = self.place(K) if K > 1 else 0
+        return (torch.arange(K, device=gram.device) == p).double()
+
+    def advance(self, memory: Memory, gram: Tensor, losses: Tensor) -> tuple[Tensor, Memory]:
+        """The weights of the last measurement."""
+        return memory["weights"].clone(), memory
+
+    def commit(self, skipped: Tensor) -> None:
+        """Take over what the last call proposed; warn once if many steps were taken without a measurement."""
+        super().commit(skipped)
+        if self._measurements:
+            return
+        self._steps += 1
+        if self._steps == PATIENCE:
+            warnings.warn(
+                f"{type(self).__name__}: no held-out gradient was measured in {PATIENCE} steps, and the primary "
+                "objective alone was trained; call measure_held_out(optimizer, losses, held_out_loss) every few steps",
+                stacklevel=2,
+            )
+
+    @torch.no_grad()
+    def observe(self, gram: Tensor, names: Sequence[str] = ()) -> None:
+        """Take over a measurement.
+
+        Args:
+            gram: [K + 1, K + 1] float64, products of the K gradients of a training batch and, last, of the primary
+                loss's gradient on held-out samples. If a number is not finite, or the primary gradient is zero, nothing
+                changes.
+            names: of the K objectives; default: their positions.
+
+        Raises:
+            ValueError: the primary objective is not among them, or they are not those of the memory.
+
+        Effects: no host sync.
+        """
+        K = len(gram) - 1
+        self.expect(tuple(names) or tuple(map(str, range(K))))
+        gram = gram.double()
+        self(gram[:K, :K], torch.ones_like(gram[0, :K]))  # makes the memory, or checks that it is of K objectives
+        assert self._next is not None
+        self._memory, _ = self._next
+        self._next = None
+        self._names = self._expected
+        self._measurements += 1
+        p = self.place(K)
+        unit = gram[p, p]
+        new = {**self._memory, **self.learn(self._memory, gram / unit, p)}
+        self._write(choose(~(gram.isfinite().all() & (unit > 0)), self._memory, new))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory, and how many measurements it is of."""
+        state = super().state_dict()
+        return {**state, "measurements": self._measurements} if state else state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; from an empty one, start anew.
+
+        Raises:
+            ValueError: it is another weighting's state. Nothing has changed then.
+        """
+        super().load_state_dict({name: value for name, value in state.items() if name != "measurements"})
+        self._steps, self._measurements = 0, int(state.get("measurements", 0))
