@@ -229,7 +229,8 @@ def test_dtoadamw_and_adamw_agree(digits, teacher, tmp_path):
 
 
 def test_names_of_the_balances():
-    assert ("none", *sorted(weighting.NAMES)) == train_options.BALANCES
+    """All but the one that needs samples which are not trained on: `dtokd train` sets none aside."""
+    assert ("none", *sorted(set(weighting.NAMES) - {"heldout"})) == train_options.BALANCES
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,8 +89,9 @@ class Result:
             raise UsageError(f"--experiment: {file} is damaged ({error}); remove it, and the run goes on") from error
 
     def write(self, run: Run) -> None:
-        """Mark the run as finished."""
+        """Mark the run as finished. Its checkpoints go, which many runs would fill a disk with; the students stay."""
         write_text(run.path / "finished.json", as_json(vars(self), indent=1) + "\n")
+        shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
 
 
 class Plan:
@@ -140,6 +142,7 @@ class Plan:
                 own = apply(self.options, changes)
                 own.seed = own.data_seed = seed
                 own.resume, own.output, own.experiment = "auto", self.folder / folder_of(arm), f"seed-{seed}"
+                own.checkpoint_hist = 1
                 yield Run(arm, seed, own)
 
     def told(self) -> dict[str, dict[str, Any]]:
