@@ -263,6 +263,8 @@ def test_default_arms_are_arms():
         ("dto:rescale=foo", "rescale"),
         ("dto:lr=0.1,", "is no key=value"),
         ("share:0", "share"),
+        ("heldout", "as in heldout:0.05"),
+        ("heldout:0", "as in heldout:0.05"),
     ],
 )
 def test_bad_arms(text, told):
@@ -283,11 +285,28 @@ def test_flags_make_the_arm(digits, teacher, tmp_path):
         "feature",
     ]
     options = train_options.parse(_parser()[1]["train"], base)
-    for text in ("fixed:0.3", "share:0.5", "cagrad:c=0.4", "dto:rescale=sum,lr=0.002,opt=adamw", "taskfirst"):
+    for text in (
+        "fixed:0.3",
+        "heldout:0.1,every=5",
+        "share:0.5",
+        "cagrad:c=0.4",
+        "dto:rescale=sum,lr=0.002,opt=adamw",
+        "taskfirst",
+    ):
         given = train_options.parse(_parser()[1]["train"], base + shlex.split(flags_of(text, options)))
         changes = parse_arm(text, 2)
         assert {key: getattr(given, key) for key in changes} == changes
-        assert given.opt == ("dtoadamw" if text.split(":")[0] in ("share", "cagrad", "taskfirst") else "adamw")
+        assert given.opt == ("adamw" if text.startswith(("fixed", "dto")) else "dtoadamw")
+
+
+def test_an_arm_is_what_its_text_tells(digits, teacher, tmp_path):
+    """Options of a balance that the command line has for all hold for the rules, and refuse no weighted sum."""
+    more = ["--kd-balance", "cagrad", "--kd-balance-kwargs", "c=0.4", "--kd-balance-gram", "overlap"]
+    plan = plans.Plan(parsed([*options_of(digits, teacher, tmp_path), *more]))
+    found = {run.arm: run.options for run in plan.runs()}
+    assert [found[arm].kd_balance for arm in plan.arms] == ["none", "none", "dto"]
+    assert [found[arm].kd_balance_gram for arm in plan.arms] == [None, None, "overlap"]
+    assert [found[arm].kd_balance_kwargs for arm in plan.arms] == [{}, {}, {}]
 
 
 # ---- the command
@@ -496,6 +515,14 @@ def test_a_split_of_its_own_judges(digits, teacher, tmp_path):
     assert "'validation' chose, the 29 images of 'test' judged." in text
 
 
+def test_images_are_held_out_for_one_arm_alone(digits, teacher, tmp_path):
+    argv = [*options_of(digits, teacher, tmp_path), "--seeds", "0", "--arms", "heldout:0.25,every=2", "dto"]
+    assert main([*argv, "--jobs", "2"]) == 0
+    rows = read(tmp_path / "compare" / "compare.csv")
+    assert [row["arm"] for row in rows] == ["none", "heldout:0.25,every=2", "dto"]
+    assert all(row["top1_judged"] for row in rows)
+
+
 def test_a_shorter_schedule(digits, teacher, tmp_path):
     more = ["--epochs", "20", "--warmup-epochs", "4", "--decay-milestones", "8", "16", "--schedule-share", "0.25"]
     plan = plans.Plan(parsed([*options_of(digits, teacher, tmp_path), *more]))
@@ -520,6 +547,8 @@ def test_preview_trains_nothing(compared, digits, teacher, tmp_path, capsys):
         (["--arms", "dto:foo=1"], "--arms: 'dto:foo=1'"),
         (["--arms", "fixed:0.5", "fixed:0.50"], "--arms: 'fixed:0.5' and 'fixed:0.50' are the same"),
         (["--arms", "none"], "--arms: none alone"),
+        (["--arms", "dto:opt=foo"], "--arms: 'dto:opt=foo': --opt: no optimizer is called 'foo'"),
+        (["--arms", "heldout:0.01"], "--arms: 'heldout:0.01': --kd-held-out: 0.01 of 64 images are 1"),
         (["--seeds", "0", "1", "0"], "--seeds: 0 is there twice"),
         (["--val-split", ""], "--val-split: empty"),
         (["--judge-split", "validation"], "--judge-split: 'validation' is the --val-split too"),

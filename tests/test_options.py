@@ -33,7 +33,7 @@ NONSENSE = ("nan", "inf", "-1", "0", WIDE, HUGE, "foo", "")
 ACCEPTED = {
     ("0",): "workers hflip vflip drop drop_path model_ema_decay momentum warmup_epochs cooldown_epochs reprob pictures "
     "mixup_prob mixup_switch_prob mixup_off_epoch smoothing bce_target_thresh seed seeds kd_cache_views aug_repeats "
-    "cutmix_minmax data_seed",
+    "cutmix_minmax data_seed kd_held_out",
     ("0", WIDE, HUGE): "lr weight_decay warmup_lr min_lr color_jitter mixup cutmix opt_eps kd_dkd_alpha kd_dkd_beta "
     "task_loss_weight distill_loss_weight",
     (WIDE, HUGE): "lr_base clip_grad decay_epochs decay_rate scale ratio std kd_temperature",
@@ -132,6 +132,18 @@ def test_null_in_a_file(tmp_path):
             train_options.read_config(_parser()[1]["detect"], path)
     path.write_text("clip_grad: null\nlr: null\nkd_model_name: null\n")
     assert train_options.read_config(_parser()[1]["detect"], path)["clip_grad"] is None
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "detect"])
+def test_defaults_are_values(command):
+    """What a run writes into args.yaml is read again, by --config, `dtokd report` and `dtokd eval`."""
+    parser = _parser()[1][command]
+    told = train_options.plain(parser.parse_args([]))
+    for action in parser._actions:
+        if action.dest in told:
+            assert train_options.read_value(action, told[action.dest], action.dest) == getattr(
+                parser.parse_args([]), action.dest
+            )
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,9 @@ def of_dataset(images: Any) -> str | None:
     ):
         return None
     root = getattr(owner, "root", None) or os.path.commonpath([sample[0] for sample in samples])
-    return of_files((path, f"{os.path.relpath(path, root)} {label}") for path, label in samples)
+    below = os.path.join(root, "")
+    names = (p.removeprefix(below) if p.startswith(below) else os.path.relpath(p, root) for p, _ in samples)
+    return of_files((path, f"{name} {label}") for (path, label), name in zip(samples, names, strict=True))
 
 
 def _is_named(sample: Any) -> bool:

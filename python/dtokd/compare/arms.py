@@ -24,9 +24,14 @@ _OPTIONS = {
     "opt": "opt",
     "lr": "lr",
     "temperature": "kd_temperature",
+    "every": "kd_held_out_every",
 }
+#: Rules that take a number after the colon.
+_NUMBERED = ("fixed", "share", "heldout")
 #: What the arm without a teacher is without.
-_TEACHER = ("kd_model_name", "kd_teacher_path", "kd_cache_teacher", "kd_balance_gram", "kd_balance_rescale")
+_TEACHER = ("kd_model_name", "kd_teacher_path", "kd_cache_teacher")
+#: What an arm that is no rule has not.
+_NO_RULE: dict[str, Any] = {"kd_balance_kwargs": {}, "kd_balance_gram": None, "kd_balance_rescale": None}
 
 
 def parse_arms(texts: list[str], objectives: int) -> dict[str, dict[str, Any]]:
@@ -68,7 +73,7 @@ def parse_arm(text: str, objectives: int = 1) -> dict[str, Any]:
         {'kd_balance': 'share', 'kd_balance_rescale': 'sum', 'kd_balance_kwargs': {'shares': [0.5, 0.5]}}
     """
     if text == NONE:
-        return {"kd_balance": "none", "kd_balance_kwargs": {}, **dict.fromkeys(_TEACHER)}
+        return {"kd_balance": "none", **dict.fromkeys(_TEACHER)}
     name, _, rest = text.partition(":")
     if name not in BALANCES or name == NONE:
         raise UsageError(
@@ -99,10 +104,13 @@ def parse_arm(text: str, objectives: int = 1) -> dict[str, Any]:
             raise UsageError(f"--arms: {text!r}: a fixed sum has no option {', '.join(own)}; leave it out")
         weights = {"task_loss_weight": number, "distill_loss_weight": [round(1 - number, 12)]}
         return changes | {"kd_balance": "none"} | weights
+    if name == "heldout":
+        if not number:
+            raise UsageError(f"--arms: {text!r}; tell which share of the training images it has, as in heldout:0.05")
+        changes["kd_held_out"] = number
     if name == "share" and number is not None:
         own["shares"] = [number, *[round((1 - number) / objectives, 12)] * objectives]
-    if own:
-        changes["kd_balance_kwargs"] = own
+    changes["kd_balance_kwargs"] = own
     try:
         # of "fixed" the trainer knows the weights
         weighting.from_name(name, **({"weights": [1.0]} if name == "fixed" else {}), **own)
@@ -113,7 +121,7 @@ def parse_arm(text: str, objectives: int = 1) -> dict[str, Any]:
 
 
 def _number(text: str, name: str, number: str) -> float:
-    if name not in ("fixed", "share"):
+    if name not in _NUMBERED:
         raise UsageError(f"--arms: {text!r}: {name} takes no number; write key=value after the colon")
     try:
         return FRACTION(number)
@@ -129,8 +137,10 @@ def apply(options: argparse.Namespace, changes: dict[str, Any]) -> argparse.Name
         changes: of `parse_arm`.
     """
     own = argparse.Namespace(**{**vars(options), **changes})
+    if own.kd_balance != "heldout":
+        own.kd_held_out = 0.0
     if own.kd_balance == "none":  # a weighted sum is for the optimizer that ours stands for
-        own.opt = own.opt.lower().removeprefix("dto")
+        own = argparse.Namespace(**{**vars(own), **_NO_RULE, "opt": own.opt.lower().removeprefix("dto")})
     return own
 
 
@@ -161,7 +171,7 @@ def flags_of(text: str, options: argparse.Namespace) -> str:
     opt = apply(options, changes).opt
     if opt != options.opt or "opt" in changes:
         changes["opt"] = opt
-    return " ".join(f"{flag(key)} {_written(value)}" for key, value in changes.items())
+    return " ".join(f"{flag(key)} {_written(value)}" for key, value in changes.items() if value != {})
 
 
 def _written(value: Any) -> str:

@@ -8,7 +8,18 @@ from ..train import options as shared
 from ..values import COUNT, NATURAL, Number
 
 #: What is compared unless `--arms` says otherwise.
-ARMS = ("none", "fixed:0.3", "fixed:0.5", "fixed:0.7", "share:0.5", "taskfirst", "logsum", "famo", "dto")
+ARMS = (
+    "none",
+    "fixed:0.3",
+    "fixed:0.5",
+    "fixed:0.7",
+    "share:0.5",
+    "taskfirst",
+    "logsum",
+    "famo",
+    "heldout:0.05",
+    "dto",
+)
 #: Options of the comparison, which a run of it does not have.
 OWN = ("arms", "seeds", "schedule_share", "judge_split", "jobs", "dry_run")
 
@@ -26,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(ARMS),
         metavar="ARM",
         help="none: without a teacher, always among them; fixed:W: timm's sum of W task + (1-W) distill; share:W: the "
-        "task gets the share W of the gradient's norm; or any --kd-balance. Options follow a colon: "
+        "task gets the share W of the gradient's norm; heldout:S: S of the training images set the weights; or any "
+        "--kd-balance. Options follow a colon: "
         "dto:rescale=sum,gram=overlap,opt=dtoadamw,lr=0.001, and the rule's own, as in cagrad:c=0.4",
     )
     add("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], metavar="N", help="each arm is trained with each")

@@ -18,7 +18,7 @@ from ..files import as_json, write_text
 from ..objectives.teacher import as_list, resolve_teachers
 from ..report.page import read_columns
 from ..texts import parse_json
-from ..train import data
+from ..train import data, heldout, optimizer
 from ..train.options import OUTSIDE, flag, plain
 from ..train.rundir import environment
 from .arms import apply, folder_of, objectives_of, parse_arms
@@ -134,6 +134,18 @@ class Plan:
             images = data.open_dataset(self.options, split)
             self._data[split] = data.identity_of(options, images)  # None: not known
             self.images = len(images) if hasattr(images, "__len__") else 0
+            if split == options.train_split:
+                self._check_arms(images)
+
+    def _check_arms(self, images: Any) -> None:
+        """Raises UsageError: an arm would be refused when its turn comes."""
+        for arm, changes in self.arms.items():
+            own = apply(self.options, changes)
+            try:
+                optimizer.check(own)
+                heldout.split(own, images)
+            except UsageError as error:
+                raise UsageError(f"--arms: {arm!r}: {error}") from error
 
     def runs(self) -> Iterator[Run]:
         """Seed by seed, so that an early end leaves whole pairs."""

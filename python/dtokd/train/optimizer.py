@@ -56,10 +56,8 @@ def make_stepper(
     Raises:
         UsageError: an unknown optimizer or option, or two that do not go together.
     """
-    ours = options.opt.lower().split("_")[-1] in ("dtoadamw", "dtosgd")
-    balanced = options.kd_balance != "none"
-    heldout.check(options)
-    _check(options, ours, balanced)
+    check(options)
+    ours, balanced = _is_ours(options), options.kd_balance != "none"
     world = world or World()
     _check_ranks(options, ours, balanced, device, world)
     lr = learning_rate(options, world.size)
@@ -86,7 +84,18 @@ def make_stepper(
     return Filled(optimizer, scaler, clip, **balancing)
 
 
-def _check(options: argparse.Namespace, ours: bool, balanced: bool) -> None:
+def _is_ours(options: argparse.Namespace) -> bool:
+    return options.opt.lower().split("_")[-1] in ("dtoadamw", "dtosgd")
+
+
+def check(options: argparse.Namespace) -> None:
+    """What can be said of optimizer and balance before there is a model.
+
+    Raises:
+        UsageError: there is no such optimizer, or two options do not go together.
+    """
+    ours, balanced = _is_ours(options), options.kd_balance != "none"
+    heldout.check(options)
     prefix, _, name = options.opt.lower().rpartition("_")
     if name not in list_optimizers() or prefix not in ("", "lookahead"):  # timm would read the last part alone
         raise UsageError(f"--opt: no optimizer is called {options.opt!r}; choose dtoadamw, dtosgd, or one of timm's")

@@ -230,7 +230,7 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--kd-held-out",
-        type=Number(float, above=0, most=0.5),
+        type=Number(float, least=0, most=0.5),
         default=0.0,
         metavar="SHARE",
         help="of the training images, kept from training: --kd-balance heldout and auto weigh by the loss there",
