@@ -64,11 +64,11 @@ class Ema(Wrapper):
         return Ema(self.beta, self.inner.begin())
 
     def weigh(self, call: Call, options: Options) -> Balance:
-        """As the source, with the average."""
+        """The balance of the averaged Gram matrix, before the one full pass."""
         return self.inner.weigh(call, self._averaging(call.names, options))
 
     def solve(self, gathered: Gathered, options: Options) -> Balance:
-        """As the source, with the average."""
+        """The balance of the averaged Gram matrix, of K gradients."""
         return self.inner.solve(gathered, self._averaging(gathered.names, options))
 
     def _averaging(self, names: tuple[str, ...], options: Options) -> Options:

@@ -81,7 +81,7 @@ class Every(Wrapper):
         return ops.balance_grams(grams, call.losses, replace(options, weighting=kept))
 
     def solve(self, gathered: Gathered, options: Options) -> Balance:
-        """As the source."""
+        """The balance of K gradients, whose Gram matrix is measured in this step."""
         self._fresh = True
         return self.inner.solve(gathered, options)
 

@@ -26,15 +26,15 @@ class Wrapper(Source):
 
     @property
     def measures_in_step(self) -> bool:
-        """As the source."""
+        """Whether the source that measures needs `run`."""
         return self.inner.measures_in_step
 
     def one_pass(self, names: tuple[str, ...], params: Sequence[Tensor]) -> bool:
-        """As the source."""
+        """Whether the source that measures takes one full backward pass in the step that begins."""
         return self.inner.one_pass(names, params)
 
     def watch(self, options: Options) -> Watch | None:
-        """As the source."""
+        """What the source that measures has look at the gradients."""
         return self.inner.watch(options)
 
     def run(
@@ -48,7 +48,7 @@ class Wrapper(Source):
         self.inner.release()
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
-        """As the source."""
+        """Let the source that measures remember the step."""
         self.inner.commit(names, balance)
 
     def state_dict(self) -> dict[str, Any]:

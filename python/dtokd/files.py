@@ -79,7 +79,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_bytes`."""
+    """Replace a file by this text, in UTF-8: see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
