@@ -1,6 +1,6 @@
 """Builds what a release consists of, and tries each part where nothing of this checkout is: `make dist`.
 
-    python tools/dist.py [--torch 2.10 --torch 2.14.1] [--again]
+    python tools/dist.py [--torch 2.10.0 --torch 2.14.1] [--again] [--no-build]
 
 dist/ gets the sdist, the pure-Python wheel and the CPU wheel, the wheels built from the unpacked sdist. Each is then
 installed in a new virtual environment per version of torch, and used from another folder; with the CPU wheel the core
@@ -98,7 +98,8 @@ def wheel(source: Path, out: Path, kind: str, date: int) -> Path:
     """A wheel of an unpacked sdist: "none" is pure Python, "cpu" has the kernels and auditwheel's tag."""
     folder = source.parent / f"wheel-{kind}"
     build = (sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", folder, source)
-    run(*build, DTOKD_BUILD=kind, SOURCE_DATE_EPOCH=str(date))
+    # compiled anew, so that a second build proves something
+    run(*build, DTOKD_BUILD=kind, SOURCE_DATE_EPOCH=str(date), CCACHE_DISABLE="1")
     (made,) = folder.glob("*.whl")
     if kind == "none":
         return Path(shutil.copy(made, out))
@@ -126,6 +127,14 @@ def build(out: Path, work: Path) -> list[Path]:
         wheel(unpack(archive, work / "pure"), out, "none", date),
         wheel(unpack(archive, work / "compiled"), out, "cpu", date),
     ]
+
+
+def built(out: Path) -> list[Path]:
+    """What `build` has made before."""
+    found = [sorted(out.glob(pattern)) for pattern in ("*.tar.gz", "*-py3-none-any.whl", "*-abi3-*.whl")]
+    if any(len(files) != 1 for files in found):
+        sys.exit(f"{out} does not hold one sdist and two wheels: leave out --no-build")
+    return [files[0] for files in found]
 
 
 def environment(torch: str) -> Path:
@@ -172,8 +181,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch", action="append", help="a version to try the parts with; may be repeated")
     parser.add_argument("--again", action="store_true", help="build all twice, in two folders, and compare the bytes")
+    parser.add_argument("--no-build", action="store_true", help="try what is in dist/")
     arguments = parser.parse_args()
-    parts = build(ROOT / "dist", WORK / "first")
+    parts = built(ROOT / "dist") if arguments.no_build else build(ROOT / "dist", WORK / "first")
     if arguments.again:
         again = digests(build(WORK / "again-dist", WORK / "second/in/another/folder"))
         different = [name for name, digest in digests(parts).items() if again.get(name) != digest]
