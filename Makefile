@@ -150,7 +150,9 @@ $(VENV)/base:
 # Built again when a source is newer than it.
 $(NATIVE): setup.py $(KERNELS_CSRC) | $(VENV)/base
 	@echo "building the CPU kernels"
-	DTOKD_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace
+	@mkdir -p build
+	@DTOKD_BUILD=cpu $(BIN)/python setup.py --quiet build_ext --inplace >build/native.log 2>&1 || \
+		{ tail -n 50 build/native.log; exit 1; }
 	touch $@
 
 $(VENV)/demo: $(VENV)/base pyproject.toml
