@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import dtokd_kernels as dk
-from dtokd_kernels import cuda
+from dtokd_kernels import implementations
 from dtokd_kernels.sources import Exact, Source
 
 Kind = Literal["interior", "vertex"]
@@ -213,7 +213,7 @@ def dtokd(case: Case, backend: str = "cpu", gram: Source | str = "exact") -> Com
     optimizer = optimizer_of(case, gram=gram, backend=backend)
     # Gram: both gradients. Update: parameters, two moments, and the gradients whose weight is not 0. In one launch it
     # depends on the chip how many gradients are read once
-    one_launch = backend == "cuda" and gram == "exact" and case.parameters <= cuda.RESIDENT_PARAMETERS
+    one_launch = backend == "cuda" and gram == "exact" and case.parameters <= implementations.RESIDENT_PARAMETERS
     counted = backend != "reference" and not one_launch
     traffic = Traffic(28 if case.kind == "interior" else 24, 12) if counted else None
     return Competitor(optimizer.step, nothing, traffic)

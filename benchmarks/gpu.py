@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from dtokd_kernels import backends, cuda
+from dtokd_kernels import backends, implementations
 
 from . import gate, report
 from .cases import (
@@ -56,7 +56,7 @@ def competitors(device: str, parameters: int = 0) -> dict[str, Callable[[Case], 
             continue
         if (reason := backend.missing()) is None:
             found[f"dtokd {name}"] = partial(dtokd, backend=name)
-            if name == "cuda" and parameters <= cuda.RESIDENT_PARAMETERS:
+            if name == "cuda" and parameters <= implementations.RESIDENT_PARAMETERS:
                 found["dtokd cuda two launches"] = partial(dtokd, backend=name, gram=TwoLaunches())
             found[f"dtokd {name} lag"] = partial(lag_step, backend=name)
             found[f"dtokd {name} lag with check"] = partial(lag_step, backend=name, check=True)

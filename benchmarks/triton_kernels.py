@@ -56,8 +56,9 @@ def variants(
             constants = {"K": K, "REACH": 2**K - 1, "DTYPE": DTYPES[dtype], "CHUNK": CHUNK, "VECTOR": vector, **sums}
             yield Variant(f"gram {what}", gram_kernel, constants, warps)
             common = {"K": K, **update.constants(dtype)}
+            combined = {"REACH": 2**K - 1, **update.constants(dtype)}
             descent = {**common, "REACH": 2**K - 1, "MAXIMIZE": False, "TENSOR_LR": False, "tensor_lr": None}
-            yield Variant(f"combine {what}", update.combine_kernel, common, update.OPTIONS)
+            yield Variant(f"combine {what}", update.combine_kernel, combined, update.OPTIONS)
             for measure in (False, True):
                 beside = {**descent, "MEASURE": measure, **({} if measure else {"partials": None})}
                 counted = {**beside, "STEP": tl.float32}

@@ -8,14 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import backends
+from . import kernels
 from .checks import check_options, check_params, check_share
 from .gradients import GradientSets, Losses
-from .ops import group_rows
 from .reach import of_backward
+from .rows import GradientRows
 from .solve import commit, solve_sets
 from .sources import Source, choose
-from .types import Balance, Group, Private, Rescale, Role, Weighting, limit_of, of_reach
+from .types import Balance, Private, Rescale, Weighting, limit_of
 
 
 def backward(
@@ -89,28 +89,17 @@ def backward(
     sets = GradientSets(of_backward(params))
     sets.collect(losses, params, source, options, scaler=scaler, features=features, retain_graph=retain_graph)
     sets.reach.look(sets.grads, None)
-    of_role: dict[Role, list[int]] = {}  # positions
     columns = list(zip(*sets.grads, strict=True))
-    for t, column in enumerate(columns):
-        of_role.setdefault(options.role(True, sets.reach.of(t, column), len(column)), []).append(t)
-    found = [
-        (role, group, [positions[t] for t in where])
-        for role, positions in sorted(of_role.items())
-        for group, where in group_rows(columns[t] for t in positions).values()
-    ]
-    by_role: dict[Role, list[Group]] = {}
-    for role, group, _ in found:
-        by_role.setdefault(role, []).append(group)
+    reached = [t for t, column in enumerate(columns) if any(g is not None for g in column)]
+    roles = [options.role(True, sets.reach.of(t, columns[t]), len(columns[t])) for t in reached]
+    rows = GradientRows.of([columns[t] for t in reached], roles)
     with torch.no_grad():
-        record, table = solve_sets(sets, by_role, options, None, "backward")
+        record, table = solve_sets(sets, rows, options, None, "backward")
         record = replace(record, names=sets.names)
         # the sets stay scaled, as the optimizer's scaler expects `.grad`
         table = table * share
-        combined: list[tuple[int, Tensor]] = []
-        for role, (reach, lists), where in found:
-            device = lists[0][0].device
-            values = backends.select(device).combine(lists, of_reach(table[role].to(device), reach), lists[0])
-            combined += zip(where, values, strict=True)
+        values = kernels.combine(rows, table, [column[0] for column in rows.columns()])
+        combined = list(zip(reached, values, strict=True))
         if sets.scale is None:  # else it is the scaler's to find
             for _, value in combined:
                 if value.dtype is torch.float16:

@@ -1,7 +1,4 @@
-"""Which implementation of the operations runs, and why.
-
-A backend is a module with the functions of `Implementation`. Choosing one is the only thing decided here.
-"""
+"""Which implementation runs, and why."""
 
 from __future__ import annotations
 
@@ -9,47 +6,14 @@ import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from . import cuda, native, reference
-from .types import Balance, Options, Update
-
-
-class Implementation(Protocol):
-    """What a backend's module has: functions with the names and meanings of those in `reference`.
-
-    It may also have
-
-        gram_balance(groups, losses, options) -> Balance: `gram` of all roles and `balance` at once;
-        run_step(updates, losses, options) -> Balance | None: a whole step at once; None, with nothing changed, where
-            it does not fit.
-    """
-
-    def gram(self, grads: Sequence[Sequence[Tensor]], /) -> Tensor:
-        """[K, K] of K lists without None, of one dtype and device."""
-
-    def min_norm_weights(self, gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
-        """[K] from [K, K]."""
-
-    def balance(self, grams: Tensor, losses: Tensor, options: Options) -> Balance:
-        """From the Gram matrices [3, K, K] by role to coefficients."""
-
-    def combine(
-        self, grads: Sequence[Sequence[Tensor]], coefficients: Tensor, out: Sequence[Tensor] | None = None, /
-    ) -> list[Tensor]:
-        """The combination of K lists as for `gram`."""
-
-    def run_updates(self, updates: Sequence[Update], table: Tensor, skipped: Tensor) -> None:
-        """Updates on one device, in the order in which memory should be walked."""
-
-    def measure_and_update(self, updates: Sequence[Update], table: Tensor, skipped: Tensor) -> Tensor:
-        """The same, and [3, K, K] of their gradients."""
+from . import libraries
+from .implementations import Implementation, Kernels, Reference
 
 
 @dataclass(frozen=True)
@@ -57,20 +21,20 @@ class Backend:
     """An implementation of the operations.
 
     Attributes:
-        module: returns it; called when it is first used.
+        implementation: returns it; called when it is first used.
         device: the type of device that its tensors are on; None: any.
         missing: why it cannot run here, or None if it can.
         automatic: used without being asked for. (Interpreted kernels are not.)
     """
 
-    module: Callable[[], Implementation]
+    implementation: Callable[[], Implementation]
     device: str | None
     missing: Callable[[], str | None]
     automatic: bool = True
 
 
 def _cuda_missing() -> str | None:
-    return cuda.missing or (None if torch.cuda.is_available() else "torch sees no CUDA device")
+    return libraries.missing["cuda"] or (None if torch.cuda.is_available() else "torch sees no CUDA device")
 
 
 @functools.cache
@@ -82,10 +46,11 @@ def _missing_triton() -> str | None:
     return None
 
 
+@functools.cache
 def _triton() -> Implementation:
-    from . import triton  # triton itself is imported only when it is used
+    from .triton import library  # triton itself is imported only when it is used
 
-    return triton
+    return library.KERNELS
 
 
 @functools.cache
@@ -94,12 +59,16 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
+_CPU = Kernels("cpu", "dtokd")
+_CUDA = Kernels("cuda", "dtokd", mixed=True, resident=True, device_lr=True)
+#: What computes where kernels lack something.
+REFERENCE = Reference()
 #: By name, the fastest first.
 _BACKENDS: dict[str, Backend] = {
-    "cuda": Backend(lambda: cuda, "cuda", _cuda_missing),
+    "cuda": Backend(lambda: _CUDA, "cuda", _cuda_missing),
     "triton": Backend(_triton, "cpu" if interpreted() else "cuda", _missing_triton, automatic=not interpreted()),
-    "cpu": Backend(lambda: native, "cpu", lambda: native.missing),
-    "reference": Backend(lambda: reference, None, lambda: None),
+    "cpu": Backend(lambda: _CPU, "cpu", lambda: libraries.missing["cpu"]),
+    "reference": Backend(lambda: REFERENCE, None, lambda: None),
 }
 NAMES = tuple(_BACKENDS)
 
@@ -175,7 +144,7 @@ def select(device: torch.device, preferred: str | None = None) -> Implementation
     backend = _BACKENDS[name]
     if backend.device not in (None, device.type):
         raise RuntimeError(f"backend {name!r} cannot run on {device}; use 'reference' or leave the choice open")
-    return backend.module()
+    return backend.implementation()
 
 
 def best(device: torch.device) -> str:
@@ -199,6 +168,6 @@ def backend_info() -> dict[str, str]:
     why = "forced by use_backend or DTOKD_BACKEND" if name else "best available"
     for device in ("cpu", "cuda"):
         info[f"chosen for {device}"] = f"{name or best(torch.device(device))} ({why})"
-    info["instructions"] = native.instructions()
+    info["instructions"] = libraries.instructions()
     info["torch"] = torch.__version__
     return info

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .types import MAX_OBJECTIVES, Update
+from .types import MAX_OBJECTIVES
 from .watch import Watch
 
 
@@ -147,6 +147,8 @@ class Ranks:
         """This rank's parts of parameters or gradients."""
         return list(tensors)
 
-    def local_update(self, update: Update) -> Update:
-        """The update of this rank's parts."""
-        return update
+    def local_rows(
+        self, params: list[Tensor], states: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """This rank's parts of the parameters that a step updates, and of their state; asked in each step."""
+        return params, states

@@ -2,7 +2,7 @@
 
 The way of the data, one function an arrow::
 
-    gradients --gram--> G --balance (min_norm_weights)--> coefficients --adamw_step | sgd_step | combine--> update
+    gradients --gram--> G --balance (min_norm_weights)--> coefficients --combine, update--> parameters
 
 Equation numbers are those of Hayder et al., "DTO-KD: Dynamic Trade-off Optimization for Effective Knowledge
 Distillation", ICLR 2026. Nothing here stalls the device: every decision is a tensor. Every kernel is compared
@@ -14,14 +14,14 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import debug
-from .types import Balance, GradientList, Options, Role, Update, Weighting, spread
+from .types import Balance, GradientList, Options, Role, Weighting
 
 #: ||g_i - g_j||^2 below this share of ||g_i||^2 + ||g_j||^2 is rounding of the float64 Gram: the two are equal.
 EQUAL = 1e-13
@@ -347,16 +347,10 @@ def _combine_one(position: Sequence[Tensor | None], coefficients: Tensor) -> Ten
     return total.to(first.dtype)
 
 
-@torch.no_grad()
-def adamw_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    coefficients: Tensor,
-    skipped: Tensor,
+def adamw(
+    p: Tensor,
+    g: Tensor,
+    state: Mapping[str, Tensor],
     *,
     lr: float | Tensor,
     beta1: float | Tensor,
@@ -364,117 +358,96 @@ def adamw_step(
     weight_decay: float,
     eps: float,
     amsgrad: bool,
-    maximize: bool,
-    masters: Sequence[Tensor] = (),
-) -> None:
-    """AdamW (Loshchilov and Hutter, 2019) on d = sum_i c_i g_i, in place; changes nothing where `skipped`.
+) -> dict[str, Tensor]:
+    """AdamW (Loshchilov and Hutter, 2019), with torch's placement of the bias corrections.
 
     Args:
-        params: the parameters; `exp_avgs`, `exp_avg_sqs` and, with amsgrad, `max_exp_avg_sqs` have their shapes.
-        grads: K lists of gradients.
-        state_steps: scalar tensors, how many steps each parameter has taken; counted up by one.
-        coefficients: [K], what multiplies the raw gradients.
-        skipped: scalar bool.
-        masters: float32 copies of half-precision parameters, which then are their roundings; or none.
+        p: the parameter.
+        g: the direction d = sum_i c_i g_i that is descended.
+        state: exp_avg, exp_avg_sq, with amsgrad max_exp_avg_sq, and step, how many steps the parameter has taken.
+        lr, beta1, beta2, weight_decay, eps, amsgrad: as in torch.
+
+    Returns:
+        What the parameter ("param") and its state become.
     """
-    coefficients = -coefficients if maximize else coefficients
-    for i, p in enumerate(params):
-        skip = skipped.to(p.device)
-        opmath = torch.promote_types(p.dtype, torch.float32)
-        exact = masters[i] if masters else p
-        g = _combine_one([g[i].to(opmath) for g in grads], coefficients)
-        t = state_steps[i] + 1
-        m = exp_avgs[i].to(opmath).lerp(g, 1 - beta1)
-        v = beta2 * exp_avg_sqs[i].to(opmath) + (1 - beta2) * g * g
-        correction1 = 1 - beta1 ** t.double()
-        correction2 = 1 - beta2 ** t.double()
-        largest = v
-        if amsgrad:
-            largest = torch.maximum(max_exp_avg_sqs[i].to(opmath), v)
-            _assign(max_exp_avg_sqs[i], largest, skip)
-        denominator = largest.sqrt() / correction2.sqrt().to(p.device, opmath) + eps
-        step_size = (lr / correction1).to(p.device, opmath)
-        _assign_parameter(p, exact, exact.to(opmath) * (1 - lr * weight_decay) - step_size * m / denominator, skip)
-        _assign(exp_avgs[i], m, skip)
-        _assign(exp_avg_sqs[i], v, skip)
-        _assign(state_steps[i], t, skip.to(t.device))
+    t = state["step"] + 1
+    m = state["exp_avg"].lerp(g, 1 - beta1)
+    v = beta2 * state["exp_avg_sq"] + (1 - beta2) * g * g
+    correction1 = 1 - beta1 ** t.double()
+    correction2 = 1 - beta2 ** t.double()
+    largest = torch.maximum(state["max_exp_avg_sq"], v) if amsgrad else v
+    denominator = largest.sqrt() / correction2.sqrt().to(p.device, p.dtype) + eps
+    step_size = (lr / correction1).to(p.device, p.dtype)
+    new = {"param": p * (1 - lr * weight_decay) - step_size * m / denominator, "exp_avg": m, "exp_avg_sq": v, "step": t}
+    return new | ({"max_exp_avg_sq": largest} if amsgrad else {})
 
 
-@torch.no_grad()
-def sgd_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Sequence[Tensor]],
-    momentum_buffers: Sequence[Tensor],
-    coefficients: Tensor,
-    skipped: Tensor,
+def sgd(
+    p: Tensor,
+    g: Tensor,
+    state: Mapping[str, Tensor],
     *,
     lr: float | Tensor,
     momentum: float,
     dampening: float,
     weight_decay: float,
     nesterov: bool,
-    maximize: bool,
     first: bool,
-    masters: Sequence[Tensor] = (),
-) -> None:
-    """SGD as torch does it on d = sum_i c_i g_i, in place; changes nothing where `skipped`.
+) -> dict[str, Tensor]:
+    """SGD as torch does it.
 
     Args:
-        params: the parameters; with momentum, `momentum_buffers` have their shapes.
-        grads: K lists of gradients.
+        p: the parameter.
+        g: the direction that is descended.
+        state: with momentum momentum_buffer.
+        lr, momentum, dampening, weight_decay, nesterov: as in torch.
+        first: the buffer holds nothing yet and starts as the direction itself, undampened.
+
+    Returns:
+        What the parameter ("param") and its state become.
+    """
+    g = g + weight_decay * p
+    new = {}
+    if momentum != 0:
+        buffer = g if first else momentum * state["momentum_buffer"] + (1 - dampening) * g
+        g = g + momentum * buffer if nesterov else buffer
+        new["momentum_buffer"] = buffer
+    return new | {"param": p - lr * g}
+
+
+#: By name, as in `rules.RULES`: (parameter, direction, state, hyper-parameters) -> what they become.
+UPDATES: dict[str, Callable[..., dict[str, Tensor]]] = {"adamw": adamw, "sgd": sgd}
+
+
+@torch.no_grad()
+def update(
+    rule: str,
+    p: Tensor,
+    grads: Sequence[Tensor | None],
+    state: Mapping[str, Tensor],
+    coefficients: Tensor,
+    skipped: Tensor,
+    numbers: Mapping[str, Any],
+) -> None:
+    """One rule on d = sum_i c_i g_i, in place; computed in float32 or better, changes nothing where `skipped`.
+
+    Args:
+        rule: a name in `UPDATES`.
+        p: the parameter.
+        grads: K gradients; None counts as zero.
+        state: the rule's, and "master": a float32 copy of a half-precision parameter, which then is its rounding.
         coefficients: [K], what multiplies the raw gradients.
         skipped: scalar bool.
-        first: the buffers hold nothing yet and start as the direction itself, undampened.
-        masters: float32 copies of half-precision parameters, which then are their roundings; or none.
+        numbers: the rule's hyper-parameters, and `maximize`, which turns the direction around.
     """
-    coefficients = -coefficients if maximize else coefficients
-    for i, p in enumerate(params):
-        skip = skipped.to(p.device)
-        opmath = torch.promote_types(p.dtype, torch.float32)
-        exact = masters[i] if masters else p
-        old = exact.to(opmath)
-        g = _combine_one([g[i].to(opmath) for g in grads], coefficients) + weight_decay * old
-        if momentum != 0:
-            buffer = g if first else momentum * momentum_buffers[i].to(opmath) + (1 - dampening) * g
-            g = g + momentum * buffer if nesterov else buffer
-            _assign(momentum_buffers[i], buffer, skip)
-        _assign_parameter(p, exact, old - lr * g, skip)
-
-
-def _assign_parameter(p: Tensor, exact: Tensor, value: Tensor, skip: Tensor) -> None:
-    """exact: the parameter itself or its master copy."""
-    _assign(exact, value, skip)
-    if exact is not p:
-        _assign(p, value, skip)
-
-
-def _assign(target: Tensor, value: Tensor, skip: Tensor) -> None:
-    target.copy_(torch.where(skip, target, value.to(target.dtype)))
-
-
-def run_updates(updates: Iterable[Update], table: Tensor, skipped: Tensor) -> None:
-    """Carry out updates, in place.
-
-    Args:
-        updates: on one device.
-        table: [3, K] float64, a `Balance`'s, on that device.
-        skipped: scalar bool on that device: change nothing.
-    """
-    for update in updates:
-        step: Callable[..., None] = adamw_step if update.rule == "adamw_step" else sgd_step
-        coefficients = update.coefficients(table)
-        step(update.params, update.grads, **update.state, coefficients=coefficients, skipped=skipped, **update.options)
-
-
-def measure_and_update(updates: Iterable[Update], table: Tensor, skipped: Tensor) -> Tensor:
-    """The same with a table that is known beforehand, and the Gram matrices [3, K, K] of the gradients by `Role`.
-
-    Fused implementations read the gradients once for both. The updates may be skipped, the matrices are there in any
-    case.
-    """
-    K = table.shape[1]
-    grams = torch.zeros(len(Role), K, K, dtype=torch.float64, device=table.device)
-    for update in updates:
-        grams[update.role] += spread(gram(update.grads), update.reach, K)
-        run_updates([update], table, skipped)
-    return grams
+    opmath = torch.promote_types(p.dtype, torch.float32)
+    others = {name: value for name, value in numbers.items() if name != "maximize"}
+    coefficients = -coefficients if numbers["maximize"] else coefficients
+    d = _combine_one([None if g is None else g.to(opmath) for g in grads], coefficients)
+    held = {name: tensor if name == "step" else tensor.to(opmath) for name, tensor in state.items()}
+    exact = state.get("master", p)
+    new = UPDATES[rule](exact.to(opmath), d, held, **others)
+    for name, value in new.items():
+        targets = [exact, p] if name == "param" and exact is not p else [p if name == "param" else state[name]]
+        for target in targets:
+            target.copy_(torch.where(skipped.to(target.device), target, value.to(target.dtype)))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import kernels
 from .gradients import GradientSets
 from .ranks import Ranks
+from .rows import GradientRows
 from .sources.source import Gathered, Given
 from .sources.unmeasured import stand_in
-from .types import Balance, Group, Options, Role
+from .types import Balance, Options, Role
 from .weighting.stateful import Stateful
 
 
@@ -31,7 +31,7 @@ def commit(sets: GradientSets, options: Options, record: Balance) -> None:
 
 
 def solve_sets(
-    sets: GradientSets, groups: Mapping[Role, Sequence[Group]], options: Options, ranks: Ranks | None, op: str
+    sets: GradientSets, rows: GradientRows, options: Options, ranks: Ranks | None, op: str
 ) -> tuple[Balance, Tensor]:
     """The balance of the K objectives, and what multiplies the S gradient sets.
 
@@ -39,7 +39,7 @@ def solve_sets(
 
     Args:
         sets: what `collect` gathered.
-        groups: their gradients by role.
+        rows: their gradients.
         options: of the balance.
         ranks: the other processes that train the same model; None if there are none.
         op: what error messages call this.
@@ -50,13 +50,13 @@ def solve_sets(
     """
     assert sets.losses is not None
     if sets.weighed is None:
-        gathered = Gathered(op, sets.names, sets.losses, sets.params, groups, sets.scale, sets.watch, sets.reach, ranks)
+        gathered = Gathered(op, sets.names, sets.losses, sets.params, rows, sets.scale, sets.watch, sets.reach, ranks)
         record = sets.source.solve(gathered, options)
         return record, record.table
     record = sets.weighed
     one = torch.ones(1, dtype=torch.float64, device=sets.losses.device)
     plain = replace(options, weighting=Given(one, log_gradients=False), rescale="none")
-    of_sum = ops.solve(groups, one, plain, sets.scale, ranks)
+    of_sum = kernels.solve(rows, one, plain, sets.scale, ranks)
     coefficients = record.coefficients * of_sum.coefficients.to(record.table.device)
     skipped = of_sum.skipped | record.skipped.to(of_sum.skipped.device)
     measured = record.norm.to(of_sum.norm.device)  # not finite if a gradient that was weighed is not

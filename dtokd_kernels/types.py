@@ -19,8 +19,6 @@ MAX_OBJECTIVES = 8
 GradientList = Sequence[Tensor | None]
 #: (gram [K, K], losses [K]) -> weights [K], or gram [K, K] -> weights [K].
 Weighting = Callable[..., Any]
-#: Tensors that one kernel call can take: which objectives reach them, and a list for each of these.
-Group = tuple[tuple[int, ...], list[list[Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -147,51 +145,3 @@ class Balance:
         if len(self.norms) < 2:
             raise ValueError("Balance.dominance: there is one objective, and nothing to compare it with; read norms")
         return self.norms[1] / self.norms[0]
-
-
-@dataclass(frozen=True)
-class Update:
-    """One update rule on tensors of one parameter group, role, reach, dtype and device.
-
-    Attributes:
-        rule: which function of `reference` says what happens: `adamw_step` or `sgd_step`.
-        role: the row of the balance's table that multiplies the gradients.
-        reach: the objectives that have a gradient here, in increasing order.
-        params: the parameters.
-        grads: one list for each objective in `reach`.
-        state: lists of state tensors, by the rule's argument names.
-        options: the rule's other keywords, such as lr.
-    """
-
-    rule: Literal["adamw_step", "sgd_step"]
-    role: Role
-    reach: tuple[int, ...]
-    params: list[Tensor]
-    grads: list[list[Tensor]]
-    state: dict[str, list[Tensor]]
-    options: dict[str, Any]
-
-    def coefficients(self, table: Tensor) -> Tensor:
-        """[len(reach)], what multiplies its gradients, from the table [3, K] of a `Balance`."""
-        return of_reach(table[self.role], self.reach)
-
-
-def of_reach(coefficients: Tensor, reach: tuple[int, ...]) -> Tensor:
-    """Coefficients [len(reach)] of the objectives in `reach`, without a host sync."""
-    if len(reach) == len(coefficients):
-        return coefficients
-    return torch.stack([coefficients[i] for i in reach])
-
-
-def spread(part: Tensor, reach: tuple[int, ...], K: int) -> Tensor:
-    """A Gram matrix of the objectives in `reach` as one of all K, zero elsewhere; without a host sync."""
-    if len(reach) == K:
-        return part
-    rows = dict(zip(reach, part.unbind(), strict=True))
-    zero, nothing = part.new_zeros(()), part.new_zeros(K)
-
-    def whole(row: Tensor) -> Tensor:
-        entries = dict(zip(reach, row.unbind(), strict=True))
-        return torch.stack([entries.get(j, zero) for j in range(K)])
-
-    return torch.stack([whole(rows[i]) if i in rows else nothing for i in range(K)])

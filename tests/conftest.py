@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dtokd_kernels as dk
-from dtokd_kernels import backends, native
+from dtokd_kernels import backends, libraries
 
 from . import emulated
 from .device import DEVICE, put_tensors_on_device
@@ -47,6 +47,8 @@ def pytest_configure(config) -> None:
     # Triton's interpreter computes in numpy, which warns of what kernels do on purpose, such as inf * 0
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy.*")
+    # many tests take state or copies that some backend has no kernel for; test_plan.py is about the warning
+    config.addinivalue_line("filterwarnings", "ignore:.*updated in plain torch, which is slower:UserWarning")
     for text in (
         ".*does not have a deterministic implementation",
         ".*Synchronization debug mode is a prototype feature",
@@ -100,7 +102,7 @@ def pytest_collection_modifyitems(items) -> None:
 
 
 def pytest_report_header() -> list[str]:
-    where = f"{DEVICE} ({torch.cuda.get_device_name(DEVICE) if DEVICE.type == 'cuda' else native.instructions()})"
+    where = f"{DEVICE} ({torch.cuda.get_device_name(DEVICE) if DEVICE.type == 'cuda' else libraries.instructions()})"
     lines = [f"dtokd: on {where}; backends under test: {', '.join(BACKENDS)}"]
     lines += [f"dtokd: not tested: {n}: {backends.missing(n)}" for n in backends.NAMES if n not in BACKENDS]
     return lines

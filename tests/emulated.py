@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from dtokd_kernels import backends, cuda, fakes, fused
+from dtokd_kernels import backends, implementations, operations
+from dtokd_kernels.implementations import TICKETS, Kernels
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-DDTOKD_EMULATION"]
@@ -44,20 +45,20 @@ def build(folder: Path) -> Path:
 
 
 @contextmanager
-def emulated_cuda(library: Path, device: str = "cpu") -> Iterator[None]:
+def emulated_cuda(library: Path, device: str = "cpu") -> Iterator[Kernels]:
     """Inside, backend "cuda" is there and takes CPU tensors; or those that say they are on `device`."""
-    operations = torch.ops.dtokd_emulated
-    if not hasattr(operations, "gram_by_role"):
+    if not hasattr(torch.ops.dtokd_emulated, "gram"):
+        operations.define("dtokd_emulated")
         torch.ops.load_library(str(library))
-        fakes.register("dtokd_emulated")
-    tickets = torch.zeros(fused.TICKETS, dtype=torch.int32, device=device)
-    before = cuda.OPS, fused.tickets, backends._BACKENDS["cuda"]
-    cuda.OPS, fused.tickets = operations, lambda device: tickets
-    backends._BACKENDS["cuda"] = backends.Backend(lambda: cuda, device, lambda: None)
+    tickets = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+    kernels = Kernels("cuda", "dtokd_emulated", mixed=True, resident=True, device_lr=True)
+    before = implementations.tickets, backends._BACKENDS["cuda"]
+    implementations.tickets = lambda device: tickets
+    backends._BACKENDS["cuda"] = backends.Backend(lambda: kernels, device, lambda: None)
     try:
-        yield
+        yield kernels
     finally:
-        cuda.OPS, fused.tickets, backends._BACKENDS["cuda"] = before
+        implementations.tickets, backends._BACKENDS["cuda"] = before
         assert not getattr(tickets, "host", tickets).any()  # every launch leaves them as it found them
 
 

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import cases, closeness, distributed, gate, gpu, iterations, memory, report, run, share, sources
 from benchmarks.cases import COMPETITORS, Case, Competitor
 from benchmarks.record import read
-from dtokd_kernels import cuda
+from dtokd_kernels import implementations
 from dtokd_kernels.weighting import NAMES
 
 from . import emulated
@@ -146,10 +146,11 @@ def test_gpu_benchmark_writes_what_it_measures(tmp_path):
 def test_gpu_benchmark_takes_small_models_in_one_launch_and_in_two(tmp_path, monkeypatch, emulated_library):
     """In the emulation. What is too large for one launch has one row, with the bytes of the two."""
     one, two = "dtokd cuda", "dtokd cuda two launches"
-    run_step, whole = cuda.run_step, []
-    monkeypatch.setattr(cuda, "RESIDENT_PARAMETERS", 20_000)
-    monkeypatch.setattr(cuda, "run_step", lambda *args: whole.append(run_step(*args)) or whole[-1])
-    with emulated.emulated_cuda(emulated_library):
+    whole = []
+    monkeypatch.setattr(implementations, "RESIDENT_PARAMETERS", 20_000)
+    with emulated.emulated_cuda(emulated_library) as kernels:
+        resident = kernels.resident
+        monkeypatch.setattr(kernels, "resident", lambda *args: whole.append(resident(*args)) or whole[-1])
         found = gpu.competitors("cpu")
         assert {name for name in found if "cuda" in name} == {name for name in gpu.CAPTURABLE if "cuda" in name}
         for name, taken in {one: [True] * (len(cases.KINDS) * gate.STEPS), two: []}.items():

@@ -10,6 +10,8 @@ from . import cmake
 from .inputs import CHUNK
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
+#: Numbers of update_rules.h, in its order.
+ADAMW, SGD = [1e-2, 0.9, 0.999, 0.1, 1e-8, 0, 0], [1e-2, 0.9, 0.999, 0.1, 1, 0, 0]
 SIZES = (1, 0, 7, 16, 63, 1000, CHUNK, CHUNK + 1, 0)
 
 
@@ -65,7 +67,6 @@ def test_gram_has_the_same_bits_for_every_instruction_set_and_thread_count(core,
 @pytest.mark.parametrize("K", [1, 2, 3, 5])
 def test_updates_agree_between_instruction_sets(core, dtype, K):
     coefficients = [0.3 + k for k in range(K)]
-    scalars = [1e-2, 0.9, 0.999, 0.1, 1e-8, 3]
     outcomes = []
     for name in core.names():
         for threads in (1, 3):
@@ -73,8 +74,8 @@ def test_updates_agree_between_instruction_sets(core, dtype, K):
             p, m, out = (lists(dtype, 1, seed) for seed in (1, 2, 5))
             v, largest = (lists(dtype, 1, seed, positive=True) for seed in (3, 4))
             a = [addresses(t) for t in (grads, p, m, v, largest, out)]
-            core.adamw_step(name, threads, dtype, a[0], SIZES, coefficients, scalars, a[1], a[2], a[3], a[4])
-            core.sgd_step(name, threads, dtype, a[0], SIZES, coefficients, scalars[:4], True, False, a[1], a[2])
+            core.update(name, threads, 0, dtype, a[0], SIZES, coefficients, ADAMW, 2, a[1], [a[2], a[3], a[4]])
+            core.update(name, threads, 1, dtype, a[0], SIZES, coefficients, SGD, 0, a[1], [a[2]])
             core.combine(name, threads, dtype, a[0], SIZES, coefficients, a[5])
             outcomes.append((name, [*p, *m, *v, *largest, *out]))
     # fused multiply-add or not: a few roundings of the working precision, relative to the largest term of the sum

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dtokd_kernels import reference
+from dtokd_kernels.rules import RULES
 from dtokd_kernels.types import Options
 from dtokd_kernels.weighting import DTO
 
@@ -190,9 +191,11 @@ def test_same_bits_for_every_schedule_and_alignment(launches, K):
 
 # ---- Updates
 
+ADAMW_RULE = RULES["adamw"].index
+
 
 def targets_of(params, grads, states, steps, *, roles=None, of_group=None, masters=None):
-    """What launch_adamw takes. states: exp_avgs, exp_avg_sqs and perhaps max_exp_avg_sqs."""
+    """What launch_update takes. states: exp_avgs, exp_avg_sqs and perhaps max_exp_avg_sqs."""
     count = len(params)
     roles, of_group, masters = roles or [0] * count, of_group or [0] * count, masters or [None] * count
     return [
@@ -206,7 +209,7 @@ def targets_of(params, grads, states, steps, *, roles=None, of_group=None, maste
 
 def adamw(launches, params, grads, states, steps, groups, coefficients, skipped=NEVER, **more):
     targets = targets_of(params, grads, states, steps, **more)
-    launches.adamw(targets, groups, len(grads), address(coefficients), address(skipped))
+    launches.update(ADAMW_RULE, targets, groups, len(grads), address(coefficients), address(skipped))
 
 
 def fresh(sizes, dtype, K, seed=0):
@@ -234,10 +237,9 @@ def test_many_groups_and_roles_in_one_call(launches, K):
     table = (1 + torch.arange(3.0 * K, dtype=torch.float64).view(3, K)) * torch.tensor([-1.0, 1.0]).repeat(K)[:K]
     expected = [clones(params), *map(clones, states), clones(steps)]
     for t in range(81):
-        reference.adamw_step(
-            [expected[0][t]], [[row[t]] for row in grads], [expected[1][t]], [expected[2][t]], [], [expected[3][t]],
-            table[roles[t]], NEVER, amsgrad=False, **groups[of_group[t]],
-        )  # fmt: skip
+        held = {"exp_avg": expected[1][t], "exp_avg_sq": expected[2][t], "step": expected[3][t]}
+        numbers = {"amsgrad": False, **groups[of_group[t]]}
+        reference.update("adamw", expected[0][t], [row[t] for row in grads], held, table[roles[t]], NEVER, numbers)
     old = {"param": clones(params), "exp_avg": clones(states[0]), "exp_avg_sq": clones(states[1])}
     adamw(launches, params, grads, states, steps, groups, table, roles=roles, of_group=of_group)
     for t in range(81):
@@ -308,7 +310,7 @@ def test_a_gradient_of_coefficient_zero_is_not_read(launches, K):
     position = ("float32", 0, 5000, [grads[1][0].data_ptr() if k == 1 else 16 for k in range(K)])
     state = [address(s[0]) for s in again]
     target = (position, "float32", address(others[0]), 0, state, address(steps[0]), 0)
-    launches.adamw([target], [ADAMW], K, address(coefficients), address(NEVER))
+    launches.update(ADAMW_RULE, [target], [ADAMW], K, address(coefficients), address(NEVER))
     assert torch.equal(params[0], others[0])
 
 
@@ -357,10 +359,10 @@ def measured_and_not(
         arguments = targets, groups, K, address(table), address(skipped)
         if measured:
             grams = torch.empty(3, K, K, dtype=torch.float64)
-            getattr(launches, f"gram_{rule}")(*arguments, address(grams))
+            launches.gram_update(RULES[rule].index, *arguments, address(grams))
         else:
             grams = gram(launches, grads, roles)
-            getattr(launches, rule)(*arguments)
+            launches.update(RULES[rule].index, *arguments)
         results.append([grams, *params, *(s for row in states for s in row), *steps, *(copies or [])])
     return results
 
@@ -449,7 +451,7 @@ def step_both_ways(
             done = launches.resident_adamw(targets, groups, K, *addresses, blocks, shared_bytes)
         else:
             grams, values, flags = gram_balance(launches, grads, roles, losses, options)
-            launches.adamw(targets, groups, K, address(values[K:]), address(flags[1:]))
+            launches.update(ADAMW_RULE, targets, groups, K, address(values[K:]), address(flags[1:]))
         results.append([grams, values, flags, *params, *states[0], *states[1], *steps])
     return *results, done
 

@@ -164,8 +164,9 @@ def test_compare_steps_notices_other_weights(digits, teacher):
 
 @pytest.mark.skipif(not FUSED, reason="no fused step here: both sides would be wrong alike")
 def test_compare_steps_notices_another_update(monkeypatch, digits, teacher):
-    step = reference.adamw_step
-    monkeypatch.setattr(reference, "adamw_step", lambda *args, **kwargs: step(*args, **{**kwargs, "weight_decay": 0.0}))
+    adamw = reference.adamw
+    undecayed = lambda *args, **numbers: adamw(*args, **{**numbers, "weight_decay": 0.0})  # noqa: E731
+    monkeypatch.setitem(reference.UPDATES, "adamw", undecayed)
     agreement = compared(new_student("logit", teacher, 0)[1], digits, demo.METHODS["dto-reference"])
     assert agreement.weights <= agreement.weights_allowed
     assert agreement.update > agreement.update_allowed

@@ -5,12 +5,13 @@ import torch
 from torch import nn
 
 import dtokd_kernels as dk
-from dtokd_kernels import backends, cuda
+from dtokd_kernels import backends
 from dtokd_kernels.sources import Ema
-from dtokd_kernels.types import Options, Role, Update
+from dtokd_kernels.types import Options, Role
 
 from . import emulated
 from .device import DEVICE
+from .updates import Update, gradient_rows, measure_and_run, run, step_of
 
 pytestmark = pytest.mark.skipif(
     DEVICE.type != "cuda", reason="runs on a GPU, with DTOKD_TEST_DEVICE=cuda (make gpu does that)"
@@ -217,44 +218,41 @@ def test_same_bits_as_the_emulation(emulated_library, K, dtype):
     moments = [[torch.rand(n, generator=generator, device="cpu").to(dtype) for n in sizes] for _ in range(3)]
     loss = torch.rand(K, generator=generator, device="cpu", dtype=torch.float64) + 0.5
 
-    def update(device, rule="adamw_step"):
+    def update(device, rule="adamw"):
         rows = [[g.to(device) for g in row] for row in grads]
         p, m, v = ([t.to(device).clone() for t in row] for row in moments)
         numbers = {"lr": 1e-2, "weight_decay": 0.1, "maximize": False}
-        if rule == "sgd_step":
+        if rule == "sgd":
             numbers |= {"momentum": 0.9, "dampening": 0.1, "nesterov": True, "first": False}
-            state = {"momentum_buffers": m}
+            state = {"momentum_buffer": m}
         else:
             numbers |= {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "amsgrad": False}
-            steps = [torch.tensor(3.0, device=device) for _ in sizes]
-            state = {"exp_avgs": m, "exp_avg_sqs": v, "max_exp_avg_sqs": [], "state_steps": steps}
+            state = {"exp_avg": m, "exp_avg_sq": v, "step": [torch.tensor(3.0, device=device) for _ in sizes]}
         return Update(rule, Role.SHARED, tuple(range(K)), p, rows, state, numbers)
 
-    def tensors(updates):
-        return [t for u in updates for t in (*u.params, *(s for values in u.state.values() for s in values))]
-
-    def run(device):
+    def on(device, kernels):
         """What every kernel leaves: in two launches, in one that measures, in the one for small models."""
-        two, sgd = update(device), update(device, "sgd_step")
-        groups, losses = {Role.SHARED: [(two.reach, two.grads)]}, loss.to(device)
+        two, sgd = update(device), update(device, "sgd")
+        losses, rows = loss.to(device), gradient_rows(two.grads)
         options = Options(dk.weighting.DTO(), max_norm=1.0)
-        record = cuda.gram_balance(groups, losses, options)
-        cuda.run_updates([two], record.table, record.skipped)
-        cuda.run_updates([sgd], record.table, record.skipped)
-        measured = [update(device), update(device, "sgd_step")]
-        grams = [cuda.measure_and_update([u], record.table, record.skipped) for u in measured]
-        combined = cuda.combine(two.grads, record.coefficients)
+        record = kernels.gram_balance(rows, losses, options)
+        run(kernels, [two, sgd], record.table, record.skipped)
+        measured = [update(device), update(device, "sgd")]
+        grams = [measure_and_run(kernels, [u], record.table, record.skipped) for u in measured]
+        combined = [torch.empty_like(p) for p in two.params]
+        kernels.combine(combined, rows, record.table)
         one = update(device)
-        whole = cuda.run_step([one], losses, options)
+        step, _ = step_of(kernels, [one])
+        whole = kernels.resident(step.parts[0].rows, step.grads, [one.options], losses, options)
         if whole is not None:
-            assert all(torch.equal(a, b) for a, b in zip(tensors([one]), tensors([two]), strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
             assert torch.equal(whole.table, record.table)
         kept = [record.gram, record.weights, record.table, record.norm, *grams, *combined]
-        return kept + tensors([two, sgd, *measured])
+        return kept + [t for u in (two, sgd, *measured) for t in u.tensors()]
 
-    on_gpu = run(DEVICE)
-    with emulated.emulated_cuda(emulated_library):
-        on_cpu = run(torch.device("cpu"))
+    on_gpu = on(DEVICE, backends.select(DEVICE, "cuda"))
+    with emulated.emulated_cuda(emulated_library) as kernels:
+        on_cpu = on(torch.device("cpu"), kernels)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(on_gpu, on_cpu, strict=True))
 
 

@@ -12,12 +12,12 @@ OCCUPANCY = {
     "gram_kernel<float, 2>": 1 / 2,
     "gram_kernel<bf16, 2>": 1 / 2,
     "gram_kernel<float, 4>": 1 / 4,
-    "update_kernel<AdamWRule<float, float, false>, 2>": 1 / 2,
-    "update_kernel<AdamWRule<bf16, float, false>, 2>": 3 / 8,
-    "update_kernel<AdamWRule<bf16, float, true>, 2>": 1 / 4,
+    "update_kernel<StepRule<AdamW, float, float, false>, 2>": 1 / 2,
+    "update_kernel<StepRule<AdamW, bf16, float, false>, 2>": 3 / 8,
+    "update_kernel<StepRule<AdamW, bf16, float, true>, 2>": 1 / 4,
     "update_kernel<CombineRule<float>, 2>": 1 / 2,
-    "gram_update_kernel<AdamWRule<float, float, false>, 2>": 3 / 8,
-    "gram_update_kernel<AdamWRule<bf16, float, false>, 2>": 1 / 4,
+    "gram_update_kernel<StepRule<AdamW, float, float, false>, 2>": 3 / 8,
+    "gram_update_kernel<StepRule<AdamW, bf16, float, false>, 2>": 1 / 4,
 }
 
 
@@ -43,7 +43,7 @@ def test_machine_code(compiled, kernel):
 def test_step_of_two_float32_gradients_moves_40_bytes_per_parameter(compiled):
     total = 0
     for kernel, code in compiled.items():
-        if kernel.name in ("gram_kernel<float, 2>", "update_kernel<AdamWRule<float, float, false>, 2>"):
+        if kernel.name in ("gram_kernel<float, 2>", "update_kernel<StepRule<AdamW, float, float, false>, 2>"):
             loop = kernels.Loop(code.main_loop())
             total += loop.bytes() / loop.elements(kernel)
     assert total == 40

@@ -15,9 +15,9 @@ SCHEDULES = {"run": ("forward", "reverse", "1", "2"), "thread": ("forward",)}
 OBJECTS = {
     "gram": "csrc/cuda/launch_gram.cu",
     "adamw": "csrc/cuda/launch_adamw.cu",
-    "sgd": "csrc/cuda/launch_sgd.cu",
+    "sgd": "csrc/cuda/launch_rules.cu",
     "gram_adamw": "csrc/cuda/launch_gram_adamw.cu",
-    "gram_sgd": "csrc/cuda/launch_gram_sgd.cu",
+    "gram_sgd": "csrc/cuda/launch_gram_rules.cu",
     "resident": "csrc/cuda/launch_resident.cu",
     "tests": "csrc/tests/cuda_tests.cpp",
 }

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import dtokd_kernels as dk
-from dtokd_kernels import optim
+from dtokd_kernels import balanced as base
 
 from . import tolerances
 from .device import DEVICE
@@ -436,7 +436,7 @@ def test_gradient_that_is_not_finite_changes_nothing(backend, make, started, whe
 def test_dampened_momentum_is_as_if_a_skipped_step_was_not(backend, monkeypatch, saved, skipped, told):
     """It begins undampened, also where the host learns only afterwards that the first step was skipped, as on a GPU."""
     if not told:
-        monkeypatch.setattr(optim, "_known_to_skip", lambda record: False)
+        monkeypatch.setattr(base, "_known_to_skip", lambda record: False)
     models = [Student(), Student()]
     (model, optimizer), (other, undisturbed) = (
         (m, dk.DTOSGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.5)) for m in models

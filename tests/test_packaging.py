@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import dtokd_kernels
-from dtokd_kernels import native
+from dtokd_kernels import libraries
 from dtokd_kernels._version import built_from
 
 ROOT = Path(__file__).parents[1]
@@ -135,7 +135,7 @@ def test_install_with_the_extension(compiled):
 def test_extension_says_what_it_was_built_from(compiled):
     """In an install the version, in a checkout a digest of its sources too."""
     version = dtokd_kernels.__version__
-    assert native.version_of(next(compiled.glob("dtokd_kernels/_C*"))).startswith(f"{version}+")
+    assert libraries.version_of(next(compiled.glob("dtokd_kernels/_C*"))).startswith(f"{version}+")
     assert built_from(ROOT / "csrc").startswith(f"{version}+")
     assert built_from(ROOT / "no such folder") == version
 

@@ -220,13 +220,13 @@ KERNELS = [
     "gram_kernel<float, 2>",
     "gram_kernel<bf16, 2>",
     "gram_kernel<float, 4>",
-    "update_kernel<AdamWRule<float, float, false>, 2>",
-    "update_kernel<AdamWRule<bf16, float, true>, 2>",
-    "update_kernel<SGDRule<float, float>, 2>",
+    "update_kernel<StepRule<AdamW, float, float, false>, 2>",
+    "update_kernel<StepRule<AdamW, bf16, float, true>, 2>",
+    "update_kernel<StepRule<SGD, float, float, true>, 2>",
     "update_kernel<CombineRule<bf16>, 2>",
-    "gram_update_kernel<AdamWRule<float, float, false>, 2>",
+    "gram_update_kernel<StepRule<AdamW, float, float, false>, 2>",
     "gram_update_kernel<SGDRule<bf16, float>, 2>",
-    "resident_kernel<AdamWRule<float, float, false>, 2>",
+    "resident_kernel<StepRule<AdamW, float, float, false>, 2>",
 ]
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import dtokd_kernels as dk
-from dtokd_kernels import fused, reference
+from dtokd_kernels import reference
+from dtokd_kernels.implementations import _record
+from dtokd_kernels.rules import RULES
 from dtokd_kernels.types import Options
 
 from . import tolerances
@@ -17,7 +19,7 @@ from .inputs import LAYOUTS, gradients
 from .ptx.library import Library, Program
 from .ptx.parser import parse
 from .test_gram import assert_gram
-from .test_step import Step, assert_step
+from .test_step import NEVER, Step, assert_step
 
 compiler = pytest.importorskip("benchmarks.triton_kernels", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(compiler.INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler")
@@ -89,23 +91,25 @@ def launchers(folder, monkeypatch, memory):
             made.append(Kernel(getattr(module, name), folder, memory if takes_a_ticket else None))
             monkeypatch.setattr(module, name, made[-1])
 
-    def run_updates(updates, table, skipped, measured=False):
-        (one,) = updates
-        of_group = [one.options[name] for name in ("lr", "beta1", "beta2", "weight_decay", "eps")]
+    def run_step(step, measured=False):
+        table = step.coefficients.expand(3, -1)
+        of_group = [step.options[name] for name in RULES["adamw"].numbers]
         table = torch.stack([table[0], torch.full_like(table[0], torch.nan), table[0]])
-        groups = tuple(t % 2 for t in range(len(one.params)))  # of roles 0 and 2; 2 alone if measured
-        numbers = (2 * measured, *of_group, 2, *of_group)
-        reach = 2 ** len(one.grads) - 1
-        descent = update.Descent(one.params, one.grads, groups, reach, table, skipped, None, numbers)
-        states = [one.state["exp_avgs"], one.state["exp_avg_sqs"]]
+        params = step.tensors["param"]
+        groups = tuple(t % 2 for t in range(len(params)))  # of roles 0 and 2; 2 alone if measured
+        numbers = tuple(float(n) for n in (2 * measured, *of_group, 2, *of_group))
+        reach = 2 ** len(step.grads) - 1
+        descent = update.Descent(params, step.grads, groups, reach, table, NEVER, None, numbers)
+        states = [step.tensors["exp_avg"], step.tensors["exp_avg_sq"], step.steps]
         if memory is not None:
-            memory[:] = [t for row in [one.params, *one.grads, *states, one.state["state_steps"]] for t in row]
-        return update.adamw_step(descent, states, one.state["state_steps"], one.options["maximize"], measured)
+            memory[:] = [t for row in [params, *step.grads, *states] for t in row]
+        ticket = torch.zeros(1, dtype=torch.int32)
+        return update.step(RULES["adamw"], descent, states, step.options, ticket, measured)
 
     return SimpleNamespace(
         gram_by_role=gram.gram_by_role,
         gram_balance=solve.gram_balance,
-        run_updates=run_updates,
+        run_step=run_step,
         launched=lambda: [k.kernel.__name__ for k in made for _ in range(k.launches)],
     )
 
@@ -135,7 +139,7 @@ def test_gram_and_balance(kernels, K):
     assert_gram(grams[2], plain)
     zero = [torch.zeros_like(g) for g in private[0]]
     assert_gram(grams[1], [[private[0][0], zero[1]], *[zero] * (K - 2), [zero[0], private[-1][1]]])
-    got = fused.record(grams[0], values, flags)
+    got = _record(grams, values, flags)
     expected = reference.balance(grams, losses, Options(dk.weighting.DTO(), max_norm=1.0))
     bound = tolerances.weights_bound(grams[0] / losses.outer(losses)) + 100 * tolerances.unit_roundoff(torch.float64)
     for name in ("weights", "table", "norm", "norms", "cosine"):
@@ -148,8 +152,8 @@ def test_gram_and_balance(kernels, K):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_step_that_measures(kernels, dtype):
     before = Step("adamw", 2, SIZES, dtype)
-    after, grams = before.clone(), []
-    after.run(SimpleNamespace(run_updates=lambda *args: grams.append(kernels.run_updates(*args, measured=True))))
+    after = before.clone()
+    grams = [kernels.run_step(after, measured=True)]
     assert_step(before, after)
     assert_gram(grams[0][2], before.grads)
     assert not grams[0][:2].any()
@@ -159,7 +163,8 @@ def test_adamw_step_that_measures(kernels, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adamw_step(kernels, dtype):
     before = Step("adamw", 2, SIZES, dtype)
-    after = before.clone().run(kernels)
+    after = before.clone()
+    kernels.run_step(after)
     assert_step(before, after)
     assert kernels.launched() == ["adamw_kernel"]
     assert all(count == 1 + was for count, was in zip(after.steps, before.steps, strict=True))
@@ -196,7 +201,9 @@ def balance_by_ticket(kernels):
 
 def step_by_ticket(kernels):
     before = Step("adamw", 2, [40, 5], torch.float32)
-    assert_step(before, before.clone().run(kernels))
+    after = before.clone()
+    kernels.run_step(after)
+    assert_step(before, after)
 
 
 @pytest.mark.parametrize("run", [balance_by_ticket, step_by_ticket])
@@ -221,7 +228,8 @@ def shifted_step(kernels):
             after.grads[1] = [LAYOUTS["misaligned"](g) for g in after.grads[1]]
         else:
             after.tensors[name] = [LAYOUTS["misaligned"](t) for t in after.tensors[name]]
-        assert_step(before, after.run(kernels))
+        kernels.run_step(after)
+        assert_step(before, after)
 
 
 @pytest.mark.parametrize("run", [shifted_gram, shifted_step])
@@ -236,4 +244,6 @@ def test_coefficients_of_both_signs(kernels):
     """Affine weights may be negative: by whole chunks and by what is left."""
     coefficients = torch.tensor([1.7, -0.5], dtype=torch.float64)
     before = Step("adamw", 2, SIZES, torch.float32, coefficients=coefficients)
-    assert_step(before, before.clone().run(kernels))
+    after = before.clone()
+    kernels.run_step(after)
+    assert_step(before, after)

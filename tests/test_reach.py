@@ -66,7 +66,9 @@ def run(model, losses, steps=5, **options):
         optimizer.backward(losses(batch(step)))
         optimizer.step()
         records.append(optimizer.balance)
-    roles = {bucket.role: {p.shape for p in bucket.params} for bucket in optimizer._plan[1]}
+    plan, roles = optimizer._plan[1], {}
+    for p, role in zip(plan.params, plan.layout.role, strict=True):
+        roles.setdefault(role, set()).add(p.shape)
     return records, roles, optimizer
 
 
@@ -136,7 +138,8 @@ class Late(nn.Module):
 
 
 def roles_of(optimizer):
-    return {id(p): bucket.role for bucket in optimizer._plan[1] for p in bucket.params}
+    plan = optimizer._plan[1]
+    return {id(p): role for p, role in zip(plan.params, plan.layout.role, strict=True)}
 
 
 def step(optimizer, losses):
@@ -238,7 +241,8 @@ def test_state_is_used(backend):
     losses = with_zeros(losses_of(model, batch()), model)
     losses["distill"] = (model.projector(torch.ones(5, dtype=torch.float64)) - 1).square().sum() + 0 * losses["distill"]
     step(resumed, losses)
-    shared = [p for bucket in resumed._plan[1] if bucket.role == Role.SHARED for p in bucket.params]
+    plan = resumed._plan[1]
+    shared = [p for p, role in zip(plan.params, plan.layout.role, strict=True) if role == Role.SHARED]
     assert any(p is model.trunk.weight for p in shared)
     assert all(p is not model.head.weight for p in shared)
 

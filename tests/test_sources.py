@@ -12,13 +12,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dtokd_kernels as dk
-from dtokd_kernels import backends, native
+from dtokd_kernels import backends
 from dtokd_kernels.sources import Ema, Every, Feature, Lag, Probe
-from dtokd_kernels.types import Role, Update
+from dtokd_kernels.types import Role
 
 from . import tolerances
 from .inputs import CHUNK, each_dtype, gradients
 from .oracle import Student, assert_directions, balanced, batch, losses_of, nothing_with_gradient
+from .updates import Update, gradient_rows, measure_and_run, run
 
 
 def inverse_norm(gram):
@@ -160,11 +161,11 @@ def test_overlap_leaves_nothing_to_step(backend, monkeypatch):
     """The products are taken in the last pass; step takes none."""
     module = backends.select(torch.device("cpu"))
     calls, original = [], module.gram
-    monkeypatch.setattr(module, "gram", lambda grads: calls.append(len(grads)) or original(grads))
+    monkeypatch.setattr(module, "gram", lambda rows, K: calls.append(rows.layout.reach[0]) or original(rows, K))
     model = Student()
     optimizer = dk.DTOAdamW(model.parameters(), gram="overlap")
     optimizer.backward(losses_of(model, batch()))
-    assert set(calls) == {1, 2}  # private and shared parameters
+    assert set(calls) == {1, 2, 3}  # reached by one, by the other, by both
     calls.clear()
     optimizer.step()
     assert not calls
@@ -175,7 +176,7 @@ def test_overlap_takes_products_during_the_pass(backend, monkeypatch):
     monkeypatch.setitem(dk.sources.buckets.BUCKET, "cpu", 8)
     module = backends.select(torch.device("cpu"))
     events, original = [], module.gram
-    monkeypatch.setattr(module, "gram", lambda grads: events.append("gram") or original(grads))
+    monkeypatch.setattr(module, "gram", lambda rows, K: events.append("gram") or original(rows, K))
     first, second = (nn.Parameter(torch.randn(3, 3, dtype=torch.float64)) for _ in range(2))
     first.register_hook(lambda grad: events.append("first"))
     x = torch.randn(2, 3, dtype=torch.float64)
@@ -349,7 +350,7 @@ def test_lag_clips_by_the_previous_gram(backend):
 
 @each_dtype
 @pytest.mark.parametrize("K", [1, 2, 3, 5])
-@pytest.mark.parametrize("rule", ["adamw_step", "sgd_step"])
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
 def test_update_that_measures(backend, rule, K, dtype):
     """The same bits as the update and the Gram matrix by themselves, for any number of threads; also where skipped."""
     module = backends.select(torch.device("cpu"))
@@ -359,21 +360,21 @@ def test_update_that_measures(backend, rule, K, dtype):
     c = torch.linspace(0.0, 1.0, K, dtype=torch.float64)  # the first is 0: not read but for the matrix
     adamw = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False}
     sgd = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "nesterov": True, "first": False}
-    options = {"maximize": False, **(adamw if rule == "adamw_step" else sgd)}
+    options = {"maximize": False, **(adamw if rule == "adamw" else sgd)}
     results = []
-    for name, threads in (("run_updates", 1), ("measure_and_update", 1), ("measure_and_update", 2)):
+    for function, threads in ((run, 1), (measure_and_run, 1), (measure_and_run, 2)):
         for skipped in (False, True):
             torch.set_num_threads(threads)
             params, exp_avgs, exp_avg_sqs = ([t.clone() for t in row] for row in rows[K:])
             exp_avg_sqs = [t.abs() for t in exp_avg_sqs]
             steps = [torch.tensor(3.0) for _ in shapes]
-            state = {"momentum_buffers": exp_avgs}
-            if rule == "adamw_step":
-                state = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "max_exp_avg_sqs": [], "state_steps": steps}
+            state = {"momentum_buffer": exp_avgs}
+            if rule == "adamw":
+                state = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "step": steps}
             update = Update(rule, Role.SHARED, tuple(range(K)), params, grads, state, options)
-            products = getattr(module, name)([update], c.expand(3, -1), torch.tensor(skipped))
+            products = function(module, [update], c.expand(3, -1), torch.tensor(skipped))
             results.append((skipped, products, [*params, *exp_avgs, *exp_avg_sqs, *steps]))
-    gram = module.gram(grads)
+    gram = module.gram(gradient_rows(grads), K)[Role.SHARED]
     for skipped, products, tensors in results[2:]:
         assert torch.equal(products[Role.SHARED], gram)
         assert not products[Role.PRIVATE].any()
@@ -676,8 +677,9 @@ def test_skipped_lag_reports_its_own_step(backend):
 def test_ema_weighs_with_the_kernel_of_its_backend(monkeypatch):
     """`DTO`'s weights of an average are the backend's too."""
     called = []
-    own = native.min_norm_weights
-    monkeypatch.setattr(native, "min_norm_weights", lambda *args: called.append(1) or own(*args))
+    kernels = backends.select(torch.device("cpu"), "cpu")
+    own = kernels.min_norm_weights
+    monkeypatch.setattr(kernels, "min_norm_weights", lambda *args: called.append(1) or own(*args))
     steps = []
     for backend, calls in (("reference", 0), ("cpu", 1)):
         p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))

@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dtokd_kernels import backends, reference
-from dtokd_kernels.types import Role, Update, spread
+from dtokd_kernels import backends
+from dtokd_kernels.types import Role
 
 from . import tolerances
 from .device import DEVICE
 from .inputs import CHUNK, IMAGE, LAYOUTS, SIZES, each_dtype, gradients
 from .test_gram import assert_gram
+from .updates import Update, measure_and_run, run
 
 COEFFICIENTS = torch.tensor([0.6, 0.4, 1.7, 3e-3, -0.5, 12.0, 1 / 3, 0.1], dtype=torch.float64)
 NEVER = torch.tensor(False)
@@ -84,16 +85,16 @@ class Step:
         return other
 
     def run(self, implementation, skipped=NEVER):
-        implementation.run_updates([self.update()], self.coefficients.expand(3, -1), skipped)
+        run(implementation, [self.update()], self.coefficients.expand(3, -1), skipped)
         return self
 
     def update(self):
         names = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"] if self.rule == "adamw" else ["momentum_buffer"]
-        state = {f"{name}s": self.tensors.get(name, []) for name in names}
+        state = {name: self.tensors[name] for name in names if name in self.tensors}
         if self.rule == "adamw":
-            state["state_steps"] = self.steps
+            state["step"] = self.steps
         reach = tuple(range(len(self.grads)))
-        return Update(f"{self.rule}_step", Role.SHARED, reach, self.tensors["param"], self.grads, state, self.options)
+        return Update(self.rule, Role.SHARED, reach, self.tensors["param"], self.grads, state, self.options)
 
     def bounds(self, t, dtype):
         """|error| of the tensors at position t, of a step from the state that is now."""
@@ -107,13 +108,13 @@ class Step:
 
 
 def implementation():
-    """The module that the `backend` fixture chose."""
+    """What the `backend` fixture chose."""
     return backends.select(DEVICE)
 
 
 def assert_step(before, after):
     """`after` is `before` after one step, as far as rounding allows."""
-    truth = before.clone(lambda t: t.to(torch.float64, copy=True)).run(reference)
+    truth = before.clone(lambda t: t.to(torch.float64, copy=True)).run(backends.REFERENCE)
     dtype = before.grads[0][0].dtype
     for t in range(len(before.steps)):
         bounds = before.bounds(t, dtype)
@@ -159,7 +160,7 @@ def measured(step, skipped=NEVER, **changes):
     """Run a step that measures; its Gram matrices [3, K, K]."""
     K = len(step.grads)
     table = changes.pop("table", step.coefficients.expand(3, K))
-    return implementation().measure_and_update([replace(step.update(), **changes)], table, skipped)
+    return measure_and_run(implementation(), [replace(step.update(), **changes)], table, skipped)
 
 
 @pytest.mark.parametrize("K", [1, 2, 3, 8])
@@ -186,7 +187,7 @@ def test_partial_reach(backend, variant, reach):
     assert_gram(grams[Role.PRIVATE][list(reach)][:, list(reach)], before.grads)
     before.grads[0][0][3] = before.grads[0][1][3] = float("inf")  # such a step is skipped
     bad = measured(before, torch.tensor(True), table=table, reach=reach, role=Role.PRIVATE)
-    there = spread(torch.ones(len(reach), len(reach)), reach, 3) != 0
+    there = torch.tensor([[i in reach and j in reach for j in range(3)] for i in range(3)])
     for matrices in (grams, bad):
         assert (matrices[Role.PRIVATE][~there] == 0).all()
         assert not matrices[Role.SHARED].any()

@@ -19,13 +19,14 @@ import torch
 
 import dtokd_kernels as dk
 from dtokd_kernels import backends, reference
-from dtokd_kernels.types import Options, Role, Update, spread
+from dtokd_kernels.types import Options, Role
 
 from . import tolerances
 from .inputs import DTYPES, IMAGE, each_dtype, gradients
 from .test_combine import COEFFICIENTS, assert_combined
 from .test_gram import assert_gram
 from .test_step import Step, assert_step
+from .updates import Update, measure_and_run, run
 
 pytest.importorskip("triton", reason="triton is not installed")
 interpreted = pytest.mark.skipif(
@@ -41,6 +42,7 @@ SIZES = (0, 1, 9, 0, 1023, 1025, CHUNK - 1, CHUNK, CHUNK + 1, 0)
 #: What the interpreter runs of the other files: every dtype, layout, update rule and option, but only small tensors.
 SELECTED = (
     "tests/test_triton.py",
+    "tests/test_operations.py",
     "tests/test_gram.py -k list_with_empty and not 5 or layouts and not may_differ or not_finite and float32"
     " or none_counts or golden or expanded or scale",
     "tests/test_combine.py -k list_with_empty or out or layouts or kinds or version or empty_list or golden",
@@ -59,7 +61,7 @@ SELECTED = (
 @pytest.mark.parametrize("selected", SELECTED, ids=lambda s: s.split()[0].removeprefix("tests/"))
 def test_in_the_interpreter(selected):
     file, _, words = selected.partition(" -k ")
-    if file != "tests/test_triton.py":
+    if words:
         words = f"triton and ({words})"
     command = [sys.executable, "-m", "pytest", "-q", file, *(["-k", words] if words else [])]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -327,103 +329,9 @@ def test_rounding_to_nearest_even(kernels, dtype):
         ulp = info.eps
         values = torch.tensor([1 + ulp / 2, 1 + 1.5 * ulp, 2 - ulp / 4, -1 - ulp / 2, info.max, 0.0, 3.3, float("nan")])
     one = torch.ones(1, dtype=dtype)
-    out = torch.cat([kernels.combine([[one]], value.double()[None])[0] for value in values])
+    out = torch.cat([dk.combine([[one]], value.double()[None])[0] for value in values])
     expected = values.to(torch.float32 if dtype != torch.float64 else dtype).to(dtype)
     assert torch.equal(out.nan_to_num(7.0), expected.nan_to_num(7.0))
-
-
-def calls():
-    """Arguments of every operation: empty tensors, ragged ones, and one of more than a chunk."""
-
-    def tensors(seed):
-        generator = torch.Generator().manual_seed(seed)
-        return [torch.rand(n, generator=generator) for n in (3, 0, 17, CHUNK + 9)]
-
-    gram = torch.tensor([[18.0, -22.0], [-22.0, 38.0]], dtype=torch.float64)
-    c, flag = torch.tensor([0.4, 0.6], dtype=torch.float64), torch.tensor(False)
-    steps = [torch.tensor(1.0) for _ in range(4)]
-    shared = ([3, 1], 3, torch.stack([c, 1 - c, c]), flag)  # two groups, of all parameters and of private ones
-    adamw = (*shared, torch.tensor(0.1), [*(0, 0, 0.9, 0.999, 0.1, 1e-8), *(1, 0, 0.8, 0.99, 0, 1e-8)])
-    sgd = (*shared, None, [*(0, 0.1, 0.9, 0.1, 0.1), *(1, 0.2, 0.8, 0, 0)], False, False, False)
-
-    def of_one_role(arguments, numbers):
-        before, of_groups, *after = arguments[:5], arguments[5], *arguments[6:]
-        return *before, [of_groups[n] if n % numbers else 1 for n in range(len(of_groups))], *after
-
-    return {
-        "gram_by_role": ((tensors(0) + tensors(1) + tensors(2), [4, 4], [0, 1], [3, 2], 2), {}),
-        "gram_balance": (
-            (tensors(0) + tensors(1), [4], [0], [3], 2, torch.ones(2).double(), True, True, False, 1.0, 1e-8, 2.0**60),
-            {},
-        ),
-        "min_norm_weights": ((gram, True, torch.tensor([True, True])), {}),
-        "balance": ((gram, None, gram, torch.ones(2).double(), None, True, True, False, 1.0, 1e-8, 2.0**60), {}),
-        "combine_": ((tensors(2), tensors(0) + tensors(1), c), {}),
-        "adamw_updates_": ((tensors(2), tensors(0) + tensors(1), tensors(3), tensors(4), [], steps, *adamw, False), {}),
-        "sgd_updates_": ((tensors(2), tensors(0) + tensors(1), tensors(3), *sgd), {}),
-        "gram_adamw_updates_": (
-            (tensors(2), tensors(0) + tensors(1), tensors(3), tensors(4), [], steps, *of_one_role(adamw, 6), False),
-            {},
-        ),
-        "gram_sgd_updates_": ((tensors(2), tensors(0) + tensors(1), tensors(3), *of_one_role(sgd, 5)), {}),
-    }
-
-
-@interpreted
-@pytest.mark.parametrize("name", calls())
-def test_opcheck(kernels, name):
-    args, kwargs = calls()[name]
-    torch.library.opcheck(getattr(torch.ops.dtokd_triton, name).default, args, kwargs)
-
-
-@interpreted
-def test_every_operation_is_checked(kernels):
-    names = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("dtokd_triton::")}
-    assert names == set(calls())
-
-
-@interpreted
-def test_under_torch_compile(kernels):
-    """A compiled function keeps the operations as calls, and may have them write to its arguments."""
-
-    def step(params, g1, g2, exp_avgs, exp_avg_sqs, steps, c, skipped):
-        gram = torch.ops.dtokd_triton.gram_by_role.default([g1, g2], [1], [0], [3], 2)
-        torch.ops.dtokd_triton.adamw_updates_.default(
-            [params], [g1, g2], [exp_avgs], [exp_avg_sqs], [], [steps], [1], 3, c[None], skipped, None,
-            [0, 0.1, 0.9, 0.999, 0.1, 1e-8], False,
-        )  # fmt: skip
-        return gram, params + 1
-
-    def arguments():
-        [[p], [a], [b], [m]] = gradients(4, [50], torch.float32)
-        return p, a, b, m, m.square(), torch.tensor(3.0), COEFFICIENTS[:2], torch.tensor(False)
-
-    eager, traced = arguments(), arguments()
-    expected = step(*eager)
-    got = torch.compile(step, backend="aot_eager", fullgraph=True)(*traced)
-    for a, b in zip((*got, *traced), (*expected, *eager), strict=True):
-        assert torch.equal(a, b)
-
-
-@interpreted
-def test_refusals_before_anything_changes(kernels):
-    args, _ = calls()["adamw_updates_"]
-    params, grads, exp_avgs, exp_avg_sqs, largest, steps, *shared = args
-    before = torch.cat(params)
-    with pytest.raises(ValueError, match=r"adamw_updates_: exp_avg_sqs\[3\] has shape \[5\], expected \[8201\] as its"):
-        torch.ops.dtokd_triton.adamw_updates_.default(
-            params, grads, exp_avgs, [*exp_avg_sqs[:3], torch.zeros(5)], largest, steps, *shared
-        )
-    with pytest.raises(ValueError, match="grads has 7 tensors, expected 4 for each of 2 objectives"):
-        torch.ops.dtokd_triton.adamw_updates_.default(params, grads[:7], exp_avgs, exp_avg_sqs, largest, steps, *shared)
-    with pytest.raises(ValueError, match="counts add up to 5, but there are 4 params"):
-        torch.ops.dtokd_triton.adamw_updates_.default(
-            params, grads, exp_avgs, exp_avg_sqs, largest, steps, [3, 2], *shared[1:]
-        )
-    with pytest.raises(ValueError, match=r"expected float64 numbers on cpu, got torch\.float32"):
-        torch.ops.dtokd_triton.combine_.default(params, grads, COEFFICIENTS[:2].float())
-    assert torch.equal(torch.cat(params), before)
-    assert all(step == 1 for step in steps)
 
 
 @interpreted
@@ -504,34 +412,31 @@ def whole(rule, K, sizes, dtype, role=Role.SHARED, **options):
     positive = [[t.square() for t in row] for row in rows[K + 1 :]]
     steps = [torch.tensor(float(t)) for t in range(len(sizes))]
     numbers = {"lr": 0.1, "weight_decay": 0.1, "maximize": False}
-    if rule == "sgd_step":
+    if rule == "sgd":
         numbers |= {"momentum": 0.9, "dampening": 0.1, "nesterov": True, "first": False}
-        state = {"momentum_buffers": rows[K + 1]}
+        state = {"momentum_buffer": rows[K + 1]}
     else:
         numbers |= {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "amsgrad": options.get("amsgrad", False)}
-        state = {"exp_avgs": rows[K + 1], "exp_avg_sqs": positive[1], "state_steps": steps}
-        state["max_exp_avg_sqs"] = positive[2] if numbers["amsgrad"] else []
+        state = {"exp_avg": rows[K + 1], "exp_avg_sq": positive[1], "step": steps}
+        if numbers["amsgrad"]:
+            state["max_exp_avg_sq"] = positive[2]
     return Update(rule, role, tuple(range(K)), rows[K], rows[:K], state, numbers | options)
-
-
-def tensors_of(update):
-    return [*update.params, *(t for values in update.state.values() for t in values)]
 
 
 @interpreted
 @pytest.mark.parametrize(("K", "dtype"), [*((K, torch.float32) for K in (1, 2, 5, 8)), *((2, d) for d in DTYPES[1:])])
-@pytest.mark.parametrize("rule", ["adamw_step", "sgd_step"])
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
 def test_update_that_measures_has_the_bits_of_two_passes(kernels, rule, K, dtype):
     """Of two roles, skipped or not; a gradient of coefficient 0 is measured and not descended."""
     sizes = SIZES if K == 2 else SIZES[:5]
     table = torch.linspace(0, 1, 3 * K, dtype=torch.float64).view(3, K)
     for skipped in (torch.tensor(False), torch.tensor(True)):
         updates = [[whole(rule, K, sizes, dtype), whole(rule, K, [77], dtype, Role.PLAIN, lr=0.2)] for _ in range(2)]
-        grams = kernels.measure_and_update(updates[0], table, skipped)
-        kernels.run_updates(updates[1], table, skipped)
+        grams = measure_and_run(kernels, updates[0], table, skipped)
+        run(kernels, updates[1], table, skipped)
         for one, two in zip(*updates, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(tensors_of(one), tensors_of(two), strict=True))
-            assert torch.equal(grams[one.role], kernels.gram(one.grads))
+            assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
+            assert torch.equal(grams[one.role], dk.gram(one.grads))
         assert not grams[Role.PRIVATE].any()
 
 
@@ -539,16 +444,16 @@ def test_update_that_measures_has_the_bits_of_two_passes(kernels, rule, K, dtype
 def test_update_that_measures_of_some_objectives(kernels):
     """And of empty tensors only, and of tensors that fit no kernel."""
     table = torch.ones(3, 3, dtype=torch.float64)
-    private, empty, odd = (whole("adamw_step", 2, sizes, torch.float32) for sizes in ([300, CHUNK], [0, 0], [5]))
+    private, empty, odd = (whole("adamw", 2, sizes, torch.float32) for sizes in ([300, CHUNK], [0, 0], [5]))
     private = replace(private, role=Role.PRIVATE, reach=(0, 2))
-    odd.state["exp_avgs"] = [t.double() for t in odd.state["exp_avgs"]]
+    odd.state["exp_avg"] = [t.double() for t in odd.state["exp_avg"]]
     updates = [private, replace(empty, reach=(0, 1)), replace(odd, reach=(1, 2))]
-    grams = kernels.measure_and_update(updates, table, torch.tensor(False))
+    grams = measure_and_run(kernels, updates, table, torch.tensor(False))
     expected = torch.zeros(3, 3, 3, dtype=torch.float64)
-    expected[Role.PRIVATE] = spread(reference.gram(private.grads), (0, 2), 3)
-    expected[Role.SHARED] = spread(reference.gram(odd.grads), (1, 2), 3)
+    expected[Role.PRIVATE] = reference.gram([private.grads[0], [None] * 2, private.grads[1]])
+    expected[Role.SHARED] = reference.gram([[None], *odd.grads])
     assert (grams - expected).abs().max() <= tolerances.REORDERED * expected.max()
-    assert empty.state["state_steps"] == [1, 2]
+    assert empty.state["step"] == [1, 2]
 
 
 @interpreted
@@ -641,7 +546,7 @@ def test_compiles_without_spills_to_wide_accesses(variant, capability):
     read, written = TRAFFIC[variant.name.split()[0]]
     read, written = (read + 1, written + 1) if variant.constants.get("AMSGRAD") else (read, written)
     loads, stores = len(re.findall(r"LDG\.\S*128", code)), len(re.findall(r"STG\.\S*128", code))
-    unrolled = loads / (variant.constants["K"] + read)
+    unrolled = loads / (variant.constants["REACH"].bit_count() + read)
     # every list, by as many accesses of 16 bytes: one that fell back to narrow ones would be missing
     assert unrolled >= 1
     assert unrolled == int(unrolled)

@@ -264,41 +264,35 @@ void combine_of(const Gradients& from, void* out) {
            [](V d, V* x) DTOKD_INLINE { x[0] = d; });
 }
 
-template <class T, int K>
-void adamw_of(const Gradients& from, const AdamWScalars& s, void* p, void* m, void* v,
-              void* largest, double* products) {
+// kHeld: how many tensors of state there are, the first of the rule's.
+template <class Rule, int kHeld, class T, int K>
+void sweep_state(const Rule& rule, const Combined<T, K>& combined, int64_t n, void* param,
+                 void* const* state, double* products) {
   using V = typename OpMath<T>::V;
-  const auto rule = AdamW<V>::of(s.lr, s.beta1, s.beta2, s.weight_decay, s.eps, s.step,
-                                 [](double x) DTOKD_INLINE { return V::set(x); });
-  T* const P = static_cast<T*>(p);
-  T* const M = static_cast<T*>(m);
-  T* const S = static_cast<T*>(v);
-  const Combined<T, K> combined(from);
-  if (largest) {
-    T* const tensors[] = {P, M, S, static_cast<T*>(largest)};
-    sweep<4>(combined, from.n, tensors, products,
-             [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], x[1], x[2], &x[3]); });
-  } else {
-    T* const tensors[] = {P, M, S};
-    sweep<3>(combined, from.n, tensors, products,
-             [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], x[1], x[2], nullptr); });
-  }
+  T* tensors[1 + kHeld] = {static_cast<T*>(param)};
+  for (int i = 0; i < kHeld; ++i) tensors[1 + i] = static_cast<T*>(state[i]);
+  sweep<1 + kHeld>(combined, n, tensors, products, [&](V d, V* x) DTOKD_INLINE {
+    V* values[Rule::kStates];
+    for (int i = 0; i < Rule::kStates; ++i) values[i] = i < kHeld ? x + 1 + i : nullptr;
+    rule(d, x[0], values);
+  });
 }
 
-template <class T, int K>
-void sgd_of(const Gradients& from, const SGDScalars& s, void* p, void* buffer, double* products) {
+template <template <class> class Rule_, class T, int K>
+void update_of(const Gradients& from, const double* numbers, int64_t step, void* param,
+               void* const* state, double* products) {
   using V = typename OpMath<T>::V;
-  const SGD<V> rule{V::set(s.weight_decay), V::set(s.momentum), V::set(1 - s.dampening),
-                    V::set(-s.lr)};
+  using Rule = Rule_<V>;
+  const auto named = Rule::Numbers::of(numbers);
+  const auto rule =
+      Rule::of(named, named.lr, step, [](double x) DTOKD_INLINE { return V::set(x); });
   const Combined<T, K> combined(from);
-  if (buffer) {
-    T* const tensors[] = {static_cast<T*>(p), static_cast<T*>(buffer)};
-    sweep<2>(combined, from.n, tensors, products,
-             [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], &x[1], s.nesterov, s.first); });
+  constexpr int kAll = Rule::kStates, kFewer = Rule::kRequired;
+  static_assert(kAll - kFewer <= 1);
+  if (kAll == kFewer || state[kAll - 1]) {
+    sweep_state<Rule, kAll>(rule, combined, from.n, param, state, products);
   } else {
-    T* const tensors[] = {static_cast<T*>(p)};
-    sweep<1>(combined, from.n, tensors, products,
-             [&](V d, V* x) DTOKD_INLINE { rule(d, x[0], nullptr, false, false); });
+    sweep_state<Rule, kFewer>(rule, combined, from.n, param, state, products);
   }
 }
 
@@ -350,18 +344,16 @@ inline void combine(Type type, const Gradients& from, void* out) {
   });
 }
 
-inline void adamw(Type type, const Gradients& from, const AdamWScalars& s, void* p, void* m,
-                  void* v, void* largest, double* products) {
+inline void update(int rule, Type type, const Gradients& from, const double* numbers, int64_t step,
+                   void* param, void* const* state, double* products) {
   by_type_and_K(type, from.K, [&](auto choice) {
     using C = decltype(choice);
-    adamw_of<typename C::T, C::K>(from, s, p, m, v, largest, products);
-  });
-}
-
-inline void sgd(Type type, const Gradients& from, const SGDScalars& s, void* p, void* buffer,
-                double* products) {
-  by_type_and_K(type, from.K, [&](auto choice) {
-    using C = decltype(choice);
-    sgd_of<typename C::T, C::K>(from, s, p, buffer, products);
+    switch (rule) {
+#define DTOKD_CASE(Rule) \
+  case k##Rule:          \
+    return update_of<Rule, typename C::T, C::K>(from, numbers, step, param, state, products);
+      DTOKD_RULES(DTOKD_CASE)
+#undef DTOKD_CASE
+    }
   });
 }

@@ -31,28 +31,17 @@ struct Gradients {
   int64_t n;
 };
 
-struct AdamWScalars {
-  double lr, beta1, beta2, weight_decay, eps;
-  int64_t step;  // this one counted
-};
-
-struct SGDScalars {
-  double lr, momentum, dampening, weight_decay;
-  bool nesterov, first;
-};
-
 struct Kernels {
   const char* name;
   // sums: [K(K+1)/2], <g_i, g_j> for i <= j, row by row
   void (*gram)(Type, const void* const* grads, int K, int64_t n, double* sums);
   // out may be one of the gradients
   void (*combine)(Type, const Gradients&, void* out);
-  // largest: null without amsgrad. products: as gram's sums, or null; the gradients are read from
-  // memory once for both
-  void (*adamw)(Type, const Gradients&, const AdamWScalars&, void* p, void* m, void* v,
-                void* largest, double* products);
-  // buffer: null without momentum; products: as adamw's
-  void (*sgd)(Type, const Gradients&, const SGDScalars&, void* p, void* buffer, double* products);
+  // rule: a RuleNumber; numbers: of the rule, in its order; step: this one counted; state:
+  // [kMaxStates], null where there is none. products: as gram's sums, or null; the gradients are
+  // read from memory once for both
+  void (*update)(int rule, Type, const Gradients&, const double* numbers, int64_t step, void* param,
+                 void* const* state, double* products);
 };
 
 // Null where the machine lacks the instructions or the compiler could not make them.

@@ -29,7 +29,7 @@ namespace avx2 {
 }  // namespace avx2
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels{"avx2", avx2::gram, avx2::combine, avx2::adamw, avx2::sgd};
+  static const Kernels kernels{"avx2", avx2::gram, avx2::combine, avx2::update};
   return &kernels;
 }
 

@@ -31,7 +31,7 @@ namespace avx512 {
 }  // namespace avx512
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels{"avx512", avx512::gram, avx512::combine, avx512::adamw, avx512::sgd};
+  static const Kernels kernels{"avx512", avx512::gram, avx512::combine, avx512::update};
   return &kernels;
 }
 

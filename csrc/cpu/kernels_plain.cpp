@@ -15,7 +15,7 @@ namespace plain {
 }  // namespace plain
 
 const Kernels* plain_kernels() {
-  static const Kernels kernels{"plain", plain::gram, plain::combine, plain::adamw, plain::sgd};
+  static const Kernels kernels{"plain", plain::gram, plain::combine, plain::update};
   return &kernels;
 }
 

@@ -8,17 +8,22 @@ namespace dtokd::cpu {
 namespace {
 
 struct Chunk {
-  size_t tensor;
+  size_t row;
   int64_t offset;  // elements
   int64_t n;
 };
 
+const GradientRow& gradients_of(const GradientRow& row) { return row; }
+const GradientRow& gradients_of(const UpdateRow& row) { return row.grads; }
+
 // The partition depends on sizes alone, so that the bits do.
-std::vector<Chunk> cut(const std::vector<int64_t>& sizes) {
+template <class Row>
+std::vector<Chunk> cut(const std::vector<Row>& rows) {
   std::vector<Chunk> chunks;
-  for (size_t t = 0; t < sizes.size(); ++t) {
-    for (int64_t offset = 0; offset < sizes[t]; offset += kChunk) {
-      chunks.push_back({t, offset, std::min(kChunk, sizes[t] - offset)});
+  for (size_t t = 0; t < rows.size(); ++t) {
+    const int64_t size = gradients_of(rows[t]).size;
+    for (int64_t offset = 0; offset < size; offset += kChunk) {
+      chunks.push_back({t, offset, std::min(kChunk, size - offset)});
     }
   }
   return chunks;
@@ -53,25 +58,68 @@ void for_each_chunk(const Threads& threads, const std::vector<Chunk>& chunks, co
   }
 }
 
-void chunk_gradients(const GradientLists& lists, const Chunk& chunk, const void** grads) {
-  const size_t T = lists.sizes.size();
-  for (int k = 0; k < lists.K; ++k) {
-    grads[k] = element(lists.type, lists.grads[k * T + chunk.tensor], chunk.offset);
-  }
-}
+// The gradients of a chunk that are there and wanted, with their objectives and coefficients.
+struct Present {
+  const void* grads[kMaxObjectives];
+  double coefficients[kMaxObjectives];
+  int objectives[kMaxObjectives];
+  int K = 0;
 
-// Products of the gradients by chunk, and their sums in the chunks' order.
+  Present(const GradientRow& row, int64_t offset, int all) {
+    for (int k = 0; k < all; ++k) {
+      if (row.of[k]) add(row, offset, k, 0);
+    }
+  }
+  // With coefficients, turned around for maximize. At a vertex of the simplex a coefficient is 0;
+  // that gradient is not read, unless `measured` or the only one.
+  Present(const GradientRow& row, int64_t offset, int all, const double* coefficients,
+          bool maximize, bool measured) {
+    const double* c = coefficients + row.role * all;
+    int last = -1;
+    for (int k = 0; k < all; ++k) {
+      if (!row.of[k]) continue;
+      last = k;
+      if (measured || c[k] != 0) add(row, offset, k, maximize ? -c[k] : c[k]);
+    }
+    if (K == 0 && last >= 0) add(row, offset, last, c[last]);
+  }
+
+ private:
+  void add(const GradientRow& row, int64_t offset, int k, double coefficient) {
+    grads[K] = element(row.type, row.of[k], offset);
+    coefficients[K] = coefficient;
+    objectives[K++] = k;
+  }
+};
+
+// Products of the gradients by chunk, and their sums by role, in the chunks' order.
 class ChunkSums {
  public:
   ChunkSums(int K, size_t chunks) : K_(K), sums_(chunks * triangle(K)) {}
-  double* of(size_t chunk) { return &sums_[chunk * triangle(K_)]; }
-  void add_up(double* out) const {
-    const size_t P = triangle(K_);
-    for (int i = 0, p = 0; i < K_; ++i) {
-      for (int j = i; j < K_; ++j, ++p) {
-        double total = 0;
-        for (size_t at = p; at < sums_.size(); at += P) total += sums_[at];
-        out[i * K_ + j] = out[j * K_ + i] = total;
+
+  // products: of those that are present, row by row of their triangle.
+  void put(size_t chunk, const Present& present, const double* products) {
+    double* sums = &sums_[chunk * triangle(K_)];
+    for (int i = 0, p = 0; i < present.K; ++i) {
+      const int a = present.objectives[i];
+      for (int j = i; j < present.K; ++j, ++p) {
+        sums[a * K_ - a * (a - 1) / 2 + present.objectives[j] - a] = products[p];
+      }
+    }
+  }
+  template <class Row>
+  void add_up(const std::vector<Row>& rows, const std::vector<Chunk>& chunks, double* out) const {
+    std::fill(out, out + kRoles * K_ * K_, 0.0);
+    const double* sums = sums_.data();
+    for (const Chunk& chunk : chunks) {
+      double* matrix = out + gradients_of(rows[chunk.row]).role * K_ * K_;
+      for (int i = 0; i < K_; ++i) {
+        for (int j = i; j < K_; ++j) matrix[i * K_ + j] += *sums++;
+      }
+    }
+    for (double* m = out; m < out + kRoles * K_ * K_; m += K_ * K_) {
+      for (int i = 0; i < K_; ++i) {
+        for (int j = 0; j < i; ++j) m[i * K_ + j] = m[j * K_ + i];
       }
     }
   }
@@ -81,70 +129,55 @@ class ChunkSums {
   std::vector<double> sums_;
 };
 
-// Runs f(gradients of the chunk, chunk, where their products go or null) over all chunks.
-template <class F>
-void update(const Threads& threads, const GradientLists& lists, const double* coefficients,
-            double* products, const F& f) {
-  const std::vector<Chunk> chunks = cut(lists.sizes);
-  ChunkSums sums(lists.K, products ? chunks.size() : 0);
-  for_each_chunk(threads, chunks, [&](size_t index, const Chunk& chunk) {
-    const void* grads[kMaxObjectives];
-    chunk_gradients(lists, chunk, grads);
-    f(Gradients{grads, coefficients, lists.K, chunk.n}, chunk, products ? sums.of(index) : nullptr);
-  });
-  if (products) sums.add_up(products);
-}
-
 }  // namespace
 
-void gram(const Kernels& kernels, const Threads& threads, const GradientLists& lists, double* out) {
-  const std::vector<Chunk> chunks = cut(lists.sizes);
-  ChunkSums sums(lists.K, chunks.size());
+void gram(const Kernels& kernels, const Threads& threads, const std::vector<GradientRow>& rows,
+          int K, double* out) {
+  const std::vector<Chunk> chunks = cut(rows);
+  ChunkSums sums(K, chunks.size());
   for_each_chunk(threads, chunks, [&](size_t index, const Chunk& chunk) {
-    const void* grads[kMaxObjectives];
-    chunk_gradients(lists, chunk, grads);
-    kernels.gram(lists.type, grads, lists.K, chunk.n, sums.of(index));
+    const GradientRow& row = rows[chunk.row];
+    const Present present(row, chunk.offset, K);
+    double products[triangle(kMaxObjectives)];
+    kernels.gram(row.type, present.grads, present.K, chunk.n, products);
+    sums.put(index, present, products);
   });
-  sums.add_up(out);
+  sums.add_up(rows, chunks, out);
 }
 
-void combine(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
-             const double* coefficients, const std::vector<void*>& out) {
-  const Type type = lists.type;
-  update(threads, lists, coefficients, nullptr,
-         [&](const Gradients& gradients, const Chunk& c, double*) {
-           kernels.combine(type, gradients, element(type, out[c.tensor], c.offset));
-         });
+void combine(const Kernels& kernels, const Threads& threads, const std::vector<GradientRow>& rows,
+             int K, const double* coefficients, const std::vector<void*>& out) {
+  for_each_chunk(threads, cut(rows), [&](size_t, const Chunk& chunk) {
+    const GradientRow& row = rows[chunk.row];
+    const Present present(row, chunk.offset, K, coefficients, false, false);
+    kernels.combine(row.type, {present.grads, present.coefficients, present.K, chunk.n},
+                    element(row.type, out[chunk.row], chunk.offset));
+  });
 }
 
-void adamw_step(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
-                const double* coefficients, const std::vector<AdamWScalars>& scalars,
-                const std::vector<void*>& params, const std::vector<void*>& exp_avgs,
-                const std::vector<void*>& exp_avg_sqs, const std::vector<void*>& max_exp_avg_sqs,
-                double* products) {
-  const Type type = lists.type;
-  update(threads, lists, coefficients, products,
-         [&](const Gradients& gradients, const Chunk& c, double* sums) {
-           const auto of = [&](const std::vector<void*>& tensors) {
-             return tensors.empty() ? nullptr : element(type, tensors[c.tensor], c.offset);
-           };
-           kernels.adamw(type, gradients, scalars[c.tensor], of(params), of(exp_avgs),
-                         of(exp_avg_sqs), of(max_exp_avg_sqs), sums);
-         });
-}
-
-void sgd_step(const Kernels& kernels, const Threads& threads, const GradientLists& lists,
-              const double* coefficients, const SGDScalars& scalars,
-              const std::vector<void*>& params, const std::vector<void*>& momentum_buffers,
-              double* products) {
-  const Type type = lists.type;
-  update(threads, lists, coefficients, products,
-         [&](const Gradients& gradients, const Chunk& c, double* sums) {
-           const auto of = [&](const std::vector<void*>& tensors) {
-             return tensors.empty() ? nullptr : element(type, tensors[c.tensor], c.offset);
-           };
-           kernels.sgd(type, gradients, scalars, of(params), of(momentum_buffers), sums);
-         });
+void update(const Kernels& kernels, const Threads& threads, int rule,
+            const std::vector<UpdateRow>& rows, const std::vector<Group>& groups, int K,
+            const double* coefficients, double* grams) {
+  const std::vector<Chunk> chunks = cut(rows);
+  ChunkSums sums(K, grams ? chunks.size() : 0);
+  std::vector<int64_t> steps;
+  steps.reserve(rows.size());
+  for (const UpdateRow& row : rows) steps.push_back(row.step ? int64_t(*row.step += 1) : 0);
+  for_each_chunk(threads, chunks, [&](size_t index, const Chunk& chunk) {
+    const UpdateRow& row = rows[chunk.row];
+    const Group& group = groups[row.group];
+    const Type type = row.grads.type;
+    const Present present(row.grads, chunk.offset, K, coefficients, maximizes(rule, group.numbers),
+                          grams);
+    void* state[kMaxStates];
+    for (int i = 0; i < kMaxStates; ++i) state[i] = element(type, row.state[i], chunk.offset);
+    double products[triangle(kMaxObjectives)];
+    kernels.update(rule, type, {present.grads, present.coefficients, present.K, chunk.n},
+                   group.numbers, steps[chunk.row], element(type, row.param, chunk.offset), state,
+                   grams ? products : nullptr);
+    if (grams) sums.put(index, present, products);
+  });
+  if (grams) sums.add_up(rows, chunks, grams);
 }
 
 }  // namespace dtokd::cpu

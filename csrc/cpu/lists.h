@@ -1,4 +1,4 @@
-// The CPU operations over lists of tensors: cut into chunks, shared among threads, no memory of
+// The CPU operations over rows of tensors: cut into chunks, shared among threads, no memory of
 // gradient size.
 #pragma once
 
@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "dtokd/rows.h"
 
 namespace dtokd::cpu {
 
@@ -15,32 +16,18 @@ struct Threads {
   std::function<void(int tasks, const std::function<void(int)>& task)> run;
 };
 
-// K gradients of the same T tensors. grads: [K * T], objective by objective; sizes: [T], in
-// elements.
-struct GradientLists {
-  Type type;
-  int K;
-  std::vector<const void*> grads;
-  std::vector<int64_t> sizes;
-};
+// out: [kRoles, K, K]. The same bits for any number of threads: sums per chunk, added in the
+// chunks' order.
+void gram(const Kernels&, const Threads&, const std::vector<GradientRow>&, int K, double* out);
 
-// out: [K, K]. The same bits for any number of threads: sums per chunk, added in the chunks' order.
-void gram(const Kernels&, const Threads&, const GradientLists&, double* out);
+// out: one per row, may be one of its gradients; coefficients: [kRoles, K].
+void combine(const Kernels&, const Threads&, const std::vector<GradientRow>&, int K,
+             const double* coefficients, const std::vector<void*>& out);
 
-// out: [T], may be one of the K lists; coefficients: [K].
-void combine(const Kernels&, const Threads&, const GradientLists&, const double* coefficients,
-             const std::vector<void*>& out);
-
-// scalars: [T]; largests: [T] or empty. products: [K, K] or null; where to put the Gram matrix of
-// the gradients, taken as these are read for the update: the same bits as gram's.
-void adamw_step(const Kernels&, const Threads&, const GradientLists&, const double* coefficients,
-                const std::vector<AdamWScalars>& scalars, const std::vector<void*>& params,
-                const std::vector<void*>& exp_avgs, const std::vector<void*>& exp_avg_sqs,
-                const std::vector<void*>& max_exp_avg_sqs, double* products = nullptr);
-
-// momentum_buffers: [T] or empty.
-void sgd_step(const Kernels&, const Threads&, const GradientLists&, const double* coefficients,
-              const SGDScalars& scalars, const std::vector<void*>& params,
-              const std::vector<void*>& momentum_buffers, double* products = nullptr);
+// rule: a RuleNumber. grams: [kRoles, K, K] or null; where to put the Gram matrices of the
+// gradients, taken as these are read for the update: the same bits as gram's. Without it a gradient
+// of coefficient 0 is not read. State is of the parameters' type; there are no master copies.
+void update(const Kernels&, const Threads&, int rule, const std::vector<UpdateRow>&,
+            const std::vector<Group>&, int K, const double* coefficients, double* grams);
 
 }  // namespace dtokd::cpu

@@ -15,9 +15,8 @@ struct MeasuredEntry : UpdateEntry<P, M> {
 };
 
 // gram.blocks: chunks of all launches together. update.ticket: another than the Gram's.
-template <class Group>
 struct MeasuringJob {
-  UpdateJob<Group> update;
+  UpdateJob update;
   GramJob gram;
 };
 
@@ -89,7 +88,7 @@ constexpr int kMeasuringBlocks = std::max(P <= 4 ? 2 : 1, kUpdateBlocks<Rule, P>
 template <class Rule, int P>
 __global__ void __launch_bounds__(kThreads, kMeasuringBlocks<Rule, P>)
     gram_update_kernel(DTOKD_PARAMETER(Table<MeasuredEntry<P, Rule::kTensors>>) table,
-                       DTOKD_PARAMETER(MeasuringJob<typename Rule::Group>) job) {
+                       DTOKD_PARAMETER(MeasuringJob) job) {
   DTOKD_SHARED(shared, Shared<Rule, P>);
   DTOKD_SHARED(last_of_launch, bool);
   DTOKD_SHARED(last, bool);
@@ -99,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, kMeasuringBlocks<Rule, P>)
     const unsigned chunk = table.chunks() - 1 - blockIdx.x;
     const int e = table.find(chunk);
     const MeasuredEntry<P, Rule::kTensors>& entry = table.entries[e];
-    const typename Rule::Group& group = job.update.groups[entry.group];
+    const Group& group = job.update.groups[entry.group];
     if (threadIdx.x < P) set_coefficient<Rule, P>(entry, group, direction, threadIdx.x, shared);
     if (threadIdx.x == 0) set_numbers<Rule, P>(entry, group, shared);
     __syncthreads();

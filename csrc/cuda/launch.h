@@ -8,6 +8,7 @@
 
 #include "dtokd/balance.h"
 #include "dtokd/numbers.h"
+#include "dtokd/rows.h"
 
 namespace dtokd::cuda {
 
@@ -15,15 +16,8 @@ using Stream = void*;  // a cudaStream_t
 
 const char* error_name(int error);
 
-// The K gradients of one tensor. role: kShared, kPrivate or kPlain, says to which Gram matrix they
-// add and which row of coefficients multiplies them. of: device, [K] of `type`, dense and laid out
-// alike; null where an objective does not reach the tensor.
-struct Gradients {
-  Type type;
-  int role;
-  int64_t size;  // elements; 0 is allowed
-  const void* of[kMaxObjectives];
-};
+using Gradients = GradientRow;
+using Target = UpdateRow;
 
 // Device memory that launches need. Two launches that share it must not run at the same time: give
 // each stream its own. partials: scratch_size(...) doubles, any content. tickets: kTickets words,
@@ -66,62 +60,26 @@ struct Direction {
   const bool* skipped;
 };
 
-// lr by value, or read on the device: a scalar of `type`, kFloat32 or kFloat64.
-struct LearningRate {
-  double value;
-  const void* device = nullptr;
-  Type type = Type::kFloat32;
-};
-
-// The hyper-parameters of a parameter group.
-struct AdamWGroup {
-  LearningRate lr;
-  double beta1, beta2, weight_decay, eps;
-  bool maximize;
-};
-
-struct SGDGroup {
-  LearningRate lr;
-  double momentum, dampening, weight_decay;
-  bool nesterov, maximize;
-  bool first;  // the momentum buffers hold nothing yet
-};
-
-// A tensor to update, of the gradients' type, and what belongs to it; all of its size and on the
-// device. State is of `state_type`: the gradients' type, or float32 beside half types, or bfloat16
-// beside float32.
-struct Target {
-  Gradients grads;
-  Type state_type;
-  void* param;
-  float* master;   // float32 master copy of a half parameter, which then is its rounding; or null
-  void* state[3];  // AdamW: exp_avg, exp_avg_sq, max_exp_avg_sq or null; SGD: buffer or null
-  float* step;     // AdamW: how many steps it has taken; counted up unless skipped
-  int group;       // index into the hyper-parameters
-};
-
 // out: device, one per tensor, may be one of its gradients.
 int launch_combine(const std::vector<Gradients>&, const std::vector<void*>& out, const Direction&,
                    Stream);
 
-// Many groups, one launch; more than one for several types or very many tensors.
-int launch_adamw(const std::vector<Target>&, const std::vector<AdamWGroup>&, const Direction&,
-                 const Scratch&, Stream);
-int launch_sgd(const std::vector<Target>&, const std::vector<SGDGroup>&, const Direction&, Stream);
+// rule: a RuleNumber. State is of the gradients' type, or float32 beside half types, or bfloat16
+// beside float32. Many groups, one launch; more than one for several types or very many tensors.
+int launch_update(int rule, const std::vector<Target>&, const std::vector<Group>&, const Direction&,
+                  const Scratch&, Stream);
 
-// The updates and, in the same pass, the Gram matrices of the gradients: grams: device,
+// The update and, in the same pass, the Gram matrices of the gradients: grams: device,
 // [kRoles, K, K], also where the step is skipped. All gradients are read.
-int launch_gram_adamw(const std::vector<Target>&, const std::vector<AdamWGroup>&, const Direction&,
-                      const Scratch&, double* grams, Stream);
-int launch_gram_sgd(const std::vector<Target>&, const std::vector<SGDGroup>&, const Direction&,
-                    const Scratch&, double* grams, Stream);
+int launch_gram_update(int rule, const std::vector<Target>&, const std::vector<Group>&,
+                       const Direction&, const Scratch&, double* grams, Stream);
 
-// launch_gram_balance and launch_adamw in one launch, with the same bits, that keeps the gradients
-// on the chip between the two. For small models: K <= 2, one combination of types, at most
-// kMaxWholeChunks whole tiles (plan.h); K's coefficients come from the record. Returns kUnfit, with
-// nothing launched, if that or the device does not allow it.
+// launch_gram_balance and AdamW's launch_update in one launch, with the same bits, that keeps the
+// gradients on the chip between the two. For small models: K <= 2, one combination of types, at
+// most kMaxWholeChunks whole tiles (plan.h); K's coefficients come from the record. Returns kUnfit,
+// with nothing launched, if that or the device does not allow it.
 constexpr int kUnfit = -1;
-int launch_resident_adamw(const std::vector<Target>&, const std::vector<AdamWGroup>&, int K,
+int launch_resident_adamw(const std::vector<Target>&, const std::vector<Group>&, int K,
                           const double* losses, const BalanceOptions&, const Scratch&,
                           const Record&, Stream);
 

@@ -1,13 +1,8 @@
+// AdamW's kernels, in a file of their own: they take long to compile.
 #include "cuda/launch_update.h"
 
 namespace dtokd::cuda {
 
-int launch_adamw(const std::vector<Target>& targets, const std::vector<AdamWGroup>& groups,
-                 const Direction& direction, const Scratch& scratch, Stream stream) {
-  const Call<AdamWGroup> call(targets, groups, direction, stream, has_extras);
-  return for_each_adamw(call, [&](auto rule, auto P, const Kind& kind) {
-    return launch_update<typename decltype(rule)::T, P>(call, kind, scratch.tickets);
-  });
-}
+template int launch_rule<AdamW>(const Call&, unsigned*);
 
 }  // namespace dtokd::cuda

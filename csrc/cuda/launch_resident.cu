@@ -28,12 +28,12 @@ std::vector<Piece> cut(const std::vector<Target>& targets) {
 }
 
 template <class Rule, int P>
-int launch(const std::vector<Target>& targets, const std::vector<AdamWGroup>& groups, GramJob gram,
+int launch(const std::vector<Target>& targets, const std::vector<Group>& groups, GramJob gram,
            const Slots& slots, Stream stream) {
   using T = typename Rule::T;
   using Entry = ResidentEntry<P, Rule::kTensors>;
   const std::vector<Piece> pieces = cut(targets);
-  ResidentJob<AdamWGroup> job{gram, 0, 0, {}};
+  ResidentJob job{gram, 0, 0, {}};
   const auto tables = make_tables<Entry>(
       pieces, kTile, [&](size_t i) { return pieces[i].size > 0 || pieces[i].counts_step; },
       [&](size_t i) {
@@ -75,7 +75,7 @@ int launch(const std::vector<Target>& targets, const std::vector<AdamWGroup>& gr
 
 }  // namespace
 
-int launch_resident_adamw(const std::vector<Target>& targets, const std::vector<AdamWGroup>& groups,
+int launch_resident_adamw(const std::vector<Target>& targets, const std::vector<Group>& groups,
                           int K, const double* losses, const BalanceOptions& options,
                           const Scratch& scratch, const Record& record, Stream stream) {
   if (K < 1 || K > 2 || targets.empty() || groups.size() > kMaxGroups) return kUnfit;
@@ -93,7 +93,7 @@ int launch_resident_adamw(const std::vector<Target>& targets, const std::vector<
     using T = typename decltype(t)::T;
     using S = typename decltype(s)::T;
     if constexpr (sizeof(T) <= sizeof(S) && sizeof(T) < 8) {
-      return launch<AdamWRule<T, S, false>, 2>(targets, groups, gram, slots, stream);
+      return launch<StepRule<AdamW, T, S, false>, 2>(targets, groups, gram, slots, stream);
     } else {
       return kUnfit;
     }

@@ -1,5 +1,4 @@
 // Launches of update.cuh, and what those of gram_update.cuh share with them (launch_gram_update.h).
-// Each rule's are compiled in a file of their own, as they take long.
 #pragma once
 
 #include "cuda/select.h"
@@ -18,9 +17,7 @@ struct Kind {
 
 // One operation: the kinds of its targets, each of which takes a launch, or as many as the tables
 // need. extras(target): whether it takes the kernel with extras.
-template <class Group_>
 struct Call {
-  using Group = Group_;
   const std::vector<Target>& targets;
   const std::vector<Group>& groups;
   Direction direction;
@@ -58,8 +55,7 @@ struct Call {
 
 // The tables of one kind. extend(entry, t): sets what an Entry has more than an UpdateEntry.
 template <class Rule, int P, class Entry, class Extend>
-std::vector<Table<Entry>> tables_of(const Call<typename Rule::Group>& call, const Kind& kind,
-                                    const Extend& extend) {
+std::vector<Table<Entry>> tables_of(const Call& call, const Kind& kind, const Extend& extend) {
   return make_tables<Entry>(
       call.targets, call.chunk, [&](size_t t) { return call.kinds[t] == kind; },
       [&](size_t t) {
@@ -77,9 +73,8 @@ std::vector<Table<Entry>> tables_of(const Call<typename Rule::Group>& call, cons
       });
 }
 
-template <class Group>
-UpdateJob<Group> update_job(const Call<Group>& call, const Kind& kind, unsigned* ticket) {
-  UpdateJob<Group> job{call.direction, ticket, {}};
+inline UpdateJob update_job(const Call& call, const Kind& kind, unsigned* ticket) {
+  UpdateJob job{call.direction, ticket, {}};
   const size_t last = std::min(call.groups.size(), size_t(kind.groups + kMaxGroups));
   std::copy(call.groups.begin() + kind.groups, call.groups.begin() + last, job.groups);
   return job;
@@ -100,40 +95,45 @@ int launch_tables(Kernel* kernel, const std::vector<Table<Entry>>& tables, const
 }
 
 template <class Rule, int P>
-int launch_update(const Call<typename Rule::Group>& call, const Kind& kind, unsigned* ticket) {
+int launch_update(const Call& call, const Kind& kind, unsigned* ticket) {
   using Entry = UpdateEntry<P, Rule::kTensors>;
   const auto tables = tables_of<Rule, P, Entry>(call, kind, [](Entry&, size_t) {});
   return launch_tables(update_kernel<Rule, P>, tables, update_job(call, kind, ticket),
                        Rule::kCountsSteps, call.stream);
 }
 
-// launch(rule, P, kind) for every kind of an AdamW step; rule: a Tag.
-template <class Launch>
-int for_each_adamw(const Call<AdamWGroup>& call, const Launch& launch) {
+// Whether a tensor takes the rule's kernel with optional state and master copies.
+template <template <class> class Formula>
+bool has_extras(const Target& t) {
+  using Rule = Formula<float>;
+  if (!Rule::kApart || t.master) return true;
+  return std::any_of(t.state + Rule::kRequired, t.state + Rule::kStates,
+                     [](const void* state) { return state != nullptr; });
+}
+
+// launch(rule, P, kind) for every kind of a step by one rule; rule: a Tag.
+template <template <class> class Formula, class Launch>
+int for_each_kind_of(const Call& call, const Launch& launch) {
   return call.for_each_kind([&](const Kind& kind) {
     return by_types(kind.type, kind.state_type, [&](auto t, auto s) {
       using T = typename decltype(t)::T;
       using S = typename decltype(s)::T;
       return by_objectives(call.direction.K, [&](auto P) {
-        return kind.extras ? launch(Tag<AdamWRule<T, S, true>>(), P, kind)
-                           : launch(Tag<AdamWRule<T, S, false>>(), P, kind);
+        if constexpr (Formula<float>::kApart) {
+          if (!kind.extras) return launch(Tag<StepRule<Formula, T, S, false>>(), P, kind);
+        }
+        return launch(Tag<StepRule<Formula, T, S, true>>(), P, kind);
       });
     });
   });
 }
 
-// The same for SGD.
-template <class Launch>
-int for_each_sgd(const Call<SGDGroup>& call, const Launch& launch) {
-  return call.for_each_kind([&](const Kind& kind) {
-    return by_types(kind.type, kind.state_type, [&](auto t, auto s) {
-      using Rule = SGDRule<typename decltype(t)::T, typename decltype(s)::T>;
-      return by_objectives(call.direction.K, [&](auto P) { return launch(Tag<Rule>(), P, kind); });
-    });
+// All launches of a step by one rule.
+template <template <class> class Formula>
+int launch_rule(const Call& call, unsigned* ticket) {
+  return for_each_kind_of<Formula>(call, [&](auto rule, auto P, const Kind& kind) {
+    return launch_update<typename decltype(rule)::T, P>(call, kind, ticket);
   });
 }
-
-inline bool has_extras(const Target& t) { return t.state[2] || t.master; }
-inline bool no_extras(const Target&) { return false; }
 
 }  // namespace dtokd::cuda

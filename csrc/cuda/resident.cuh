@@ -30,7 +30,6 @@ struct ResidentEntry : UpdateEntry<P, M> {
   bool counts_step;  // a tensor may have two entries: its whole tiles, and what is left
 };
 
-template <class Group>
 struct ResidentJob {
   GramJob gram;
   unsigned whole;  // the first so many tiles of the table are whole and aligned
@@ -85,7 +84,7 @@ class Resident {
   };
 
   const Table<Entry>& table;
-  const ResidentJob<typename Rule::Group>& job;
+  const ResidentJob& job;
 
   // Tiles of a block go round by round; `tile` may lie beyond the last.
   DTOKD_DEVICE unsigned tile(int round) const { return blockIdx.x + round * gridDim.x; }
@@ -128,7 +127,7 @@ class Resident {
 template <class Rule, int P>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks)
     resident_kernel(DTOKD_PARAMETER(Table<ResidentEntry<P, Rule::kTensors>>) table,
-                    DTOKD_PARAMETER(ResidentJob<typename Rule::Group>) job) {
+                    DTOKD_PARAMETER(ResidentJob) job) {
   using T = typename Rule::T;
   DTOKD_DYNAMIC_SHARED(uint4, room);
   DTOKD_SHARED(shared, Shared<Rule, P>[kMaxRounds]);

@@ -27,7 +27,6 @@ struct UpdateEntry {
 // Hyper-parameters of at most this many groups fit into one launch.
 constexpr int kMaxGroups = 16;
 
-template <class Group>
 struct UpdateJob {
   Direction direction;
   unsigned* ticket;
@@ -40,13 +39,10 @@ DTOKD_DEVICE double read(const LearningRate& lr) {
                                    : double(*static_cast<const float*>(lr.device));
 }
 
-// ---- Rules. A rule says what the hyper-parameters are (Group), which numbers a block makes of
-// them once (Numbers), how many tensors a parameter has, and what happens to N elements of them
-// (Elements): load, update by the direction d, store. t: the parameter's tensors.
-
-struct CombineGroup {
-  bool maximize;
-};
+// ---- What is done with the direction: it is stored, or a rule of update_rules.h takes a step.
+// Each says which numbers a block makes of a group once (Numbers), how many tensors a parameter
+// has, and what happens to N elements of them (Elements): load, update by the direction d, store.
+// t: the parameter's tensors.
 
 template <class T_>
 struct CombineRule {  // t: out
@@ -56,9 +52,9 @@ struct CombineRule {  // t: out
   static constexpr bool kCountsSteps = false;
   static constexpr int kElements = kPerWord<T>;  // of a thread at a time
   static constexpr int kWide = 0;
-  using Group = CombineGroup;
   struct Numbers {};
   static void set_tensors(const Target& target, void** t) { t[0] = target.param; }
+  static DTOKD_DEVICE bool ascends(const Group&) { return false; }
   static DTOKD_DEVICE Numbers numbers(const Group&, double) { return {}; }
 
   template <int N>
@@ -135,128 +131,73 @@ struct Parameter {
 template <class T, class S>
 constexpr int kElementsOf = kPerWord<T> > kPerWord<S> ? kPerWord<T> : kPerWord<S>;
 
-// S: type of the state. t: parameter, exp_avg, exp_avg_sq; with kExtras also max_exp_avg_sq
-// (amsgrad) and the master copy, each or null.
-template <class T_, class S, bool kExtras>
-struct AdamWRule {
+// S: type of the state. t: parameter, the rule's state, and with kExtras the master copy; those
+// that are optional, and the master copy, may be null. A rule whose kernels are not apart has
+// kExtras only.
+template <template <class> class Formula, class T_, class S, bool kExtras>
+struct StepRule {
   using T = T_;
   using V = typename OpMath<T>::V;
-  static constexpr int kTensors = kExtras ? 5 : 3;
-  static constexpr bool kCountsSteps = true;
+  using Numbers = Formula<V>;
+  static constexpr int kRequired = Numbers::kRequired;
+  static constexpr int kStates = kExtras ? Numbers::kStates : kRequired;
+  static constexpr int kTensors = 1 + kStates + kExtras;
+  static constexpr bool kCountsSteps = Numbers::kCountsSteps;
   static constexpr int kElements = kElementsOf<T, S>;
-  static constexpr int kWide = (sizeof(T) != sizeof(S) || sizeof(T) == 8) + 2 * kExtras;
-  using Group = AdamWGroup;
-  using Numbers = AdamW<V>;
+  static constexpr int kWide =
+      (sizeof(T) != sizeof(S) || sizeof(T) == 8) + 2 * (kExtras && Numbers::kApart);
 
   static void set_tensors(const Target& target, void** t) {
     t[0] = target.param;
-    t[1] = target.state[0];
-    t[2] = target.state[1];
-    if constexpr (kExtras) {
-      t[3] = target.state[2];
-      t[4] = target.master;
-    }
+    std::copy(target.state, target.state + kStates, t + 1);
+    if constexpr (kExtras) t[1 + kStates] = target.master;
+  }
+  static DTOKD_DEVICE bool ascends(const Group& g) {
+    return Numbers::Numbers::of(g.numbers).maximize != 0;
   }
   static DTOKD_DEVICE Numbers numbers(const Group& g, double step) {
-    return Numbers::of(read(g.lr), g.beta1, g.beta2, g.weight_decay, g.eps, int64_t(step),
+    return Numbers::of(Numbers::Numbers::of(g.numbers), read(g.lr), int64_t(step),
                        [](double x) { return V(x); });
   }
-  static DTOKD_DEVICE void* largest(void* const* t) { return kExtras ? t[kTensors - 2] : nullptr; }
   static DTOKD_DEVICE void* master(void* const* t) { return kExtras ? t[kTensors - 1] : nullptr; }
 
   template <int N>
   struct Elements {
     Parameter<T, N, kExtras && sizeof(T) == 2> param;
-    Streamed<S, N, false> exp_avg, exp_avg_sq;
-    Streamed<S, N, true> max_exp_avg_sq;
+    Streamed<S, N, false> required[kRequired ? kRequired : 1];
+    Streamed<S, N, true> optional[kStates > kRequired ? kStates - kRequired : 1];
 
+    // f(state, its number): of all the rule's.
+    template <class Self, class F>
+    static DTOKD_DEVICE void for_each(Self& self, const F& f) {
+#pragma unroll
+      for (int i = 0; i < kRequired; ++i) f(self.required[i], i);
+#pragma unroll
+      for (int i = kRequired; i < kStates; ++i) f(self.optional[i - kRequired], i);
+    }
     DTOKD_DEVICE void load(void* const* t, int64_t at) {
       param.load(t[0], master(t), at);
-      exp_avg.load(t[1], at);
-      exp_avg_sq.load(t[2], at);
-      max_exp_avg_sq.load(largest(t), at);
+      for_each(*this, [&](auto& state, int i) { state.load(t[1 + i], at); });
     }
     DTOKD_DEVICE void update(void* const* t, const Numbers& rule, const V (&d)[N]) {
-      V p[N], m[N], v[N], maximum[N];
+      V p[N], s[kStates ? kStates : 1][N];
       param.unpack(master(t), p);
-      exp_avg.unpack(t[1], m);
-      exp_avg_sq.unpack(t[2], v);
-      max_exp_avg_sq.unpack(largest(t), maximum);
+      for_each(*this, [&](auto& state, int i) { state.unpack(t[1 + i], s[i]); });
 #pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (largest(t)) {
-          rule(d[i], p[i], m[i], v[i], &maximum[i]);
-        } else {
-          rule(d[i], p[i], m[i], v[i], nullptr);
+      for (int e = 0; e < N; ++e) {
+        V* values[Numbers::kStates] = {};
+#pragma unroll
+        for (int i = 0; i < kStates; ++i) {
+          values[i] = i < kRequired || t[1 + i] ? &s[i][e] : nullptr;
         }
+        rule(d[e], p[e], values);
       }
       param.pack(master(t), p);
-      exp_avg.pack(t[1], m);
-      exp_avg_sq.pack(t[2], v);
-      max_exp_avg_sq.pack(largest(t), maximum);
+      for_each(*this, [&](auto& state, int i) { state.pack(t[1 + i], s[i]); });
     }
     DTOKD_DEVICE void store(void* const* t, int64_t at) const {
       param.store(t[0], master(t), at);
-      exp_avg.store(t[1], at);
-      exp_avg_sq.store(t[2], at);
-      max_exp_avg_sq.store(largest(t), at);
-    }
-  };
-};
-
-// t: parameter, momentum buffer or null, master copy or null.
-template <class T_, class S>
-struct SGDRule {
-  using T = T_;
-  using V = typename OpMath<T>::V;
-  static constexpr int kTensors = 3;
-  static constexpr bool kCountsSteps = false;
-  static constexpr int kElements = kElementsOf<T, S>;
-  static constexpr int kWide = sizeof(T) != sizeof(S) || sizeof(T) == 8;
-  using Group = SGDGroup;
-  struct Numbers {
-    SGD<V> rule;
-    bool nesterov, first;
-  };
-
-  static void set_tensors(const Target& target, void** t) {
-    t[0] = target.param;
-    t[1] = target.state[0];
-    t[2] = target.master;
-  }
-  static DTOKD_DEVICE Numbers numbers(const Group& g, double) {
-    return {{V(g.weight_decay), V(g.momentum), V(1 - g.dampening), V(-read(g.lr))},
-            g.nesterov,
-            g.first};
-  }
-
-  template <int N>
-  struct Elements {
-    Parameter<T, N, sizeof(T) == 2> param;
-    Streamed<S, N, true> buffer;
-
-    DTOKD_DEVICE void load(void* const* t, int64_t at) {
-      param.load(t[0], t[2], at);
-      buffer.load(t[1], at);
-    }
-    DTOKD_DEVICE void update(void* const* t, const Numbers& n, const V (&d)[N]) {
-      V p[N], b[N];
-      param.unpack(t[2], p);
-      buffer.unpack(t[1], b);
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        if (t[1]) {
-          n.rule(d[i], p[i], &b[i], n.nesterov, n.first);
-        } else {
-          n.rule(d[i], p[i], nullptr, false, false);
-        }
-      }
-      param.pack(t[2], p);
-      buffer.pack(t[1], b);
-    }
-    DTOKD_DEVICE void store(void* const* t, int64_t at) const {
-      param.store(t[0], t[2], at);
-      buffer.store(t[1], at);
+      for_each(*this, [&](auto& state, int i) { state.store(t[1 + i], at); });
     }
   };
 };
@@ -273,19 +214,18 @@ struct Shared {
 
 // By one thread.
 template <class Rule, int P>
-DTOKD_DEVICE void set_numbers(const UpdateEntry<P, Rule::kTensors>& entry,
-                              const typename Rule::Group& group, Shared<Rule, P>& shared) {
+DTOKD_DEVICE void set_numbers(const UpdateEntry<P, Rule::kTensors>& entry, const Group& group,
+                              Shared<Rule, P>& shared) {
   shared.numbers = Rule::numbers(group, entry.step ? double(*entry.step) + 1 : 0);
 }
 
 // By one thread for each of the P objectives.
 template <class Rule, int P>
-DTOKD_DEVICE void set_coefficient(const UpdateEntry<P, Rule::kTensors>& entry,
-                                  const typename Rule::Group& group, const Direction& direction,
-                                  int k, Shared<Rule, P>& shared) {
+DTOKD_DEVICE void set_coefficient(const UpdateEntry<P, Rule::kTensors>& entry, const Group& group,
+                                  const Direction& direction, int k, Shared<Rule, P>& shared) {
   double c = 0;
   if (k < direction.K) c = direction.coefficients[entry.role * direction.K + k];
-  shared.coefficients[k] = typename Rule::V(group.maximize ? -c : c);
+  shared.coefficients[k] = typename Rule::V(Rule::ascends(group) ? -c : c);
   shared.grads[k] = c != 0 ? static_cast<const typename Rule::T*>(entry.grads[k]) : nullptr;
 }
 
@@ -351,7 +291,7 @@ DTOKD_DEVICE void count_steps(const Table& table) {
 template <class Rule, int P>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
     update_kernel(DTOKD_PARAMETER(Table<UpdateEntry<P, Rule::kTensors>>) table,
-                  DTOKD_PARAMETER(UpdateJob<typename Rule::Group>) job) {
+                  DTOKD_PARAMETER(UpdateJob) job) {
   DTOKD_SHARED(shared, Shared<Rule, P>);
   DTOKD_SHARED(last, bool);
   if (job.direction.skipped && *job.direction.skipped) return;
@@ -362,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
   const unsigned chunk = table.chunks() - 1 - blockIdx.x;
   const int e = table.find(chunk);
   const UpdateEntry<P, Rule::kTensors>& entry = table.entries[e];
-  const typename Rule::Group& group = job.groups[entry.group];
+  const Group& group = job.groups[entry.group];
   if (threadIdx.x < P) set_coefficient<Rule, P>(entry, group, job.direction, threadIdx.x, shared);
   if (threadIdx.x == 0) set_numbers<Rule, P>(entry, group, shared);
   __syncthreads();

@@ -12,6 +12,7 @@
 #include "tests/threads.h"
 
 namespace py = pybind11;
+using namespace dtokd;
 using namespace dtokd::cpu;
 
 namespace {
@@ -48,10 +49,25 @@ std::vector<void*> pointers(const Addresses& addresses) {
   return result;
 }
 
-GradientLists lists(const std::string& dtype, const Addresses& grads,
-                    const std::vector<int64_t>& sizes) {
+// grads: objective by objective.
+std::vector<GradientRow> rows(const std::string& dtype, const Addresses& grads,
+                              const std::vector<int64_t>& sizes) {
   const std::vector<void*> p = pointers(grads);
-  return {type(dtype), int(grads.size() / sizes.size()), {p.begin(), p.end()}, sizes};
+  std::vector<GradientRow> result;
+  for (size_t t = 0; t < sizes.size(); ++t) {
+    result.push_back({type(dtype), 0, sizes[t], {}});
+    for (size_t k = 0; k < p.size() / sizes.size(); ++k) {
+      result[t].of[k] = p[k * sizes.size() + t];
+    }
+  }
+  return result;
+}
+
+// Of shared parameters; the other roles have none.
+std::vector<double> table(const std::vector<double>& coefficients) {
+  std::vector<double> result = coefficients;
+  result.resize(kRoles * coefficients.size());
+  return result;
 }
 
 }  // namespace
@@ -61,35 +77,32 @@ PYBIND11_MODULE(dtokd_core_python, m) {
   m.attr("chunk") = kChunk;
   m.def("gram", [](const std::string& name, int threads, const std::string& dtype,
                    const Addresses& grads, const std::vector<int64_t>& sizes) {
-    const GradientLists l = lists(dtype, grads, sizes);
-    std::vector<double> out(l.K * l.K);
-    gram(kernels(name), test_threads(threads), l, out.data());
-    return out;
+    const int K = int(grads.size() / sizes.size());
+    std::vector<double> out(kRoles * K * K);
+    gram(kernels(name), test_threads(threads), rows(dtype, grads, sizes), K, out.data());
+    return std::vector<double>(out.begin(), out.begin() + K * K);
   });
   m.def("combine", [](const std::string& name, int threads, const std::string& dtype,
                       const Addresses& grads, const std::vector<int64_t>& sizes,
                       const std::vector<double>& coefficients, const Addresses& out) {
-    combine(kernels(name), test_threads(threads), lists(dtype, grads, sizes), coefficients.data(),
-            pointers(out));
+    combine(kernels(name), test_threads(threads), rows(dtype, grads, sizes),
+            int(coefficients.size()), table(coefficients).data(), pointers(out));
   });
-  m.def("adamw_step",
-        [](const std::string& name, int threads, const std::string& dtype, const Addresses& grads,
-           const std::vector<int64_t>& sizes, const std::vector<double>& coefficients,
-           const std::vector<double>& s, const Addresses& params, const Addresses& exp_avgs,
-           const Addresses& exp_avg_sqs, const Addresses& max_exp_avg_sqs) {
-          const AdamWScalars scalars{s.at(0), s.at(1), s.at(2), s.at(3), s.at(4), int64_t(s.at(5))};
-          adamw_step(kernels(name), test_threads(threads), lists(dtype, grads, sizes),
-                     coefficients.data(), std::vector<AdamWScalars>(sizes.size(), scalars),
-                     pointers(params), pointers(exp_avgs), pointers(exp_avg_sqs),
-                     pointers(max_exp_avg_sqs));
-        });
-  m.def("sgd_step",
-        [](const std::string& name, int threads, const std::string& dtype, const Addresses& grads,
-           const std::vector<int64_t>& sizes, const std::vector<double>& coefficients,
-           const std::vector<double>& s, bool nesterov, bool first, const Addresses& params,
-           const Addresses& momentum_buffers) {
-          sgd_step(kernels(name), test_threads(threads), lists(dtype, grads, sizes),
-                   coefficients.data(), {s.at(0), s.at(1), s.at(2), s.at(3), nesterov, first},
-                   pointers(params), pointers(momentum_buffers));
-        });
+  // states: lists of as many addresses as there are tensors, in the rule's order; step: before.
+  m.def("update", [](const std::string& name, int threads, int rule, const std::string& dtype,
+                     const Addresses& grads, const std::vector<int64_t>& sizes,
+                     const std::vector<double>& coefficients, const std::vector<double>& numbers,
+                     float step, const Addresses& params, const std::vector<Addresses>& states) {
+    std::vector<UpdateRow> updates;
+    std::vector<float> steps(sizes.size(), step);
+    for (const GradientRow& row : rows(dtype, grads, sizes)) {
+      const size_t t = updates.size();
+      updates.push_back({row, row.type, pointers(params)[t], nullptr, {}, &steps[t], 0});
+      for (size_t i = 0; i < states.size(); ++i) updates[t].state[i] = pointers(states[i])[t];
+    }
+    Group group{{numbers.at(0)}, {}};
+    std::copy(numbers.begin(), numbers.end(), group.numbers);
+    update(kernels(name), test_threads(threads), rule, updates, {group}, int(coefficients.size()),
+           table(coefficients).data(), nullptr);
+  });
 }

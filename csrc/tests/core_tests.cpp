@@ -42,10 +42,32 @@ struct Lists {
   T* at(int list, size_t t) const { return tensors[list * sizes.size() + t].get(); }
 };
 
+// All shared, and reached by all objectives.
 template <class T>
-GradientLists gradient_lists(const Lists<T>& lists, int K) {
-  const std::vector<void*> p = lists.pointers();
-  return {sizeof(T) == 4 ? Type::kFloat32 : Type::kFloat64, K, {p.begin(), p.end()}, lists.sizes};
+std::vector<GradientRow> gradient_rows(const Lists<T>& lists, int K) {
+  std::vector<GradientRow> rows;
+  for (size_t t = 0; t < lists.sizes.size(); ++t) {
+    rows.push_back({sizeof(T) == 4 ? Type::kFloat32 : Type::kFloat64, 0, lists.sizes[t], {}});
+    for (int k = 0; k < K; ++k) rows.back().of[k] = lists.at(k, t);
+  }
+  return rows;
+}
+
+// Rows to update; states: as many as the rule has, null where there are none.
+template <class T>
+std::vector<UpdateRow> update_rows(const Lists<T>& grads, int K, const Lists<T>& params,
+                                   const std::vector<const Lists<T>*>& states,
+                                   std::vector<float>* steps) {
+  std::vector<UpdateRow> rows;
+  for (const GradientRow& row : gradient_rows(grads, K)) {
+    const size_t t = rows.size();
+    rows.push_back({row, row.type, params.at(0, t), nullptr, {}, nullptr, 0});
+    for (size_t i = 0; i < states.size(); ++i) {
+      if (states[i]) rows.back().state[i] = states[i]->at(0, t);
+    }
+    if (steps) rows.back().step = &(*steps)[t];
+  }
+  return rows;
 }
 
 std::vector<const Kernels*> available() {
@@ -65,8 +87,8 @@ bool close(double a, double b, double tolerance) {
 template <class T>
 void test_gram(const Kernels& kernels, int threads, int K) {
   const Lists<T> grads(kSizes, K, 1);
-  double out[kMaxObjectives * kMaxObjectives];
-  gram(kernels, test_threads(threads), gradient_lists(grads, K), out);
+  double out[kRoles * kMaxObjectives * kMaxObjectives];
+  gram(kernels, test_threads(threads), gradient_rows(grads, K), K, out);
   for (int i = 0; i < K; ++i) {
     for (int j = 0; j < K; ++j) {
       double sum = 0;
@@ -91,10 +113,11 @@ bool same(const Lists<T>& a, const Lists<T>& b) {
 template <class T, class Step>
 void test_products(const Kernels& kernels, int threads, const Lists<T>& grads, int K,
                    const Step& step) {
-  double expected[kMaxObjectives * kMaxObjectives], products[kMaxObjectives * kMaxObjectives];
-  gram(kernels, test_threads(threads == 1 ? 3 : 1), gradient_lists(grads, K), expected);
+  constexpr int kSize = kRoles * kMaxObjectives * kMaxObjectives;
+  double expected[kSize], products[kSize];
+  gram(kernels, test_threads(threads == 1 ? 3 : 1), gradient_rows(grads, K), K, expected);
   step(products);
-  CHECK(std::memcmp(expected, products, K * K * sizeof(double)) == 0);
+  CHECK(std::memcmp(expected, products, kRoles * K * K * sizeof(double)) == 0);
 }
 
 template <class T>
@@ -104,15 +127,18 @@ void test_adamw(const Kernels& kernels, int threads, int K, bool amsgrad) {
       largest(kSizes, 1, 6, 0.1);
   const Lists<T> p0(kSizes, 1, 3), m0(kSizes, 1, 4), v0(kSizes, 1, 5, 0.1),
       largest0(kSizes, 1, 6, 0.1);
-  std::vector<double> c;
-  for (int k = 0; k < K; ++k) c.push_back(0.5 + k);
-  const AdamWScalars s{0.1, 0.9, 0.99, 0.01, 1e-8, 5};
+  std::vector<double> c(kRoles * K);
+  for (int k = 0; k < K; ++k) c[k] = 0.5 + k;
+  const AdamWNumbers s{0.1, 0.9, 0.99, 0.01, 1e-8, 0, double(amsgrad)};
+  const Group group{{s.lr}, {s.lr, s.beta1, s.beta2, s.weight_decay, s.eps, 0, s.amsgrad}};
   const double correction1 = 1 - std::pow(s.beta1, 5), correction2 = 1 - std::pow(s.beta2, 5);
   const auto step = [&](const Lists<T>& p, const Lists<T>& m, const Lists<T>& v,
                         const Lists<T>& largest, double* products) {
-    adamw_step(kernels, test_threads(threads), gradient_lists(grads, K), c.data(),
-               std::vector<AdamWScalars>(kSizes.size(), s), p.pointers(), m.pointers(),
-               v.pointers(), amsgrad ? largest.pointers() : std::vector<void*>(), products);
+    std::vector<float> steps(kSizes.size(), 4);
+    update(kernels, test_threads(threads), kAdamW,
+           update_rows(grads, K, p, {&m, &v, amsgrad ? &largest : nullptr}, &steps), {group}, K,
+           c.data(), products);
+    for (float step : steps) CHECK(step == 5);
   };
   step(p, m, v, largest, nullptr);
   const Lists<T> p2(kSizes, 1, 3), m2(kSizes, 1, 4), v2(kSizes, 1, 5, 0.1),
@@ -146,18 +172,21 @@ void test_sgd(const Kernels& kernels, int threads, int K, bool momentum, bool ne
   const double tolerance = sizeof(T) == 4 ? 1e-5 : 1e-13;
   const Lists<T> grads(kSizes, K, 2), p(kSizes, 1, 3), b(kSizes, 1, 4), out(kSizes, 1, 7);
   const Lists<T> p0(kSizes, 1, 3), b0(kSizes, 1, 4);
-  std::vector<double> c;
-  for (int k = 0; k < K; ++k) c.push_back(0.5 + k);
-  const SGDScalars s{0.1, 0.9, 0.2, 0.01, nesterov, first};
+  std::vector<double> c(kRoles * K);
+  for (int k = 0; k < K; ++k) c[k] = 0.5 + k;
+  const SGDNumbers s{0.1, 0.9, 0.2, 0.01, double(nesterov), 0, double(first)};
+  const Group group{{s.lr},
+                    {s.lr, s.momentum, s.dampening, s.weight_decay, s.nesterov, 0, s.first}};
   const auto step = [&](const Lists<T>& p, const Lists<T>& b, double* products) {
-    sgd_step(kernels, test_threads(threads), gradient_lists(grads, K), c.data(), s, p.pointers(),
-             momentum ? b.pointers() : std::vector<void*>(), products);
+    update(kernels, test_threads(threads), kSGD,
+           update_rows(grads, K, p, {momentum ? &b : nullptr}, nullptr), {group}, K, c.data(),
+           products);
   };
   step(p, b, nullptr);
   const Lists<T> p2(kSizes, 1, 3), b2(kSizes, 1, 4);
   test_products(kernels, threads, grads, K, [&](double* products) { step(p2, b2, products); });
   CHECK(same(p, p2) && same(b, b2));
-  combine(kernels, test_threads(threads), gradient_lists(grads, K), c.data(), out.pointers());
+  combine(kernels, test_threads(threads), gradient_rows(grads, K), K, c.data(), out.pointers());
   for (size_t t = 0; t < kSizes.size(); ++t) {
     for (int64_t e = 0; e < kSizes[t]; ++e) {
       double g = 0;

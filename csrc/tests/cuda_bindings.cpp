@@ -99,23 +99,26 @@ LearningRate learning_rate(const py::object& lr) {
   return {NAN, pointer<void>(address), type(dtype)};
 }
 
-std::vector<AdamWGroup> adamw_groups(const std::vector<py::dict>& groups) {
-  std::vector<AdamWGroup> result;
-  for (const py::dict& g : groups) {
-    result.push_back({learning_rate(g["lr"]), g["beta1"].cast<double>(), g["beta2"].cast<double>(),
-                      g["weight_decay"].cast<double>(), g["eps"].cast<double>(),
-                      g["maximize"].cast<bool>()});
-  }
-  return result;
+// Names of a rule's numbers, in their order.
+std::vector<std::string> names(int rule) {
+#define DTOKD_NAME(name) #name,
+#define DTOKD_NAMES(Rule) \
+  if (rule == k##Rule) return {DTOKD_NUMBERS_##Rule(DTOKD_NAME)};
+  DTOKD_RULES(DTOKD_NAMES)
+#undef DTOKD_NAMES
+#undef DTOKD_NAME
+  throw std::invalid_argument("no such rule");
 }
 
-std::vector<SGDGroup> sgd_groups(const std::vector<py::dict>& groups) {
-  std::vector<SGDGroup> result;
+std::vector<Group> groups_of(int rule, const std::vector<py::dict>& groups) {
+  std::vector<Group> result;
   for (const py::dict& g : groups) {
-    result.push_back({learning_rate(g["lr"]), g["momentum"].cast<double>(),
-                      g["dampening"].cast<double>(), g["weight_decay"].cast<double>(),
-                      g["nesterov"].cast<bool>(), g["maximize"].cast<bool>(),
-                      g["first"].cast<bool>()});
+    Group group{learning_rate(g["lr"]), {NAN}};
+    const std::vector<std::string> of_rule = names(rule);
+    for (size_t i = 1; i < of_rule.size(); ++i) {
+      group.numbers[i] = g.contains(of_rule[i]) ? g[of_rule[i].c_str()].cast<double>() : 0.0;
+    }
+    result.push_back(group);
   }
   return result;
 }
@@ -171,14 +174,16 @@ PYBIND11_MODULE(dtokd_cuda_emulation, m) {
     check(launch_combine(all(tensors), targets, {K, pointer<double>(coefficients), nullptr},
                          nullptr));
   });
-  m.def("adamw", [](const std::vector<TargetTuple>& targets, const std::vector<py::dict>& groups,
-                    int K, uintptr_t coefficients, uintptr_t skipped) {
-    with_scratch(0, [&](const Scratch& scratch) {
-      return launch_adamw(all(targets), adamw_groups(groups),
-                          {K, pointer<double>(coefficients), pointer<bool>(skipped)}, scratch,
-                          nullptr);
-    });
-  });
+  m.def("names", &names);
+  m.def("update",
+        [](int rule, const std::vector<TargetTuple>& targets, const std::vector<py::dict>& groups,
+           int K, uintptr_t coefficients, uintptr_t skipped) {
+          with_scratch(0, [&](const Scratch& scratch) {
+            return launch_update(rule, all(targets), groups_of(rule, groups),
+                                 {K, pointer<double>(coefficients), pointer<bool>(skipped)},
+                                 scratch, nullptr);
+          });
+        });
   // The same steps as gram_balance and adamw on a device that runs `blocks` at a time; whether it
   // was done.
   m.def("resident_adamw",
@@ -190,38 +195,24 @@ PYBIND11_MODULE(dtokd_cuda_emulation, m) {
           bool done = true;
           with_scratch(scratch_size(gradients_of(t), K), [&](const Scratch& scratch) {
             const int error =
-                launch_resident_adamw(t, adamw_groups(groups), K, pointer<double>(losses),
+                launch_resident_adamw(t, groups_of(kAdamW, groups), K, pointer<double>(losses),
                                       options(o), scratch, record(grams, values, flags), nullptr);
             done = error != kUnfit;
             return done ? error : 0;
           });
           return done;
         });
-  m.def("sgd", [](const std::vector<TargetTuple>& targets, const std::vector<py::dict>& groups,
-                  int K, uintptr_t coefficients, uintptr_t skipped) {
-    check(launch_sgd(all(targets), sgd_groups(groups),
-                     {K, pointer<double>(coefficients), pointer<bool>(skipped)}, nullptr));
-  });
-  // Updates that also measure.
-  m.def("gram_adamw",
-        [](const std::vector<TargetTuple>& targets, const std::vector<py::dict>& groups, int K,
-           uintptr_t coefficients, uintptr_t skipped, uintptr_t grams) {
+  // An update that also measures.
+  m.def("gram_update",
+        [](int rule, const std::vector<TargetTuple>& targets, const std::vector<py::dict>& groups,
+           int K, uintptr_t coefficients, uintptr_t skipped, uintptr_t grams) {
           const auto t = all(targets);
           with_scratch(scratch_size(gradients_of(t), K), [&](const Scratch& scratch) {
-            return launch_gram_adamw(t, adamw_groups(groups),
-                                     {K, pointer<double>(coefficients), pointer<bool>(skipped)},
-                                     scratch, pointer<double>(grams), nullptr);
+            return launch_gram_update(rule, t, groups_of(rule, groups),
+                                      {K, pointer<double>(coefficients), pointer<bool>(skipped)},
+                                      scratch, pointer<double>(grams), nullptr);
           });
         });
-  m.def("gram_sgd", [](const std::vector<TargetTuple>& targets, const std::vector<py::dict>& groups,
-                       int K, uintptr_t coefficients, uintptr_t skipped, uintptr_t grams) {
-    const auto t = all(targets);
-    with_scratch(scratch_size(gradients_of(t), K), [&](const Scratch& scratch) {
-      return launch_gram_sgd(t, sgd_groups(groups),
-                             {K, pointer<double>(coefficients), pointer<bool>(skipped)}, scratch,
-                             pointer<double>(grams), nullptr);
-    });
-  });
 
   // The planner by itself: of sizes, with roles by turns if `roles` is set.
   m.def("plan", [](const std::vector<int64_t>& sizes, bool roles) {

@@ -175,6 +175,10 @@ double combined(const Gradients& g, const std::vector<double>& c, int K, int64_t
 }
 
 // T: gradients and parameters; float32 state and, for a half type, a master copy.
+// lr, beta1, beta2, weight_decay, eps; and lr, momentum, dampening, weight_decay, nesterov
+const Group kAdamWGroup{{0.1}, {0.1, 0.9, 0.99, 0.01, 1e-8}};
+const Group kSGDGroup{{0.1}, {0.1, 0.9, 0.2, 0.01, 1}};
+
 template <class T>
 uint64_t test_adamw(int K, int shift, bool skipped) {
   const bool has_master = sizeof(T) == 2;
@@ -192,12 +196,13 @@ uint64_t test_adamw(int K, int shift, bool skipped) {
                        &steps[t],
                        0});
   }
-  const AdamWGroup group{{0.1}, 0.9, 0.99, 0.01, 1e-8, false};
+  const Group group = kAdamWGroup;
   const std::vector<double> c = coefficients(K);
   DeviceMemory memory({}, K);
-  CHECK(launch_adamw(targets, {group}, {K, c.data(), &skipped}, memory.scratch(), nullptr) == 0);
+  CHECK(launch_update(kAdamW, targets, {group}, {K, c.data(), &skipped}, memory.scratch(),
+                      nullptr) == 0);
   memory.check_tickets();
-  const double correction1 = 1 - std::pow(group.beta1, 5), correction2 = 1 - std::pow(0.99, 5);
+  const double correction1 = 1 - std::pow(0.9, 5), correction2 = 1 - std::pow(0.99, 5);
   for (size_t t = 0; t < kSizes.size(); ++t) {
     if (kSizes[t] > 0) CHECK(steps[t] == (skipped ? 4 : 5));
     for (int64_t i = 0; i < kSizes[t]; ++i) {
@@ -207,8 +212,7 @@ uint64_t test_adamw(int K, int shift, bool skipped) {
       if (!skipped) {
         m1 = 0.9 * m1 + (1 - 0.9) * g;
         v1 = 0.99 * v1 + (1 - 0.99) * g * g;
-        p1 = p0 * (1 - 0.1 * 0.01) -
-             0.1 / correction1 * m1 / (std::sqrt(v1 / correction2) + group.eps);
+        p1 = p0 * (1 - 0.1 * 0.01) - 0.1 / correction1 * m1 / (std::sqrt(v1 / correction2) + 1e-8);
       }
       check_close(m.value(0, t, i), m1, kTolerance<float>);
       check_close(v.value(0, t, i), v1, kTolerance<float>);
@@ -224,7 +228,7 @@ template <class T>
 uint64_t test_resident(int K, int blocks) {
   const std::vector<double> losses(K, 2.0);
   const BalanceOptions options{true, true, false, 0, 1e-8, INFINITY};
-  const AdamWGroup group{{0.1}, 0.9, 0.99, 0.01, 1e-8, false};
+  const Group group = kAdamWGroup;
   uint64_t hashes[2];
   for (bool resident : {false, true}) {
     const Tensors<T> grads(K, 3, 0), param(1, 4, 0);
@@ -248,8 +252,8 @@ uint64_t test_resident(int K, int blocks) {
     } else {
       CHECK(launch_gram_balance(all_gradients(grads, K), K, losses.data(), options,
                                 memory.scratch(), memory.record(), nullptr) == 0);
-      CHECK(launch_adamw(targets, {group}, {K, memory.values.data() + K, memory.flags + 1},
-                         memory.scratch(), nullptr) == 0);
+      CHECK(launch_update(kAdamW, targets, {group}, {K, memory.values.data() + K, memory.flags + 1},
+                          memory.scratch(), nullptr) == 0);
     }
     memory.check_tickets();
     uint64_t hash = hash_of(memory.values.data(), memory.values.size() * sizeof(double));
@@ -282,9 +286,8 @@ void test_resident_of_several_tables() {
   DeviceMemory memory(gradients, 1);
   const double loss = 1;
   emulated_residency = {60, 2 * kTile * int(sizeof(float))};
-  CHECK(launch_resident_adamw(targets, {{{0.1}, 0.9, 0.99, 0.01, 1e-8, false}}, 1, &loss,
-                              {true, true, false, 0, 1e-8}, memory.scratch(), memory.record(),
-                              nullptr) == kUnfit);
+  CHECK(launch_resident_adamw(targets, {kAdamWGroup}, 1, &loss, {true, true, false, 0, 1e-8},
+                              memory.scratch(), memory.record(), nullptr) == kUnfit);
   for (int t = 0; t < kCount; ++t) CHECK(param[t] == kBefore && steps[t] == kBefore);
 }
 
@@ -293,8 +296,8 @@ void test_resident_of_several_tables() {
 // is 0.
 template <class T>
 uint64_t test_gram_update(int K, int shift, bool adamw, bool skipped) {
-  const AdamWGroup adamw_group{{0.1}, 0.9, 0.99, 0.01, 1e-8, false};
-  const SGDGroup sgd_group{{0.1}, 0.9, 0.2, 0.01, true, false, false};
+  const int rule = adamw ? kAdamW : kSGD;
+  const Group group = adamw ? kAdamWGroup : kSGDGroup;
   const std::vector<double> c = coefficients(K);
   const Direction direction{K, c.data(), &skipped};
   uint64_t hashes[2];
@@ -318,12 +321,9 @@ uint64_t test_gram_update(int K, int shift, bool adamw, bool skipped) {
     double* const grams = memory.grams.data();
     if (!measuring) {
       CHECK(launch_gram(all_gradients(grads, K), K, scratch, grams, nullptr) == 0);
-      CHECK((adamw ? launch_adamw(targets, {adamw_group}, direction, scratch, nullptr)
-                   : launch_sgd(targets, {sgd_group}, direction, nullptr)) == 0);
+      CHECK(launch_update(rule, targets, {group}, direction, scratch, nullptr) == 0);
     } else {
-      CHECK((adamw
-                 ? launch_gram_adamw(targets, {adamw_group}, direction, scratch, grams, nullptr)
-                 : launch_gram_sgd(targets, {sgd_group}, direction, scratch, grams, nullptr)) == 0);
+      CHECK(launch_gram_update(rule, targets, {group}, direction, scratch, grams, nullptr) == 0);
     }
     memory.check_tickets();
     CHECK(K == 1 || std::isfinite(grams[K * K + K - 1]));
@@ -351,9 +351,10 @@ uint64_t test_sgd_and_combine(int K, int shift) {
                        0});
     outs.push_back(out.at(0, t));
   }
-  const SGDGroup group{{0.1}, 0.9, 0.2, 0.01, true, false, false};
+  DeviceMemory memory({}, K);
   const std::vector<double> c = coefficients(K);
-  CHECK(launch_sgd(targets, {group}, {K, c.data(), nullptr}, nullptr) == 0);
+  CHECK(launch_update(kSGD, targets, {kSGDGroup}, {K, c.data(), nullptr}, memory.scratch(),
+                      nullptr) == 0);
   CHECK(launch_combine(all_gradients(grads, K), outs, {K, c.data(), nullptr}, nullptr) == 0);
   for (size_t t = 0; t < kSizes.size(); ++t) {
     for (int64_t i = 0; i < kSizes[t]; ++i) {

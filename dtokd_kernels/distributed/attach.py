@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..balanced import Balanced
 from ..checks import check_flag, is_number
-from ..optim import Balanced
 from .replicas import BUCKET_BYTES, Replicas
 
 

@@ -8,7 +8,6 @@ the parameters' bytes, where averaging K gradients on all ranks takes 2 K.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ..sources import Lag
 from ..sources.source import Source
 from ..sources.wrapper import innermost
-from ..types import Update
 from ..watch import Watch
 from .replicas import BUCKET_BYTES, Pass, Replicas, Slot, Waits, check_dense
 
@@ -196,17 +194,13 @@ class Sharded(Replicas):
         _, begin, end = self._cut_of(p.numel())
         return p.detach().view(-1)[begin:end]
 
-    def local_update(self, update: Update) -> Update:
-        """The update of this rank's parts."""
-        self._updated += update.params
-        return replace(
-            update,
-            params=[self._part_of(p) for p in update.params],
-            state={
-                name: [t.to_local() if isinstance(t, DTensor) else t for t in values]
-                for name, values in update.state.items()
-            },
-        )
+    def local_rows(
+        self, params: list[Tensor], states: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """This rank's parts of parameters and state."""
+        self._updated = list(params)
+        local = [{name: t.to_local() if isinstance(t, DTensor) else t for name, t in state.items()} for state in states]
+        return [self._part_of(p) for p in params], local
 
     def after_updates(self) -> None:
         """Gather the parameters that were updated, of which each rank has a part."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor
@@ -21,7 +20,6 @@ from ..ranks import Ranks
 from ..sources import Lag, Overlap, Probe
 from ..sources.source import Source
 from ..sources.wrapper import innermost
-from ..types import Update
 from ..watch import Watch
 
 
@@ -105,10 +103,9 @@ class Shards(Ranks):
         """This rank's parts, which share memory with the whole."""
         return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
 
-    def local_update(self, update: Update) -> Update:
-        """The update of this rank's parts."""
-        return replace(
-            update,
-            params=self.local(update.params),
-            state={name: self.local(values) for name, values in update.state.items()},
-        )
+    def local_rows(
+        self, params: list[Tensor], states: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """This rank's parts of parameters and state."""
+        local = [dict(zip(state, self.local(list(state.values())), strict=True)) for state in states]
+        return self.local(params), local

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from ..optim import Balanced
+from ..balanced import Balanced
 
 
 def whole_state(optimizer: Balanced) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from .. import backends
+from .. import kernels
+from ..rows import GradientRows
+from ..types import Role
 
 #: Bytes of fresh gradients after which their products are taken: about what a core's own cache holds, and on a GPU
 #: what its L2 cache holds beside other things; a launch takes as long as reading a few megabytes.
@@ -16,7 +18,7 @@ GPU_BUCKET = 16 << 20
 
 
 class Buckets:
-    """Collects tensors by key until there is a bucket of them, then adds their Gram matrix to the key's.
+    """Collects gradients by key until there is a bucket of them, then adds their Gram matrix to the key's.
 
     Args:
         backend: who takes the products.
@@ -24,18 +26,16 @@ class Buckets:
 
     def __init__(self, backend: str | None) -> None:
         self._backend = backend
-        self._waiting: dict[Any, list[list[Tensor]]] = {}
+        self._waiting: dict[Any, list[Sequence[Tensor | None]]] = {}
         self._bytes: dict[Any, int] = {}
         self.grams: dict[Any, Tensor] = {}
 
-    def add(self, key: Hashable, tensors: list[Tensor]) -> None:
-        """One tensor per list, of one dtype and device for each key."""
-        lists = self._waiting.setdefault(key, [[] for _ in tensors])
-        for values, tensor in zip(lists, tensors, strict=True):
-            values.append(tensor)
-        size = self._bytes.get(key, 0) + tensors[-1].numel() * tensors[-1].element_size()
-        self._bytes[key] = size
-        if size >= BUCKET.get(tensors[-1].device.type, GPU_BUCKET):
+    def add(self, key: Hashable, column: Sequence[Tensor | None]) -> None:
+        """The gradients of one parameter, or None; of one dtype and device for each key."""
+        self._waiting.setdefault(key, []).append(column)
+        gradient = next(g for g in column if g is not None)
+        self._bytes[key] = self._bytes.get(key, 0) + gradient.numel() * gradient.element_size()
+        if self._bytes[key] >= BUCKET.get(gradient.device.type, GPU_BUCKET):
             self._take(key)
 
     def finish(self) -> None:
@@ -44,7 +44,8 @@ class Buckets:
             self._take(key)
 
     def _take(self, key: Hashable) -> None:
-        lists = self._waiting.pop(key)
+        columns = self._waiting.pop(key)
         self._bytes.pop(key)
-        part = backends.select(lists[0][0].device, self._backend).gram(lists)
+        rows = GradientRows.of(columns, [Role.SHARED] * len(columns))
+        part = kernels.gram(rows, len(columns[0]), self._backend)[Role.SHARED]
         self.grams[key] = self.grams[key] + part if key in self.grams else part

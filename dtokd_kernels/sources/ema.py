@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
+from ..implementations import solves
 from ..types import Balance, Options
-from ..weighting import DTO
 from .names import measuring
 from .source import Call, Gathered, Source, remember
 from .wrapper import Wrapper
@@ -124,7 +124,7 @@ class _Averaged:
     def __call__(self, gram: Tensor, losses: Tensor) -> Any:
         average = self._ema.average(self._names, gram)
         weighting = self._options.weighting
-        if type(weighting) is DTO:  # for which backends have a kernel
+        if solves(self._options):  # for which backends have a kernel
             backend = backends.select(gram.device, self._options.backend)
-            return backend.min_norm_weights(average, weighting.clamp, average.diagonal() > 0)
+            return backend.min_norm_weights(average, getattr(weighting, "clamp", True), average.diagonal() > 0)
         return reference.ask(weighting, average, losses)

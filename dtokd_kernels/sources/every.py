@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import kernels, reference
 from ..types import Balance, Options, Role
 from .names import measuring
 from .source import Call, Gathered, Given, Source, remember
@@ -77,8 +77,8 @@ class Every(Wrapper):
         weights = torch.where(nobody, left.double() / left.sum().clamp(min=1), weights)
         gram = torch.where(nobody, instead, gram)
         kept = Given(weights, options.log_gradients)
-        grams = ops.by_role({Role.SHARED: gram}, call.losses)
-        return ops.balance_grams(grams, call.losses, replace(options, weighting=kept))
+        grams = kernels.by_role({Role.SHARED: gram}, call.losses)
+        return kernels.balance(grams, call.losses, replace(options, weighting=kept))
 
     def solve(self, gathered: Gathered, options: Options) -> Balance:
         """The balance of K gradients, whose Gram matrix is measured in this step."""

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import kernels
+from ..rows import GradientRows
 from ..types import Balance, Options, Role
 from .source import Call, Source
 
@@ -61,11 +62,11 @@ class Feature(Source):
                     "representation that all objectives share; inside torch.compile or a reentrant checkpoint it is "
                     "not seen: return it and pass backward(losses, features=z)"
                 )
-        groups = [group for group, _ in ops.group_rows(list(zip(*rows, strict=True))).values()]
-        gram = ops.unscaled(ops.gram_of_groups(groups, len(rows), options.backend), call.scale)
+        at_features = GradientRows.of(list(zip(*rows, strict=True)), [Role.SHARED] * len(features))
+        grams = kernels.unscaled(kernels.gram(at_features, len(call.losses), options.backend), call.scale)
         if call.ranks is not None:
-            gram = call.ranks.sample_gram(gram)
-        return ops.balance_grams(ops.by_role({Role.SHARED: gram}, call.losses), call.losses, options)
+            grams = call.ranks.sample_gram(grams)
+        return kernels.balance(grams, call.losses, options)
 
     def release(self) -> None:
         """Forget the module's output."""

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..ranks import Ranks
+from .. import kernels
+from ..plan import Step
 from ..reach import Reach
-from ..types import Balance, Options, Role, Update
+from ..types import Balance, Options, Role
 from ..watch import Watch
 from .buckets import Buckets
 from .source import Gathered, Given, Source, remember
@@ -54,49 +54,51 @@ class Lag(Source):
         """The balance as the previous step's Gram matrices give it."""
         losses, first = gathered.losses, self._kept is None or gathered.names != self._names
         self._scale = gathered.scale
-        grams = ops.grams_by_role(gathered.groups, losses, options.backend) if first else None
+        grams = kernels.gram(gathered.rows, len(losses), options.backend, losses.device) if first else None
         if grams is not None:
-            grams = ops.unscaled(grams, self._scale)
+            grams = kernels.unscaled(grams, self._scale)
             self._next, self._weights = (grams, losses), None
-            return ops.balance_grams(grams, losses, options)
+            return kernels.balance(grams, losses, options)
         assert self._kept is not None
         assert isinstance(gathered.watch, _Finite)
         present = gathered.watch.present().to(losses.device)  # who has no gradient now has no share of this step
         before = torch.where(present[:, None] & present[None, :], self._kept[0].to(losses.device), 0.0)
         losses_before = self._kept[1].to(losses.device)
-        self._weights = ops.balance_grams(before, losses_before, options).weights
+        self._weights = kernels.balance(before, losses_before, options).weights
         self._next = before, losses
         given = replace(options, weighting=Given(self._weights, options.log_gradients))
-        record = ops.balance_grams(before, losses, given)
-        total = ops.unscaled(gathered.watch.total().to(record.norm.device), self._scale)  # not finite as a gradient is
-        coefficients = torch.stack([record.table[role] for role in gathered.groups]).abs().amax()
+        record = kernels.balance(before, losses, given)
+        total = kernels.unscaled(
+            gathered.watch.total().to(record.norm.device), self._scale
+        )  # not finite as a gradient is
+        coefficients = torch.stack([record.table[role] for role in sorted(set(gathered.rows.layout.role))]).abs().amax()
         reach = coefficients * (len(losses) * total).sqrt()  # no element of the direction is larger
         skipped = record.skipped | ~((total > 0) & (total < torch.inf) & (reach <= options.limit))
         record = replace(record, skipped=skipped)
         if skipped.device.type == "cpu" and skipped:  # known on the host: no update follows
-            grams = ops.unscaled(ops.grams_by_role(gathered.groups, losses, options.backend), self._scale)
+            grams = kernels.unscaled(
+                kernels.gram(gathered.rows, len(losses), options.backend, losses.device), self._scale
+            )
             return self._measured(grams, losses, record, options)
         return record
 
-    def run(
-        self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options, ranks: Ranks | None
-    ) -> Balance:
+    def run(self, step: Step, balance: Balance, coefficients: Tensor) -> Balance:
         """Update and measure in one pass; the first step has measured already."""
         if self._weights is None:
-            return super().run(updates, balance, table, options, ranks)
+            return super().run(step, balance, coefficients)
         assert self._next is not None
-        grams, skipped = ops.measure_and_update(updates, table, balance.skipped, options, ranks)
-        grams = ops.unscaled(grams, self._scale)
+        grams, skipped = step.measure_and_update(coefficients, balance.skipped)
+        grams = kernels.unscaled(grams, self._scale)
         losses = self._next[1]
         self._next = grams, losses
-        return self._measured(grams, losses, replace(balance, skipped=skipped), options)
+        return self._measured(grams, losses, replace(balance, skipped=skipped), step.options)
 
     def _measured(self, grams: Tensor, losses: Tensor, balance: Balance, options: Options) -> Balance:
         """The balance that the step was taken, or skipped, with, and what was measured in it."""
         assert self._weights is not None
         given = Given(self._weights, options.log_gradients)
         unclipped = replace(options, weighting=given, max_norm=None)
-        record = ops.balance_grams(grams, losses, unclipped)
+        record = kernels.balance(grams, losses, unclipped)
         return replace(record, weights=balance.weights, table=balance.table, skipped=balance.skipped)
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:

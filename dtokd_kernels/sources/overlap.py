@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .. import ops
+from .. import kernels
 from ..reach import Reach
-from ..types import Balance, Options, Role, spread
+from ..types import Balance, Options, Role
 from ..watch import Watch
 from .buckets import Buckets
 from .source import Gathered, Source
@@ -39,10 +39,10 @@ class Overlap(Source):
         if not gathered.watch.up_to_date():  # a step in which private parameters were found out
             return super().solve(gathered, options)
         losses = gathered.losses
-        grams = ops.unscaled(gathered.watch.grams(losses), gathered.scale)
+        grams = kernels.unscaled(gathered.watch.grams(losses), gathered.scale)
         if gathered.ranks is not None:
             grams, losses = gathered.ranks.total(grams, losses)
-        return ops.balance_grams(grams, losses, options)
+        return kernels.balance(grams, losses, options)
 
 
 class _Products:
@@ -77,9 +77,9 @@ class _Products:
 
     def _add(self, t: int, column: Sequence[Tensor | None]) -> None:
         there = tuple(i for i, g in enumerate(column) if g is not None)
-        present = [g for g in column if g is not None]
-        key = self._balanced[t], there, self._reach.of(t, column), present[0].dtype, present[0].device
-        self._buckets.add(key, present)
+        first = column[there[0]]
+        assert first is not None
+        self._buckets.add((self._balanced[t], self._reach.of(t, column), first.dtype, first.device), column)
 
     def up_to_date(self) -> bool:
         """Whether the roles are those that the products were taken for."""
@@ -88,8 +88,7 @@ class _Products:
     def grams(self, losses: Tensor) -> Tensor:
         K = len(losses)
         grams: dict[Role, Tensor] = {}
-        for (balanced, there, reach, _, _), part in self._buckets.grams.items():
+        for (balanced, reach, _, _), part in self._buckets.grams.items():
             role = self._options.role(balanced, reach, K)
-            whole = spread(part, there, K)
-            grams[role] = grams[role] + whole.to(grams[role].device) if role in grams else whole
-        return ops.by_role(grams, losses)
+            grams[role] = grams[role] + part.to(grams[role].device) if role in grams else part
+        return kernels.by_role(grams, losses)

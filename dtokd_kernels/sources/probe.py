@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import ops
+from .. import kernels
 from ..reach import Reach
+from ..rows import GradientRows
 from ..types import Balance, Options, Role
 from ..watch import Watch
 from .source import Call, Gathered, Source
@@ -90,9 +91,9 @@ class Probe(Source):
                 f"{call.op}: no parameter of gram={self!r} is reached by all objectives {list(call.names)}; probe the "
                 "last block that they share"
             )
-        groups = [group for group, _ in ops.group_rows(shared).values()]
-        gram = ops.unscaled(ops.gram_of_groups(groups, len(call.values), options.backend), call.scale)
-        return ops.balance_grams(ops.by_role({Role.SHARED: gram}, call.losses), call.losses, options)
+        chosen = GradientRows.of(shared, [Role.SHARED] * len(shared))
+        grams = kernels.unscaled(kernels.gram(chosen, len(call.losses), options.backend), call.scale)
+        return kernels.balance(grams, call.losses, options)
 
     def _among(self, params: Sequence[Tensor]) -> list[Tensor]:
         """The probe's parameters that are optimized and require a gradient."""

@@ -9,10 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .. import ops
+from .. import kernels
+from ..plan import Step
 from ..ranks import Ranks
 from ..reach import Reach
-from ..types import Balance, Group, Options, Role, Update
+from ..rows import GradientRows
+from ..types import Balance, Options
 from ..watch import Watch
 
 
@@ -63,10 +65,10 @@ class Gathered:
         names: of the objectives.
         losses: [K] float64.
         params: whose gradients were collected.
-        groups: the gradients by role.
+        rows: the gradients.
         scale: scalar float64, what the gradients were multiplied with; None for 1.
         watch: what `Source.watch` returned for these gradients.
-        reach: which objectives reach which parameters, as the groups' roles have it.
+        reach: which objectives reach which parameters, as the rows' roles have it.
         ranks: the other processes that train the same model; None if there are none.
     """
 
@@ -74,7 +76,7 @@ class Gathered:
     names: tuple[str, ...]
     losses: Tensor
     params: Sequence[Tensor]
-    groups: Mapping[Role, Sequence[Group]]
+    rows: GradientRows
     scale: Tensor | None
     watch: Watch | None
     reach: Reach
@@ -130,24 +132,20 @@ class Source:
 
     def solve(self, gathered: Gathered, options: Options) -> Balance:
         """The balance of K gradients."""
-        return ops.solve(gathered.groups, gathered.losses, options, gathered.scale, gathered.ranks)
+        return kernels.solve(gathered.rows, gathered.losses, options, gathered.scale, gathered.ranks)
 
-    def run(
-        self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options, ranks: Ranks | None
-    ) -> Balance:
+    def run(self, step: Step, balance: Balance, coefficients: Tensor) -> Balance:
         """Carry out the updates of K gradients.
 
         Args:
-            updates: of all parameters.
+            step: of all parameters.
             balance: what `solve` returned.
-            table: [3, K] float64, what multiplies the gradients as they are: the balance's, without their scale.
-            options: of the balance.
-            ranks: the other processes that train the same model; None if there are none.
+            coefficients: [3, K] float64, what multiplies the gradients as they are: the balance's, without their scale.
 
         Returns:
             The balance as it is known after that.
         """
-        return replace(balance, skipped=ops.run_updates(updates, table, balance.skipped, options, ranks))
+        return replace(balance, skipped=step.update(coefficients, balance.skipped))
 
     def release(self) -> None:
         """The passes of a call of `backward` are over: hold nothing that belongs to its graph."""

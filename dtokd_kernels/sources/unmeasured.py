@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import kernels, reference
 from ..types import Balance, Options, Role
 from .source import Call, Source
 
@@ -33,6 +33,6 @@ class Unmeasured(Source):
     def weigh(self, call: Call, options: Options) -> Balance:
         """The weighting sees the identity in place of the Gram matrix, zero where there is no gradient."""
         gram = stand_in(call.losses, options)
-        record = ops.balance_grams(ops.by_role({Role.SHARED: gram}, call.losses), call.losses, options)
+        record = kernels.balance(kernels.by_role({Role.SHARED: gram}, call.losses), call.losses, options)
         unknown = torch.full_like(gram, torch.nan)
         return replace(record, gram=unknown, cosine=unknown, norms=unknown[0])

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ranks import Ranks
-from ..types import Balance, Options, Update
+from ..plan import Step
+from ..types import Balance, Options
 from ..watch import Watch
 from .source import Source
 
@@ -37,11 +37,9 @@ class Wrapper(Source):
         """What the source that measures has look at the gradients."""
         return self.inner.watch(options)
 
-    def run(
-        self, updates: Sequence[Update], balance: Balance, table: Tensor, options: Options, ranks: Ranks | None
-    ) -> Balance:
+    def run(self, step: Step, balance: Balance, coefficients: Tensor) -> Balance:
         """The updates, by the source that measures."""
-        return self.inner.run(updates, balance, table, options, ranks)
+        return self.inner.run(step, balance, coefficients)
 
     def release(self) -> None:
         """Let the source that measures drop its graph."""

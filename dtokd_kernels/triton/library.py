@@ -1,114 +1,82 @@
-"""The operations that torch sees: `dtokd_triton::min_norm_weights`, ... with the schemas of `csrc/torch/library.cpp`.
+"""The operations of `operations` in Triton: schemas and meanings are those of the libraries in C++.
 
-`gram_by_role` and `gram_balance` are those of `csrc/torch/cuda_library.cpp`, without its tickets. An update takes
-parameter groups of one reach, and `tensor_lr`, a learning rate on the device, in the place of the groups' own.
-Defined by `Library.define` with fake kernels of their own: torch.compile keeps each as one call.
+Registered for CUDA tensors, or, where TRITON_INTERPRET=1 was set before this was imported, for CPU tensors too. The
+first call of each kind compiles; none waits for the device.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import fakes, fused
+from .. import operations
+from ..implementations import TICKETS, Kernels, is_dense
+from ..rules import RULES, Rule
 from . import solve, update
 from .gram import Member
-from .gram import gram_by_role as launch_gram_by_role
+from .gram import gram_by_role as launch_gram
 from .tables import INTERPRETED
 
-_LIBRARY = torch.library.Library("dtokd_triton", "DEF")
-_SCHEMAS = (
-    "gram_by_role(Tensor[] grads, int[] counts, int[] roles, int[] reaches, int K) -> Tensor",
-    "gram_balance(Tensor[] grads, int[] counts, int[] roles, int[] reaches, int K, Tensor losses, "
-    "bool log_gradients, bool clamp, bool rescale_sum, float max_norm, float loss_floor, float limit) -> "
-    "(Tensor, Tensor, Tensor)",
-    "min_norm_weights(Tensor gram, bool clamp, Tensor? present) -> Tensor",
-    "balance(Tensor gram, Tensor? private_gram, Tensor? plain_gram, Tensor losses, Tensor? weights, "
-    "bool log_gradients, bool clamp, bool rescale_sum, float max_norm, float loss_floor, float limit) -> "
-    "(Tensor, Tensor)",
-    "combine_(Tensor(a!)[] out, Tensor[] grads, Tensor coefficients) -> ()",
-    "adamw_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, int[] counts, int reach, Tensor table, Tensor skipped, "
-    "Tensor? tensor_lr, float[] numbers, bool maximize) -> ()",
-    "sgd_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] counts, int reach, "
-    "Tensor table, Tensor skipped, Tensor? tensor_lr, float[] numbers, bool nesterov, bool maximize, bool first) -> ()",
-    "gram_adamw_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] state_steps, int[] counts, int reach, Tensor table, Tensor skipped, "
-    "Tensor? tensor_lr, float[] numbers, bool maximize) -> Tensor",
-    "gram_sgd_updates_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, int[] counts, int reach, "
-    "Tensor table, Tensor skipped, Tensor? tensor_lr, float[] numbers, bool nesterov, bool maximize, bool first) "
-    "-> Tensor",
-)
+KERNELS = Kernels("triton", "dtokd_triton", device_lr=True)
 
 
-def _gradients(op: str, like: Sequence[Tensor], grads: Sequence[Tensor], K: int) -> list[Sequence[Tensor]]:
-    T = len(like)
-    if len(grads) != K * T:
-        raise ValueError(f"dtokd_triton::{op}: grads has {len(grads)} tensors, expected {T} for each of {K} objectives")
-    lists = [grads[k * T : (k + 1) * T] for k in range(K)]
-    for values in lists:
-        _check_list(op, "grads", values, like)
-    return lists
+def _laid_out(op: str, t: int, g: Tensor, like: Tensor) -> Tensor:
+    """A gradient as its row lies in memory: itself or a copy. Kernels see addresses only: nothing else would notice."""
+    if g.shape != like.shape:
+        raise ValueError(
+            f"{op}: grads[{t}] has shape {list(g.shape)}, expected {list(like.shape)} as its parameter; gradients and "
+            "state must be those of the same parameters, in the same order"
+        )
+    if g.dtype != like.dtype or g.device != like.device:
+        raise ValueError(f"{op}: grads of row {t} are {g.dtype} on {g.device}, expected {like.dtype} on {like.device}")
+    if (g.is_contiguous() and like.is_contiguous()) or (g.stride() == like.stride() and is_dense(g)):
+        return g
+    return torch.empty_like(like).copy_(g)
 
 
-def _check_like(op: str, like: Sequence[Tensor]) -> None:
-    for t, tensor in enumerate(like):
-        if tensor.dtype != like[0].dtype or tensor.dtype not in fused.DTYPES:
-            raise RuntimeError(f"{fused.UNFIT}: {op}: tensor {t} is {tensor.dtype}")
-        if not (tensor.is_contiguous() or fused.is_dense(tensor)):
-            raise RuntimeError(f"{fused.UNFIT}: {op}: tensor {t} is not dense")
-
-
-def _check_list(op: str, name: str, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> None:
-    """Whether the tensors lie in memory as `like` does; kernels see addresses only, so nothing else would notice."""
-    if len(tensors) != len(like):
-        raise ValueError(f"dtokd_triton::{op}: {name} has {len(tensors)} tensors, expected {len(like)}")
-    for t, (tensor, model) in enumerate(zip(tensors, like, strict=True)):
-        if tensor.shape != model.shape:
-            raise ValueError(
-                f"{op}: {name}[{t}] has shape {list(tensor.shape)}, expected {list(model.shape)} as its parameter; "
-                "gradients and state must be those of the same parameters, in the same order"
-            )
-        if tensor.dtype != model.dtype or tensor.device != model.device:
-            raise RuntimeError(f"{fused.UNFIT}: {op}: {name}[{t}] is {tensor.dtype} on {tensor.device}")
-        if not (tensor.is_contiguous() and model.is_contiguous()) and tensor.stride() != model.stride():
-            raise RuntimeError(f"{fused.UNFIT}: {op}: {name}[{t}] is laid out otherwise")
-
-
-def _members(
-    op: str, grads: Sequence[Tensor], counts: Sequence[int], roles: Sequence[int], reaches: Sequence[int]
-) -> list[Member]:
-    """Groups of gradients, cut out of one list: `counts` tensors for each objective in `reaches`."""
-    members, start = [], 0
-    for count, role, reach in zip(counts, roles, reaches, strict=True):
-        objectives = reach.bit_count()
-        values = grads[start : start + count * objectives]
-        start += len(values)
-        _check_like(op, values[:count])
-        members.append(Member(role, reach, _gradients(op, values[:count], values, objectives)))
+def _columns(
+    op: str, grads: Sequence[Tensor], reach: Sequence[int], likes: Sequence[Tensor] | None = None
+) -> list[list[Tensor]]:
+    """The gradients of each row, laid out as `likes`, or as the first of them."""
+    columns, start = [], 0
+    for t, mask in enumerate(reach):
+        end = start + mask.bit_count()
+        if end > len(grads):
+            raise ValueError(f"{op}: grads has {len(grads)} tensors, expected more, as reach says")
+        column = grads[start:end]
+        like = column[0] if likes is None else likes[t]
+        if likes is None and not is_dense(like):
+            like = like.contiguous()
+        columns.append([_laid_out(op, t, g, like) for g in column])
+        start = end
     if start != len(grads):
-        raise ValueError(f"dtokd_triton::{op}: grads has {len(grads)} tensors, expected {start}")
-    return members
+        raise ValueError(f"{op}: grads has {len(grads)} tensors, expected {start}, as reach says")
+    return columns
 
 
-def gram_by_role(
-    grads: Sequence[Tensor], counts: Sequence[int], roles: Sequence[int], reaches: Sequence[int], K: int
-) -> Tensor:
-    """Gram matrices of groups of gradients, one for each role."""
-    members = _members("gram_by_role", grads, counts, roles, reaches)
+def _members(op: str, grads: Sequence[Tensor], reach: Sequence[int], role: Sequence[int]) -> list[Member]:
+    """Rows that one launch can take, together: of one role, reach and dtype."""
+    members: dict[tuple[int, int, torch.dtype], list[list[Tensor]]] = {}
+    for mask, r, column in zip(reach, role, _columns(op, grads, reach), strict=True):
+        members.setdefault((r, mask, column[0].dtype), []).append(column)
+    in_order = sorted(members.items(), key=lambda item: item[0][0])
+    return [Member(r, mask, list(zip(*columns, strict=True))) for (r, mask, _), columns in in_order]
+
+
+def gram(grads: Sequence[Tensor], reach: Sequence[int], role: Sequence[int], K: int, tickets: Tensor | None) -> Tensor:
+    """A launch for each role, reach and dtype, and one more."""
     with torch.cuda.device_of(grads[0]):
-        return launch_gram_by_role(members, K)
+        return launch_gram(_members("gram", grads, reach, role), K)
 
 
 def gram_balance(
     grads: Sequence[Tensor],
-    counts: Sequence[int],
-    roles: Sequence[int],
-    reaches: Sequence[int],
-    K: int,
+    reach: Sequence[int],
+    role: Sequence[int],
     losses: Tensor,
     log_gradients: bool,
     clamp: bool,
@@ -116,26 +84,25 @@ def gram_balance(
     max_norm: float,
     loss_floor: float,
     limit: float,
+    tickets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and their balance with DTO's weights."""
-    members = _members("gram_balance", grads, counts, roles, reaches)
+    """The same, and DTO-KD's weights by the last program of the last launch."""
     losses = _doubles("gram_balance", losses, grads[0])
+    members = _members("gram_balance", grads, reach, role)
+    options = log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit
     with torch.cuda.device_of(grads[0]):
-        return solve.gram_balance(members, K, losses, log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit)
+        return solve.gram_balance(members, len(losses), losses, *options)
 
 
 def min_norm_weights(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
-    """`reference.min_norm_weights`."""
+    """One launch."""
+    gram = _doubles("min_norm_weights", gram, gram)
     with torch.cuda.device_of(gram):
-        return solve.min_norm_weights(
-            _doubles("min_norm_weights", gram, gram), clamp, None if present is None else present.contiguous()
-        )
+        return solve.min_norm_weights(gram, clamp, None if present is None else present.contiguous())
 
 
 def balance(
-    gram: Tensor,
-    private_gram: Tensor | None,
-    plain_gram: Tensor | None,
+    grams: Tensor,
     losses: Tensor,
     weights: Tensor | None,
     log_gradients: bool,
@@ -145,132 +112,130 @@ def balance(
     loss_floor: float,
     limit: float,
 ) -> tuple[Tensor, Tensor]:
-    """`reference.balance`, as values and flags that `fused.record` unpacks."""
-    op = "balance"
-    with torch.cuda.device_of(gram):
-        return solve.balance(
-            _doubles(op, gram, gram),
-            None if private_gram is None else _doubles(op, private_gram, gram),
-            None if plain_gram is None else _doubles(op, plain_gram, gram),
-            _doubles(op, losses, gram),
-            None if weights is None else _doubles(op, weights, gram),
-            log_gradients,
-            clamp,
-            rescale_sum,
-            max_norm,
-            loss_floor,
-            limit,
-        )
+    """One launch."""
+    grams, losses = _doubles("balance", grams, grams), _doubles("balance", losses, grams)
+    weights = None if weights is None else _doubles("balance", weights, grams)
+    options = log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit
+    with torch.cuda.device_of(grams):
+        shared, private, plain = grams.unbind()
+        return solve.balance(shared, private, plain, losses, weights, *options)
 
 
-def combine_(out: Sequence[Tensor], grads: Sequence[Tensor], coefficients: Tensor) -> None:
-    """`reference.combine` into `out`."""
-    _check_like("combine_", out)
-    lists = _gradients("combine_", out, grads, len(coefficients))
+def combine_(
+    out: Sequence[Tensor], grads: Sequence[Tensor], reach: Sequence[int], role: Sequence[int], coefficients: Tensor
+) -> None:
+    """A launch for each role, reach and dtype."""
+    if not out:
+        return
+    coefficients = _doubles("combine_", coefficients, out[0])
+    together: dict[tuple[int, int, torch.dtype], list[tuple[Tensor, list[Tensor]]]] = {}
+    columns = _columns("combine_", grads, reach, out)
+    for target, column, mask, r in zip(out, columns, reach, role, strict=True):
+        together.setdefault((r, mask, target.dtype), []).append((target, column))
     with torch.cuda.device_of(out[0]):
-        update.combine(out, lists, _doubles("combine_", coefficients, out[0]))
+        for (r, mask, _), pairs in together.items():
+            targets, rows = zip(*pairs, strict=True)
+            update.combine(targets, list(zip(*rows, strict=True)), mask, coefficients[r].contiguous())
 
 
-def _descent(
-    op: str,
-    measured: bool,
+class _Prepared(NamedTuple):
+    """What a number stands for: rows as `prepare` takes them, the state of each by its slot."""
+
+    rule: Rule
+    params: list[Tensor]
+    state: list[dict[int, Tensor]]
+    reach: list[int]
+    role: list[int]
+    group: list[int]
+
+
+_prepared: dict[int, _Prepared] = {}
+_numbers = itertools.count(1)
+
+
+def prepare(
+    rule: int,
     params: Sequence[Tensor],
+    state: Sequence[Tensor],
+    reach: Sequence[int],
+    role: Sequence[int],
+    group: Sequence[int],
+    held: Sequence[int],
+) -> int:
+    """Checks rows, and keeps them until `release`."""
+    expected = sum(mask.bit_count() for mask in held)
+    if len(state) != expected:
+        raise ValueError(f"prepare: state has {len(state)} tensors, expected {expected}, as held says")
+    if not len(params) == len(reach) == len(role) == len(group) == len(held):
+        raise ValueError(f"prepare: reach, role, group and held must have one number for each of {len(params)} params")
+    of_rule = list(RULES.values())[rule]
+    rows, start = [], 0
+    for t, mask in enumerate(held):
+        slots = [slot for slot in range(mask.bit_length()) if mask >> slot & 1]
+        row = dict(zip(slots, state[start : start + len(slots)], strict=True))
+        start += len(slots)
+        for slot, tensor in row.items():
+            if slot < len(of_rule.states) and tensor.shape != params[t].shape:
+                raise ValueError(
+                    f"prepare: state[{t}] has shape {list(tensor.shape)}, expected {list(params[t].shape)} as its "
+                    "parameter; gradients and state must be those of the same parameters, in the same order"
+                )
+        rows.append(row)
+    number = next(_numbers)
+    _prepared[number] = _Prepared(of_rule, list(params), rows, list(reach), list(role), list(group))
+    return number
+
+
+def release(prepared: int, like: Tensor) -> None:
+    """Forgets what the number stands for."""
+    _prepared.pop(prepared, None)
+
+
+def update_(
+    prepared: int,
     grads: Sequence[Tensor],
-    counts: Sequence[int],
-    reach: int,
-    table: Tensor,
+    coefficients: Tensor,
     skipped: Tensor,
-    tensor_lr: Tensor | None,
+    lrs: Sequence[Tensor],
+    lr_of: Sequence[int],
     numbers: Sequence[float],
-) -> update.Descent:
-    _check_like(op, params)
-    lists = _gradients(op, params, grads, reach.bit_count())
-    groups = tuple([group for group, count in enumerate(counts) for _ in range(count)])
-    if len(groups) != len(params):
-        raise ValueError(f"dtokd_triton::{op}: counts add up to {len(groups)}, but there are {len(params)} params")
-    if measured and len(set(numbers[:: len(numbers) // len(counts)])) > 1:
-        raise ValueError(f"dtokd_triton::{op}: the groups have several roles; call it once for each")
-    table = _doubles(op, table, params[0])
-    return update.Descent(params, lists, groups, reach, table, skipped, tensor_lr, tuple(numbers))
-
-
-def adamw_updates_(params: Sequence[Tensor], grads: Sequence[Tensor], *arguments: Any) -> None:
-    """`reference.adamw_step` of parameter groups of `counts` tensors; see `update.Descent`."""
-    _adamw("adamw_updates_", False, params, grads, *arguments)
-
-
-def gram_adamw_updates_(params: Sequence[Tensor], grads: Sequence[Tensor], *arguments: Any) -> Tensor:
-    """The same, of groups of one role, and the Gram matrices [3, K, K] of their gradients from the same pass."""
-    grams = _adamw("gram_adamw_updates_", True, params, grads, *arguments)
-    assert grams is not None
+    measure: bool,
+    tickets: Tensor | None,
+) -> Tensor:
+    """A launch for each reach, dtype, set of states and of flags; with `measure` also for each role, and one more."""
+    rows = _prepared[prepared]
+    coefficients = _doubles("update_", coefficients, rows.params[0])
+    count = len(rows.rule.numbers)
+    of_group = [dict(zip(rows.rule.numbers, numbers[g * count :], strict=False)) for g in range(len(lr_of))]
+    columns = _columns("update_", grads, rows.reach, rows.params)
+    together: dict[tuple[object, ...], list[int]] = {}
+    for t, (p, state, g) in enumerate(zip(rows.params, rows.state, rows.group, strict=True)):
+        flags = [of_group[g].get(name) for name in update.FLAGS]
+        key = (rows.reach[t], p.dtype, *sorted(state), *flags, lr_of[g], rows.role[t] if measure else None)
+        together.setdefault(key, []).append(t)
+    if tickets is None:  # of the interpreter
+        tickets = torch.zeros(TICKETS, dtype=torch.int32, device=coefficients.device)
+    grams = coefficients.new_zeros(3, *[coefficients.shape[1]] * 2) if measure else coefficients.new_empty(0)
+    with torch.cuda.device_of(rows.params[0]):
+        for places in together.values():
+            first = places[0]
+            distinct = list(dict.fromkeys((rows.group[t], rows.role[t]) for t in places))
+            lr = lr_of[rows.group[first]]
+            descent = update.Descent(
+                params=[rows.params[t] for t in places],
+                grads=list(zip(*[columns[t] for t in places], strict=True)),
+                groups=tuple(distinct.index((rows.group[t], rows.role[t])) for t in places),
+                reach=rows.reach[first],
+                table=coefficients,
+                skipped=skipped,
+                tensor_lr=None if lr < 0 else lrs[lr],
+                numbers=tuple(n for g, r in distinct for n in (float(r), *of_group[g].values())),
+            )
+            states = [[rows.state[t][slot] for t in places] for slot in sorted(rows.state[first])]
+            measured = update.step(rows.rule, descent, states, of_group[rows.group[first]], tickets, measure)
+            if measured is not None:
+                grams += measured
     return grams
-
-
-def _adamw(
-    op: str,
-    measured: bool,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    state_steps: Sequence[Tensor],
-    counts: Sequence[int],
-    reach: int,
-    table: Tensor,
-    skipped: Tensor,
-    tensor_lr: Tensor | None,
-    numbers: Sequence[float],
-    maximize: bool,
-) -> Tensor | None:
-    descent = _descent(op, measured, params, grads, counts, reach, table, skipped, tensor_lr, numbers)
-    states = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs] if max_exp_avg_sqs else [exp_avgs, exp_avg_sqs]
-    for name, values in zip(("exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs"), states, strict=False):
-        _check_list(op, name, values, params)
-    if len(state_steps) != len(params):
-        raise ValueError(f"dtokd_triton::{op}: state_steps has {len(state_steps)} tensors, expected {len(params)}")
-    step = state_steps[0]
-    if any(s.dtype != step.dtype or s.device != params[0].device or s.numel() != 1 for s in state_steps) or (
-        step.dtype not in (torch.float32, torch.float64)
-    ):
-        raise RuntimeError(f"{fused.UNFIT}: {op}: state_steps must be float scalars beside the parameters")
-    with torch.cuda.device_of(params[0]):
-        return update.adamw_step(descent, states, state_steps, maximize, measured)
-
-
-def sgd_updates_(params: Sequence[Tensor], grads: Sequence[Tensor], *arguments: Any) -> None:
-    """`reference.sgd_step`, as `adamw_updates_`."""
-    _sgd("sgd_updates_", False, params, grads, *arguments)
-
-
-def gram_sgd_updates_(params: Sequence[Tensor], grads: Sequence[Tensor], *arguments: Any) -> Tensor:
-    """The same, as `gram_adamw_updates_`."""
-    grams = _sgd("gram_sgd_updates_", True, params, grads, *arguments)
-    assert grams is not None
-    return grams
-
-
-def _sgd(
-    op: str,
-    measured: bool,
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    counts: Sequence[int],
-    reach: int,
-    table: Tensor,
-    skipped: Tensor,
-    tensor_lr: Tensor | None,
-    numbers: Sequence[float],
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
-) -> Tensor | None:
-    descent = _descent(op, measured, params, grads, counts, reach, table, skipped, tensor_lr, numbers)
-    if momentum_buffers:
-        _check_list(op, "momentum_buffers", momentum_buffers, params)
-    with torch.cuda.device_of(params[0]):
-        return update.sgd_step(descent, momentum_buffers, nesterov, maximize, first, measured)
 
 
 def _doubles(op: str, tensor: Tensor, like: Tensor) -> Tensor:
@@ -281,24 +246,17 @@ def _doubles(op: str, tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def _register(implementations: Sequence[Callable[..., object]]) -> None:
-    for schema, function in zip(_SCHEMAS, implementations, strict=True):
-        _LIBRARY.define(schema)
-        for key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
-            _LIBRARY.impl(schema.split("(")[0], function, key)
-    fakes.register("dtokd_triton")
-
-
-_register(
-    (
-        gram_by_role,
-        gram_balance,
-        min_norm_weights,
-        balance,
-        combine_,
-        adamw_updates_,
-        sgd_updates_,
-        gram_adamw_updates_,
-        gram_sgd_updates_,
-    )
-)
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "gram": gram,
+    "min_norm_weights": min_norm_weights,
+    "balance": balance,
+    "gram_balance": gram_balance,
+    "combine_": combine_,
+    "prepare": prepare,
+    "release": release,
+    "update_": update_,
+}
+_LIBRARY = operations.define("dtokd_triton")
+for _name, _function in _FUNCTIONS.items():
+    for _key in ("CUDA", "CPU") if INTERPRETED else ("CUDA",):
+        _LIBRARY.impl(_name, _function, _key)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from ..fused import values_size
+from ..operations import values_size
 from .gram import LANES, Member, partial_sums, sum_entry
 from .tables import double, last_program
 

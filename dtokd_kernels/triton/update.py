@@ -13,7 +13,7 @@ and adds as NOTE [Sums] in `gram` says. So it has as many warps as the Gram kern
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
 # ruff: noqa: RUF005, SIM300 (triton knows no starred tuples; constants are in capitals, as in all of triton)
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import fused
+from ..rules import Rule
 from .gram import LANES, add_products, added_up, columns, no_sums, objectives, store_sums
 from .tables import (
     CHUNK,
@@ -70,7 +70,7 @@ class Descent(NamedTuple):
         table: [3, K] float64 on their device, the coefficients of all roles (or of the first only).
         skipped: bool on their device.
         tensor_lr: the learning rate of all groups, if it is on their device.
-        numbers: of each group, one after the other: the role, the learning rate, and those of the rule.
+        numbers: of each group, one after the other: the role, and those of the rule in its order.
     """
 
     params: Sequence[Tensor]
@@ -104,69 +104,57 @@ class Descent(NamedTuple):
         return added_up(sums, of_role, K)
 
 
-def combine(out: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], coefficients: Tensor) -> None:
+def combine(out: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], reach: int, coefficients: Tensor) -> None:
     """Store sum_i c_i g_i in `out`, which may be one of the lists. One launch.
 
     Args:
         out: T tensors.
-        grads: K lists of T tensors that fit them.
+        grads: for each objective in `reach` a list of T tensors that fit them.
+        reach: bit i set if objective i has a gradient here.
         coefficients: [K] float64 on their device.
     """
-    _launch(combine_kernel, table_of([*grads, out]), out[0].dtype, coefficients, K=len(grads))
+    _launch(combine_kernel, table_of([*grads, out]), out[0].dtype, coefficients, REACH=reach)
 
 
-def adamw_step(
+#: Hyper-parameters that a kernel is specialized for.
+FLAGS = ("maximize", "amsgrad", "nesterov", "first")
+
+
+def step(
+    rule: Rule,
     descent: Descent,
     states: Sequence[Sequence[Tensor]],
-    state_steps: Sequence[Tensor],
-    maximize: bool,
+    numbers: Mapping[str, float],
+    ticket: Tensor,
     measured: bool = False,
 ) -> Tensor | None:
-    """One AdamW step, one launch: the last program to finish counts the steps of all tensors.
+    """One step by a rule, one launch; the last program to finish counts the steps of all tensors.
 
     Args:
-        descent: its groups' numbers are beta1, beta2, weight_decay and eps; of one role, if `measured`.
-        states: lists exp_avgs, exp_avg_sqs and, with amsgrad, max_exp_avg_sqs that fit the parameters.
-        state_steps: T scalars of one float dtype, on the parameters' device.
-        maximize: ascend.
+        rule: the update rule.
+        descent: what it descends; of one role, if `measured`.
+        states: a list that fits the parameters for each state that they have, in the rule's order; then their counters
+            of steps, if the rule counts them.
+        numbers: the hyper-parameters by name; the flags are those of all groups.
+        ticket: int32, 0 before and after.
         measured: return the Gram matrices [3, K, K] of the gradients, from the same pass.
     """
+    flags: dict[str, Any] = {"MAXIMIZE": bool(numbers["maximize"])}
+    counters: Sequence[Tensor] = ()
+    if rule.counts_steps:
+        *states, counters = states
+        flags["STEP"] = DTYPES[counters[0].dtype]
+    kernel = {"adamw": adamw_kernel, "sgd": sgd_kernel}[rule.name]
+    if rule.name == "adamw":
+        flags["AMSGRAD"] = len(states) == 3
+    elif rule.name == "sgd":
+        flags |= {"MOMENTUM": bool(states), "NESTEROV": bool(numbers["nesterov"]), "FIRST": bool(numbers["first"])}
     return descent.run(
-        adamw_kernel,
-        table_of([*descent.grads, descent.params, *states], state_steps, descent.groups),
-        fused.tickets(descent.table.device),
+        kernel,
+        table_of([*descent.grads, descent.params, *states], counters, descent.groups),
+        *([ticket] if rule.counts_steps else []),
         measured=measured,
-        STEP=DTYPES[state_steps[0].dtype],
-        MAXIMIZE=maximize,
-        AMSGRAD=len(states) == 3,
-    )
-
-
-def sgd_step(
-    descent: Descent,
-    momentum_buffers: Sequence[Tensor],
-    nesterov: bool,
-    maximize: bool,
-    first: bool,
-    measured: bool = False,
-) -> Tensor | None:
-    """One SGD step, one launch.
-
-    Args:
-        descent: its groups' numbers are momentum, dampening and weight_decay; of one role, if `measured`.
-        momentum_buffers: T tensors that fit the parameters, or none.
-        nesterov, maximize, first: as in `reference.sgd_step`.
-        measured: as in `adamw_step`.
-    """
-    buffers = [momentum_buffers] if momentum_buffers else []
-    return descent.run(
-        sgd_kernel,
-        table_of([*descent.grads, descent.params, *buffers], groups=descent.groups),
-        measured=measured,
-        MAXIMIZE=maximize,
-        MOMENTUM=bool(buffers),
-        NESTEROV=nesterov,
-        FIRST=first,
+        **flags,
     )
 
 
@@ -180,19 +168,19 @@ def combine_kernel(
     table,
     T,
     coefficients,
-    K: tl.constexpr,
+    REACH: tl.constexpr,
     DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Rows of the table: K gradients, out. Reads K * CHUNK elements, writes CHUNK; one program per chunk."""
+    """Rows of the table: R gradients, out. Reads R * CHUNK elements, writes CHUNK; one program per chunk."""
     t, offset, left, full = find(table, T, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
     if full:
-        _combine(table, T, t, offset, left, coefficients, K, DTYPE, COMPUTE, CHUNK, BLOCK, True)
+        _combine(table, T, t, offset, left, coefficients, REACH, DTYPE, COMPUTE, CHUNK, BLOCK, True)
     else:
         # fewer elements at a time: these are few, and their path should cost the other no registers
-        _combine(table, T, t, offset, left, coefficients, K, DTYPE, COMPUTE, CHUNK, BLOCK // 4, False)
+        _combine(table, T, t, offset, left, coefficients, REACH, DTYPE, COMPUTE, CHUNK, BLOCK // 4, False)
 
 
 @triton.jit
@@ -203,21 +191,21 @@ def _combine(
     offset,
     left,
     coefficients,
-    K: tl.constexpr,
+    REACH: tl.constexpr,
     DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
     FULL: tl.constexpr,
 ):
-    reach: tl.constexpr = (1 << K) - 1
-    grads, factors, read = _gradients(table, T, t, offset, coefficients, reach, DTYPE, COMPUTE, CHUNK, FULL, False)
-    out = pointer_to(table, T, t, K, offset, DTYPE, CHUNK, FULL)
+    R: tl.constexpr = objectives(REACH)
+    grads, factors, read = _gradients(table, T, t, offset, coefficients, REACH, DTYPE, COMPUTE, CHUNK, FULL, False)
+    out = pointer_to(table, T, t, R, offset, DTYPE, CHUNK, FULL)
     start = 0
     end = CHUNK if FULL else tl.minimum(left, CHUNK)
     while start < end:
         at = start + tl.arange(0, BLOCK)
-        d = _combined(grads, factors, read, at, left, K, COMPUTE, FULL)
+        d = _combined(grads, factors, read, at, left, R, COMPUTE, FULL)
         _store(out, at, left, d, True, False, DTYPE, FULL)
         start += BLOCK
 
@@ -257,7 +245,7 @@ def adamw_kernel(
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     t, offset, left, full = find(table, T, chunk, CHUNK)
     steps = table + (3 + objectives(REACH) + (4 if AMSGRAD else 3)) * T
-    numbers += tl.load(steps + T + t) * 6  # of the tensor's group
+    numbers += tl.load(steps + T + t) * 8  # of the tensor's group: the role, and AdamW's numbers
     coefficients += tl.load(numbers).to(tl.int32) * K  # of its role
     rate = _rate(numbers + 1, tensor_lr, TENSOR_LR)
     beta1, beta2 = tl.load(numbers + 2), tl.load(numbers + 3)
@@ -405,7 +393,7 @@ def sgd_kernel(
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     t, offset, left, full = find(table, T, chunk, CHUNK)
     group = table + (3 + objectives(REACH) + (2 if MOMENTUM else 1)) * T
-    numbers += tl.load(group + t) * 5
+    numbers += tl.load(group + t) * 8  # the role, and SGD's numbers
     coefficients += tl.load(numbers).to(tl.int32) * K
     scalars = (
         tl.load(numbers + 4).to(COMPUTE),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dtokd_kernels import Balance
-from dtokd_kernels.optim import Balanced
+from dtokd_kernels.balanced import Balanced
 
 from .lopsided import LopsidedWeights, may_be_lopsided
 

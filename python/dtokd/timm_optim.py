@@ -17,8 +17,8 @@ from timm.utils.cuda import NativeScaler
 from torch import Tensor
 
 from dtokd_kernels import DTOSGD, DTOAdamW, backward
+from dtokd_kernels.balanced import Balanced
 from dtokd_kernels.gradients import Losses
-from dtokd_kernels.optim import Balanced
 
 #: As timm's own "adamw" and "sgd" are described there.
 OPTIMIZERS = (

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtokd_kernels import sources, weighting
-from dtokd_kernels.optim import Balanced
+from dtokd_kernels.balanced import Balanced
 from dtokd_kernels.sources import Source
 from dtokd_kernels.types import Rescale
 

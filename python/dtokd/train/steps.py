@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dtokd_kernels as dk
+from dtokd_kernels.balanced import Balanced
 from dtokd_kernels.distributed import Replicas
-from dtokd_kernels.optim import Balanced
 from dtokd_kernels.reach import of_backward
 from dtokd_kernels.sources import Source
 from dtokd_kernels.types import Balance, Private, Rescale, Weighting
