@@ -19,6 +19,10 @@ from .weighting import DTO
 TICKETS = 4  # kTickets in csrc/cuda/launch.h
 RESIDENT_PARAMETERS = 4096 * 4096  # kMaxWholeChunks tiles in csrc/cuda/plan.h: no larger model fits `resident`
 
+#: Numbers of rows that are gone, each with the operation that releases it and a tensor of its device. Released when the
+#: next rows are prepared: a finalizer may run at any time, also where torch has been told to run no operation.
+_gone: list[tuple[Any, int, Tensor]] = []
+
 #: The hyper-parameters of a group, by the rule's names.
 Numbers = Mapping[str, Any]
 
@@ -293,6 +297,9 @@ class Kernels:
         """The number that stands for the rows in the operations."""
         number = rows.prepared.get(self.namespace)
         if number is None:
+            while _gone:
+                release, *arguments = _gone.pop()
+                release(*arguments)
             slots = rows.rule.slots
             held = [[(slots[name], tensor) for name, tensor in state.items()] for state in rows.state]
             for row in held:
@@ -305,7 +312,7 @@ class Kernels:
             )
             rows.prepared[self.namespace] = number
             like = rows.params[0].new_empty(0)
-            weakref.finalize(rows, self._ops.release.default, number, like).atexit = False
+            weakref.finalize(rows, _gone.append, (self._ops.release.default, number, like)).atexit = False
         assert isinstance(number, int)
         return number
 
