@@ -68,6 +68,7 @@ def variants(
                 yield Variant(
                     f"adamw amsgrad {name}", update.adamw_kernel, {**counted, "AMSGRAD": True}, update.OPTIONS
                 )
+                yield Variant(f"lion {name}", update.lion_kernel, beside, update.OPTIONS)
                 yield Variant(f"sgd {name}", update.sgd_kernel, {**beside, **momentum}, update.OPTIONS)
 
 

@@ -12,7 +12,7 @@ from .accumulate import backward
 from .backends import backend_info, use_backend
 from .held_out import measure_held_out
 from .ops import balance, combine, gram, min_norm_weights
-from .optim import DTOSGD, DTOAdamW
+from .optim import DTOSGD, DTOAdamW, DTOLion
 from .probing import probe
 from .types import Balance
 
@@ -25,6 +25,7 @@ __all__ = [
     "DTOSGD",
     "Balance",
     "DTOAdamW",
+    "DTOLion",
     "__version__",
     "backend_info",
     "backward",

@@ -1,4 +1,4 @@
-"""DTOAdamW and DTOSGD: torch's AdamW and SGD on a balanced direction.
+"""DTOAdamW, DTOSGD and DTOLion: torch's AdamW and SGD, and Lion, on a balanced direction.
 
 optimizer.backward({"task": task_loss, "distill": distill_loss})   # K gradient sets
 optimizer.step()                                                   # Gram -> weights -> update
@@ -146,3 +146,67 @@ class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
         self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
         self._set_precision(state_dtype, master_weights)
         torch.optim.SGD.__init__(self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
+
+
+class DTOLion(Balanced):  # noqa: D101
+    __doc__ = f"""Lion on DTO-KD's balanced direction.
+
+    Source: DTO-KD (ICLR 2026), Eq. 8-12; Lion: Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023,
+    Algorithm 2.
+
+    Args:
+        params: parameters or groups, as for any torch optimizer.
+        lr, betas, weight_decay: as in the paper, which takes an `lr` 3 to 10 times smaller than AdamW's and a
+            `weight_decay` as many times larger.
+        maximize: turns the combined direction around.
+        {_SHARED_ARGS}
+
+    The state is that of timm's `Lion` ("exp_avg"), which `load_state_dict` takes. Each element of a parameter moves by
+    `lr`, so `rescale` and `max_norm` change what the momentum remembers, not how far a step goes.
+
+    Raises:
+        ValueError: an `lr`, a beta or a `weight_decay` that is out of range.
+
+    Example:
+        >>> import torch, dtokd_kernels as dk
+        >>> student = torch.nn.Linear(4, 2)
+        >>> optimizer = dk.DTOLion(student.parameters(), lr=1e-4)
+        >>> out = student(torch.ones(3, 4))
+        >>> optimizer.backward([out.square().mean(), (out - 1).square().mean()])
+        >>> optimizer.step()
+    """
+
+    _rule = RULES["lion"]
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        weighting: Weighting | None = None,
+        max_norm: float | None = None,
+        rescale: Rescale = "none",
+        private: Private = "own",
+        loss_floor: float = 1e-8,
+        gram: Source | str | None = None,
+        backend: str | None = None,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        for name, value, below in (("lr", lr, None), ("weight_decay", weight_decay, None), *_named(betas)):
+            if not isinstance(value, Tensor) and not (value >= 0 and (below is None or value < below)):
+                bound = "at least 0" if below is None else f"from 0 to less than {below}"
+                raise ValueError(f"DTOLion: {name} is {value!r}; pass a number {bound}")
+        self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
+        self._set_precision(state_dtype, master_weights)
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        torch.optim.Optimizer.__init__(self, params, defaults)
+
+
+def _named(betas: tuple[float | Tensor, float | Tensor]) -> list[tuple[str, float | Tensor, int | None]]:
+    return [(f"betas[{i}]", beta, 1) for i, beta in enumerate(betas)]

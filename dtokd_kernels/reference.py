@@ -415,8 +415,33 @@ def sgd(
     return new | {"param": p - lr * g}
 
 
+def lion(
+    p: Tensor,
+    g: Tensor,
+    state: Mapping[str, Tensor],
+    *,
+    lr: float | Tensor,
+    beta1: float | Tensor,
+    beta2: float | Tensor,
+    weight_decay: float,
+) -> dict[str, Tensor]:
+    """Lion (Chen et al., "Symbolic Discovery of Optimization Algorithms", 2023, Algorithm 2).
+
+    Args:
+        p: the parameter.
+        g: the direction that is descended.
+        state: exp_avg.
+        lr, beta1, beta2, weight_decay: as in the paper.
+
+    Returns:
+        What the parameter ("param") and its state become.
+    """
+    m = state["exp_avg"]
+    return {"param": p * (1 - lr * weight_decay) - lr * m.lerp(g, 1 - beta1).sign(), "exp_avg": m.lerp(g, 1 - beta2)}
+
+
 #: By name, as in `rules.RULES`: (parameter, direction, state, hyper-parameters) -> what they become.
-UPDATES: dict[str, Callable[..., dict[str, Tensor]]] = {"adamw": adamw, "sgd": sgd}
+UPDATES: dict[str, Callable[..., dict[str, Tensor]]] = {"adamw": adamw, "sgd": sgd, "lion": lion}
 
 
 @torch.no_grad()

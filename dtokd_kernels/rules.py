@@ -55,5 +55,6 @@ RULES: dict[str, Rule] = {
             ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "first"),
             counts_steps=False,
         ),
+        Rule("lion", {"exp_avg": None}, ("lr", "beta1", "beta2", "weight_decay", "maximize"), counts_steps=False),
     )
 }

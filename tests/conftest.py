@@ -125,6 +125,7 @@ EMULATED_IN = (
     "test_balance",
     "test_combine",
     "test_gram",
+    "test_lion",
     "test_optim",
     "test_overflow",
     "test_precision",

@@ -49,7 +49,11 @@ def rows(*lists):
 T = len(SIZES)
 SHAPE = [3] * T, [0, 0, 1, 2]  # reach, role
 OPTIONS = True, True, False, 1.0, 1e-8, 2.0**60
-NUMBERS = {"adamw": [0.1, 0.9, 0.99, 0.1, 1e-8, 0, 0], "sgd": [0.1, 0.9, 0, 0.1, 0, 0, 0]}
+NUMBERS = {
+    "adamw": [0.1, 0.9, 0.99, 0.1, 1e-8, 0, 0],
+    "sgd": [0.1, 0.9, 0, 0.1, 0, 0, 0],
+    "lion": [0.1, 0.9, 0.99, 0.1, 0],
+}
 
 
 def tickets():

@@ -48,6 +48,7 @@ SELECTED = (
     "tests/test_combine.py -k list_with_empty or out or layouts or kinds or version or empty_list or golden",
     "tests/test_step.py -k every_variant or vertex or layout_of_everything or another_dtype or skipped or lr or tiny",
     "tests/test_balance.py -k not torchjd",
+    "tests/test_lion.py -k plain_sum or sign or measures",
     "tests/test_weights.py -k golden or present or any_float or layout or one_objective or affine_solution_may",
     "tests/test_optim.py -k direction or several_dtypes or reach_that_changes or channels_last or all_gradients_zero",
     "tests/test_backward.py -k fills_grad or layouts",
@@ -528,7 +529,7 @@ def wanted():
 
 #: Lists that a kernel reads besides the K gradients, and lists that it writes, by the first word of a variant's name.
 #: An update that measures reads no gradient twice, so its row is the same.
-TRAFFIC = {"gram": (0, 0), "combine": (0, 1), "adamw": (3, 3), "sgd": (2, 2)}
+TRAFFIC = {"gram": (0, 0), "combine": (0, 1), "adamw": (3, 3), "sgd": (2, 2), "lion": (2, 2)}
 
 
 @compiled
@@ -541,7 +542,7 @@ def test_compiles_without_spills_to_wide_accesses(variant, capability):
     code = compiler.sass(result)
     assert not re.search(r"\b(LDL|STL)\b", code), "registers are spilled"
     assert not re.search(r"\b(div\.(full|approx)|sqrt\.approx|rcp\.approx|ex2\.approx)", result.asm["ptx"])
-    if variant.kernel.__name__ not in ("gram_kernel", "combine_kernel", "adamw_kernel", "sgd_kernel"):
+    if variant.kernel.__name__ not in ("gram_kernel", "combine_kernel", "adamw_kernel", "sgd_kernel", "lion_kernel"):
         return
     read, written = TRAFFIC[variant.name.split()[0]]
     read, written = (read + 1, written + 1) if variant.constants.get("AMSGRAD") else (read, written)

@@ -144,7 +144,7 @@ def step(
     if rule.counts_steps:
         *states, counters = states
         flags["STEP"] = DTYPES[counters[0].dtype]
-    kernel = {"adamw": adamw_kernel, "sgd": sgd_kernel}[rule.name]
+    kernel = {"adamw": adamw_kernel, "sgd": sgd_kernel, "lion": lion_kernel}[rule.name]
     if rule.name == "adamw":
         flags["AMSGRAD"] = len(states) == 3
     elif rule.name == "sgd":
@@ -469,6 +469,110 @@ def _sgd(
             _store(momentum_buffer, at, left, buffer, live, MEASURE, DTYPE, FULL)
             d = tl.fma(momentum, buffer, d) if NESTEROV else buffer
         _store(param, at, left, tl.fma(negative_lr, d, p), live, MEASURE, DTYPE, FULL)
+        start += BLOCK // STRIDE
+    if MEASURE:
+        store_sums(sums, partials, chunks, K, REACH, SUM_LANES)
+
+
+@triton.jit(do_not_specialize=["T", "chunks"])
+def lion_kernel(
+    table,
+    T,
+    coefficients,
+    skipped,
+    numbers,
+    tensor_lr,
+    partials,
+    chunks,
+    K: tl.constexpr,
+    REACH: tl.constexpr,
+    TENSOR_LR: tl.constexpr,
+    MEASURE: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Lion (Chen et al., 2023).
+
+    Rows of the table: R gradients, parameter, exp_avg, group. Reads R + 2 times CHUNK elements, writes 2 times; one
+    program per chunk. MEASURE: as in `adamw_kernel`.
+
+        p <- p (1 - lr wd) - lr sign(m + (1 - beta1) (d - m)),   m <- m + (1 - beta2) (d - m)
+    """
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)
+    t, offset, left, full = find(table, T, chunk, CHUNK)
+    numbers += tl.load(table + (5 + objectives(REACH)) * T + t) * 6  # the role, and Lion's numbers
+    coefficients += tl.load(numbers).to(tl.int32) * K
+    rate = _rate(numbers + 1, tensor_lr, TENSOR_LR)
+    scalars = (
+        (1 - rate * tl.load(numbers + 4)).to(COMPUTE),
+        (1 - tl.load(numbers + 2)).to(COMPUTE),
+        (1 - tl.load(numbers + 3)).to(COMPUTE),
+        (-rate).to(COMPUTE),
+    )
+    live = tl.load(skipped) == 0
+    if MEASURE:
+        partials += chunk
+    if live | MEASURE:
+        if full:
+            _lion(
+                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, MEASURE, MAXIMIZE,
+                DTYPE, COMPUTE, CHUNK, BLOCK, True,
+            )  # fmt: skip
+        else:
+            _lion(
+                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, MEASURE, MAXIMIZE,
+                DTYPE, COMPUTE, CHUNK, BLOCK if MEASURE else BLOCK // 4, False,
+            )  # fmt: skip
+
+
+@triton.jit
+def _lion(
+    table,
+    T,
+    t,
+    offset,
+    left,
+    coefficients,
+    scalars,
+    live,
+    partials,
+    chunks,
+    K: tl.constexpr,
+    REACH: tl.constexpr,
+    MEASURE: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    decay, one_minus_beta1, one_minus_beta2, negative_lr = scalars
+    R: tl.constexpr = objectives(REACH)
+    grads, factors, read = _gradients(table, T, t, offset, coefficients, REACH, DTYPE, COMPUTE, CHUNK, FULL, MAXIMIZE)
+    param = pointer_to(table, T, t, R, offset, DTYPE, CHUNK, FULL)
+    exp_avg = pointer_to(table, T, t, R + 1, offset, DTYPE, CHUNK, FULL)
+    if MEASURE:
+        sums = no_sums(R, SUM_LANES)
+    STRIDE: tl.constexpr = stride(MEASURE, FULL, BLOCK)
+    start = 0
+    end = CHUNK if FULL else tl.cdiv(tl.minimum(left, CHUNK), BLOCK) * BLOCK
+    while start < end:
+        at = _places(start, STRIDE, BLOCK)
+        if MEASURE:
+            d, sums = _combined_and_measured(grads, factors, read, at, left, sums, R, COMPUTE, BLOCK, FULL)
+        else:
+            d = _combined(grads, factors, read, at, left, R, COMPUTE, FULL)
+        p = _load(param, at, left, COMPUTE, FULL)
+        m = _load(exp_avg, at, left, COMPUTE, FULL)
+        c = tl.fma(one_minus_beta1, d - m, m)
+        size = tl.maximum(tl.abs(c), 1.1754943508222875e-38).to(COMPUTE)  # as in update_rules.h
+        p = tl.fma(negative_lr, _divide(c, size, COMPUTE), p * decay)
+        _store(param, at, left, p, live, MEASURE, DTYPE, FULL)
+        _store(exp_avg, at, left, tl.fma(one_minus_beta2, d - m, m), live, MEASURE, DTYPE, FULL)
         start += BLOCK // STRIDE
     if MEASURE:
         store_sums(sums, partials, chunks, K, REACH, SUM_LANES)

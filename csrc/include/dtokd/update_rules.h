@@ -13,9 +13,10 @@ namespace dtokd {
 #define DTOKD_NUMBERS_AdamW(X) X(lr) X(beta1) X(beta2) X(weight_decay) X(eps) X(maximize) X(amsgrad)
 #define DTOKD_NUMBERS_SGD(X) \
   X(lr) X(momentum) X(dampening) X(weight_decay) X(nesterov) X(maximize) X(first)
+#define DTOKD_NUMBERS_Lion(X) X(lr) X(beta1) X(beta2) X(weight_decay) X(maximize)
 
 // The rules, in the order of their numbers there.
-#define DTOKD_RULES(X) X(AdamW) X(SGD)
+#define DTOKD_RULES(X) X(AdamW) X(SGD) X(Lion)
 
 constexpr int kMaxNumbers = 8;
 constexpr int kMaxStates = 3;
@@ -144,6 +145,44 @@ struct SGD {
       g = nesterov ? fma(momentum, *buffer, g) : *buffer;
     }
     p = fma(negative_lr, g, p);
+  }
+};
+
+// Lion (Chen et al., 2023): c <- m + (1 - beta1) (g - m),
+//   p <- p (1 - lr wd) - lr sign(c),   m <- m + (1 - beta2) (g - m)
+// sign(c) is c / |c|; below the smallest normal float32 number, where that may be 0 / 0, c is
+// divided by this number. state: exp_avg (m).
+template <class V>
+struct Lion {
+  using Numbers = LionNumbers;
+  static constexpr int kStates = 1, kRequired = 1;
+  static constexpr bool kCountsSteps = false, kApart = false;
+
+  V decay;  // 1 - lr * weight_decay
+  V one_minus_beta1;
+  V one_minus_beta2;
+  V negative_lr;
+  V minus_one;
+  V smallest;
+
+  template <class Number>
+  static DTOKD_HD Lion of(const Numbers& n, double lr, int64_t, const Number& number) {
+    return {number(1 - lr * n.weight_decay),
+            number(1 - n.beta1),
+            number(1 - n.beta2),
+            number(-lr),
+            number(-1),
+            number(1.1754943508222875e-38)};
+  }
+
+  DTOKD_HD void operator()(V g, V& p, V* const (&state)[kStates]) const {
+    V& m = *state[0];
+    // g - m: the compiler must not take the product that g may be into the difference unrounded
+    const V change = fma(minus_one, m, g);
+    const V c = fma(one_minus_beta1, change, m);
+    const V size = maximum(maximum(c, minus_one * c), smallest);
+    p = fma(negative_lr, c / size, p * decay);
+    m = fma(one_minus_beta2, change, m);
   }
 };
 
