@@ -97,7 +97,7 @@ class Balanced(torch.optim.Optimizer):
     def _refresh_masters(self, params: Sequence[Tensor]) -> None:
         """Make those copies anew that the parameter is not the rounding of.
 
-        Somebody else has written such a parameter, in a way that its version counts.
+        Other code has written such a parameter, in a way that its version counts.
         """
         for p in params:
             if self._has_master(p) and p._version != self._versions.get(p):
@@ -582,7 +582,7 @@ class Balanced(torch.optim.Optimizer):
                 shown = ", ".join(map(str, positions[:5])) + (", ..." if len(positions) > 5 else "")
                 warnings.warn(
                     f"{type(self).__name__}.step: {len(positions)} of {total} parameters (numbers {shown}) are updated "
-                    f"in plain torch, which is slower: {reason}; pass backend='reference' if that is what you want",
+                    f"in plain torch, which is slower: {reason}; pass backend='reference' if that is intended",
                     stacklevel=7,
                 )
 

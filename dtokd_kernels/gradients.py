@@ -51,7 +51,7 @@ class GradientSets:
         source: of the Gram matrix, of these gradients.
         used: whether a step has taken these gradients.
         watch: what looked at the gradients while they were made.
-        reach: who reaches what; it outlasts `clear`.
+        reach: which objectives reach which parameters; it outlasts `clear`.
     """
 
     def __init__(self, reach: Reach | None = None) -> None:

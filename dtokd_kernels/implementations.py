@@ -20,7 +20,7 @@ TICKETS = 4  # kTickets in csrc/cuda/launch.h
 RESIDENT_PARAMETERS = 4096 * 4096  # kMaxWholeChunks tiles in csrc/cuda/plan.h: no larger model fits `resident`
 
 #: Numbers of rows that are gone, each with the operation that releases it and a tensor of its device. Released when the
-#: next rows are prepared: a finalizer may run at any time, also where torch has been told to run no operation.
+#: next rows are prepared: a finalizer may run at any time, also where torch runs no operation.
 _gone: list[tuple[Any, int, Tensor]] = []
 
 #: The hyper-parameters of a group, by the rule's names.

@@ -29,7 +29,7 @@ _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weigh
         backend: "cuda", "triton", "cpu" or "reference"; default: the best for the parameters' device.
         state_dtype: dtype of the moments, float32 or bfloat16; default: the parameter's, as in torch.
         master_weights: keep a float32 copy of each half-precision parameter in the state ("master"), of which the
-            parameter is the rounding, so that small updates are not lost. A parameter that somebody else has written
+            parameter is the rounding, so that small updates are not lost. A parameter that other code has written
             counts instead of its copy; what is written through `p.data` is not noticed.
         foreach, fused: accepted as torch's, and nothing follows from them: `backend` says what runs.
 

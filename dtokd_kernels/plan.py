@@ -1,4 +1,4 @@
-"""A plan: which parameters a step updates, as rows, and who updates each. Made once, and kept until something changes.
+"""A plan: which parameters a step updates, as rows, and what updates each. Made once, and kept until something changes.
 
 What the kernels of a backend lack is found here: the reference updates such rows, and a warning names them. Updates
 whose numbers may not be finite though the direction is are tried on copies first: the largest float16 number is 65504,
@@ -57,7 +57,7 @@ class Plan:
         positions: of each row, of its parameter among all of the optimizer.
         groups: of each row, its parameter group's number.
         layout: which gradients there are.
-        parts: who updates them; None until the first update.
+        parts: the rows by implementation; None until the first update.
         held: what the states held when the parts were made, and the parameters' addresses.
     """
 
@@ -92,7 +92,7 @@ def make_parts(
     grads: GradientRows,
     backend: str | None,
 ) -> tuple[list[Part], dict[str, list[int]]]:
-    """Decide who updates the rows of a plan.
+    """Decide which implementation updates each row of a plan.
 
     Args:
         plan: the plan.

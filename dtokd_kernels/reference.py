@@ -277,7 +277,7 @@ def weigh(gram: Tensor, losses: Tensor, options: Options) -> Tensor:
 def at_bound(losses: Tensor, options: Options) -> Tensor:
     """[K] bool: objectives that count as without a gradient where a step does not measure this step's gradients.
 
-    A loss that was clamped at its lower bound is a constant. Its gradient is zero, but who takes one backward pass
+    A loss that was clamped at its lower bound is a constant. Its gradient is zero, but a step of one backward pass
     does not see that beforehand, and with log-gradients such an objective would have the largest coefficient of all:
     with `rescale` "sum" it would take the whole sum, and training would stand still. So an objective whose loss is
     at most 1e-7 (or ten times `loss_floor`, where that is less) counts as one without a gradient until it rises again.

@@ -102,7 +102,7 @@ class Balance:
         vertex: scalar bool, a weight of an objective that has a gradient is exactly 0.
         skipped: scalar bool, the step changes nothing: a gradient, a loss, a weight or what the update would write is
             not finite, a loss under a logarithm is not positive, or all gradients are zero.
-        names: of the K objectives, in their order; empty where `balance` was not told any.
+        names: of the K objectives, in their order; empty where `balance` got none.
     """
 
     weights: Tensor

@@ -51,7 +51,7 @@ def attach(
         if not isinstance(module, DistributedDataParallel):
             raise TypeError(
                 f"attach: got a {type(module).__name__} beside the optimizer; pass modules that are wrapped in "
-                "DistributedDataParallel (parameters of plain ones are averaged without being told)"
+                "DistributedDataParallel (parameters of plain ones are averaged as well)"
             )
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("attach: torch.distributed is not initialized; call init_process_group first")

@@ -21,7 +21,7 @@ class Buckets:
     """Collects gradients by key until there is a bucket of them, then adds their Gram matrix to the key's.
 
     Args:
-        backend: who takes the products.
+        backend: the implementation that takes the products; None: the best for each device.
     """
 
     def __init__(self, backend: str | None) -> None:

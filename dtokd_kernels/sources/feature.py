@@ -48,7 +48,7 @@ class Feature(Source):
         return "Feature()" if self._of is None else f"Feature({type(self._of).__name__})"
 
     def one_pass(self, names: tuple[str, ...], params: Sequence[Tensor]) -> bool:
-        """Always."""
+        """Every step takes one full backward pass."""
         return True
 
     def weigh(self, call: Call, options: Options) -> Balance:

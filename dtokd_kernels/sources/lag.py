@@ -39,7 +39,7 @@ class Lag(Source):
 
     @property
     def measures_in_step(self) -> bool:
-        """It does."""
+        """The products are taken by the update in `step`."""
         return True
 
     def begin(self) -> Source:
@@ -61,7 +61,9 @@ class Lag(Source):
             return kernels.balance(grams, losses, options)
         assert self._kept is not None
         assert isinstance(gathered.watch, _Finite)
-        present = gathered.watch.present().to(losses.device)  # who has no gradient now has no share of this step
+        present = gathered.watch.present().to(
+            losses.device
+        )  # an objective without a gradient has no share of this step
         before = torch.where(present[:, None] & present[None, :], self._kept[0].to(losses.device), 0.0)
         losses_before = self._kept[1].to(losses.device)
         self._weights = kernels.balance(before, losses_before, options).weights

@@ -27,7 +27,7 @@ class Unmeasured(Source):
     """
 
     def one_pass(self, names: tuple[str, ...], params: Sequence[Tensor]) -> bool:
-        """Always."""
+        """Every step takes one full backward pass."""
         return True
 
     def weigh(self, call: Call, options: Options) -> Balance:

@@ -675,7 +675,7 @@ def _load(pointer, at, left, COMPUTE: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def _store(pointer, at, left, value, live, MEASURE: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr):
-    """Nothing if not live; without MEASURE nobody comes here then."""
+    """Nothing if not live; without MEASURE it is not called then."""
     if not FULL:
         tl.store(pointer + at, rounded(value, DTYPE), mask=at < (tl.where(live, left, 0) if MEASURE else left))
     elif MEASURE:
