@@ -23,8 +23,8 @@ FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc/include")]
 
 
-def build(folder: Path) -> Path:
-    """Compile the sources of the CUDA extension with a C++ compiler; the library's path."""
+def build(folder: Path, *more: str) -> Path:
+    """Compile the sources of the CUDA extension with a C++ compiler and more flags; the library's path."""
     folder.mkdir(parents=True, exist_ok=True)
     listed = (ROOT / "csrc/sources.txt").read_text().splitlines()
     lines = (line.split() for line in listed if line[:1] not in ("", "#"))
@@ -37,7 +37,7 @@ def build(folder: Path) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = [folder / f"{source.name}.o" for source in sources]
-        list(pool.map(lambda s, o: run("g++", *FLAGS, *headers, "-c", s, "-o", o), sources, objects))
+        list(pool.map(lambda s, o: run("g++", *FLAGS, *more, *headers, "-c", s, "-o", o), sources, objects))
     library = folder / "dtokd_emulated.so"
     places = [flag for path in library_paths() for flag in ("-L", path)]
     run("g++", "-shared", *objects, "-o", library, *places, "-ltorch", "-ltorch_cpu", "-lc10")
