@@ -142,6 +142,7 @@ struct StepRule {
   static constexpr int kRequired = Numbers::kRequired;
   static constexpr int kStates = kExtras ? Numbers::kStates : kRequired;
   static constexpr int kTensors = 1 + kStates + kExtras;
+  static_assert(kStates - kRequired <= 1);
   static constexpr bool kCountsSteps = Numbers::kCountsSteps;
   static constexpr int kElements = kElementsOf<T, S>;
   static constexpr int kWide =
@@ -185,12 +186,18 @@ struct StepRule {
       for_each(*this, [&](auto& state, int i) { state.unpack(t[1 + i], s[i]); });
 #pragma unroll
       for (int e = 0; e < N; ++e) {
+        // both ways apart, so that addresses are known when compiling and `s` stays in registers
         V* values[Numbers::kStates] = {};
 #pragma unroll
-        for (int i = 0; i < kStates; ++i) {
-          values[i] = i < kRequired || t[1 + i] ? &s[i][e] : nullptr;
+        for (int i = 0; i < kRequired; ++i) values[i] = &s[i][e];
+        if (kStates > kRequired && t[kStates]) {
+          V* all[Numbers::kStates] = {};
+#pragma unroll
+          for (int i = 0; i < kStates; ++i) all[i] = &s[i][e];
+          rule(d[e], p[e], all);
+        } else {
+          rule(d[e], p[e], values);
         }
-        rule(d[e], p[e], values);
       }
       param.pack(master(t), p);
       for_each(*this, [&](auto& state, int i) { state.pack(t[1 + i], s[i]); });
