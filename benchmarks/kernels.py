@@ -34,7 +34,7 @@ class Kernel:
     bytes: int | None
 
 
-#: DFMA: a pair's product. MUFU.RSQ: one square root. FFMA: a gradient's share.
+#: DFMA: a pair's product. MUFU.RSQ: one square root. MUFU.RCP: one division. FFMA: a gradient's share.
 KERNELS = (
     Kernel("gram_kernel<float, 2>", ("DFMA", 3), 8),
     Kernel("gram_kernel<double, 2>", ("DFMA", 3), 16),
@@ -48,6 +48,7 @@ KERNELS = (
     Kernel("update_kernel<StepRule<AdamW, bf16, bf16, false>, 2>", ("MUFU.RSQ", 1), 4 + 6 + 6),
     Kernel("update_kernel<StepRule<AdamW, bf16, float, true>, 2>", ("MUFU.RSQ", 1), None),
     Kernel("update_kernel<StepRule<AdamW, float, float, false>, 4>", ("MUFU.RSQ", 1), 16 + 12 + 12),
+    Kernel("update_kernel<StepRule<Lion, float, float, true>, 2>", ("MUFU.RCP", 1), 8 + 8 + 8),
     Kernel("update_kernel<CombineRule<float>, 2>", ("FFMA", 2), 8 + 4),
     Kernel("update_kernel<CombineRule<bf16>, 2>", ("FFMA", 2), 4 + 2),
     Kernel("gram_update_kernel<StepRule<AdamW, float, float, false>, 2>", ("MUFU.RSQ", 1), 8 + 12 + 12),
