@@ -100,6 +100,13 @@ def test_diffs_begin_with_python_too(page, number):
     assert before(diff) != after(diff)
 
 
+def test_reference_has_all_that_is_public():
+    page = (ROOT / "docs/api/kernels.md").read_text()
+    of_their_own = {"__version__", "debug", "sources", "weighting"}  # pages and sections
+    missing = [n for n in dtokd_kernels.__all__ if n not in of_their_own and f"dtokd_kernels.{n}\n" not in page]
+    assert missing == []
+
+
 WRITTEN = [*ROOT.glob("*.md"), ROOT / "examples/README.md", *ROOT.glob("docs/**/*.md")]
 
 

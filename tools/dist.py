@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build/dist"
 CORE_TESTS = ("gram", "combine", "weights", "balance", "step", "optim", "backward", "native", "state", "weightings")
 TEST_PACKAGES = ("pytest", "pytest-xdist", "hypothesis", "expecttest", "numpy", "scipy", "timm", "torchjd")
+TEST_PACKAGES += ("qpsolvers", "quadprog", "packaging", "pyyaml")
 #: Libraries that torch loads before ours.
 OF_TORCH = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libtorch_python.so", "libc10.so", "libc10_cuda.so")
 OF_TORCH += ("libcudart.so.12", "libcudart.so.13")
@@ -161,13 +162,13 @@ def try_out(parts: list[Path], torch: str) -> None:
     for part, chosen in ((archive, "reference"), (pure, "reference"), (compiled, "cpu")):
         run(*install, part, cwd=empty)
         print(f"{part.name}: {run(python, '-c', TRIAL, chosen, cwd=empty).strip()}", flush=True)
-    # the tests as the sdist has them, on the installed package
+    # the tests as the sdist has them, without the packages beside them, on the installed one
     source = unpack(archive, empty / "sdist")
-    for name in ("tests", "benchmarks", "pyproject.toml"):
-        shutil.move(source / name, empty / name)
+    for name in ("dtokd_kernels", "python"):
+        shutil.rmtree(source / name)
     files = [f"tests/test_{name}.py" for name in CORE_TESTS]
     chosen = {"DTOKD_REQUIRE_NATIVE": "1", "DTOKD_EMULATION": "0", "OMP_NUM_THREADS": "1"}
-    said = run(python, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", *files, cwd=empty, **chosen)
+    said = run(python, "-m", "pytest", "-q", "-n", "auto", "--dist", "worksteal", *files, cwd=source, **chosen)
     print(f"core tests on torch {torch}: {said.strip().splitlines()[-1]}", flush=True)
 
 
