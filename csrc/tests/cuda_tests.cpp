@@ -175,9 +175,10 @@ double combined(const Gradients& g, const std::vector<double>& c, int K, int64_t
 }
 
 // T: gradients and parameters; float32 state and, for a half type, a master copy.
-// lr, beta1, beta2, weight_decay, eps; and lr, momentum, dampening, weight_decay, nesterov
+// lr, beta1, beta2, weight_decay, eps; lr, momentum, dampening, weight_decay, nesterov; as AdamW's
 const Group kAdamWGroup{{0.1}, {0.1, 0.9, 0.99, 0.01, 1e-8}};
 const Group kSGDGroup{{0.1}, {0.1, 0.9, 0.2, 0.01, 1}};
+const Group kLionGroup{{0.1}, {0.1, 0.9, 0.99, 0.01}};
 
 template <class T>
 uint64_t test_adamw(int K, int shift, bool skipped) {
@@ -369,6 +370,37 @@ uint64_t test_sgd_and_combine(int K, int shift) {
   return out.hash(buffer.hash(param.hash(0)));
 }
 
+template <class T>
+uint64_t test_lion(int K, int shift) {
+  const Tensors<T> grads(K, 3, shift), param(1, 4, shift), param0(1, 4, shift);
+  const Tensors<float> m(1, 5, shift), m0(1, 5, shift);
+  std::vector<Target> targets;
+  for (size_t t = 0; t < kSizes.size(); ++t) {
+    targets.push_back({gradients(grads, K, t),
+                       Type::kFloat32,
+                       param.at(0, t),
+                       nullptr,
+                       {m.at(0, t), nullptr, nullptr},
+                       nullptr,
+                       0});
+  }
+  DeviceMemory memory({}, K);
+  const std::vector<double> c = coefficients(K);
+  CHECK(launch_update(kLion, targets, {kLionGroup}, {K, c.data(), nullptr}, memory.scratch(),
+                      nullptr) == 0);
+  for (size_t t = 0; t < kSizes.size(); ++t) {
+    for (int64_t i = 0; i < kSizes[t]; ++i) {
+      const double change = combined<T>(targets[t].grads, c, K, i) - m0.value(0, t, i);
+      const double towards = m0.value(0, t, i) + (1 - 0.9) * change;
+      const double p = param0.value(0, t, i) * (1 - 0.1 * 0.01) - std::copysign(0.1, towards);
+      check_close(m.value(0, t, i), m0.value(0, t, i) + (1 - 0.99) * change, kTolerance<float>);
+      // nearer to 0 rounding decides the sign
+      if (std::abs(towards) > 1e-5) check_close(param.value(0, t, i), p, kTolerance<T>);
+    }
+  }
+  return m.hash(param.hash(0));
+}
+
 // Everything; a number that says whether two runs gave the same bits.
 uint64_t test_all() {
   uint64_t hash = 0;
@@ -386,6 +418,7 @@ uint64_t test_all() {
     add(test_adamw<bf16>(2, shift, false));
     add(test_sgd_and_combine<float>(2, shift));
     add(test_sgd_and_combine<bf16>(2, shift));
+    add(test_lion<float>(2, shift));
     for (bool adamw : {false, true}) {
       for (int K : {1, 2, 3}) add(test_gram_update<float>(K, shift, adamw, false));
       add(test_gram_update<bf16>(2, shift, adamw, false));
