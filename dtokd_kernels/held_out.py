@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .gradients import Losses, check_loss, named_losses
+from .types import MAX_OBJECTIVES
 from .weighting import Auto, HeldOut
 
 _OP = "measure_held_out"
@@ -31,17 +32,18 @@ def measure_held_out(
 
     Args:
         optimizer: whose parameters are trained; any optimizer. Groups with `balance=False` stay out.
-        losses: of a training batch, as `backward` takes them.
+        losses: of a training batch, as `backward` takes them; K from 1 to 7.
         held_out: scalar; the primary loss of a batch of samples that are never trained on. Evaluate the model as in
-            training, without updating BatchNorm's statistics (`dtokd.train` sets `momentum` to 0 meanwhile).
+            training, without updating BatchNorm's statistics (`dtokd.train.heldout.frozen_statistics`).
         weighting: the `HeldOut` or `Auto` that learns from it; default: that of the optimizer.
         scaler: a `torch.amp.GradScaler` for fp16, so that small gradients do not underflow. Losses are passed as they
             are. A 64th of its scale is used, and a measurement that overflows all the same is left out.
-        process_group: ranks over which gradients are averaged; default: all, if torch.distributed is initialized.
+        process_group: ranks over which gradients are averaged; default: all, if torch.distributed is initialized. On
+            all of them the losses must reach the same parameters.
 
     Raises:
         TypeError: there is no `HeldOut` or `Auto` to set; a loss is no tensor; parameters that are sharded (FSDP2).
-        ValueError: a loss that is no scalar or needs no gradient; a held-out loss that is not finite (on the CPU;
+        ValueError: more than 7 losses; a loss that is no scalar or needs no gradient; a held-out loss that is not finite (on the CPU;
             elsewhere the measurement is left out) or reaches no parameter that all losses reach. Nothing has changed
             then.
 
@@ -64,6 +66,11 @@ def measure_held_out(
     if weighting.done:
         return
     names, values = named_losses(losses, _OP)
+    if len(values) >= MAX_OBJECTIVES:
+        raise ValueError(
+            f"{_OP}: losses has {len(values)} objectives, at most {MAX_OBJECTIVES - 1} are supported beside the "
+            "held-out loss; add some up"
+        )
     for name, value in zip(names, values, strict=True):
         check_loss(f"losses[{name!r}]", value, _OP)
     check_loss("held_out", held_out, _OP)
@@ -75,7 +82,7 @@ def measure_held_out(
     params = [
         p for group in optimizer.param_groups if group.get("balance", True) for p in group["params"] if p.requires_grad
     ]
-    if any(isinstance(p, torch.distributed.tensor.DTensor) for p in params):
+    if any(type(p).__name__ == "DTensor" for p in params):
         raise TypeError(f"{_OP}: the parameters are sharded (DTensor), which it does not support; use Share or DTO")
     rows = [torch.autograd.grad(value, params, retain_graph=True, allow_unused=True) for value in values]
     rows.append(torch.autograd.grad(held_out, params, allow_unused=True))

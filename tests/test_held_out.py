@@ -1,6 +1,7 @@
 """`HeldOut` against a regression by non-negative least squares, and what it guarantees; `measure_held_out`."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -274,6 +275,8 @@ def test_refusals():
             )
         assert optimizer.weighting.state_dict() == before
 
+    eight = {"task": losses["task"], **{str(i): losses["distill"] for i in range(7)}}
+    refused(ValueError, "at most 7", losses=eight)
     refused(ValueError, "held_out is nan", held_out=task(out) * float("nan"))
     refused(ValueError, "no parameter", held_out=task(other(torch.ones(4, 3))))
     refused(ValueError, "held_out needs no gradient", held_out=torch.ones(()))
@@ -298,3 +301,28 @@ def test_the_scale_of_a_scaler_cancels():
         held_out = losses_of(model, batch(9, torch.float32))["task"]
         dk.measure_held_out(optimizer, losses, held_out, weighting=rule, scaler=given)
     torch.testing.assert_close(measured(scaled), measured(plain), rtol=1e-5, atol=1e-6)
+
+
+def one_of_two(rank, folder):
+    """A rank with its half of each batch."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = Student()
+    rule = HeldOut("task")
+    halves = [[part[4 * rank : 4 * rank + 4] for part in batch(step)] for step in (0, 9)]
+    losses, held_out = (losses_of(model, half) for half in halves)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dk.measure_held_out(optimizer, losses, held_out["task"], weighting=rule)
+    (folder / f"{rank}.json").write_text(json.dumps(measured(rule).tolist()))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_measure_what_one_process_does_on_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(one_of_two, (tmp_path,), nprocs=2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert first == second  # the same bits
+    model = Student()
+    rule = HeldOut("task")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dk.measure_held_out(optimizer, losses_of(model, batch(0)), losses_of(model, batch(9))["task"], weighting=rule)
+    # sums of halves instead of wholes: a few roundings of float64
+    torch.testing.assert_close(torch.tensor(first, dtype=torch.float64), measured(rule), rtol=1e-12, atol=1e-14)

@@ -223,6 +223,7 @@ KERNELS = [
     "update_kernel<StepRule<AdamW, float, float, false>, 2>",
     "update_kernel<StepRule<AdamW, bf16, float, true>, 2>",
     "update_kernel<StepRule<SGD, float, float, true>, 2>",
+    "update_kernel<StepRule<Lion, float, float, true>, 2>",
     "update_kernel<CombineRule<bf16>, 2>",
     "gram_update_kernel<StepRule<AdamW, float, float, false>, 2>",
     "gram_update_kernel<StepRule<SGD, bf16, float, true>, 2>",

@@ -74,7 +74,7 @@ class LopsidedWeights:
         self._sums = dict(state["sums"])
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing, as there is no file to close."""
 
 
 def may_be_lopsided(weighting: Weighting | None) -> bool:

@@ -397,7 +397,7 @@ class _Collected:
         self.rows.extend(rows)
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing, as there is no file to close."""
 
     def take(self) -> Row:
         """Their means; they are forgotten."""
