@@ -43,9 +43,9 @@ def measure_held_out(
 
     Raises:
         TypeError: there is no `HeldOut` or `Auto` to set; a loss is no tensor; parameters that are sharded (FSDP2).
-        ValueError: more than 7 losses; a loss that is no scalar or needs no gradient; a held-out loss that is not finite (on the CPU;
-            elsewhere the measurement is left out) or reaches no parameter that all losses reach. Nothing has changed
-            then.
+        ValueError: more than 7 losses; a loss that is no scalar or needs no gradient; a held-out loss that is not
+            finite (on the CPU; elsewhere the measurement is left out) or reaches no parameter that all losses reach.
+            Nothing has changed then.
 
     Effects: K + 1 backward passes; no host sync on CUDA. Nothing once `Auto` has chosen.
 
