@@ -11,8 +11,18 @@ import pytest
 import torch
 
 from benchmarks.evidence import protocol, tables
-from benchmarks.evidence.data import TILE, DataSet, _Arrays, _tiles
-from benchmarks.evidence.methods import METHODS, NONE, OBJECTIVES, methods_of
+from benchmarks.evidence.data import (
+    MAKERS,
+    TILE,
+    VARIANTS,
+    DataSet,
+    _Arrays,
+    _tiles,
+    few_images,
+    weak_teacher,
+    wrong_teacher,
+)
+from benchmarks.evidence.methods import METHODS, NONE, OBJECTIVES, SETTINGS, iterations_of, methods_of
 from benchmarks.evidence.protocol import Journal, Run, carry_out, outcomes, read, tune
 from benchmarks.evidence.students import Result, train
 
@@ -34,7 +44,7 @@ def data():
 
 @pytest.mark.parametrize(
     ("objective", "method"),
-    [(None, NONE), *((o, m) for o in ("logits, T = 4", "features") for m in methods_of(o))],
+    [(None, NONE), *((o, m) for o in ("logits, T = 4", "features", "logits and features") for m in methods_of(o))],
     ids=lambda value: getattr(value, "title", value),
 )
 def test_every_method_trains(data, objective, method):
@@ -45,8 +55,8 @@ def test_every_method_trains(data, objective, method):
     assert other.task_loss != result.task_loss
     assert result.skipped == 0
     assert result.task_loss > 0
-    if method.grid:
-        assert result.weight == float(method.title.split()[1])
+    if method.fixed is not None:
+        assert result.weight == pytest.approx(float(method.title.split()[1]), abs=1e-12)
 
 
 def test_learning_learns(data):
@@ -125,16 +135,23 @@ def test_tables_compare_with_the_fixed_weights_that_validation_chose(tmp_path):
         done.update(zip(runs, found, strict=True))
         return found
 
-    carry_out("digits", list(OBJECTIVES), [0, 1, 2], 9, remember)
+    carry_out("digits", list(OBJECTIVES), [0, 1, 2], remember)
+    carry_out("digits, wrong teacher", list(OBJECTIVES), [0, 1], remember)
+    assert {run.iterations for run in done} == {200}
     found = outcomes(done, "digits")
-    assert len(found) == 1 + sum(len(methods_of(o)) for o in OBJECTIVES)
+    assert len(found) == 1 + sum(len(methods_of(o)) for o in SETTINGS["digits"])
     assert all(set(o.results) == {0, 1, 2} for o in found)
     parts = tables.parts(done)
-    assert "| DTO | +2.0 | +2.0 | digits, features | 3 |" in parts.pop("summary")
-    assert list(parts) == [f"digits, {o}" for o in OBJECTIVES]
+    assert "| DTO | +2.0 | +2.0 to +2.0 | +2.0 | digits, logits, T = 4 | 3 |" in parts.pop("summary")
+    # of bad teachers the summary is to no teacher
+    assert "| DTO | +0.0 |  | +0.0 | digits, wrong teacher, logits, T = 4 | 1 |" in parts.pop("bad teachers")
+    parts.pop("digits, wrong teacher, logits, T = 4")
+    assert list(parts) == [f"digits, {o}" for o in SETTINGS["digits"]]
     for text in parts.values():
-        assert "| **fixed 0.3** | 60.0 ± 0.0 | reference |" in text
-        assert "| DTO | 62.0 ± 1.0 | +2.0 ± 0.6 | 3/3 |" in text
+        assert "| **fixed 0.3** | 60.0 ± 0.0 | reference |  |  |" in text
+        low, high = text.split("| DTO | 62.0 ± 1.0 | +2.0 | ")[1].split(" | 3/3 |")[0].split(" to ")
+        assert float(low) < 2 < float(high)
+        assert float(low) + float(high) == pytest.approx(4, abs=0.11)
         assert "| none | " in text
     assert "fixed 1" not in parts["digits, features"]
     assert "private" not in parts["digits, logits, T = 4"]
@@ -149,6 +166,25 @@ def test_documented_numbers_are_those_of_the_csv_file():
         assert text in page
     for name in dict.fromkeys(run.data for run in done):
         assert all(len(o.results) == 5 for o in outcomes(done, name))
+
+
+def test_all_settings_can_be_made():
+    assert set(SETTINGS) == {*MAKERS, *VARIANTS}
+    assert {name: iterations_of(name) for name in SETTINGS if iterations_of(name) != 200} == {"digits, long": 2000}
+
+
+def test_bad_teachers_are_bad_and_few_images_are_few(data):
+    classes = data.logits.shape[1]
+    wrong = wrong_teacher(data)
+    assert torch.equal(wrong.logits.argmax(1), (data.labels + 1) % classes)
+    assert wrong.teacher_accuracy == 0
+    few = few_images(data, 5, of=32)
+    assert torch.equal(few.images, torch.cat([data.images[start : start + 5] for start in (0, 32, 64)]))
+    assert len(few.labels) == len(few.logits) == len(few.features) == 15
+    drawn = weak_teacher(data, 0)
+    assert drawn.logits.std() < 0.5  # it has learned nothing
+    assert torch.equal(drawn.images, data.images)
+    assert weak_teacher(data, 2).logits.shape == (96, 10)
 
 
 def test_no_pixel_of_a_photo_is_in_two_parts():

@@ -12,20 +12,19 @@ from pathlib import Path
 import torch
 
 from . import data, tables, worker
-from .methods import METHODS, NONE, OBJECTIVES
+from .methods import METHODS, NONE, OBJECTIVES, SETTINGS
 from .protocol import Journal, carry_out, read
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
-    parser.add_argument("--data", nargs="+", choices=list(data.MAKERS), default=list(data.MAKERS))
+    parser.add_argument("--data", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument(
         "--methods", nargs="+", choices=[m.title for m in (NONE, *METHODS)], default=[], help="default: all"
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="that are counted")
-    parser.add_argument("--iterations", type=int, default=200, help="of each student")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each; no result depends on it")
     parser.add_argument("--output", type=Path, default=Path("runs/evidence"), help="folder for images and results")
     options = parser.parse_args()
@@ -38,7 +37,7 @@ def main() -> None:
     ) as executor:
         journal = Journal(path, executor, worker.carry_out, commit())
         for name in options.data:
-            carry_out(name, options.objectives, options.seeds, options.iterations, journal, options.methods)
+            carry_out(name, options.objectives, options.seeds, journal, options.methods)
             print(name, "done", file=sys.stderr, flush=True)
     print(tables.markdown(read(path)))
 

@@ -1,4 +1,4 @@
-"""Three sets of real images that ship in packages, each with what a teacher says about its training images.
+"""Three sets of real images that ship in packages, each with a teacher's outputs for its training images, and variants.
 
 The teacher is frozen and the training images are a fixed pool of distorted copies, so it looks at each of them once.
 Training, validation and test images come of different originals: learning rates and weights are chosen on the
@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
@@ -77,14 +77,18 @@ class DataSet:
 
 
 def load(name: str, folder: Path) -> DataSet:
-    """The data set `name` of `MAKERS`, from `folder` if it was made before (by whatever code: empty it after changes).
+    """A data set of `MAKERS` or `VARIANTS`.
+
+    Args:
+        name: which.
+        folder: where it is read from if it was made before (by whatever code: empty it after changes), else written.
 
     Raises:
         ModuleNotFoundError: a package with images is not installed.
     """
     path = folder / f"{name}.safetensors"
     if not path.exists():
-        made = MAKERS[name]()
+        made = VARIANTS[name](lambda base: load(base, folder)) if name in VARIANTS else MAKERS[name]()
         folder.mkdir(parents=True, exist_ok=True)
         save_file({f.name: getattr(made, f.name).contiguous() for f in fields(made)}, path)
     return DataSet(**load_file(path))
@@ -116,19 +120,51 @@ def _silhouettes(images: Tensor, labels: Tensor, *, student: int, teacher: int, 
     with seeded(0):
         model = make_model("teacher")
     train_teacher(model, taught, iterations=TEACHER_ITERATIONS, seed=0, advance=lambda: None)
-    with torch.no_grad():
-        said = [read(model, part, Taps(logits=True, pooled="head")) for part in pool.images.split(500)]
     return DataSet(
         pool.images,
         pool.labels,
-        torch.cat([s.logits for s in said if s.logits is not None]),
-        torch.cat([s.pooled for s in said if s.pooled is not None]),
+        *_outputs(model, pool.images),
         chosen.images,
         chosen.labels,
         judged.images,
         judged.labels,
         torch.tensor(accuracy(model, judged), dtype=torch.float64),
     )
+
+
+def _outputs(teacher: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """A teacher's logits and pooled features."""
+    with torch.no_grad():
+        parts = [read(teacher, part, Taps(logits=True, pooled="head")) for part in images.split(500)]
+    return (
+        torch.cat([part.logits for part in parts if part.logits is not None]),
+        torch.cat([part.pooled for part in parts if part.pooled is not None]),
+    )
+
+
+def wrong_teacher(base: DataSet) -> DataSet:
+    """A teacher that takes each class for the next one."""
+    wrong = base.logits.roll(1, 1)
+    right = (wrong.argmax(1) == base.labels).double().mean()
+    return replace(base, logits=wrong, teacher_accuracy=right)
+
+
+def weak_teacher(base: DataSet, iterations: int) -> DataSet:
+    """A teacher that was trained for so few iterations, on the students' images; for 0, as it was drawn."""
+    with seeded(1):
+        model = make_model("teacher").eval()
+    if iterations:
+        train_teacher(model, Images(base.images, base.labels), iterations=iterations, seed=1, advance=lambda: None)
+    logits, features = _outputs(model, base.images)
+    right = torch.tensor(accuracy(model, base.test), dtype=torch.float64)
+    return replace(base, logits=logits, features=features, teacher_accuracy=right)
+
+
+def few_images(base: DataSet, originals: int, of: int) -> DataSet:
+    """The copies of the first `originals` of the students' `of` originals; the teacher is the same."""
+    kept = torch.arange(len(base.labels)) % of < originals
+    pool = {name: getattr(base, name)[kept] for name in ("images", "labels", "logits", "features")}
+    return replace(base, **pool)
 
 
 def photos() -> DataSet:
@@ -282,3 +318,12 @@ def _package(name: str) -> Any:
 
 #: How each data set is made.
 MAKERS: dict[str, Callable[[], DataSet]] = {"digits": digits, "animals": animals, "photos": photos}
+Load = Callable[[str], DataSet]
+#: The same with something changed, made from the data set that they are given.
+VARIANTS: dict[str, Callable[[Load], DataSet]] = {
+    "digits, wrong teacher": lambda load: wrong_teacher(load("digits")),
+    "animals, random teacher": lambda load: weak_teacher(load("animals"), 0),
+    "animals, weak teacher": lambda load: weak_teacher(load("animals"), 40),
+    "digits, few images": lambda load: few_images(load("digits"), 50, of=500),
+    "digits, long": lambda load: load("digits"),
+}

@@ -1,7 +1,8 @@
-"""What is compared: ways to combine the two losses, on three kinds of distillation loss."""
+"""What is compared: ways to combine the losses, on several kinds of distillation loss."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from dtokd.objectives.logits import Hinton
 from torch import Tensor
 
 from dtokd_kernels.sources import Ema
-from dtokd_kernels.weighting import DTO, Amortized, Fixed, HeldOut, LogSum, PCGrad, Reachable, Share, TaskFirst
+from dtokd_kernels.weighting import DTO, Amortized, Auto, Fixed, HeldOut, LogSum, PCGrad, Reachable, Share, TaskFirst
 
 Losses = dict[str, Tensor]
 
@@ -30,6 +31,8 @@ class Method:
         combine: what becomes of the losses before the optimizer sees them.
         only: the kinds of loss it is for; empty for all.
         held_out: steps from one look at a batch of the validation images to the next; 0 for none.
+        fixed: the weight of distillation, shared equally by its losses, where it is one of the fixed weights among
+            which validation chooses; None where the weighting decides.
     """
 
     title: str
@@ -37,32 +40,61 @@ class Method:
     combine: Callable[[Losses], Losses] = dict
     only: Sequence[str] = ()
     held_out: int = 0
+    fixed: float | None = None
 
-    @property
-    def grid(self) -> bool:
-        """Whether it is one of the fixed weights among which validation chooses."""
-        return self.title.startswith("fixed")
+    def own(self, distillations: int) -> dict[str, Any]:
+        """The options for one run with so many distillation losses; rules and sources have memories of their own."""
+        options = copy.deepcopy(self.options)
+        if self.fixed is not None:
+            options["weighting"] = Fixed([1 - self.fixed, *[self.fixed / distillations] * distillations])
+        return options
 
 
 def _fixed(weight: float) -> Method:
     """A weighted sum of the losses, as one tunes it by hand; `weight` is that of distillation."""
-    # "balanced": a sum weighs the gradients of heads and projectors too
-    options = {"weighting": Fixed([1 - weight, weight]), "private": "balanced"}
     # without the task's loss the classifier of a student with a feature loss learns nothing
-    return Method(f"fixed {weight:g}", options, only=() if weight < 1 else LOGITS)
+    only = () if weight < 1 else LOGITS
+    # "balanced": a sum weighs the gradients of heads and projectors too
+    return Method(f"fixed {weight:g}", {"private": "balanced"}, only=only, fixed=weight)
 
 
 def _sum(losses: Losses) -> Losses:
-    return {"sum": 0.5 * losses["task"] + 0.5 * losses["distill"]}
+    distillation = [loss for name, loss in losses.items() if name != "task"]
+    return {"sum": 0.5 * losses["task"] + 0.5 * sum(distillation) / len(distillation)}
 
 
-#: Kinds of the distillation loss, and the objective with the teacher's width.
-OBJECTIVES: dict[str, Callable[[int], Objective]] = {
-    "logits, T = 4": lambda width: Hinton("distill", 4.0),
-    "logits, T = 1": lambda width: Hinton("distill", 1.0),
-    "features": lambda width: Pooled("distill", "linear", (STUDENT_WIDTH, width), "head", "layernorm", "mse"),
+def _logits(name: str, temperature: float) -> Objective:
+    return Hinton(name, temperature)
+
+
+def _features(name: str, width: int) -> Objective:
+    return Pooled(name, "linear", (STUDENT_WIDTH, width), "head", "layernorm", "mse")
+
+
+#: Kinds of distillation, and the objectives with the teacher's width.
+OBJECTIVES: dict[str, Callable[[int], list[Objective]]] = {
+    "logits, T = 4": lambda width: [_logits("distill", 4.0)],
+    "logits, T = 1": lambda width: [_logits("distill", 1.0)],
+    "features": lambda width: [_features("distill", width)],
+    "logits and features": lambda width: [_logits("logits", 4.0), _features("features", width)],
 }
 LOGITS = tuple(OBJECTIVES)[:2]
+_ONE_LOSS = tuple(OBJECTIVES)[:3]
+#: What is trained: the kinds of distillation on each data set.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "digits": _ONE_LOSS,
+    "animals": tuple(OBJECTIVES),
+    "photos": tuple(OBJECTIVES),
+    "digits, wrong teacher": ("logits, T = 4",),
+    "animals, random teacher": ("logits, T = 4",),
+    "animals, weak teacher": ("logits, T = 4",),
+    "digits, few images": ("logits, T = 4",),
+    "digits, long": ("features",),
+}
+#: Whose teachers know less than a student that learns alone.
+BAD_TEACHERS = ("digits, wrong teacher", "animals, random teacher", "animals, weak teacher")
+#: Batches of 64 that a student is trained with.
+ITERATIONS, LONG = 200, 2000
 #: The student without a teacher.
 NONE = Method("none", combine=lambda losses: {"task": losses["task"]}, options={"weighting": Fixed()})
 #: Everything else. One loss under a logarithm, or equal weights on log-gradients, have the factor 1 / L of DTO's
@@ -81,10 +113,16 @@ METHODS = (
     Method("FAMO", {"weighting": Amortized(), "rescale": "sum"}),
     Method("PCGrad", {"weighting": PCGrad()}),
     Method("held-out gain", {"weighting": HeldOut("task")}, held_out=5),
+    Method("auto", {"weighting": Auto("task", window=20)}, held_out=5),
     Method("share, half", {"weighting": Share()}),
     Method("DTO, reachable", {"weighting": Reachable()}),
     Method("task first, cosine", {"weighting": TaskFirst("task")}),
 )
+
+
+def iterations_of(data: str) -> int:
+    """How many batches a student is trained with."""
+    return LONG if data.endswith(", long") else ITERATIONS
 
 
 def methods_of(objective: str) -> list[Method]:

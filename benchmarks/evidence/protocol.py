@@ -18,7 +18,7 @@ from statistics import fmean
 from threading import Lock
 from typing import Any
 
-from .methods import NONE, OBJECTIVES, Method, methods_of
+from .methods import NONE, SETTINGS, Method, iterations_of, methods_of
 from .students import Result
 
 LEARNING_RATES = (8e-3, 16e-3, 32e-3)
@@ -96,9 +96,14 @@ def _parsed(row: dict[str, str]) -> tuple[Run, Result]:
 
 
 def settings(data: str, objectives: Sequence[str]) -> Iterator[tuple[str, Method]]:
-    """Everything that is compared on a data set: kinds of loss and methods; the student without a teacher first."""
+    """All that is compared on a data set: kinds of distillation and methods, first the student without a teacher.
+
+    Args:
+        data: which of `SETTINGS`.
+        objectives: kinds of distillation; those that the data set does not have are passed over.
+    """
     yield "", NONE
-    for objective in objectives:
+    for objective in (o for o in SETTINGS[data] if o in objectives):
         for method in methods_of(objective):
             yield objective, method
 
@@ -107,7 +112,6 @@ def carry_out(
     data: str,
     objectives: Sequence[str],
     seeds: Sequence[int],
-    iterations: int,
     train: Train,
     titles: Sequence[str] = (),
 ) -> None:
@@ -115,7 +119,7 @@ def carry_out(
 
     def one(setting: tuple[str, Method]) -> None:
         objective, method = setting
-        run = Run(data, objective, method.title, lr=math.nan, seed=TUNING_SEEDS[0], iterations=iterations)
+        run = Run(data, objective, method.title, math.nan, TUNING_SEEDS[0], iterations_of(data))
         lr = tune(run, train)
         train([replace(run, lr=lr, seed=seed) for seed in seeds])
 
@@ -168,7 +172,7 @@ class Outcome:
 
 def outcomes(done: dict[Run, Result], data: str) -> list[Outcome]:
     """What the runs on a data set came to, in the order of `settings`."""
-    grouped: dict[tuple[str, str], dict[Run, Result]] = {(o, m.title): {} for o, m in settings(data, list(OBJECTIVES))}
+    grouped: dict[tuple[str, str], dict[Run, Result]] = {(o, m.title): {} for o, m in settings(data, SETTINGS[data])}
     for run, result in done.items():
         if run.data == data:
             grouped[run.objective, run.method][run] = result

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import timm
 import torch
@@ -30,8 +28,8 @@ class Result:
 
     Attributes:
         validation, test: accuracy of the student at the end, in percent.
-        task_loss, distill_loss: means over the last tenth of the run.
-        weight: mean weight of distillation among the balanced objectives.
+        task_loss, distill_loss: means over the last tenth of the run; of two distillation losses, their sum.
+        weight: mean weight of distillation, all its losses together, among the balanced objectives.
         vertex: share of steps, in percent, in which one weight was exactly 0.
         conflict: share of steps, in percent, in which the gradients pointed apart.
         dominance: median of |g distill| / |g task|.
@@ -65,16 +63,19 @@ def train(data: DataSet, objective: str | None, method: Method, *, lr: float, se
     with seeded(seed):
         student = _student(data)
         # its projector is drawn from the seed too
-        lesson = None if objective is None else OBJECTIVES[objective](data.features.shape[1])
-    model = Trainable(student, _heads(lesson), lesson.student if lesson is not None else Taps(logits=True))
-    optimizer = DTOAdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, max_norm=MAX_NORM, **_own(method))
+        lessons = [] if objective is None else OBJECTIVES[objective](data.features.shape[1])
+    heads = {lesson.name: lesson.head for lesson in lessons if lesson.head is not None}
+    pooled = max((lesson.student.pooled for lesson in lessons), default="")
+    model = Trainable(student, heads, Taps(logits=True, pooled=pooled))
+    options = method.own(len(lessons))
+    optimizer = DTOAdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, max_norm=MAX_NORM, **options)
     schedule = OneCycleLR(optimizer, lr, total_steps=iterations, cycle_momentum=False)
     balances: list[Balance] = []
     history: list[Tensor] = []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for index in _batches(len(data.labels), iterations, seed):
-            losses = _losses(model, data, lesson, index)
+            losses = _losses(model, data, lessons, index)
             if method.held_out and len(balances) % method.held_out == 0:
                 measure_held_out(optimizer, losses, _held_out(model, data, seed, len(balances)))
             optimizer.backward(method.combine(losses))
@@ -97,30 +98,21 @@ def _student(data: DataSet) -> nn.Module:
     return timm.create_model("test_resnet", in_chans=data.images.shape[1], num_classes=classes, **ROLES["student"])
 
 
-def _heads(lesson: Objective | None) -> dict[str, nn.Module]:
-    return {} if lesson is None or lesson.head is None else {lesson.name: lesson.head}
-
-
-def _own(method: Method) -> dict[str, Any]:
-    """The method's options; rules and sources have memories, so each run takes its own."""
-    return copy.deepcopy(method.options)
-
-
 def _batches(images: int, count: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         yield torch.randint(images, (BATCH,), generator=generator)
 
 
-def _losses(model: Trainable, data: DataSet, lesson: Objective | None, index: Tensor) -> dict[str, Tensor]:
+def _losses(model: Trainable, data: DataSet, lessons: Sequence[Objective], index: Tensor) -> dict[str, Tensor]:
     outputs, projected = model(data.images[index])
     outputs = in_float32(outputs)
     labels = data.labels[index]
     assert outputs.logits is not None
     losses = {"task": nn.functional.cross_entropy(outputs.logits, labels)}
-    if lesson is not None:
-        taught = Outputs(logits=data.logits[index], pooled=data.features[index])
-        losses["distill"] = lesson.loss(outputs, projected.get(lesson.name), taught, labels)
+    taught = Outputs(logits=data.logits[index], pooled=data.features[index])
+    for lesson in lessons:
+        losses[lesson.name] = lesson.loss(outputs, projected.get(lesson.name), taught, labels)
     return losses
 
 
@@ -139,9 +131,9 @@ def _figures(balances: list[Balance], losses: Tensor) -> dict[str, float]:
     figures = {"task_loss": float(last[0]), "distill_loss": float("nan")}
     figures |= dict.fromkeys(("weight", "vertex", "conflict", "dominance", "cosine"), float("nan"))
     if losses.shape[1] > 1:
-        figures["distill_loss"] = float(last[1])
+        figures["distill_loss"] = float(last[1:].sum())
     if balances[0].weights.numel() > 1:
-        figures["weight"] = _mean([b.weights[1] for b in balances])
+        figures["weight"] = _mean([b.weights[1:].sum() for b in balances])
         cosine = torch.stack([b.cosine[0, 1] for b in balances]).double()
         if bool(cosine.isfinite().all()):  # one pass tells nothing of the Gram matrix
             figures["cosine"] = float(cosine.mean())

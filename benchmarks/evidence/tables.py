@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, stdev
 
+from dtokd.compare.differences import Difference, Paired
+
+from .methods import BAD_TEACHERS, NONE, SETTINGS
 from .protocol import Outcome, Run, outcomes
 from .students import Result
 
@@ -16,31 +19,54 @@ def markdown(done: dict[Run, Result]) -> str:
 
 
 def parts(done: dict[Run, Result]) -> dict[str, str]:
-    """The tables by title: a summary; accuracies and what training was like, for each data set and kind of loss."""
+    """The tables by title: two summaries; then accuracies and what training was like, for each setting."""
     settings: dict[str, list[Outcome]] = {}
-    for data in dict.fromkeys(run.data for run in done):
+    for data in (name for name in SETTINGS if any(run.data == name for run in done)):
         all_of = outcomes(done, data)
         bare = [o for o in all_of if not o.objective]
         for objective in dict.fromkeys(o.objective for o in all_of if o.objective):
             settings[f"{data}, {objective}"] = [*bare, *(o for o in all_of if o.objective == objective)]
-    return {"summary": _summary(settings), **{title: _table(found) for title, found in settings.items()}}
+    bad = {title: found for title, found in settings.items() if title.startswith(BAD_TEACHERS)}
+    good = {title: found for title, found in settings.items() if title not in bad}
+    summaries = {"summary": _summary(good, reference), "bad teachers": _summary(bad, _without_teacher)}
+    tables = {title: _table(found) for title, found in settings.items()}
+    return {title: text for title, text in {**summaries, **tables}.items() if text}
 
 
-def _summary(settings: Mapping[str, Sequence[Outcome]]) -> str:
-    """Each method's differences to the best fixed weights over data sets and kinds of loss, the best mean first."""
-    differences: dict[str, list[tuple[float, str]]] = {}
+def _summary(settings: Mapping[str, Sequence[Outcome]], to: Callable[[Sequence[Outcome]], Outcome | None]) -> str:
+    """Each method's differences over the settings, the best worst-case first among equal means; "" without settings.
+
+    The interval is for the mean over settings like these: a setting is a block of `Paired`, of all methods that were
+    trained in all of them.
+    """
+    differences: dict[str, dict[str, float]] = {}
     for title, found in settings.items():
-        best = reference(found)
-        if best is None:
+        base = to(found)
+        if base is None:
             continue
         for o in found:
-            differences.setdefault(o.method, []).append((fmean(_differences(o, best)), title))
-    lines = ["| | mean | worst | in | settings |", "|---|---|---|---|---|"]
-    for method, values in sorted(differences.items(), key=lambda item: -fmean(d for d, _ in item[1])):
-        worst, where = min(values)
-        mean = fmean(d for d, _ in values)
-        lines.append(f"| {method} | {mean:+.1f} | {worst:+.1f} | {where} | {len(values)} |")
+            differences.setdefault(o.method, {})[title] = fmean(_differences(o, base))
+    if not differences:
+        return ""
+    everywhere = {method: list(of.values()) for method, of in differences.items() if len(of) == len(settings)}
+    paired = Paired({**everywhere, "": [0.0] * len(settings)})
+    lines = ["| | mean | interval | worst | in | settings |", "|---|---|---|---|---|---|"]
+    for method, of in sorted(differences.items(), key=lambda item: -fmean(item[1].values())):
+        worst = min(of, key=lambda title: of[title])
+        interval = _interval(paired.between(method, "")) if method in everywhere else ""
+        mean = fmean(of.values())
+        lines.append(f"| {method} | {mean:+.1f} | {interval} | {of[worst]:+.1f} | {worst} | {len(of)} |")
     return "\n".join(lines)
+
+
+def _interval(difference: Difference) -> str:
+    if math.isinf(difference.high):
+        return ""
+    return f"{difference.low:+.1f} to {difference.high:+.1f}"
+
+
+def _without_teacher(found: Sequence[Outcome]) -> Outcome | None:
+    return next((o for o in found if o.method == NONE.title), None)
 
 
 def reference(found: Sequence[Outcome]) -> Outcome | None:
@@ -51,14 +77,23 @@ def reference(found: Sequence[Outcome]) -> Outcome | None:
 
 def _table(found: Sequence[Outcome]) -> str:
     best = reference(found)
+    seeds = sorted(set.intersection(*(set(o.results) for o in found)))
+    paired = Paired({o.method: [o.results[seed].test for seed in seeds] for o in found}) if seeds else None
     lines = [
-        "| | test accuracy, % | to the best fixed | better | lr | weight | vertex, % | conflict, % | cosine "
+        "| | test accuracy, % | to the best fixed | interval | better | lr | weight | vertex, % | conflict, % | cosine "
         "| task loss | distillation loss |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for o in found:
         cells = [f"**{o.method}**" if o is best else o.method, _spread([r.test for r in o.results.values()])]
-        cells += ["reference", ""] if o is best else _paired(o, best)
+        if best is None or paired is None:
+            cells += ["", "", ""]
+        elif o is best:
+            cells += ["reference", "", ""]
+        else:
+            differences = _differences(o, best)
+            better = f"{sum(d > 0 for d in differences)}/{len(differences)}"
+            cells += [f"{fmean(differences):+.1f}", _interval(paired.between(o.method, best.method)), better]
         cells.append(f"{o.lr:g}")
         for name, spec in _COLUMNS.items():
             values = [getattr(r, name) for r in o.results.values()]
@@ -77,19 +112,9 @@ _COLUMNS = {
 }
 
 
-def _paired(o: Outcome, best: Outcome | None) -> list[str]:
-    """Mean difference over the seeds that both have, its standard error, and in how many it is better."""
-    if best is None:
-        return ["", ""]
-    differences = _differences(o, best)
-    several = len(differences) > 1
-    error = f" ± {stdev(differences) / math.sqrt(len(differences)):.1f}" if several else ""
-    return [f"{fmean(differences):+.1f}{error}", f"{sum(d > 0 for d in differences)}/{len(differences)}"]
-
-
-def _differences(o: Outcome, best: Outcome) -> list[float]:
+def _differences(o: Outcome, other: Outcome) -> list[float]:
     """In test accuracy, seed by seed."""
-    return [o.results[seed].test - best.results[seed].test for seed in o.results if seed in best.results]
+    return [o.results[seed].test - other.results[seed].test for seed in o.results if seed in other.results]
 
 
 def _spread(values: Sequence[float]) -> str:
