@@ -15,15 +15,19 @@ from .coco import TINY, common, write_coco
 from .test_detect import vidt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-NAMES = [name for name in recipes.names() if name.startswith("coco_")]
+NAMES = [name for name in recipes.names() if name.startswith("coco/")]
 DISTILLED = [name for name in NAMES if "teacher" not in name and "none" not in name]
+#: One of each kind; the pairs differ in names alone, as `test_the_tables_are_whole` shows.
+KINDS = [
+    name for name in NAMES if "-" not in name or "vidt_base-vidt_nano" in name or "vidt_small-vidt_tiny/dto" in name
+]
 
 
 def options(name):
     """As `dtokd detect` reads them: each known, each value allowed."""
     parser = argparse.ArgumentParser()
     detect_options.add_arguments(parser)
-    return argparse.Namespace(**{**vars(parser.parse_args([])), **read_config(parser, recipes.path(name))})
+    return argparse.Namespace(**{**vars(parser.parse_args([])), **read_config(parser, f"recipe:{name}")})
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +43,25 @@ def teacher(tmp_path_factory):
 
 
 def test_the_tables_are_whole():
-    """Two teachers, five pairs of three methods, and the ablation's four others."""
-    assert len(NAMES) == 2 + 5 * 3 + 1 + 3
+    """Two teachers, a student alone, and five pairs of three methods and three ablations."""
+    assert len(NAMES) == 2 + 1 + 5 * (3 + 3)
     for name in NAMES:
         told = options(name)
         assert told.model in deformable.SIZES
-        assert told.experiment == name
+        assert told.experiment == folder_of(name)
         assert (told.epochs, told.lr, told.weight_decay) == (50, 1e-4, 1e-4)
         assert told.batch_size * told.grad_accum_steps == 16
         # only the path of COCO is missing; Swin-nano has no published weights
         assert told.pretrained == (told.model != "vidt_nano")
     for name in DISTILLED:
         told = options(name)
-        assert told.kd_model_name in name
+        assert name.split("/")[1] == f"{told.kd_model_name}-{told.model}"
         assert told.kd_teacher_path == f"runs/coco_teacher_{told.kd_model_name}/student.safetensors"
-        assert (told.kd_balance == "dto") == name.endswith(("dto", "balance", "unclipped"))
+        assert (told.kd_balance == "dto") == name.endswith(("/dto", "/balance", "/unclipped"))
         assert (told.clip_grad is None) == name.endswith(("projector", "balance", "unclipped"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KINDS)
 def test_recipe_trains(name, coco, teacher, tmp_path):
     """With small detectors in place of the real ones, of which `test_detect.test_sizes` takes a step each."""
     texts = ["--config", f"recipe:{name}", *common(coco, tmp_path), "--grad-accum-steps", "2", "--scales", "40", "48"]
@@ -67,14 +71,18 @@ def test_recipe_trains(name, coco, teacher, tmp_path):
     if options(name).pretrained:
         texts = ["--config", str(without_weights(name, tmp_path)), *texts[2:]]
     assert main(["detect", *texts]) == 0
-    with (tmp_path / name / "summary.csv").open(newline="") as file:
+    with (tmp_path / folder_of(name) / "summary.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert ("train_token" in row) == (name in DISTILLED)
     assert ("weight_token" in row) == (options(name).kd_balance == "dto")
 
 
+def folder_of(name):
+    return name.replace("/", "_").replace("-", "_")
+
+
 def without_weights(name, folder):
     """The recipe, but for the download."""
     file = folder / "changed.yaml"
-    file.write_text(f"extends: {name}\npretrained: false\n")
+    file.write_text(f"extends: recipe:{name}\npretrained: false\n")
     return file

@@ -241,7 +241,7 @@ def test_no_yaml(text):
 def test_what_a_recipe_cannot_extend(tmp_path, capsys, extends):
     file = tmp_path / "r.yaml"
     file.write_text(f"extends: {extends}\nlr: 1\n")
-    with pytest.raises(ValueError, match="expected a recipe's name, or a list of names"):
+    with pytest.raises(ValueError, match="expected recipe:NAME or the name of a file"):
         load(file)
     assert fails(capsys, "train", "-c", file).count("config") == 1
 

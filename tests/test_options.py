@@ -359,7 +359,7 @@ def test_nothing_is_unpickled(capsys, digits, teacher, coco, tmp_path, kind):
 
 
 def recipes_of(command):
-    return [name for name in recipes.names() if name.startswith("coco_") == (command == "detect")]
+    return [name for name in recipes.names() if name.startswith("coco/") == (command == "detect")]
 
 
 @pytest.mark.parametrize("command", ["train", "detect"])
@@ -371,9 +371,7 @@ def test_recipes_without_data(capsys, command):
         assert "--data-dir" in fails(capsys, command, "--config", f"recipe:{name}", "--device", "cpu"), name
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in recipes_of("train") if recipes.load(recipes.path(n)).get("kd_teacher_path")]
-)
+@pytest.mark.parametrize("name", [n for n in recipes_of("train") if recipes.load(f"recipe:{n}").get("kd_teacher_path")])
 def test_recipes_without_a_teacher(capsys, digits, name):
     """The teacher's recipe was not run before."""
     where = ["--dataset", "", "--data-dir", digits, "--num-classes", "10", "--device", "cpu", "--workers", "0"]

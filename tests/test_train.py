@@ -360,7 +360,7 @@ def test_bad_images(capsys, digits, tmp_path, workers):
 def test_three_objectives_of_a_recipe(digits, teacher, tmp_path):
     """A recipe's options, overridden by the command line: task, predictions and features."""
     path = run(
-        digits, tmp_path, "--config", "recipe:cifar100_resnet56_resnet20_dto", "--dataset", "", *distilling(teacher),
+        digits, tmp_path, "--config", "recipe:cifar100/resnet56-resnet20/dto", "--dataset", "", *distilling(teacher),
         "--num-classes", "10", "--batch-size", "16", "--device", "cpu", "--opt", "dtosgd",
     )  # fmt: skip
     row = rows(path / "summary.csv")[-1]

@@ -91,7 +91,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         "-c",
         "--config",
         metavar="FILE",
-        help="YAML file of options, or recipe:NAME of the package's; the command line overrides it",
+        help="YAML file of options, or recipe:TABLE/PAIR/VARIANT of the package's; the command line overrides it",
     )
 
 
@@ -365,8 +365,7 @@ def read_config(parser: argparse.ArgumentParser, path: str | Path) -> dict[str, 
     from .. import recipes  # needs YAML, --help does not
 
     try:
-        name = str(path)
-        values = recipes.load(recipes.path(name.removeprefix("recipe:")) if name.startswith("recipe:") else path)
+        values = recipes.load(path)
     except OSError as error:
         raise UsageError(f"--config: {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
