@@ -11,7 +11,7 @@ from dtokd_kernels.sources import Every, Feature, Probe
 
 from . import tolerances
 from .oracle import Student, balanced, batch, losses_of, nothing_with_gradient
-from .test_sources import SOURCES as MEASURING
+from .sources import SOURCES as MEASURING
 
 #: From a model to what `gram=` takes.
 SOURCES = MEASURING | {

@@ -1,0 +1,135 @@
+"""The weights of the step before: the Gram matrix is measured while the parameters are updated."""
+
+import pytest
+import torch
+from torch import nn
+
+import dtokd_kernels as dk
+from dtokd_kernels import backends
+from dtokd_kernels.sources import Ema, Every
+from dtokd_kernels.types import Role
+
+from . import tolerances
+from .inputs import CHUNK, each_dtype, gradients
+from .oracle import Student, batch, losses_of, nothing_with_gradient
+from .sources import copies, each_weighting, train, weights_by
+from .updates import Update, gradient_rows, measure_and_run, run
+
+
+@each_weighting
+@pytest.mark.parametrize("rescale", ["none", "sum"])
+def test_lag_takes_the_previous_weights(backend, rescale, weighting):
+    """SGD at lr 1 with the weights of the step before, on this step's gradients and losses."""
+    model = Student()
+    params = list(model.parameters())
+    optimizer = dk.DTOSGD(params, lr=0.1, weighting=weighting, rescale=rescale, gram="lag")
+    previous = None
+    for step in range(4):
+        losses = losses_of(model, batch(step))
+        exact = dk.backward(losses, params, weighting, rescale=rescale, retain_graph=True)
+        expected = exact.weights if previous is None else previous
+        if previous is not None:
+            given = dk.sources.source.Given(previous, getattr(weighting, "log_gradients", True))
+            for p in params:
+                p.grad = None
+            exact = dk.backward(losses, params, given, rescale=rescale, gram="exact", retain_graph=True)
+        directions = [None if p.grad is None else p.grad.clone() for p in params]
+        before = copies(params)
+        optimizer.zero_grad()
+        optimizer.backward(losses)
+        optimizer.step()
+        record = optimizer.balance
+        assert (record.weights - expected).abs().max() <= tolerances.REORDERED
+        for p, b, d in zip(params, before, directions, strict=True):
+            assert torch.equal(p, b) if d is None else (b - 0.1 * d - p).abs().max() <= tolerances.REORDERED
+        for field in ("coefficients", "gram", "norm", "cosine"):  # of this step
+            assert (getattr(record, field) - getattr(exact, field)).abs().max() <= 1e3 * tolerances.REORDERED, field
+        log = getattr(weighting, "log_gradients", True)
+        values = torch.stack([v.detach() for v in losses.values()])
+        scale = 1 / values if log else torch.ones_like(values)
+        gram = scale[:, None] * record.gram * scale
+        previous = weights_by(weighting, gram, values)
+
+
+def test_lag_clips_by_the_previous_gram(backend):
+    model = Student()
+    optimizer = dk.DTOSGD(model.trunk.parameters(), lr=0.1, max_norm=1e-3, rescale="sum", gram="lag")
+    train(model, optimizer, 1)
+    before = optimizer.balance.gram
+    train(model, optimizer, 1, start=1)
+    c = optimizer.balance.coefficients
+    assert abs((c @ before @ c).sqrt() - 1e-3) <= 1e-6  # clip_grad_norm_ divides by norm + 1e-6
+    assert (c @ optimizer.balance.gram @ c).sqrt() != 1e-3
+
+
+@each_dtype
+@pytest.mark.parametrize("K", [1, 2, 3, 5])
+@pytest.mark.parametrize("rule", ["adamw", "sgd"])
+def test_update_that_measures(backend, rule, K, dtype):
+    """The same bits as the update and the Gram matrix by themselves, for any number of threads; also where skipped."""
+    module = backends.select(torch.device("cpu"))
+    shapes = [(CHUNK + 5000,), (3,), (0,), (300, 7)]
+    rows = gradients(K + 3, shapes, dtype)
+    grads = rows[:K]
+    c = torch.linspace(0.0, 1.0, K, dtype=torch.float64)  # the first is 0: not read but for the matrix
+    adamw = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8, "amsgrad": False}
+    sgd = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "nesterov": True, "first": False}
+    options = {"maximize": False, **(adamw if rule == "adamw" else sgd)}
+    results = []
+    for function, threads in ((run, 1), (measure_and_run, 1), (measure_and_run, 2)):
+        for skipped in (False, True):
+            torch.set_num_threads(threads)
+            params, exp_avgs, exp_avg_sqs = ([t.clone() for t in row] for row in rows[K:])
+            exp_avg_sqs = [t.abs() for t in exp_avg_sqs]
+            steps = [torch.tensor(3.0) for _ in shapes]
+            state = {"momentum_buffer": exp_avgs}
+            if rule == "adamw":
+                state = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs, "step": steps}
+            update = Update(rule, Role.SHARED, tuple(range(K)), params, grads, state, options)
+            products = function(module, [update], c.expand(3, -1), torch.tensor(skipped))
+            results.append((skipped, products, [*params, *exp_avgs, *exp_avg_sqs, *steps]))
+    gram = module.gram(gradient_rows(grads), K)[Role.SHARED]
+    for skipped, products, tensors in results[2:]:
+        assert torch.equal(products[Role.SHARED], gram)
+        assert not products[Role.PRIVATE].any()
+        expected = results[skipped][2]
+        assert all(torch.equal(a, b) for a, b in zip(tensors, expected, strict=True))
+
+
+def test_skipped_lag_reports_its_own_step(backend):
+    """Also where no pass follows that would measure, as the host knows that the step is skipped."""
+    model = Student()
+    optimizer = dk.DTOAdamW(model.parameters(), gram="lag", max_norm=0.1)
+    train(model, optimizer, 1)
+    data = batch(1)
+    exact = dk.backward(losses_of(model, data), [*model.parameters()])
+    losses = losses_of(model, data)
+    losses["task"] = losses["task"] + nothing_with_gradient(model.head.bias, float("nan"))
+    optimizer.zero_grad()
+    optimizer.backward(losses)
+    optimizer.step()
+    assert optimizer.balance.skipped
+    assert (optimizer.balance.gram - exact.gram).abs().max() <= tolerances.REORDERED * exact.gram.max()
+    assert (optimizer.balance.cosine - exact.cosine).abs().max() <= tolerances.REORDERED
+    assert not optimizer.balance.norm.isfinite()  # the head is private
+
+
+def test_backward_refuses_lag():
+    w = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=r"^backward: gram is 'lag', but 'lag' measures while an optimizer's step"):
+        dk.backward([w.sum()], [w], gram="lag")
+    with pytest.raises(ValueError, match=r"^backward: gram is Every\(n=2, .*Lag\(\)\)\), but 'lag' measures"):
+        dk.backward([w.sum()], [w], gram=Every(2, Ema(0.5, "lag")))
+    assert w.grad is None
+
+
+def test_large_gradients_are_finite_to_the_watch_of_lag():
+    """Squares of 2^100 are beyond float32; the watch sums them in float64."""
+    w = nn.Parameter(torch.full((3,), 2.0**10))
+    optimizer = dk.DTOSGD([w], lr=0.0, rescale="none", gram="lag")  # else the step would be too long
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.backward([(w * 2.0**100).sum(), (w * 2.0**99).sum()])
+        optimizer.step()
+        assert not optimizer.balance.skipped
+    assert optimizer.skipped_steps == 0
