@@ -82,7 +82,8 @@ class Ranks:
     def _exchange(self, losses: Tensor, kind: int, refused: bool) -> Tensor:
         packed = losses.new_zeros(MAX_OBJECTIVES + 3)
         packed[: len(losses)] = losses
-        packed[MAX_OBJECTIVES:] = torch.tensor([float(refused), float(kind), float(kind) ** 2], dtype=torch.float64)
+        for place, number in enumerate((float(refused), float(kind), float(kind) ** 2), MAX_OBJECTIVES):
+            packed[place].fill_(number)  # where the losses are: a copy of the host's numbers would wait
         return self.sum(packed)
 
     def sum(self, tensor: Tensor) -> Tensor:

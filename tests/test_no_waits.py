@@ -9,9 +9,10 @@ from torch import nn
 
 import dtokd_kernels as dk
 from dtokd_kernels import reach
+from dtokd_kernels.distributed import replicas
 from dtokd_kernels.sources import Ema, Every, Probe
 
-from . import emulated
+from . import emulated, pretended_ranks
 from .device import DEVICE
 from .pretended import Pretended, Waits, pretending
 
@@ -96,6 +97,30 @@ def test_a_scaled_step_does_not_wait(device, source):
         scaler.step(optimizer)
         scaler.update()
     assert scaler._scale.host == 256
+
+
+@pytest.mark.parametrize("source", ["exact", "overlap", "lag", Every(2)], ids=["exact", "overlap", "lag", "every"])
+@pytest.mark.parametrize("static", [False, True], ids=["flags", "static"])
+@pytest.mark.parametrize("shard", [False, True], ids=["replicas", "sharded"])
+def test_a_step_of_several_ranks_does_not_wait(device, monkeypatch, shard, static, source):
+    if shard and source == "lag":
+        pytest.skip("is refused")
+    flags = []
+
+    def read(found):
+        flags.append(len(found))
+        return found.host.tolist()
+
+    monkeypatch.setattr(replicas, "read", read)
+    model = Model()
+    with pretended_ranks.ranks(2):
+        optimizer = dk.DTOAdamW(model.parameters(), lr=1e-2, max_norm=1.0, gram=source, backend="cuda")
+        dk.distributed.attach(optimizer, bucket_bytes=32, static_graph=static, shard=shard)
+        run(optimizer, model)
+    assert all(p.host.isfinite().all() for p in model.parameters())
+    passes = [2, 1, 2] if isinstance(source, Every) else [2, 2, 2]  # of each step
+    # once in each pass, and not for each bucket; with a static graph only in the first pass of its kind
+    assert len(flags) == (len(set(passes)) + 1 if static else sum(passes))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,8 @@ def attach(
         process_group: default: that of the modules, or torch's default.
         bucket_bytes: gradients that are reduced in one all-reduce.
         static_graph: the parameters that an objective reaches are the same in all steps and on all ranks. Then those
-            that it does not reach are not sent, and on CUDA `backward` does not stall to learn which were reached.
+            that it does not reach are not sent, and on CUDA, after the first step, `backward` does not wait to learn
+            which were reached; it does once a pass otherwise.
         shard: each rank keeps a share of the gradient sets and of the optimizer's state only, updates its share of the
             parameters and gathers the rest (ZeRO-2); see `Sharded`. Not after steps were taken or a state was loaded.
 

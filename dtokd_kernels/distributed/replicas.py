@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,6 +64,7 @@ class Pass:
         self.waiting = [len(slot.positions) for slot in slots]
         self.seen: set[int] = set()
         self.launched: list[tuple[Tensor, Waits]] = []
+        self.flags: list[list[float]] = []  # of each slot, once they have been read from a GPU
 
 
 class Replicas(Ranks):
@@ -229,17 +231,16 @@ class Replicas(Ranks):
             else:
                 check_dense(p, self.op)
                 torch.div(p.grad, self.size, out=view)  # before the sum, which float16 might not hold
-        flat[total:] = torch.tensor([float(p.grad is not None) for p in members], dtype=flat.dtype)
+        write_flags(flat[total:], [p.grad is not None for p in members])
         running.launched.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
 
     def _unpack(self, running: Pass, i: int, watch: Watch | None) -> list[int]:
         """Wait for the slots, one after the other, and let `.grad` be what came. Returns what somebody reached."""
         used: list[int] = []
-        for slot, (flat, work) in zip(running.slots, running.launched, strict=True):
+        for b, (slot, (flat, work)) in enumerate(zip(running.slots, running.launched, strict=True)):
             work.wait()
             members = [running.params[t] for t in slot.positions]
-            known = self._static and running.reached is not None
-            flags = [1.0] * len(members) if known else flat[len(flat) - len(members) :].tolist()
+            flags = self._flags(running, b, flat)
             for t, p, view, flag in zip(slot.positions, members, _views(flat, members), flags, strict=True):
                 p.grad = view if flag else None
                 if flag:
@@ -247,6 +248,25 @@ class Replicas(Ranks):
                     if watch is not None:
                         watch.ready(i, t, view)
         return used
+
+    def _flags(self, running: Pass, b: int, flat: Tensor) -> list[float]:
+        """How many ranks reached each parameter of slot b, whose reduced flat tensor is there.
+
+        The host waits for a GPU once in a pass, for all slots; with a static graph, in its first step alone.
+        """
+        if self._static and running.reached is not None:
+            return [1.0] * len(running.slots[b].positions)
+        if flat.device.type == "cpu":
+            return read(_tail(running.slots[b], flat))
+        if not running.flags:
+            for _, work in running.launched:
+                work.wait()
+            pairs = zip(running.slots, running.launched, strict=True)
+            tails = [_tail(slot, reduced).to(flat.device, torch.float32) for slot, (reduced, _) in pairs]
+            counts, values = [len(tail) for tail in tails], read(torch.cat(tails))
+            ends = list(itertools.accumulate(counts))
+            running.flags = [values[end - count : end] for count, end in zip(counts, ends, strict=True)]
+        return running.flags[b]
 
     def average(self, rows: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
         """Gradients from `torch.autograd.grad`, averaged: one all-reduce per dtype and device.
@@ -267,6 +287,34 @@ class Replicas(Ranks):
             for (i, t), g, part in zip(where, found, parts, strict=True):
                 result[i][t] = part.view(g.shape)
         return result
+
+
+def read(flags: Tensor) -> list[float]:
+    """Flags on the host: the one place where a pass may wait for the device."""
+    values: list[float] = flags.tolist()
+    return values
+
+
+def write_flags(flags: Tensor, present: Sequence[bool]) -> None:
+    """1 where a gradient is there and 0 elsewhere, made on the device: a copy of the host's numbers would wait."""
+    flags.fill_(1)
+    for begin, end in _runs([not there for there in present]):
+        flags[begin:end].zero_()
+
+
+def _runs(chosen: Sequence[bool]) -> Iterator[tuple[int, int]]:
+    """Begin and end of each stretch of chosen places."""
+    place = 0
+    for value, members in itertools.groupby(chosen):
+        count = len(list(members))
+        if value:
+            yield place, place + count
+        place += count
+
+
+def _tail(slot: Slot, flat: Tensor) -> Tensor:
+    """The flags of a slot's flat tensor."""
+    return flat[len(flat) - len(slot.positions) :]
 
 
 def check_dense(p: Tensor, op: str) -> None:

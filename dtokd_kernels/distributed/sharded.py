@@ -21,7 +21,7 @@ from ..sources import Lag
 from ..sources.source import Source
 from ..sources.wrapper import innermost
 from ..watch import Watch
-from .replicas import BUCKET_BYTES, Pass, Replicas, Slot, Waits, check_dense
+from .replicas import BUCKET_BYTES, Pass, Replicas, Slot, Waits, check_dense, write_flags
 
 #: torch 2.14 has other names for them
 _all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -109,7 +109,8 @@ class Sharded(Replicas):
                     p.grad.div_(self.size)
                 _scatter(flat, start, chunk, p.grad.reshape(-1))
             start += chunk
-        flat[:, width:] = torch.tensor([float(p.grad is not None) for p in members], dtype=flat.dtype)
+        write_flags(flat[0, width:], [p.grad is not None for p in members])
+        flat[1:, width:] = flat[0, width:]
         for p in members:
             p.grad = None
         if self._adds:
@@ -126,7 +127,7 @@ class Sharded(Replicas):
         """Wait for the slots, one after the other. Returns what somebody reached."""
         used: list[int] = []
         self._parts = list(self._earlier)
-        for slot, (out, work) in zip(running.slots, running.launched, strict=True):
+        for b, (slot, (out, work)) in enumerate(zip(running.slots, running.launched, strict=True)):
             work.wait()
             sums = out
             if self._adds:
@@ -136,11 +137,8 @@ class Sharded(Replicas):
                 for row in out[1:]:
                     sums.add_(row, alpha=1 / self.size)
                 self._pool.append(out)
-            known = self._static and running.reached is not None
-            count = len(slot.positions)
-            flags = [1.0] * count if known else sums[len(sums) - count :].tolist()
             start = 0
-            for t, flag in zip(slot.positions, flags, strict=True):
+            for t, flag in zip(slot.positions, self._flags(running, b, sums), strict=True):
                 chunk, begin, end = self._cut_of(running.params[t].numel())
                 if flag:
                     used.append(t)
@@ -167,7 +165,7 @@ class Sharded(Replicas):
         for i, held in enumerate(self._pool):
             if held.shape[1] == width and held.dtype == like.dtype:
                 return self._pool.pop(i)
-        return torch.empty(self.size, width, dtype=like.dtype, device=like.device)
+        return like.detach().new_empty((self.size, width))
 
     def zeros(self, p: Tensor, dtype: torch.dtype | None) -> Tensor:
         """A moment's start: this rank's part of [numel] numbers."""
