@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.evidence import protocol, tables
 from benchmarks.evidence.data import (
@@ -25,6 +26,7 @@ from benchmarks.evidence.data import (
 from benchmarks.evidence.methods import METHODS, NONE, OBJECTIVES, SETTINGS, iterations_of, methods_of
 from benchmarks.evidence.protocol import Journal, Run, carry_out, outcomes, read, tune
 from benchmarks.evidence.students import Result, train
+from benchmarks.evidence.trials import AdamMetric, OwnMomentum
 
 ROOT = Path(__file__).parents[1]
 RUN = Run("digits", "logits, T = 4", "DTO", lr=float("nan"), seed=0, iterations=9)
@@ -57,6 +59,40 @@ def test_every_method_trains(data, objective, method):
     assert result.task_loss > 0
     if method.fixed is not None:
         assert result.weight == pytest.approx(float(method.title.split()[1]), abs=1e-12)
+
+
+def test_own_momentum_without_a_difference_is_adamw(data):
+    """Of half the sum of both losses."""
+    trial, plain = (nn.Linear(20, 4) for _ in range(2))
+    plain.load_state_dict(trial.state_dict())
+    own = OwnMomentum(trial.parameters(), lr=0.01, weight_decay=0.05, max_norm=0.1, delta=0.0)
+    adamw = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.05)
+
+    def losses(model, inputs):
+        return {"task": model(inputs).square().mean() + 1, "distill": (model(inputs) - 1).abs().mean()}
+
+    for inputs in data.features.split(16):
+        own.backward(losses(trial, inputs))
+        own.step()
+        adamw.zero_grad()
+        (0.5 * sum(losses(plain, inputs).values())).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        adamw.step()
+    for p, q in zip(trial.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_weights_in_adamws_metric():
+    """Worked out by hand, for g = (1, 0) and (1, 1) on losses of 1, and the second moment of the first step's sum."""
+    w = nn.Parameter(torch.zeros(2))
+    optimizer = AdamMetric([w], lr=0.0, weight_decay=0.0, max_norm=1e9)
+    optimizer.backward({"a": 1 + w[0], "b": 1 + w.sum()})
+    assert optimizer.balance.weights.tolist() == [1, 0]  # the shorter one is the nearest point in Euclid's metric
+    optimizer.step()
+    optimizer.state[w]["exp_avg_sq"].copy_(0.001 * torch.tensor([1.0, 1e8]))
+    optimizer.backward({"a": 1 + w[0], "b": 1 - 2 * w[0] + w[1]})
+    # the second coordinate counts 1e-4 of the first: g = 1 and -2 in one dimension, shortest at 2/3 and 1/3
+    assert optimizer.balance.weights.tolist() == pytest.approx([2 / 3, 1 / 3], abs=1e-4)
 
 
 def test_learning_learns(data):

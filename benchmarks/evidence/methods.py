@@ -12,8 +12,11 @@ from dtokd.objectives.features import Pooled
 from dtokd.objectives.logits import Hinton
 from torch import Tensor
 
+from dtokd_kernels import DTOAdamW
 from dtokd_kernels.sources import Ema
 from dtokd_kernels.weighting import DTO, Amortized, Auto, Fixed, HeldOut, LogSum, PCGrad, Reachable, Share, TaskFirst
+
+from .trials import AdamMetric, OwnMomentum
 
 Losses = dict[str, Tensor]
 
@@ -28,6 +31,7 @@ class Method:
     Attributes:
         title: in tables.
         options: of the optimizer.
+        optimizer: its class.
         combine: what becomes of the losses before the optimizer sees them.
         only: the kinds of loss it is for; empty for all.
         held_out: steps from one look at a batch of the validation images to the next; 0 for none.
@@ -37,6 +41,7 @@ class Method:
 
     title: str
     options: dict[str, Any] = field(default_factory=dict)
+    optimizer: Callable[..., Any] = DTOAdamW
     combine: Callable[[Losses], Losses] = dict
     only: Sequence[str] = ()
     held_out: int = 0
@@ -101,7 +106,7 @@ NONE = Method("none", combine=lambda losses: {"task": losses["task"]}, options={
 #: steps without its weights.
 METHODS = (
     *(_fixed(weight) for weight in (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)),
-    Method("log of the sum", {"weighting": LogSum()}, _sum),
+    Method("log of the sum", {"weighting": LogSum()}, combine=_sum),
     Method("sum of logs", {"weighting": LogSum()}),
     Method("DTO", {"weighting": DTO()}),
     Method("DTO, rescaled", {"weighting": DTO(), "rescale": "sum"}),
@@ -117,6 +122,8 @@ METHODS = (
     Method("share, half", {"weighting": Share()}),
     Method("DTO, reachable", {"weighting": Reachable()}),
     Method("task first, cosine", {"weighting": TaskFirst("task")}),
+    Method("DTO, AdamW's metric", optimizer=AdamMetric),
+    Method("own momentum, 0.075", {"delta": 0.075}, OwnMomentum),
 )
 
 

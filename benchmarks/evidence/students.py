@@ -16,7 +16,7 @@ from dtokd.train.heldout import frozen_statistics
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from dtokd_kernels import Balance, DTOAdamW, measure_held_out
+from dtokd_kernels import Balance, measure_held_out
 
 from .data import DataSet
 from .methods import OBJECTIVES, Method
@@ -68,7 +68,7 @@ def train(data: DataSet, objective: str | None, method: Method, *, lr: float, se
     pooled = max((lesson.student.pooled for lesson in lessons), default="")
     model = Trainable(student, heads, Taps(logits=True, pooled=pooled))
     options = method.own(len(lessons))
-    optimizer = DTOAdamW(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, max_norm=MAX_NORM, **options)
+    optimizer = method.optimizer(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, max_norm=MAX_NORM, **options)
     schedule = OneCycleLR(optimizer, lr, total_steps=iterations, cycle_momentum=False)
     balances: list[Balance] = []
     history: list[Tensor] = []
