@@ -1,6 +1,6 @@
 """How close each source's weights are to the exact ones over a student's training, and where training with it ends.
 
-The demo's student learns real digits (MNIST-5k, distorted) from the demo's teacher, with a feature loss (weights inside
+The student of `digits` learns real digits (MNIST-5k, distorted) from its teacher, with a feature loss (weights inside
 the simplex) and with a logit loss (mostly at a vertex). Weights are compared on the same iterates, those of exact
 training: each source looks at every batch and its weights are put aside. "Shared" weights are compared with shared
 ones: private parameters stay out of the exact Gram matrix, as they do by default. The yardstick is a constant, the mean
@@ -13,10 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from dtokd.demo.data import Digits, Images, load_digits
-from dtokd.demo.models import make_model, seeded
-from dtokd.demo.objectives import new_student, split_losses
-from dtokd.demo.train import BATCH, LEARNING_RATE, MAX_NORM, WEIGHT_DECAY, accuracy, one_cycle, train_teacher
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
@@ -24,6 +20,20 @@ import dtokd_kernels as dk
 from dtokd_kernels.sources import Ema, Every, Feature, Probe, Source
 from dtokd_kernels.weighting import Amortized, Fixed
 
+from .digits import (
+    LEARNING_RATE,
+    MAX_NORM,
+    WEIGHT_DECAY,
+    Digits,
+    Images,
+    accuracy,
+    load_digits,
+    make_model,
+    new_student,
+    one_cycle,
+    seeded,
+    train_teacher,
+)
 from .record import Measurement
 
 EXACT = "exact"
@@ -36,7 +46,7 @@ Options = dict[str, object]
 
 
 def last_block(student: nn.Module) -> Iterator[nn.Parameter]:
-    """The last stage of the demo's ResNet, which task and distillation share."""
+    """The last stage of the student, which task and distillation share."""
     return student.get_submodule("layer4").parameters()
 
 
@@ -82,7 +92,7 @@ class Lesson:
         digits = load_digits(seed)
         with seeded(seed):
             teacher = make_model("teacher")
-        train_teacher(teacher, digits.teacher, iterations=iterations, seed=seed, advance=lambda: None)
+        train_teacher(teacher, digits.teacher, iterations=iterations, seed=seed)
         return cls(seed, digits, teacher)
 
     def student(self, objective: str) -> tuple[nn.Module, TrainingTask]:
@@ -96,7 +106,7 @@ class Lesson:
 
 
 def optimizer_of(task: TrainingTask, options: Options) -> dk.DTOAdamW:
-    """As in the demo."""
+    """With the settings that all students share."""
     params = [p for p in task.parameters() if p.requires_grad]
     settings: Options = {"lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY, "max_norm": MAX_NORM, **options}
     return dk.DTOAdamW(params, **settings)  # type: ignore[arg-type]
@@ -107,8 +117,8 @@ def final_accuracy(lesson: Lesson, objective: str, name: str, iterations: int) -
     student, task = lesson.student(objective)
     optimizer = optimizer_of(task, TRAINED[name](student))
     schedule = one_cycle(optimizer, iterations)
-    for inputs, labels in lesson.images.batches(BATCH, iterations, lesson.seed):
-        optimizer.backward(split_losses(task(inputs, labels)))
+    for inputs, labels in lesson.images.batches(iterations, lesson.seed):
+        optimizer.backward(task(inputs, labels)["objectives"])
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -123,8 +133,8 @@ def watched_weights(lesson: Lesson, objective: str, iterations: int) -> dict[str
     params = [p for p in task.parameters() if p.requires_grad]
     looks: dict[str, Options] = {name: TRAINED[name](student) for name in LOOKED_AT}
     found: dict[str, list[Tensor]] = {name: [] for name in (EXACT, *looks)}
-    for inputs, labels in lesson.images.batches(BATCH, iterations, lesson.seed):
-        losses = split_losses(task(inputs, labels))
+    for inputs, labels in lesson.images.batches(iterations, lesson.seed):
+        losses = task(inputs, labels)["objectives"]
         for name, options in looks.items():
             source = options["gram"]
             assert isinstance(source, Source | str)

@@ -20,14 +20,14 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from dtokd.demo.data import Images, distort, mnist_5k
-from dtokd.demo.models import make_model, seeded
-from dtokd.demo.train import accuracy, train_teacher
+from dtokd.demo.data import distort, mnist_5k
 from dtokd.detect.demo import imagenet_weights
 from dtokd.objectives.taps import Taps, read
 from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+
+from ..digits import Images, accuracy, make_model, seeded, train_teacher
 
 PACKAGES = "make evidence installs it"
 TEACHER_ITERATIONS, TEACHER_COPIES, STUDENT_COPIES, JUDGED_COPIES = 650, 8, 24, 2
@@ -119,7 +119,7 @@ def _silhouettes(images: Tensor, labels: Tensor, *, student: int, teacher: int, 
     judged = distorted(order[end : end + test], JUDGED_COPIES)
     with seeded(0):
         model = make_model("teacher")
-    train_teacher(model, taught, iterations=TEACHER_ITERATIONS, seed=0, advance=lambda: None)
+    train_teacher(model, taught, iterations=TEACHER_ITERATIONS, seed=0)
     return DataSet(
         pool.images,
         pool.labels,
@@ -154,7 +154,7 @@ def weak_teacher(base: DataSet, iterations: int) -> DataSet:
     with seeded(1):
         model = make_model("teacher").eval()
     if iterations:
-        train_teacher(model, Images(base.images, base.labels), iterations=iterations, seed=1, advance=lambda: None)
+        train_teacher(model, Images(base.images, base.labels), iterations=iterations, seed=1)
     logits, features = _outputs(model, base.images)
     right = torch.tensor(accuracy(model, base.test), dtype=torch.float64)
     return replace(base, logits=logits, features=features, teacher_accuracy=right)

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import timm
 import torch
-from dtokd.demo.models import ROLES, seeded
-from dtokd.demo.train import BATCH, MAX_NORM, WEIGHT_DECAY, accuracy
 from dtokd.objectives.base import Objective
 from dtokd.objectives.taps import Outputs, Taps, in_float32
 from dtokd.objectives.task import Trainable
@@ -18,6 +16,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from dtokd_kernels import Balance, measure_held_out
 
+from ..digits import BATCH, MAX_NORM, ROLES, WEIGHT_DECAY, accuracy, seeded
 from .data import DataSet
 from .methods import OBJECTIVES, Method
 

@@ -12,7 +12,7 @@ from .compare import options as compare_options
 from .detect import options as detect_options
 from .errors import Diverged, ToldElsewhere, UsageError
 from .train import options as train_options
-from .values import COUNT, NATURAL, Parser, path
+from .values import NATURAL, Parser, path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,12 +86,9 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
         from .doctor import run as doctor
 
         return doctor()
-    from .demo.run import Settings
     from .demo.run import run as demo
 
-    settings = vars(options)
-    del settings["command"]
-    return demo(Settings(**settings))
+    return demo(options.output, options.seeds, options.objectives)
 
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
@@ -134,10 +131,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.add_argument("--output", type=path, default=Path("runs/demo"), help="directory for the results")
-    demo.add_argument("--seed", type=NATURAL, default=0, help="of the data, the initial parameters and the batches")
-    demo.add_argument("--iterations", type=COUNT, default=400, help="of each student")
-    demo.add_argument("--teacher-iterations", type=COUNT, default=500, help="of the teacher")
-    demo.add_argument("--threads", type=COUNT, default=1, help="of torch; more are a little faster on idle cores")
+    demo.add_argument("--seeds", type=NATURAL, nargs="+", default=[0], metavar="N", help="each student with each")
     demo.add_argument(
         "--objectives",
         nargs="+",

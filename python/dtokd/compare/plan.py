@@ -185,7 +185,9 @@ class Plan:
             UsageError: it holds another one, or a damaged one.
         """
         if (self.folder / "args.yaml").exists():
-            raise UsageError(f"--experiment: {self.folder} holds a run of dtokd train; choose another --experiment")
+            raise UsageError(
+                f"--experiment: {self.folder} holds a run of dtokd train; choose another --experiment or --output"
+            )
         file, now = self.folder / "comparison.json", json.loads(as_json(self.told()))
         if not file.exists():
             return False
@@ -198,13 +200,15 @@ class Plan:
                 if before[kind].get(key) != now[kind].get(key)
             ]
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise UsageError(f"--experiment: {file} is damaged ({error}); choose another --experiment") from error
+            raise UsageError(
+                f"--experiment: {file} is damaged ({error}); choose another --experiment or --output"
+            ) from error
         if changed:
             told = "; ".join(_change(*change) for change in changed[:3])
             more = f"; and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UsageError(
                 f"--experiment: {self.folder} holds a comparison with other settings: {told}{more}; give those, or "
-                "choose another --experiment"
+                "choose another --experiment or --output"
             )
         return True
 

@@ -7,20 +7,26 @@ alone, and rounding has bounds.
 
 from __future__ import annotations
 
+import argparse
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
 from timm.task import TrainingTask
 from torch import Tensor
 
-from dtokd_kernels import Balance
+import dtokd_kernels as dk
 
-from .data import Images
-from .objectives import split_losses
-from .train import BATCH, Method, balanced_adamw, one_cycle
+from ..train.optimizer import make_stepper
+from ..train.progress import Progress
+from ..train.run import prepare
+from ..train.rundir import RunDir
+from ..train.steps import losses_of
+from ..train.world import World
 
 UNIT32, UNIT64 = 2.0**-24, 2.0**-53
 
@@ -48,63 +54,58 @@ class Agreement:
         """Whether rounding explains all differences."""
         return self.weights <= self.weights_allowed and self.update <= self.update_allowed
 
+    def __str__(self) -> str:
+        return (
+            f"the fused step and the reference {'agree' if self.holds else 'DISAGREE'}: from the same state, weights "
+            f"differ by {self.weights:.1g} (allowed {self.weights_allowed:.1g}), updates by {self.update:.1g} of their "
+            f"length (allowed {self.update_allowed:.1g})"
+        )
 
-def compare_steps(
-    task: TrainingTask,
-    images: Images,
-    fused: Method,
-    reference: Method,
-    *,
-    steps: int,
-    iterations: int,
-    seed: int,
-    advance: Callable[[], None],
-) -> Agreement:
-    """Take the first steps of a run with both methods, each time from the same parameters and optimizer state.
+
+def compare_steps(options: argparse.Namespace, steps: int) -> Agreement:
+    """Take the first steps of a run by the fused step and by the reference, each time from the same state.
 
     Args:
-        task: computes two losses; it is trained by the fused step.
-        images: what to train on.
-        fused: one method.
-        reference: the other.
-        steps: how many to take.
-        iterations: of the whole run whose learning rates these steps use.
-        seed: of the batches.
-        advance: called after each step.
+        options: of `train.options`, of a student that is balanced by dtoadamw with two objectives.
+        steps: how many.
+
+    Effects: seeds the random generators, as `train` does.
     """
+    progress = Progress(options.epochs)
+    progress.console.quiet = True
+    with TemporaryDirectory() as folder:
+        task, loaders, device, _ = prepare(options, RunDir(Path(folder)), World(), progress)
     twin = copy.deepcopy(task)
-    optimizers = [balanced_adamw(task, fused), balanced_adamw(twin, reference)]
-    schedules = [one_cycle(optimizer, iterations) for optimizer in optimizers]
+    sides = [(task, make_stepper(options, task, device)), (twin, make_stepper(options, twin, device))]
+    fused = dk.backend_info()["chosen for cpu"].split()[0]
     weights, updates = [], []
-    for inputs, labels in images.batches(BATCH, steps, seed):
+    for images, labels in islice(loaders.train, steps):
         before = _flat(task)
-        losses = []
-        for side, optimizer in zip((task, twin), optimizers, strict=True):
-            values = split_losses(side(inputs, labels))
-            optimizer.backward(values)
-            optimizer.step()
-            optimizer.zero_grad()
-            losses = [v.detach() for v in values.values()]
-        ours, theirs = (optimizer.balance for optimizer in optimizers)
+        losses = {}
+        for (side, stepper), backend in zip(sides, (fused, "reference"), strict=True):
+            side.train()
+            with dk.use_backend(backend):
+                result = side(images, labels)
+                losses = losses_of(result)
+                stepper.backward(result, 1)
+                stepper.step()
+        ours, theirs = (stepper.balance for _, stepper in sides)
         assert ours is not None
         assert theirs is not None
         parameters, expected = _flat(task), _flat(twin)
         difference = float((ours.weights - theirs.weights).abs().max())
-        weights.append((difference, _weights_allowed(theirs, torch.stack(losses), len(expected))))
+        values = torch.stack([loss.detach() for loss in losses.values()])
+        weights.append((difference, _weights_allowed(theirs, values, len(expected))))
         length = (expected - before).norm()
         updates.append((float((parameters - expected).norm() / length), _update_allowed(expected, length)))
-
         twin.load_state_dict(task.state_dict())
         # a copy: torch's load_state_dict keeps the tensors it is given, and the two would share their moments
-        optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
-        for schedule in schedules:
-            schedule.step()
-        advance()
+        sides[1][1].load_state_dict(copy.deepcopy(sides[0][1].state_dict()))
     closest = max(weights, key=lambda pair: pair[0] / pair[1])
     return Agreement(max(w for w, _ in weights), closest[1], *(median(column) for column in zip(*updates, strict=True)))
 
 
-def _weights_allowed(balance: Balance, losses: Tensor, n: int) -> float:
+def _weights_allowed(balance: dk.Balance, losses: Tensor, n: int) -> float:
     """Bound on the weights' difference when every entry of the Gram matrix has been summed in its own order.
 
     A float64 sum of n products of entries of g_i and g_j is off by at most n u |g_i| |g_j|, whatever the order (u:

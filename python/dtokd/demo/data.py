@@ -7,64 +7,47 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+import struct
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+#: Digits to train on, of which the students have the first ones, and distorted copies of each.
 TEACHER_IMAGES, STUDENT_IMAGES = 3000, 500
-TEACHER_COPIES, STUDENT_COPIES = 8, 24
+TEACHER_COPIES, STUDENT_COPIES = 4, 12
 
 
-@dataclass(frozen=True)
-class Images:
-    """Images [N, 1, 28, 28] float32, normalized to [-1, 1], and their labels [N] int64."""
+def write_digits(folder: Path) -> None:
+    """Split MNIST-5k, distort it, and write it as `dtokd train --dataset torch/mnist` reads it.
 
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def batches(self, size: int, count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """`count` random batches of `size` different images, the same ones for the same seed."""
-        generator = torch.Generator().manual_seed(seed)
-        for _ in range(count):
-            index = torch.randperm(len(self), generator=generator)[:size]
-            yield self.images[index], self.labels[index]
-
-
-@dataclass(frozen=True)
-class Digits:
-    """What the demo trains and tests on; the test digits are in none of the others."""
-
-    teacher: Images
-    student: Images
-    test: Images
-
-
-def load_digits(seed: int) -> Digits:
-    """Split MNIST-5k and distort it: 3000 digits for the teacher, 500 of these for the students, 2000 to test.
-
-    The teacher sees 8 distorted copies of each of its digits, the students 24 of each of theirs.
+    The folder `teacher` has 3000 digits to train on, 4 distorted copies of each, `students` 500 of these in 12 copies;
+    both have the other 2000, distorted once, to judge by. What is there already stays.
     """
+    if (folder / "students").exists():
+        return
     images, labels = mnist_5k()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(labels), generator=generator)
-
-    def distorted(index: Tensor, copies: int) -> Images:
-        index = index.repeat(copies)
-        return Images(distort(images[index], generator) * 2 - 1, labels[index])
-
-    return Digits(
-        teacher=distorted(order[:TEACHER_IMAGES], TEACHER_COPIES),
-        student=distorted(order[:STUDENT_IMAGES], STUDENT_COPIES),
-        test=distorted(order[TEACHER_IMAGES:], 1),
-    )
+    test = order[TEACHER_IMAGES:], distort(images[order[TEACHER_IMAGES:]], generator)
+    for name, count, copies in (
+        ("teacher", TEACHER_IMAGES, TEACHER_COPIES),
+        ("students", STUDENT_IMAGES, STUDENT_COPIES),
+    ):
+        index = order[:count].repeat(copies)
+        raw = folder / f"{name}.part" / "MNIST" / "raw"
+        raw.mkdir(parents=True, exist_ok=True)
+        for split, (digits, pixels) in {"train": (index, distort(images[index], generator)), "t10k": test}.items():
+            head = struct.pack(">4i", 2051, *pixels.shape[::2], pixels.shape[3])
+            data = (pixels * 255).round().to(torch.uint8).numpy().tobytes()
+            (raw / f"{split}-images-idx3-ubyte").write_bytes(head + data)
+            (raw / f"{split}-labels-idx1-ubyte").write_bytes(
+                struct.pack(">2i", 2049, len(digits)) + labels[digits].to(torch.uint8).numpy().tobytes()
+            )
+        (folder / f"{name}.part").rename(folder / name)
 
 
 def mnist_5k() -> tuple[Tensor, Tensor]:

@@ -86,26 +86,36 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
             run = RunDir(options.output / (options.experiment or experiment_name(options)))
         world.first_does(lambda: stack.enter_context(run.locked()))
         with world.agreed():
-            device = world.device(options.device)
-            train_images, validation_images = _open(options, run, world)
-            for images, split in ((train_images, options.train_split), (validation_images, options.val_split)):
-                if images is not None and world.first:
-                    progress.say(examine(images, split))
-            classes = data.number_of_classes(options, train_images, validation_images)
-            random_seed(options.seed, world.rank)
-            student: Any = make_student(options, classes).to(device)
-            config = input_config(options, student)
-            check_size(student, config["input_size"], device)
-            names = class_names(train_images)
-            card = make_card(options.model, student, config, names)
-            # timm's tasks translate the student's normalization into the teacher's: it has to be the one in use
-            student.pretrained_cfg = {**student.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
-            train_images, held_out = heldout.split(options, train_images)
-            loaders = data.make_loaders(
-                options, train_images, validation_images, config, student.num_classes, device, world.joined, held_out
-            )
-            task = _make_task(options, student, loaders, device, config["input_size"], names)
+            task, loaders, device, card = prepare(options, run, world, progress)
         return fit(options, run, task, loaders, device, progress, world, card)
+
+
+def prepare(
+    options: argparse.Namespace, run: RunDir, world: World, progress: Progress
+) -> tuple[TrainingTask, data.Data, torch.device, dict[str, Any]]:
+    """What `fit` trains: the task, the loaders, their device, and what the student is, for `config.json`.
+
+    Raises, Effects: as `train`, but only skipped images are noted in the run's directory.
+    """
+    device = world.device(options.device)
+    train_images, validation_images = _open(options, run, world)
+    for images, split in ((train_images, options.train_split), (validation_images, options.val_split)):
+        if images is not None and world.first:
+            progress.say(examine(images, split))
+    classes = data.number_of_classes(options, train_images, validation_images)
+    random_seed(options.seed, world.rank)
+    student: Any = make_student(options, classes).to(device)
+    config = input_config(options, student)
+    check_size(student, config["input_size"], device)
+    names = class_names(train_images)
+    card = make_card(options.model, student, config, names)
+    # timm's tasks translate the student's normalization into the teacher's: it has to be the one in use
+    student.pretrained_cfg = {**student.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
+    train_images, held_out = heldout.split(options, train_images)
+    loaders = data.make_loaders(
+        options, train_images, validation_images, config, student.num_classes, device, world.joined, held_out
+    )
+    return _make_task(options, student, loaders, device, config["input_size"], names), loaders, device, card
 
 
 def _open(options: argparse.Namespace, run: RunDir, world: World) -> tuple[Any, Any]:
