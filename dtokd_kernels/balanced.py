@@ -425,12 +425,11 @@ class Balanced(torch.optim.Optimizer):
         params = self._params()
         if len(saved) != len(params):
             return  # which torch refuses
-        flat = self._ranks is not None  # a state in parts is a list of numbers
         for t, (i, p) in enumerate(zip(saved, params, strict=True)):
             for name, value in state_dict["state"].get(i, {}).items():
                 if name == "step" or not isinstance(value, Tensor) or value.shape == p.shape:
                     continue
-                if flat and value.shape == (p.numel(),):
+                if self._ranks is not None and value.shape == self._ranks.shape_of(p):
                     continue
                 raise ValueError(
                     f"{type(self).__name__}.load_state_dict: {name} of parameter {t} has shape {list(value.shape)}, "

@@ -141,6 +141,10 @@ class Ranks:
         """What this rank keeps of a whole moment of a parameter."""
         return whole
 
+    def shape_of(self, p: Tensor) -> torch.Size:
+        """The shape of a moment of a parameter, as a checkpoint of all ranks has it."""
+        return p.shape
+
     def after_updates(self) -> None:
         """The updates of a step are done."""
 

@@ -1,4 +1,4 @@
-"""Ranks that all have what this one has, for collectives on tensors that say they are on a GPU: nothing is sent."""
+"""Ranks that all have what this one has: nothing is sent, so tensors may say that they are on a GPU."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ class Done:
 
 
 @contextmanager
-def ranks(size: int) -> Iterator[None]:
-    """Inside, torch.distributed's default group has so many ranks."""
+def ranks(size: int, rank: int = 0) -> Iterator[None]:
+    """Inside, torch.distributed's default group has so many ranks, and this is one of them."""
 
     def all_reduce(tensor: Tensor, **options: Any) -> Done:
         tensor.mul_(size)
         return Done()
 
     def reduce_scatter(out: Tensor, whole: Tensor, **options: Any) -> Done:
-        out.copy_(whole[: len(out)]).mul_(size)
+        out.copy_(whole.view(size, -1)[rank]).mul_(size)
         return Done()
 
     def all_gather(out: Tensor, part: Tensor, **options: Any) -> Done:
         out.view(size, -1).copy_(part)
         return Done()
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         with (
             mock.patch.multiple(dist, all_reduce=all_reduce, broadcast=lambda tensor, **options: Done()),

@@ -138,20 +138,31 @@ struct Sums {
 };
 
 // A tile by single elements, because it is not whole or not aligned: the same elements in the same
-// order as add_tile, so the same bits. By value, as sums that have an address are kept in memory.
+// order as add_tile, so the same bits, and about as many loads on their way. By value, as sums that
+// have an address are kept in memory.
 template <class T, int P>
 DTOKD_OUT_OF_LINE Sums<P> add_ragged_tile(const void* const* grads, int64_t tile, int64_t end,
                                           Sums<P> sums) {
   constexpr int N = kPerWord<T>;
+  constexpr int kStage = 16 / P;  // elements
   const T* g[P];
+#pragma unroll
   for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(grads[k]);
 #pragma unroll 1
-  for (int q = 0; q < kTileWords<T> * N; ++q) {
-    const int64_t at = tile + ((q / N) * kThreads + threadIdx.x % kThreads) * N + q % N;
-    if (at >= end) continue;
-    Packed<T, 1> packed[P];
-    load_gradients<T, P, 1>(g, at, packed);
-    add_products<T, P, 1>(packed, sums.of);
+  for (int first = 0; first < kTileWords<T> * N; first += kStage) {
+    Packed<T, 1> packed[kStage][P];
+    const auto at = [&](int e) {
+      const int q = first + e;
+      return tile + ((q / N) * kThreads + threadIdx.x % kThreads) * N + q % N;
+    };
+#pragma unroll
+    for (int e = 0; e < kStage; ++e) {
+      if (at(e) < end) load_gradients<T, P, 1>(g, at(e), packed[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < kStage; ++e) {
+      if (at(e) < end) add_products<T, P, 1>(packed[e], sums.of);
+    }
   }
   return sums;
 }

@@ -20,23 +20,33 @@ struct MeasuringJob {
   GramJob gram;
 };
 
-// Up to a word's elements from `at` on one by one, in the order of a word.
+// Up to a word's elements from `at` on as single ones, in the order of a word.
 template <class Rule, int P>
 DTOKD_OUT_OF_LINE Sums<P> update_and_sum_ragged(const UpdateEntry<P, Rule::kTensors>& entry,
                                                 const Shared<Rule, P>& shared, int64_t at,
                                                 int64_t end, bool stored, Sums<P> sums) {
   using T = typename Rule::T;
+  constexpr int kStage = kRaggedStage<Rule>;
   const T* g[P];
+#pragma unroll
   for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(entry.grads[k]);
 #pragma unroll 1
-  for (; at < end; ++at) {
-    typename Rule::template Elements<1> elements;
-    Packed<T, 1> packed[P];
-    elements.load(entry.tensors, at);
-    load_gradients<T, P, 1>(g, at, packed);
-    add_products<T, P, 1>(packed, sums.of);
-    update_elements<Rule, P, 1>(packed, elements, shared.coefficients, entry.tensors,
-                                shared.numbers, at, stored);
+  for (; at < end; at += kStage) {
+    typename Rule::template Elements<1> elements[kStage];
+    Packed<T, 1> packed[kStage][P];
+#pragma unroll
+    for (int u = 0; u < kStage; ++u) {
+      if (at + u >= end) continue;
+      elements[u].load(entry.tensors, at + u);
+      load_gradients<T, P, 1>(g, at + u, packed[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kStage; ++u) {
+      if (at + u >= end) continue;
+      add_products<T, P, 1>(packed[u], sums.of);
+      update_elements<Rule, P, 1>(packed[u], elements[u], shared.coefficients, entry.tensors,
+                                  shared.numbers, at + u, stored);
+    }
   }
   return sums;
 }

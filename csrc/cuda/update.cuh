@@ -268,14 +268,36 @@ DTOKD_DEVICE void load_and_update(const typename Rule::T* const (&g)[P],
   update_elements<Rule, P, N>(packed, elements, coefficients, tensors, numbers, at);
 }
 
-// Elements [begin, end) one by one, because they are not aligned or fewer than a word.
+// Single elements whose loads are on their way together, where words of 16 bytes cannot be used.
+// Where parameters and state are half types, a thread of so many blocks has no registers for more.
+template <class Rule>
+constexpr int kRaggedStage = sizeof(typename Rule::T) == 2 && Rule::kWide == 0 ? 1 : 4;
+
+// Elements [begin, end) as single ones, because they are not aligned or fewer than a word.
 template <class Rule, int P>
 DTOKD_OUT_OF_LINE void update_ragged(const UpdateEntry<P, Rule::kTensors>& entry,
                                      const Shared<Rule, P>& shared, int64_t begin, int64_t end) {
+  using T = typename Rule::T;
+  constexpr int kStage = kRaggedStage<Rule>;
+  const T* grads[P];
+#pragma unroll
+  for (int k = 0; k < P; ++k) grads[k] = shared.grads[k];
 #pragma unroll 1
-  for (int64_t at = begin + threadIdx.x; at < end; at += kThreads) {
-    load_and_update<Rule, P, 1>(shared.grads, shared.coefficients, entry.tensors, shared.numbers,
-                                at);
+  for (int64_t at = begin + threadIdx.x; at < end; at += kStage * kThreads) {
+    typename Rule::template Elements<1> elements[kStage];
+    Packed<T, 1> packed[kStage][P];
+#pragma unroll
+    for (int u = 0; u < kStage; ++u) {
+      if (at + u * kThreads >= end) continue;
+      elements[u].load(entry.tensors, at + u * kThreads);
+      load_gradients<T, P, 1>(grads, at + u * kThreads, packed[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kStage; ++u) {
+      if (at + u * kThreads >= end) continue;
+      update_elements<Rule, P, 1>(packed[u], elements[u], shared.coefficients, entry.tensors,
+                                  shared.numbers, at + u * kThreads);
+    }
   }
 }
 

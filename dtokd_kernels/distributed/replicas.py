@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..ranks import Ranks
 from ..watch import Watch
+from .flat import Flat
 
 #: As DistributedDataParallel's: large enough for bandwidth, small enough to start while the pass goes on.
 BUCKET_BYTES = 25 << 20
@@ -25,7 +26,7 @@ BUCKET_BYTES = 25 << 20
 class Slot:
     """Parameters whose gradients share one all-reduce: of one dtype and device.
 
-    The flat tensor holds their gradients and then one number each: whether a rank reached it.
+    The flat tensor holds their gradients, as `Flat` places them, and then one number each: whether a rank reached it.
     """
 
     positions: tuple[int, ...]
@@ -223,15 +224,16 @@ class Replicas(Ranks):
         """Reduce the next slot."""
         slot = running.slots[len(running.launched)]
         members = [running.params[t] for t in slot.positions]
-        total = sum(p.numel() for p in members)
-        flat = slot.memory(members[0].detach(), total + len(members))
-        for p, view in zip(members, _views(flat, members), strict=True):
+        places = Flat.of(members)
+        flat = slot.memory(members[0].detach(), places.size + len(members))
+        places.clear_gaps(flat)
+        for p, view in zip(members, places.views(flat), strict=True):
             if p.grad is None:
                 view.zero_()
             else:
                 check_dense(p, self.op)
                 torch.div(p.grad, self.size, out=view)  # before the sum, which float16 might not hold
-        write_flags(flat[total:], [p.grad is not None for p in members])
+        write_flags(flat[places.size :], [p.grad is not None for p in members])
         running.launched.append((flat, dist.all_reduce(flat, group=self.group, async_op=True)))
 
     def _unpack(self, running: Pass, i: int, watch: Watch | None) -> list[int]:
@@ -241,7 +243,7 @@ class Replicas(Ranks):
             work.wait()
             members = [running.params[t] for t in slot.positions]
             flags = self._flags(running, b, flat)
-            for t, p, view, flag in zip(slot.positions, members, _views(flat, members), flags, strict=True):
+            for t, p, view, flag in zip(slot.positions, members, Flat.of(members).views(flat), flags, strict=True):
                 p.grad = view if flag else None
                 if flag:
                     used.append(t)
@@ -281,11 +283,13 @@ class Replicas(Ranks):
                     kinds.setdefault((g.dtype, g.device), []).append((i, t))
         for where in kinds.values():
             found = [g for g in (rows[i][t] for i, t in where) if g is not None]
-            flat = torch.cat([g.reshape(-1) for g in found]).div_(self.size)
+            places = Flat.of([torch.empty(g.shape, device="meta") for g in found])  # ranks may differ in strides
+            flat = found[0].new_zeros(places.size)
+            for g, view in zip(found, places.views(flat), strict=True):
+                torch.div(g, self.size, out=view)
             dist.all_reduce(flat, group=self.group)
-            parts = flat.split([g.numel() for g in found])
-            for (i, t), g, part in zip(where, found, parts, strict=True):
-                result[i][t] = part.view(g.shape)
+            for (i, t), view in zip(where, places.views(flat), strict=True):
+                result[i][t] = view
         return result
 
 
@@ -328,16 +332,3 @@ def check_dense(p: Tensor, op: str) -> None:
             f"{op}: the gradient of a parameter {tuple(p.shape)} is sparse, which is not supported; build the "
             "embedding with sparse=False"
         )
-
-
-def _views(flat: Tensor, members: Sequence[Tensor]) -> list[Tensor]:
-    """A flat tensor's parts, each with the shape and strides that autograd gives a gradient of the member."""
-    views, start = [], 0
-    for p in members:
-        if p.is_contiguous():
-            views.append(flat[start : start + p.numel()].view(p.shape))
-        else:
-            strides = torch.empty_like(p, device="meta").stride()
-            views.append(flat.as_strided(p.shape, strides, start))
-        start += p.numel()
-    return views

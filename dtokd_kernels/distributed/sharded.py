@@ -21,6 +21,7 @@ from ..sources import Lag
 from ..sources.source import Source
 from ..sources.wrapper import innermost
 from ..watch import Watch
+from .flat import ALIGNED, up
 from .replicas import BUCKET_BYTES, Pass, Replicas, Slot, Waits, check_dense, write_flags
 
 #: torch 2.14 has other names for them
@@ -31,8 +32,9 @@ _reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", Non
 class Sharded(Replicas):
     """Ranks with all parameters and the r-th part of each one's gradients and state.
 
-    A parameter's part is chunk r of its numbers in order, as `torch.chunk` cuts them, so that the state is a DTensor
-    [numel] that `torch.distributed.checkpoint` saves on n ranks and loads on m.
+    A parameter's numbers are cut in rows of 8, the last filled up with zeros, and the rows in chunks as `torch.chunk`
+    cuts them; its part is chunk r. So each part begins at a place that GPU kernels read 16 bytes at a time, and the
+    state is a DTensor [rows, 8] that `torch.distributed.checkpoint` saves on n ranks and loads on m.
     """
 
     shards = True
@@ -168,9 +170,8 @@ class Sharded(Replicas):
         return like.detach().new_empty((self.size, width))
 
     def zeros(self, p: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """A moment's start: this rank's part of [numel] numbers."""
-        _, begin, end = self._cut_of(p.numel())
-        return self._whole_of(torch.zeros(end - begin, dtype=dtype or p.dtype, device=p.device), p)
+        """A moment's start: this rank's part of [rows, 8] numbers."""
+        return self._whole_of(p.detach().new_zeros(0, dtype=dtype or p.dtype), p)
 
     def master(self, p: Tensor) -> Tensor:
         """A float32 copy of this rank's part of a parameter."""
@@ -181,12 +182,27 @@ class Sharded(Replicas):
         if isinstance(whole, DTensor):
             return whole
         _, begin, end = self._cut_of(p.numel())
-        return self._whole_of(whole.reshape(-1)[begin:end].clone(), p)
+        return self._whole_of(whole.reshape(-1)[begin:end], p)
+
+    def shape_of(self, p: Tensor) -> torch.Size:
+        """The shape that a moment has here, and in a checkpoint of all ranks."""
+        return torch.Size([up(p.numel()) // ALIGNED, ALIGNED])
 
     def _whole_of(self, part: Tensor, p: Tensor) -> Tensor:
-        return DTensor.from_local(
-            part, self._mesh, [Shard(0)], run_check=False, shape=torch.Size([p.numel()]), stride=(1,)
-        )
+        """A moment of which this rank has a part; what the part lacks is zeros."""
+        shape = self.shape_of(p)
+        _, begin, end = self._cut_of(shape.numel())
+        local = part.new_zeros(end - begin)
+        local[: len(part)] = part
+        local = local.view(-1, ALIGNED)
+        return DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=(ALIGNED, 1))
+
+    def _numbers(self, value: Tensor, p: Tensor) -> Tensor:
+        """Of a parameter's state, those that belong to this rank's part."""
+        if not isinstance(value, DTensor):
+            return value
+        _, begin, end = self._cut_of(p.numel())
+        return value.to_local().view(-1)[: end - begin]
 
     def _part_of(self, p: Tensor) -> Tensor:
         _, begin, end = self._cut_of(p.numel())
@@ -197,7 +213,10 @@ class Sharded(Replicas):
     ) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """This rank's parts of parameters and state."""
         self._updated = list(params)
-        local = [{name: t.to_local() if isinstance(t, DTensor) else t for name, t in state.items()} for state in states]
+        local = [
+            {name: self._numbers(value, p) for name, value in state.items()}
+            for p, state in zip(params, states, strict=True)
+        ]
         return [self._part_of(p) for p in params], local
 
     def after_updates(self) -> None:
@@ -233,8 +252,8 @@ class Sharded(Replicas):
                 self._pool.append(flat)
 
     def _cut_of(self, n: int) -> tuple[int, int, int]:
-        """Length of a chunk of n numbers, and begin and end of this rank's."""
-        chunk = -(-n // self.size)
+        """Length of a chunk of n numbers, in whole rows, and begin and end of this rank's."""
+        chunk = -(-up(n) // ALIGNED // self.size) * ALIGNED
         return chunk, min(self._rank * chunk, n), min((self._rank + 1) * chunk, n)
 
 

@@ -29,7 +29,7 @@ def whole_state(optimizer: Balanced) -> dict[str, Any]:
     for i, p in zip(numbers, params, strict=True):
         for name, value in state["state"].get(i, {}).items():
             if isinstance(value, DTensor):
-                value = value.full_tensor().view(p.shape)
+                value = value.full_tensor().reshape(-1)[: p.numel()].view(p.shape)  # a shard may be filled up
                 if dist.get_rank():
                     continue
                 value = value.cpu()

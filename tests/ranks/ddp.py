@@ -52,7 +52,7 @@ def _batches(steps):
 
 def whole(t, p):
     """A state tensor in the parameter's shape."""
-    return t.full_tensor().view(p.shape) if isinstance(t, DTensor) else t
+    return t.full_tensor().view(-1)[: p.numel()].view(p.shape) if isinstance(t, DTensor) else t
 
 
 def optimizer_of(student, options, **more):
