@@ -20,7 +20,7 @@ FLOORS = (
     ("operations", "libraries", "implementations", "triton", "backends"),  # who computes
     ("checks", "kernels", "plan", "ops"),  # what is computed, for rows of gradients
     ("sources", "gradients", "solve"),  # from losses to what multiplies the gradients
-    ("distributed.replicas", "distributed.sharded", "distributed.shards", "distributed.find"),
+    ("distributed.flat", "distributed.replicas", "distributed.sharded", "distributed.shards", "distributed.find"),
     ("balanced", "optim", "accumulate", "held_out", "probing"),
     ("distributed.attach", "distributed.state", "distributed"),
     ("", "__main__"),
