@@ -263,8 +263,8 @@ def test_default_arms_are_arms():
         ("dto:rescale=foo", "rescale"),
         ("dto:lr=0.1,", "is no key=value"),
         ("share:0", "share"),
-        ("heldout", "as in heldout:0.05"),
         ("heldout:0", "as in heldout:0.05"),
+        ("auto:0,every=2", "as in auto:0.05"),
     ],
 )
 def test_bad_arms(text, told):
@@ -288,6 +288,8 @@ def test_flags_make_the_arm(digits, teacher, tmp_path):
     for text in (
         "fixed:0.3",
         "heldout:0.1,every=5",
+        "heldout",
+        "auto:0.2",
         "share:0.5",
         "cagrad:c=0.4",
         "dto:rescale=sum,lr=0.002,opt=adamw",

@@ -116,7 +116,7 @@ def test_a_resumed_run_takes_the_batch_of_its_step():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--kd-balance heldout", "pass --kd-held-out SHARE"),
+        ("--kd-balance heldout --kd-held-out 0", "pass a --kd-held-out above 0"),
         ("--kd-balance dto --kd-held-out 0.1", "does not look at held-out images"),
         ("--kd-held-out 0.1", "does not look at held-out images"),
         ("--kd-balance heldout --kd-held-out 0.01", "hold out two at least"),

@@ -11,7 +11,7 @@ from dtokd_kernels import weighting
 
 from ..errors import UsageError
 from ..objectives.teacher import as_list
-from ..train.options import BALANCES, add_arguments, flag, read_value
+from ..train.options import BALANCES, HELD_OUT, LOOKING, add_arguments, flag, read_value
 from ..values import FRACTION, read_yaml
 
 #: The arm without a teacher.
@@ -27,7 +27,7 @@ _OPTIONS = {
     "every": "kd_held_out_every",
 }
 #: Rules that take a number after the colon.
-_NUMBERED = ("fixed", "share", "heldout")
+_NUMBERED = ("fixed", "share", *LOOKING)
 #: What the arm without a teacher is without.
 _TEACHER = ("kd_model_name", "kd_teacher_path", "kd_cache_teacher")
 #: What an arm that is no rule has not.
@@ -104,10 +104,12 @@ def parse_arm(text: str, objectives: int = 1) -> dict[str, Any]:
             raise UsageError(f"--arms: {text!r}: a fixed sum has no option {', '.join(own)}; leave it out")
         weights = {"task_loss_weight": number, "distill_loss_weight": [round(1 - number, 12)]}
         return changes | {"kd_balance": "none"} | weights
-    if name == "heldout":
-        if not number:
-            raise UsageError(f"--arms: {text!r}; tell which share of the training images it has, as in heldout:0.05")
-        changes["kd_held_out"] = number
+    if name in LOOKING:
+        if number == 0:
+            raise UsageError(
+                f"--arms: {text!r}: no images are held out; pass a number above 0, as in {name}:{HELD_OUT}"
+            )
+        changes["kd_held_out"] = HELD_OUT if number is None else number
     if name == "share" and number is not None:
         own["shares"] = [number, *[round((1 - number) / objectives, 12)] * objectives]
     changes["kd_balance_kwargs"] = own
@@ -137,7 +139,7 @@ def apply(options: argparse.Namespace, changes: dict[str, Any]) -> argparse.Name
         changes: of `parse_arm`.
     """
     own = argparse.Namespace(**{**vars(options), **changes})
-    if own.kd_balance != "heldout":
+    if own.kd_balance not in LOOKING:
         own.kd_held_out = 0.0
     if own.kd_balance == "none":  # a weighted sum is for the optimizer that ours stands for
         own = argparse.Namespace(**{**vars(own), **_NO_RULE, "opt": own.opt.lower().removeprefix("dto")})

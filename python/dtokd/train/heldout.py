@@ -19,6 +19,7 @@ import dtokd_kernels as dk
 from dtokd_kernels.weighting import Auto, HeldOut
 
 from ..errors import UsageError
+from .options import HELD_OUT, LOOKING
 from .steps import Stepper, losses_of
 
 #: Of the choice of images.
@@ -62,11 +63,15 @@ def check(options: argparse.Namespace) -> None:
         UsageError: names the options.
     """
     share = getattr(options, "kd_held_out", 0.0)
-    looks = options.kd_balance in ("heldout", "auto")
+    looks = options.kd_balance in LOOKING
+    if looks and "kd_held_out" not in options:
+        raise UsageError(
+            f"--kd-balance {options.kd_balance}: dtokd detect has no held-out images yet; choose another rule"
+        )
     if looks and not share:
         raise UsageError(
-            f"--kd-balance {options.kd_balance}: there are no held-out images; pass --kd-held-out SHARE, such as "
-            "0.05 (dtokd detect has none yet: choose another rule)"
+            f"--kd-balance {options.kd_balance}: no images are held out; pass a --kd-held-out above 0, or leave it out "
+            f"for {HELD_OUT}"
         )
     if share and not looks:
         raise UsageError(

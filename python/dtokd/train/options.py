@@ -56,6 +56,8 @@ BALANCES = (
     "uncertainty",
     "upgrad",
 )
+#: Those that look at held-out images, and the share of the training images that is kept for them by default.
+LOOKING, HELD_OUT = ("heldout", "auto"), 0.05
 #: timm's and torch's own, which a test compares with theirs.
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -231,9 +233,9 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kd-held-out",
         type=Number(float, least=0, most=0.5),
-        default=0.0,
         metavar="SHARE",
-        help="of the training images, kept from training: --kd-balance heldout and auto weigh by the loss there",
+        help="of the training images, kept from training: --kd-balance heldout and auto weigh by the loss there; "
+        f"default: {HELD_OUT} for these two, else 0",
     )
     group.add_argument(
         "--kd-held-out-every",
@@ -311,6 +313,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     if given.config is not None:
         parser.set_defaults(**read_config(parser, given.config))
     options = parser.parse_args(argv)
+    if "kd_held_out" in options and options.kd_held_out is None:
+        options.kd_held_out = HELD_OUT if options.kd_balance in LOOKING else 0.0
     check(options)
     return options
 
