@@ -247,6 +247,36 @@ def test_build_without_a_compiler_names_the_remedy(compiler, says):
     assert says in allowed.stdout
 
 
+def test_build_on_another_platform_names_the_remedy():
+    """On Windows there is no extension, and the package installs without it."""
+    code = "import sys; sys.platform = 'win32'; sys.argv[:] = ['setup.py', '--version']; "
+    code += "exec(open('setup.py').read(), {'__file__': 'setup.py', '__name__': '__main__'})"
+    refused = built(["-c", code], ROOT, DTOKD_BUILD="cpu")
+    assert refused.returncode == 1
+    remedy = "it is not built on Windows; the package runs without it (DTOKD_BUILD=none)"
+    assert refused.stderr.splitlines()[-1] == f"DTOKD_BUILD=cpu cannot build the CPU extension: {remedy}"
+    allowed = built(["-c", code], ROOT, DTOKD_BUILD="auto")
+    assert allowed.returncode == 0
+    assert f"dtokd: no CPU extension: {remedy}" in allowed.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_refuses_an_old_python_before_it_installs(tmp_path):
+    old = tmp_path / "python3.9"
+    old.write_text(f"#!{sys.executable}\nimport sys\nsys.version_info = (3, 9, 7)\nexec(sys.argv[2])\n")
+    old.chmod(0o755)
+    made = subprocess.run(
+        ["make", f"PYTHON={old}", f"VENV={tmp_path}/venv", f"{tmp_path}/venv/base"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert made.returncode == 2
+    assert made.stderr.startswith("Python 3.9 is too old: pass one that is 3.10 or newer, such as PYTHON=python3.12\n")
+    assert not (tmp_path / "venv").exists()
+
+
 #: Extras that nothing imports: the newest does.
 TOOLS = ("lint", "docs", "dist")
 
