@@ -1,4 +1,4 @@
-"""What the compilers make of the GPU kernels, read without a GPU: `python -m benchmarks.kernels [--arch 80 90 100]`.
+"""What the compilers make of the GPU kernels, read without a GPU: `python -m benchmarks.kernels [--arch 80 90 ...]`.
 
 For each kernel and architecture: registers, spilled bytes, static shared memory, occupancy; and of the main loop its
 instructions, how many of its accesses to global memory move 16 bytes, and the bytes it moves per element, against what
@@ -15,7 +15,9 @@ from pathlib import Path
 
 from . import toolchain
 
-ARCHITECTURES = (80, 90, 100)
+#: Compute capabilities as ptxas names them: shared memory of a multiprocessor, KiB, and its threads.
+ROOM = {80: (164, 2048), 89: (100, 1536), 90: (228, 2048), 100: (228, 2048), 103: (228, 2048), 120: (100, 1536)}
+ARCHITECTURES = tuple(ROOM)
 THREADS = 256
 
 
@@ -90,8 +92,8 @@ class Compiled:
         # registers are granted to warps in portions of 256; a block's shared memory has 1 KiB beside it
         per_warp = -(-self.registers * 32 // 256) * 256
         blocks = 65536 // (per_warp * threads // 32)
-        room = {80: 164, 90: 228, 100: 228}[self.arch] << 10
-        return min(blocks, room // (self.shared + 1024), 2048 // threads) * threads / 2048
+        kibibytes, most = ROOM[self.arch]
+        return min(blocks, (kibibytes << 10) // (self.shared + 1024), most // threads) * threads / most
 
     def main_loop(self) -> tuple[Instruction, ...]:
         """The loop with the most accesses of 16 bytes to memory, and the shortest of those."""

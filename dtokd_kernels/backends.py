@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -33,8 +35,40 @@ class Backend:
     automatic: bool = True
 
 
+#: What the CUDA kernels need: their tables are kernel parameters of 32 KB, which CUDA 12.1 brought (drivers from 530
+#: on); and they are written for GPUs from the A100 on.
+DRIVER, CAPABILITY = 12010, (8, 0)
+
+
 def _cuda_missing() -> str | None:
-    return libraries.missing["cuda"] or (None if torch.cuda.is_available() else "torch sees no CUDA device")
+    if (reason := libraries.missing["cuda"]) is not None:
+        return reason
+    return _unfit() if torch.cuda.is_available() else "torch sees no CUDA device"
+
+
+def driver_version() -> int:
+    """The CUDA version that the driver is for: 12010 for 12.1; a large number where it cannot be asked."""
+    version = ctypes.c_int(1 << 30)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
+@functools.cache
+def _unfit() -> str | None:
+    """Why the CUDA kernels, which are there, cannot run on this machine; or None. Warns of it, once."""
+    driver = driver_version()
+    reason = None
+    if driver < DRIVER:
+        version = f"{driver // 1000}.{driver % 1000 // 10}"
+        reason = f"the driver is for CUDA {version}, the kernels need 12.1 (driver 530) or later"
+    for i in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(i)
+        if reason is None and capability < CAPABILITY:
+            reason = f"GPU {i} has compute capability {capability[0]}.{capability[1]}, the kernels need 8.0 or later"
+    if reason is not None:
+        warnings.warn(f"dtokd_kernels runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
 
 
 @functools.cache

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -184,7 +185,7 @@ class Kernels:
     def gram(self, rows: GradientRows, K: int) -> Tensor:
         """See `Implementation`."""
         layout = rows.layout
-        return self._ops.gram.default(rows.grads, layout.reach, layout.role, K, tickets(layout.device))
+        return _launched(self._ops.gram.default, layout.device, rows.grads, layout.reach, layout.role, K)
 
     def min_norm_weights(self, gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
         """See `Implementation`."""
@@ -204,11 +205,8 @@ class Kernels:
             return self.balance(self.gram(rows, len(losses)), losses, options)
         layout = rows.layout
         losses = losses.to(layout.device, torch.float64).contiguous()
-        return _record(
-            *self._ops.gram_balance.default(
-                rows.grads, layout.reach, layout.role, losses, *_options(options), tickets(layout.device)
-            )
-        )
+        arguments = (rows.grads, layout.reach, layout.role, losses, *_options(options))
+        return _record(*_launched(self._ops.gram_balance.default, layout.device, *arguments))
 
     def combine(self, out: Sequence[Tensor], rows: GradientRows, coefficients: Tensor) -> None:
         """See `Implementation`."""
@@ -254,15 +252,9 @@ class Kernels:
         """See `Implementation`."""
         device = rows.params[0].device
         coefficients = coefficients.to(torch.float64).contiguous()
-        grams = self._ops.update_.default(
-            self._prepared(rows),
-            grads.grads,
-            coefficients,
-            skipped,
-            *self._numbers(rows.rule, numbers, device),
-            measure,
-            tickets(device),
-        )
+        numbers_of = self._numbers(rows.rule, numbers, device)
+        arguments = (self._prepared(rows), grads.grads, coefficients, skipped, *numbers_of, measure)
+        grams = _launched(self._ops.update_.default, device, *arguments)
         increment_version(rows.written())
         return grams if measure else None
 
@@ -279,14 +271,10 @@ class Kernels:
         if not rows.prepared["fits"]:
             return None
         device = rows.params[0].device
-        grams, values, flags = self._ops.resident_.default(
-            self._prepared(rows),
-            grads.grads,
-            losses.to(device, torch.float64).contiguous(),
-            *_options(options),
-            *self._numbers(rows.rule, numbers, device),
-            tickets(device),
-        )
+        losses = losses.to(device, torch.float64).contiguous()
+        numbers_of = self._numbers(rows.rule, numbers, device)
+        arguments = (self._prepared(rows), grads.grads, losses, *_options(options), *numbers_of)
+        grams, values, flags = _launched(self._ops.resident_.default, device, *arguments)
         if grams.numel() == 0:
             rows.prepared["fits"] = False  # on this device
             return None
@@ -376,6 +364,26 @@ def tickets(device: torch.device | None) -> Tensor | None:
     if key not in _tickets:
         _tickets[key] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
     return _tickets[key]
+
+
+#: One operation at a time: threads that use one stream share its tickets, and these count over an operation's launches.
+_one_operation = threading.Lock()
+
+
+def _launched(operation: Callable[..., Any], device: torch.device | None, *arguments: object) -> Any:
+    """What an operation returns that takes tickets.
+
+    Where one of several launches fails, those before it may have been counted: the next operation of the stream gets
+    new tickets, as it would take another block for its last, and its weights would be wrong.
+    """
+    with _one_operation:
+        held = tickets(device)
+        try:
+            return operation(*arguments, held)
+        except BaseException:
+            for key in [key for key, value in _tickets.items() if value is held]:
+                del _tickets[key]
+            raise
 
 
 def is_dense(tensor: Tensor) -> bool:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
 from dtokd_kernels import backends, implementations, operations
+from dtokd_kernels._version import built_from
 from dtokd_kernels.implementations import TICKETS, Kernels
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-x", "c++", "-DDTOKD_EMULATION"]
+FLAGS += [f'-DDTOKD_VERSION="{built_from(ROOT / "csrc")}"']
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc/include")]
 
 
@@ -44,22 +47,35 @@ def build(folder: Path, *more: str) -> Path:
     return library
 
 
+def fail_after(library: Path, launches: int) -> None:
+    """So many launches succeed, and the next fails; those after it succeed."""
+    ctypes.CDLL(str(library)).dtokd_fail_after(launches)
+
+
 @contextmanager
 def emulated_cuda(library: Path, device: str = "cpu") -> Iterator[Kernels]:
     """Inside, backend "cuda" is there and takes CPU tensors; or those that say they are on `device`."""
     if not hasattr(torch.ops.dtokd_emulated, "gram"):
         operations.define("dtokd_emulated")
         torch.ops.load_library(str(library))
-    tickets = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+    held, key = implementations._tickets, (-1, 0)
+
+    def tickets(_: torch.device | None) -> torch.Tensor:
+        """Those of the only stream."""
+        if key not in held:
+            held[key] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+        return held[key]
+
     kernels = Kernels("cuda", "dtokd_emulated", mixed=True, resident=True, device_lr=True)
     before = implementations.tickets, backends._BACKENDS["cuda"]
-    implementations.tickets = lambda device: tickets
+    implementations.tickets = tickets
     backends._BACKENDS["cuda"] = backends.Backend(lambda: kernels, device, lambda: None)
     try:
         yield kernels
     finally:
         implementations.tickets, backends._BACKENDS["cuda"] = before
-        assert not getattr(tickets, "host", tickets).any()  # every launch leaves them as it found them
+        if (left := held.pop(key, None)) is not None:
+            assert not getattr(left, "host", left).any()  # every launch leaves them as it found them
 
 
 if __name__ == "__main__":

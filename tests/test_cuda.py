@@ -150,3 +150,38 @@ def test_refusals_name_operation_and_argument(cuda):
         ops.gram.default(grads, [1] * 7, [0] * 7, 2, tickets)
     with pytest.raises(RuntimeError, match="gram: tickets must be 4 int32 zeros"):
         ops.gram.default(grads, [1] * 6, [0] * 6, 2, tickets.long())
+
+
+@pytest.mark.parametrize("launches", [0, 1, 2])
+def test_a_launch_that_fails_leaves_the_next_operations_right(cuda, emulated_library, launches):
+    """Tensors of three dtypes take a launch each, and the blocks of those before the failure were counted."""
+    grads = [[torch.randn(9000).to(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16)] for _ in "ab"]
+    before = dk.gram(grads)
+    emulated.fail_after(emulated_library, launches)
+    with pytest.raises(RuntimeError, match="the launch failed"):
+        dk.gram(grads)
+    assert torch.equal(dk.gram(grads), before)
+
+
+def test_an_old_driver_or_gpu_is_no_place_for_the_cuda_kernels(monkeypatch):
+    """Kernel parameters of 32 KB need a driver for CUDA 12.1; one warning, and the next backend is taken."""
+    monkeypatch.setitem(backends.libraries.missing, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for driver, capability, reason in (
+        (12010, (8, 0), None),
+        (12000, (8, 0), "the driver is for CUDA 12.0"),
+        (13000, (7, 5), "GPU 0 has compute capability 7.5"),
+    ):
+        backends._unfit.cache_clear()
+        monkeypatch.setattr(backends, "driver_version", lambda driver=driver: driver)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, of=capability: of)
+        try:
+            if reason is None:
+                assert backends.missing("cuda") is None
+                continue
+            with pytest.warns(RuntimeWarning, match=reason):
+                assert reason in backends.missing("cuda")
+            assert backends.best(torch.device("cuda")) != "cuda"  # and does not warn again: warnings are errors here
+        finally:
+            backends._unfit.cache_clear()

@@ -135,9 +135,19 @@ constexpr bool kLaunches = true;
 
 inline const char* runtime_error_name(int error) { return error ? "invalid value" : "no error"; }
 
+// Launches before one that fails; negative: none does. Tests set it.
+inline int launches_before_failure{-1};
+extern "C" __attribute__((used, visibility("default"))) inline void dtokd_fail_after(int launches) {
+  launches_before_failure = launches;
+}
+inline bool launch_fails() {
+  return launches_before_failure >= 0 && launches_before_failure-- == 0;
+}
+
 template <class... Parameters, class... Arguments>
 int launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, Stream,
                   const Arguments&... arguments) {
+  if (launch_fails()) return 1;
   if (kLaunches) emulation::launch_kernel(kernel, blocks, threads, 0, false, arguments...);
   return 0;
 }
@@ -158,6 +168,7 @@ Residency residency(Kernel*, int, int) {
 template <class... Parameters, class... Arguments>
 int launch_cooperative(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
                        size_t dynamic_shared_bytes, Stream, const Arguments&... arguments) {
+  if (launch_fails()) return 1;
   if (kLaunches) {
     emulation::launch_kernel(kernel, blocks, threads, dynamic_shared_bytes, true, arguments...);
   }
