@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
-from dtokd.compare.differences import Difference, Paired
+from dtokd.compare.differences import LEVEL, student_t
 
 from .methods import BAD_TEACHERS, NONE, SETTINGS
 from .protocol import Outcome, Run, outcomes
@@ -28,45 +28,65 @@ def parts(done: dict[Run, Result]) -> dict[str, str]:
             settings[f"{data}, {objective}"] = [*bare, *(o for o in all_of if o.objective == objective)]
     bad = {title: found for title, found in settings.items() if title.startswith(BAD_TEACHERS)}
     good = {title: found for title, found in settings.items() if title not in bad}
-    summaries = {"summary": _summary(good, reference), "bad teachers": _summary(bad, _without_teacher)}
+    summaries = {"summary": _summary(good), "bad teachers": _side_by_side(bad)}
     tables = {title: _table(found) for title, found in settings.items()}
     return {title: text for title, text in {**summaries, **tables}.items() if text}
 
 
-def _summary(settings: Mapping[str, Sequence[Outcome]], to: Callable[[Sequence[Outcome]], Outcome | None]) -> str:
-    """Each method's differences over the settings, the best worst-case first among equal means; "" without settings.
+def _summary(settings: Mapping[str, Sequence[Outcome]]) -> str:
+    """Each method's differences to the best fixed weights over the settings, the best mean first; "" without settings.
 
-    The interval is for the mean over settings like these: a setting is a block of `Paired`, of all methods that were
-    trained in all of them.
+    The interval is for the mean over settings like these.
     """
     differences: dict[str, dict[str, float]] = {}
+    alone: dict[str, float] = {}
     for title, found in settings.items():
-        base = to(found)
-        if base is None:
+        best = reference(found)
+        if best is None:
             continue
         for o in found:
-            differences.setdefault(o.method, {})[title] = fmean(_differences(o, base))
+            differences.setdefault(o.method, {})[title] = fmean(_differences(o, best))
+        for method, difference in _to_no_teacher(found).items():
+            alone[method] = min(alone.get(method, math.inf), difference)
     if not differences:
         return ""
-    everywhere = {method: list(of.values()) for method, of in differences.items() if len(of) == len(settings)}
-    paired = Paired({**everywhere, "": [0.0] * len(settings)})
-    lines = ["| | mean | interval | worst | in | settings |", "|---|---|---|---|---|---|"]
+    lines = ["| | mean | interval | worst | in | worst to no teacher | settings |", "|---|---|---|---|---|---|---|"]
     for method, of in sorted(differences.items(), key=lambda item: -fmean(item[1].values())):
         worst = min(of, key=lambda title: of[title])
-        interval = _interval(paired.between(method, "")) if method in everywhere else ""
-        mean = fmean(of.values())
-        lines.append(f"| {method} | {mean:+.1f} | {interval} | {of[worst]:+.1f} | {worst} | {len(of)} |")
+        interval = _interval(list(of.values()), len(differences))
+        to_none = f"{alone[method]:+.1f}" if method in alone else ""
+        cells = [method, f"{fmean(of.values()):+.1f}", interval, f"{of[worst]:+.1f}", worst, to_none, str(len(of))]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _interval(difference: Difference) -> str:
-    if math.isinf(difference.high):
+def _side_by_side(settings: Mapping[str, Sequence[Outcome]]) -> str:
+    """Differences to the student without a teacher, a column for each setting, the best worst case first."""
+    columns = {title: _to_no_teacher(found) for title, found in settings.items()}
+    methods = dict.fromkeys(method for of in columns.values() for method in of if method != NONE.title)
+    if not methods:
         return ""
-    return f"{difference.low:+.1f} to {difference.high:+.1f}"
+    worst = {method: min(of[method] for of in columns.values() if method in of) for method in methods}
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method in sorted(methods, key=lambda method: -worst[method]):
+        cells = [f"{of[method]:+.1f}" if method in of else "" for of in columns.values()]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
-def _without_teacher(found: Sequence[Outcome]) -> Outcome | None:
-    return next((o for o in found if o.method == NONE.title), None)
+def _to_no_teacher(found: Sequence[Outcome]) -> dict[str, float]:
+    """Each method's mean difference to the student that learns alone."""
+    alone = next((o for o in found if o.method == NONE.title), None)
+    return {o.method: fmean(_differences(o, alone)) for o in found} if alone is not None else {}
+
+
+def _interval(differences: Sequence[float], comparisons: int) -> str:
+    """Ends of the paired t-interval of a mean difference: so many hold together with `LEVEL` (Bonferroni)."""
+    n = len(differences)
+    if n < 2 or not any(differences):
+        return ""
+    half = student_t(1 - (1 - LEVEL) / comparisons, n - 1) * stdev(differences) / math.sqrt(n)
+    return f"{fmean(differences) - half:+.1f} to {fmean(differences) + half:+.1f}"
 
 
 def reference(found: Sequence[Outcome]) -> Outcome | None:
@@ -77,8 +97,6 @@ def reference(found: Sequence[Outcome]) -> Outcome | None:
 
 def _table(found: Sequence[Outcome]) -> str:
     best = reference(found)
-    seeds = sorted(set.intersection(*(set(o.results) for o in found)))
-    paired = Paired({o.method: [o.results[seed].test for seed in seeds] for o in found}) if seeds else None
     lines = [
         "| | test accuracy, % | to the best fixed | interval | better | lr | weight | vertex, % | conflict, % | cosine "
         "| task loss | distillation loss |",
@@ -86,14 +104,14 @@ def _table(found: Sequence[Outcome]) -> str:
     ]
     for o in found:
         cells = [f"**{o.method}**" if o is best else o.method, _spread([r.test for r in o.results.values()])]
-        if best is None or paired is None:
+        if best is None:
             cells += ["", "", ""]
         elif o is best:
             cells += ["reference", "", ""]
         else:
             differences = _differences(o, best)
             better = f"{sum(d > 0 for d in differences)}/{len(differences)}"
-            cells += [f"{fmean(differences):+.1f}", _interval(paired.between(o.method, best.method)), better]
+            cells += [f"{fmean(differences):+.1f}", _interval(differences, len(found) - 1), better]
         cells.append(f"{o.lr:g}")
         for name, spec in _COLUMNS.items():
             values = [getattr(r, name) for r in o.results.values()]
