@@ -17,7 +17,7 @@ for pair in "$@"; do
   [[ "$pair" =~ ^[0-9.]+:cu[0-9]+$ ]] || { echo "$pair: expected TORCH:LABEL, such as 2.10.0:cu130" >&2; exit 2; }
   command -v "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" >/dev/null || { echo "$pair: no nvcc; install CUDA's toolkit or set CUDA_HOME" >&2; exit 1; }
   work="build/wheels/$label"
-  rm -rf "$work"; mkdir -p "$work/source" "dist/$label"
+  rm -rf "$work" "dist/$label"; mkdir -p "$work/source" "dist/$label"
   git ls-files -z | tar --null -T - -cf - | tar -xf - -C "$work/source"
   "$python" -m venv "$work/venv"
   pip="$work/venv/bin/pip --disable-pip-version-check --quiet install"
