@@ -26,7 +26,9 @@ for pair in "$@"; do
   has="$("$work/venv/bin/python" -c 'import torch; print("cu" + str(torch.version.cuda).replace(".", ""))')"
   [ "$has" = "$label" ] || { echo "$pair: the torch that pip found is built for $has: set DTOKD_TORCH_INDEX or another label" >&2; exit 1; }
   venv="$PWD/$work/venv/bin" out="$PWD/dist/$label"
-  (cd "$work/source" && PATH="$venv:$PATH" DTOKD_BUILD=cuda python setup.py --quiet egg_info --tag-build "+$label" bdist_wheel)
+  echo "$pair: compiling, into $work/build.log"
+  (cd "$work/source" && PATH="$venv:$PATH" DTOKD_BUILD=cuda python setup.py --quiet egg_info --tag-build "+$label" bdist_wheel) \
+    >"$work/build.log" 2>&1 || { tail -n 50 "$work/build.log" >&2; exit 1; }
   exclude=$(printf -- '--exclude %s ' libtorch.so libtorch_cpu.so libtorch_cuda.so libtorch_python.so libc10.so libc10_cuda.so libcudart.so.12 libcudart.so.13)
   PATH="$venv:$PATH" "$venv/python" -m auditwheel repair $exclude --wheel-dir "$out" "$work"/source/dist/*.whl
   "$venv/pip" --quiet install --no-deps "$out"/*.whl
