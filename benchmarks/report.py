@@ -32,6 +32,61 @@ def step_tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def gpu_tables(rows: Sequence[Row]) -> str:
+    """Markdown: what was measured on a GPU so far; a table that has no row yet is left out."""
+    if not rows:
+        return "Nothing was measured."
+    parts = [_machine(rows[0])]
+    facts = [row for row in rows if row["kernel_name"] == "probe"]
+    parts += ["\n".join(f"- {r['kernel_provider']}: {_value(r, '.4g')} {r['metric_unit']}".rstrip() for r in facts)]
+    steps = _select(rows, kernel_name="step")
+    for mode, title in (("graph", "A step replayed from a graph"), ("eager", "A step, eager")):
+        for metric, spec, unit in (
+            ("ratio", ".2f", "times of torch's fused AdamW with one gradient, median (20 to 80 %)"),
+            ("time", ".4f", "milliseconds"),
+            ("bandwidth", ".0f", "GB/s"),
+            ("host", ".4f", "milliseconds until the host may go on"),
+        ):
+            if found := _select(steps, kernel_operation_mode=mode, metric_name=metric):
+                shown = _ratio_cell if metric == "ratio" else (lambda row, spec=spec: _value(row, spec))
+                parts.append(f"### {title}: {unit}\n\n{_grid(found, shown)}")
+    if found := _select(rows, kernel_name="kernel", metric_name="time"):
+        lines = ["| kernel | of | model | us | B/parameter | us by a copy's speed |", "|---|---|---|---|---|---|"]
+        for row in found:
+            of = {key: row[key] for key in ("kernel_provider", "kernel_operation_mode", "x_value")}
+            others = (_select(rows, kernel_name="kernel", metric_name=name, **of) for name in ("bytes", "model"))
+            cells = [*of.values(), _value(row, ".1f"), *(_value(o[0], ".4g") if o else "" for o in others)]
+            lines.append("| " + " | ".join(cells) + " |")
+        parts.append("### Kernels\n\n" + "\n".join(lines))
+    iterations = _select(rows, kernel_name="iteration")
+    for mode in _distinct(iterations, "kernel_operation_mode"):
+        found = _select(iterations, kernel_operation_mode=mode)
+        lines = ["| | ms | ratio to the weighted sum |", "|---|---|---|"]
+        for row in _select(found, metric_name="time"):
+            name = row["kernel_provider"]
+            ratio = _select(found, kernel_provider=name, metric_name="ratio")
+            lines.append(f"| {name} | {_value(row, '.2f')} | {_ratio_cell(ratio[0]) if ratio else ''} |")
+        parts.append(f"### Iterations, {mode}: {_config(found[0])}\n\n" + "\n".join(lines))
+    return "\n\n".join(part for part in parts if part)
+
+
+def gpu_line(rows: Sequence[Row]) -> str:
+    """A sentence: what a step takes on a GPU, over torch's fused AdamW."""
+    found = _select(rows, kernel_name="step", kernel_operation_mode="graph", metric_name="ratio")
+    found = [row for row in found if row["kernel_provider"] == "dtokd cuda"]
+    if not found:
+        return "No GPU figure has been measured."
+    ratios = ", ".join(f"{_value(row, '.2f')} ({row['x_value']})" for row in found)
+    return (
+        f"On one {found[0]['gpu_name']} a step with two gradients, replayed from a graph, takes this many times what "
+        f"torch's fused AdamW takes with one: {ratios} (`runs/gpu/gpu.csv`)."
+    )
+
+
+def _ratio_cell(row: Row) -> str:
+    return f"{_value(row, '.2f')} ({_spread(row, '.2f')})"
+
+
 def share_table(rows: Sequence[Row]) -> str:
     """Markdown: milliseconds and share of each part of an iteration, a column per number of threads."""
     threads = _distinct(rows, "threads")

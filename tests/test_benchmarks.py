@@ -1,18 +1,14 @@
 """The benchmarks: they refuse wrong results and count bytes as they should; the documents show what they wrote."""
 
-import json
 import math
 from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, closeness, distributed, gate, gpu, iterations, memory, report, run, share, sources
+from benchmarks import cases, closeness, distributed, gate, iterations, memory, report, run, share, sources
 from benchmarks.cases import COMPETITORS, Case, Competitor
 from benchmarks.record import read
-from dtokd_kernels import implementations
 from dtokd_kernels.weighting import NAMES
-
-from . import emulated
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"tiny": ((40, 7), (7,)), "other": ((3, 3, 2, 2),)}
@@ -128,45 +124,6 @@ def test_ranks_send_what_the_model_says(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("model", cases.MODELS)
 def test_shapes_are_those_of_timm(model):
     assert cases.shapes_of(model) == cases.timm_shapes(model)
-
-
-def test_gpu_benchmark_writes_what_it_measures(tmp_path):
-    """On the CPU, where it takes the wall clock: everything but events and graphs."""
-    rows = gpu.run(["1e4"], "interior", "cpu", tmp_path, rounds=2, calls=1)
-    assert read(tmp_path / "gpu.csv") == rows == json.loads((tmp_path / "gpu.json").read_text())
-    assert (tmp_path / "gpu.png").stat().st_size > 10_000
-    providers = {r["kernel_provider"] for r in of(rows, metric_name="ratio")}
-    assert providers >= {"fused", "dtokd cpu", "dtokd cpu lag", "dtokd cpu lag with check", "foreach", "mgda"}
-    for name, reads in {"dtokd cpu": 28, "dtokd cpu lag": 20, "dtokd cpu lag with check": 28}.items():
-        assert float(of(rows, kernel_provider=name, metric_name="reads")[0]["y_value_50"]) == reads
-    assert report.byte_counts(rows, ("reads", "writes")) == (40, 28)
-    assert "dtokd cpu" in report.step_tables(rows)
-
-
-def test_gpu_benchmark_takes_small_models_in_one_launch_and_in_two(tmp_path, monkeypatch, emulated_library):
-    """In the emulation. What is too large for one launch has one row, with the bytes of the two."""
-    one, two = "dtokd cuda", "dtokd cuda two launches"
-    whole = []
-    monkeypatch.setattr(implementations, "RESIDENT_PARAMETERS", 20_000)
-    with emulated.emulated_cuda(emulated_library) as kernels:
-        resident = kernels.resident
-        monkeypatch.setattr(kernels, "resident", lambda *args: whole.append(resident(*args)) or whole[-1])
-        found = gpu.competitors("cpu")
-        assert {name for name in found if "cuda" in name} == {name for name in gpu.CAPTURABLE if "cuda" in name}
-        for name, taken in {one: [True] * (len(cases.KINDS) * gate.STEPS), two: []}.items():
-            whole.clear()
-            gate.check({name: found[name]})
-            assert [record is not None for record in whole] == taken
-        rows = gpu.run(["1e4", "3e4"], "interior", "cpu", tmp_path, rounds=1, calls=1)
-
-    def models(name, metric):
-        return {r["x_value"] for r in of(rows, kernel_provider=name, metric_name=metric)}
-
-    assert (models(one, "ratio"), models(two, "ratio")) == ({"1e4", "3e4"}, {"1e4"})
-    assert (models(one, "reads"), models(two, "reads")) == ({"3e4"}, {"1e4"})
-    for model in ("1e4", "3e4"):
-        assert report.byte_counts(of(rows, x_value=model), ("reads", "writes")) == (40, 28)
-    assert f"| {two} |" in report.step_tables(rows)
 
 
 def test_sources_measures_what_is_asked(tmp_path, monkeypatch, capsys):
