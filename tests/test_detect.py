@@ -5,17 +5,21 @@ import itertools
 import pytest
 import torch
 import transformers
-from dtokd.detect import objectives
-from dtokd.detect.batch import Images, Outputs
+from dtokd.detect.batch import Images
 from dtokd.detect.build import share_queries
 from dtokd.detect.data import collate
 from dtokd.detect.detectors import deformable
 from dtokd.detect.detectors.build import DENSE, columns
 from dtokd.detect.detectors.dense import Dense, make_backbone
 from dtokd.detect.detectors.hf import KINDS, HFDetector, load_folder
-from dtokd.detect.matching import match_queries, pick
-from dtokd.detect.task import DetectionTask
+from dtokd.detect.matching import match_queries
 from dtokd.errors import UsageError
+from dtokd.objectives import detection as objectives
+from dtokd.objectives.base import Objective
+from dtokd.objectives.features import MultiScale
+from dtokd.objectives.taps import Outputs
+from dtokd.objectives.task import DistillationTask
+from dtokd.objectives.teacher import Normalisation, Teacher
 from dtokd.values import read_yaml
 from torchvision.models.detection import FCOS, RetinaNet
 from transformers.models.deformable_detr.image_processing_deformable_detr import DeformableDetrImageProcessor
@@ -73,7 +77,7 @@ def test_dense_is_torchvisions(kind, original):
     net.load_state_dict(detector.net.state_dict())
     net.train()
     net.backbone.body.eval()
-    loss, _ = detector.losses(whole, targets())
+    loss = detector.observe(whole, targets()).loss
     expected = net(list(pixels), targets())
     torch.testing.assert_close(loss, sum(expected.values()))
     detector.eval(), net.eval()
@@ -131,7 +135,8 @@ def test_detr_family(kind, tmp_path):
     detector = load_folder(tmp_path, "--model")
     assert detector.kind == kind
     batch = images()
-    loss, outputs = detector.train().losses(batch, targets())
+    outputs = detector.train().observe(batch, targets())
+    loss = outputs.loss
     loss.backward()
     assert loss.isfinite()
     assert detector.probabilities(outputs).shape == (2, detector.queries, 3)
@@ -171,7 +176,8 @@ def test_sizes(size, millions):
     detector = deformable.make(f"vidt_{size}", 80, {})
     assert sum(p.numel() for p in detector.parameters()) == pytest.approx(millions * 1e6, rel=0.01)
     assert (detector.queries, len(detector.widths), detector.token_width) == (100, 4, 256)
-    loss, outputs = detector.losses(images(), targets())
+    outputs = detector.observe(images(), targets())
+    loss = outputs.loss
     loss.backward()
     assert loss.isfinite()
     assert next(detector.net.model.backbone.parameters()).grad.any()
@@ -288,21 +294,23 @@ def seen():
         return vidt().eval().observe(images())
 
 
+#: Four levels on both sides.
+ALL = (tuple(range(4)), tuple(range(4)))
 TOKEN_VARIANTS = list(itertools.product(["norm", "smooth_l1", "mse", "cosine"], ["none", "standardize"], [False, True]))
 
 
 @pytest.mark.parametrize(("distance", "norm", "root"), TOKEN_VARIANTS)
 def test_tokens_of_equal_detectors(seen, distance, norm, root):
     """0 with a finite gradient, whatever the order of the teacher's queries; by index another order costs."""
-    widths = [(32, 32)] * 4
-    objective = objectives.Tokens("token", "linear", widths, (32, 32), norm, distance, root)
+    objective = objectives.Tokens("token", "linear", ALL, ([32] * 4, [32] * 4), (32, 32), norm, distance, root)
     maps = tuple(m.clone().requires_grad_() for m in seen.maps)
     student = seen._replace(maps=maps, body=seen.body.clone().requires_grad_())
     order = torch.randperm(10)
     teacher = shuffled(seen, order)
     pairs = match_queries((seen.boxes, seen.logits.sigmoid()), (teacher.boxes, teacher.logits.sigmoid()))
     assert torch.equal(order[pairs[1][0]], pairs[0][0])
-    loss = objective.loss(student, objective.head(student), teacher, pairs)
+    head = objective.head(student)
+    loss = objective.loss(student, head.of_queries(pairs[0]), teacher.of_queries(pairs[1]), None)
     assert 0 <= loss.item() < (2e-3 if root else 1e-5)  # the root of what float32 leaves
     loss.backward()
     assert all(t.grad.isfinite().all() for t in (*maps, student.body))
@@ -319,13 +327,15 @@ def test_tokens_are_vidts():
 
     def outputs():
         maps = (random(2, 8, 4, 4), random(2, 8, 2, 2))
-        return Outputs(random(2, 5, 3), random(2, 5, 4), maps=maps, body=random(2, 5, 8), neck=random(2, 3, 5, 8))
+        return Outputs(random(2, 5, 3), boxes=random(2, 5, 4), maps=maps, body=random(2, 5, 8), neck=random(2, 3, 5, 8))
 
     s, t = outputs(), outputs()
     expected = sum((a - b).norm(dim=1).mean() for a, b in zip(s.maps, t.maps, strict=True))
     expected = expected + (s.body - t.body).norm(dim=-1).mean() + 3 * (s.neck - t.neck).norm(dim=-1).mean()
     for root in (False, True):
-        objective = objectives.Tokens("token", "linear", [(8, 8)] * 2, (8, 8), "none", "norm", root)
+        objective = objectives.Tokens(
+            "token", "linear", ((0, 1), (0, 1)), ([8] * 2, [8] * 2), (8, 8), "none", "norm", root
+        )
         loss = objective.loss(s, objective.head(s), t, None)
         torch.testing.assert_close(loss, expected.sqrt() if root else expected)
 
@@ -341,13 +351,14 @@ def test_tokens_of_other_widths(projector):
     teacher = HFDetector(transformers.AutoModelForObjectDetection.from_config(config)).eval()
     with torch.no_grad():
         taught = teacher.observe(batch)
-    loss, outputs = student.losses(batch, targets())
-    widths = list(zip(student.widths[-3:], teacher.widths[-3:], strict=True))
+    outputs = student.observe(batch, targets())
+    stages, widths = ((1, 2, 3), (0, 1, 2)), (student.widths[-3:], teacher.widths)
     both = (student.token_width, teacher.token_width)
-    objective = objectives.Tokens("token", projector, widths, both, "standardize", "smooth_l1", False)
+    objective = objectives.Tokens("token", projector, stages, widths, both, "standardize", "smooth_l1", False)
     pairs = match_queries((outputs.boxes, None), (taught.boxes, None))
     assert pairs[0].shape == (2, 10)
-    loss = objective.loss(outputs, objective.head(outputs), taught.detach(), pairs)
+    head = objective.head(outputs.of_stages(stages[0]))
+    loss = objective.loss(outputs, head.of_queries(pairs[0]), taught.of_queries(pairs[1]), None)
     loss.backward()
     assert sum(p.grad is not None and bool(p.grad.any()) for p in student.parameters()) > 30
     if projector == "orthogonal":
@@ -372,9 +383,9 @@ def test_predictions(kind):
     student, teacher, batch = make(0).eval(), make(1).eval(), images()
     objective = objectives.Predictions("prediction", kind != "vidt", torch.arange(3))
     with torch.no_grad():
-        taught = teacher.observe(batch).detach()
+        taught = teacher.observe(batch)
         own = student.observe(batch)
-        assert objective.loss(own, None, own.detach(), None).abs() < 1e-6
+        assert objective.loss(own, None, own, None).abs() < 1e-6
     optimizer = torch.optim.Adam(student.parameters(), 1e-3)
     values = []
     for _ in range(8):
@@ -388,28 +399,28 @@ def test_predictions(kind):
 
 def test_dense_features():
     student, teacher, batch = dense(width=32), dense(width=64, seed=1).eval(), images()
-    objective = objectives.Features("feature", "linear", [(32, 64)] * 5, "standardize", "mse")
+    objective = MultiScale("feature", "linear", (tuple(range(5)),) * 2, ([32] * 5, [64] * 5), "standardize", "mse")
     outputs = student.observe(batch)
     with torch.no_grad():
-        taught = teacher.observe(batch).detach()
+        taught = teacher.observe(batch)
     loss = objective.loss(outputs, objective.head(outputs), taught, None)
     loss.backward()
     assert 0.1 < loss.item() < 4  # of standardised values: 2 where they have nothing to do with each other
     assert all(p.grad.any() for p in objective.head.maps[0].parameters() if p.ndim == 2)
 
 
-class Negative(objectives.Objective):
+class Negative(Objective):
     """A loss without a lower bound."""
 
     name = "negative"
 
-    def loss(self, student, projected, teacher, pairs):
+    def loss(self, student, projected, teacher, target):
         return -student.logits.square().mean() - 1
 
 
 def test_negative_loss_reaches_the_balance():
     """And is no constant with weight 0."""
-    task = DetectionTask(dense(), lambda: None, dense(seed=1).eval(), [Negative()])
+    task = DistillationTask(dense(), None, [(Teacher(dense(seed=1), "fcos", Normalisation()), [Negative()])])
     losses = task(images(), targets())["objectives"]
     assert losses["negative"] < -1
     with pytest.raises(ValueError, match=r"losses\['negative'\] is -.*need a positive loss"):
@@ -425,7 +436,7 @@ def test_predictions_do_not_round_below_zero():
         logits = torch.randn(2, 10, 3, generator=generator)
         near = logits * (1 + 1e-6 * torch.randn(2, 10, 3, generator=generator))
         boxes = torch.rand(2, 10, 4, generator=generator)
-        values.append(objective.loss(Outputs(near, boxes), None, Outputs(logits, boxes), None))
+        values.append(objective.loss(Outputs(near, boxes=boxes), None, Outputs(logits, boxes=boxes), None))
     assert min(values) == 0
 
 
@@ -440,6 +451,12 @@ def test_shared_queries():
         share_queries(dense(), dense())
 
 
-def test_pick():
-    tokens = torch.arange(24).view(2, 3, 4)
-    assert torch.equal(pick(tokens, torch.tensor([[2], [0]]))[:, 0], torch.stack([tokens[0, 2], tokens[1, 0]]))
+def test_of_queries():
+    """Image by image, along the queries' dimension of each tensor."""
+    index = torch.tensor([[2], [0]])
+    tokens, neck = torch.arange(24).view(2, 3, 4), torch.arange(48).view(2, 2, 3, 4)
+    picked = Outputs(tokens, boxes=tokens + 1, body=tokens + 2, neck=neck).of_queries(index)
+    expected = torch.stack([tokens[0, 2], tokens[1, 0]])
+    for plus, tensor in enumerate((picked.logits, picked.boxes, picked.body)):
+        assert torch.equal(tensor[:, 0], expected + plus)
+    assert torch.equal(picked.neck[:, :, 0], torch.stack([neck[0, :, 2], neck[1, :, 0]]))

@@ -1,10 +1,10 @@
-"""What detectors take and give: padded images, targets, outputs to distil, detections."""
+"""What detectors take and give: padded images, targets, detections."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,37 +63,6 @@ class Images:
     def pin_memory(self) -> Images:
         """For `torch.utils.data.DataLoader`."""
         return replace(self, pixels=self.pixels.pin_memory(), mask=self.mask.pin_memory())
-
-
-class Outputs(NamedTuple):
-    """What can be distilled; N predictions per image: queries, or places of all levels.
-
-    Attributes:
-        logits: [B, N, classes].
-        boxes: [B, N, 4]; of queries centre, width and height relative to the image, of dense detectors what their
-            box coder decodes.
-        quality: [B, N] logits of FCOS's centerness.
-        maps: [B, width, H, W] each, fine to coarse: FPN levels, or patch tokens on their grids.
-        body: [B, N, width] detection tokens after their first look at the image.
-        neck: [B, layers, N, width] detection tokens after each later layer.
-    """
-
-    logits: Tensor
-    boxes: Tensor
-    quality: Tensor | None = None
-    maps: tuple[Tensor, ...] = ()
-    body: Tensor | None = None
-    neck: Tensor | None = None
-
-    def detach(self) -> Outputs:
-        """Float32, outside any graph."""
-
-        def plain(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.detach().float()
-
-        maps = tuple(m.detach().float() for m in self.maps)
-        logits, boxes = self.logits.detach().float(), self.boxes.detach().float()
-        return Outputs(logits, boxes, plain(self.quality), maps, plain(self.body), plain(self.neck))
 
 
 @dataclass

@@ -8,13 +8,18 @@ from typing import Any
 import torch
 
 from ..errors import UsageError
+from ..objectives.base import Objective
 from ..objectives.build import weights_of
+from ..objectives.detection import Predictions, Tokens
+from ..objectives.features import MultiScale
+from ..objectives.taps import Outputs
+from ..objectives.task import DistillationTask, Match
+from ..objectives.teacher import Normalisation, Teacher
 from .annotations import Annotations
 from .detectors.base import Detector
 from .detectors.build import columns, make_teacher
 from .evaluate import CocoEvaluator
-from .objectives import Features, Objective, Predictions, Tokens
-from .task import DetectionTask
+from .matching import match_queries
 
 
 def build(
@@ -23,7 +28,7 @@ def build(
     train: Annotations,
     validation: Annotations | None,
     device: torch.device,
-) -> DetectionTask:
+) -> DistillationTask:
     """The task that the options describe.
 
     Raises:
@@ -38,7 +43,7 @@ def build(
     if not options.kd_model_name:
         if options.kd_teacher_path or options.kd_share_queries:
             raise UsageError("--kd-teacher-path, --kd-share-queries: there is no teacher; pass --kd-model-name")
-        return DetectionTask(student, evaluator, device=device)
+        return DistillationTask(student, None, evaluator=evaluator, device=device)
     classes = list(train.categories.values())
     teacher = make_teacher(options, classes)
     if teacher.dense != student.dense:
@@ -65,18 +70,33 @@ def build(
         task_weight, weights = weights_of(options, [o.name for o in objectives])
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return DetectionTask(
+    # only what belongs to a query needs a partner
+    matched = not student.dense and not by_index and bool({"token", "prediction"} & set(kinds))
+    return DistillationTask(
         student,
-        evaluator,
-        teacher,
-        objectives,
-        columns=known,
-        # only what belongs to a query needs a partner
-        matched=not student.dense and not by_index and bool({"token", "prediction"} & set(kinds)),
+        None,
+        [(Teacher(teacher, options.kd_model_name, Normalisation()), objectives)],
+        match=_match(student, teacher, known) if matched else None,
+        evaluator=evaluator,
         task_weight=task_weight,
         weights=weights,
         device=device,
     )
+
+
+def _match(student: Detector, teacher: Detector, known: torch.Tensor | None) -> Match:
+    """By the predictions of both: boxes, and the classes that both know."""
+
+    def match(outputs: Outputs, taught: Outputs) -> tuple[torch.Tensor, torch.Tensor]:
+        assert outputs.boxes is not None
+        assert taught.boxes is not None
+        own = theirs = None
+        if known is not None:
+            own = student.probabilities(outputs)
+            theirs = teacher.probabilities(taught)[..., known.to(own.device)]
+        return match_queries((outputs.boxes, own), (taught.boxes, theirs))
+
+    return match
 
 
 def check_queries(student: Detector, annotations: Annotations, name: str) -> None:
@@ -113,18 +133,20 @@ def share_queries(student: Detector, teacher: Detector) -> None:
 def _objective(
     kind: str, options: argparse.Namespace, student: Detector, teacher: Detector, known: torch.Tensor | None
 ) -> Objective:
-    count = min(len(student.widths), len(teacher.widths))
-    widths = list(zip(student.widths[-count:], teacher.widths[-count:], strict=True))
+    count = min(len(student.widths), len(teacher.widths))  # the coarsest levels
+    stages = tuple(tuple(range(len(d.widths) - count, len(d.widths))) for d in (student, teacher))
+    widths = student.widths[-count:], teacher.widths[-count:]
     norm, projector = options.kd_feature_norm, options.kd_projector
     if kind == "feature":
-        return Features(kind, projector, widths, norm, options.kd_feature_loss)
+        return MultiScale(kind, projector, (stages[0], stages[1]), widths, norm, options.kd_feature_loss)
     if kind == "token":
         if student.token_width is None or teacher.token_width is None:
             raise UsageError(
                 f"--kd-distill-type token: {options.model} has no detection tokens; take feature and prediction"
             )
         both = (student.token_width, teacher.token_width)
-        return Tokens(kind, projector, widths, both, norm, options.kd_feature_loss, options.kd_token_root)
+        distance, root = options.kd_feature_loss, options.kd_token_root
+        return Tokens(kind, projector, (stages[0], stages[1]), widths, both, norm, distance, root)
     if known is None:
         raise UsageError(
             f"--kd-distill-type prediction: the teacher {options.kd_model_name} does not know all classes of the data; "
@@ -134,4 +156,4 @@ def _objective(
         raise UsageError(
             f"--kd-distill-type prediction: the student {options.model} has a softmax over its classes; take token"
         )
-    return Predictions(kind, student.dense, known)
+    return Predictions(kind, student.dense, known, softmax=not teacher.sigmoid)

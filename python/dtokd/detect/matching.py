@@ -42,8 +42,3 @@ def match_queries(
     device = boxes.device
     own, theirs = (torch.stack([torch.as_tensor(p[k]) for p in pairs]).to(device) for k in (0, 1))
     return own, theirs
-
-
-def pick(tokens: Tensor, index: Tensor) -> Tensor:
-    """The queries at [B, n] of a tensor [B, N, ...]."""
-    return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], index]

@@ -113,7 +113,7 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
         "(default: token, for fcos and retinanet feature and prediction)",
     )
     add_weights(group)
-    add_projection(group, distances=("mse", "smooth_l1", "cosine", "norm"))
+    add_projection(group)
     add("--kd-token-root", action="store_true", help="the root of the token loss, as in ViDT's code")
     add(
         "--kd-match",

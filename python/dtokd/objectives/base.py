@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,16 +33,16 @@ class Objective:
 
     name: str
     head: nn.Module | None = None
-    student: Taps
-    teacher: Taps
+    student: Taps = Taps()
+    teacher: Taps = Taps()
 
-    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
         """The loss, a scalar, float32, with infimum 0; a value that rounding may take below 0 is brought to 0 here.
 
         Args:
             student: its outputs.
             projected: what `head` made of them; None without a head.
             teacher: its outputs, detached.
-            target: labels [B], or class probabilities [B, classes].
+            target: labels [B], or class probabilities [B, classes]; of detectors what they learn from.
         """
         raise NotImplementedError

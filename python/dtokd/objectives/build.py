@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import nn
 
@@ -40,7 +39,7 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     names_of_classes: Sequence[str] | None = None,
-) -> TrainingTask:
+) -> DistillationTask:
     """The task that `options` describe.
 
     With one of timm's distillation types and timm's own options its "loss" is that of timm's task.
@@ -91,12 +90,12 @@ def build(
     )
 
 
-def use_cache(task: TrainingTask, options: argparse.Namespace, dataset: KeyedDataset) -> None:
+def use_cache(task: DistillationTask, options: argparse.Namespace, dataset: KeyedDataset) -> None:
     """Let the task keep its teachers' outputs in --kd-cache-teacher; nothing without that option.
 
     After it, pass `dataset`'s keys as the task's third argument; `task.caches[i].flush()` at an epoch's end.
     """
-    if options.kd_cache_teacher and isinstance(task, DistillationTask):
+    if options.kd_cache_teacher:
         context = f"autocast {options.amp_dtype}" if getattr(options, "amp", False) else ""
         task.caches = [
             TeacherCache(

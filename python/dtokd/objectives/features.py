@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,11 +21,20 @@ def _cosine(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(student, teacher, dim=1)).mean().clamp_min(0)
 
 
+def row_norm(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over rows of the L2 norm of a row's difference; channels are dimension 1.
+
+    The norm is sqrt(|d|^2 + eps^2) - eps: 0 at equal rows, with a finite gradient there, which the plain norm has not.
+    """
+    return ((student - teacher).square().sum(1) + EPS**2).sqrt().sub(EPS).mean()
+
+
 #: Each has infimum 0, reached at equal features (cosine: at equal directions). Channels are dimension 1.
 DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mse": F.mse_loss,
     "smooth_l1": F.smooth_l1_loss,
     "cosine": _cosine,
+    "norm": row_norm,
 }
 
 
@@ -64,7 +75,7 @@ class Pooled(Objective):
         self.head = PooledProjector(projector, *widths)
         self.student, self.teacher = Taps(logits=True, pooled=pool), Taps(pooled=pool)
 
-    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
         """The distance between the projected and the teacher's pooled features, as `Objective.loss`.
 
         Raises:
@@ -90,7 +101,8 @@ class MultiScale(Objective):
     """Mean over stages of the distance between projected maps and the teacher's, at the smaller size. Infimum 0.
 
     Source: Romero et al., *FitNets*, ICLR 2015, for one stage; normalised as VkD if asked. A transformer's map is its
-    patch tokens on their grid, so CNN and ViT can teach each other. Private: the projectors.
+    patch tokens on their grid, so CNN and ViT can teach each other; a detector's are its
+    levels. Private: the projectors.
     """
 
     def __init__(
@@ -106,13 +118,17 @@ class MultiScale(Objective):
         self.head = MapProjector(projector, *widths)
         self.student, self.teacher = Taps(logits=True, stages=stages[0]), Taps(stages=stages[1])
 
-    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
         """The mean distance of the stages' maps, as `Objective.loss`."""
         assert isinstance(projected, list)
-        pairs = [same_size(s, t.float()) for s, t in zip(projected, teacher.maps, strict=True)]
-        return sum((self.distance(*normalise(s, t, self.norm)) for s, t in pairs), pairs[0][0].new_zeros(())) / len(
-            pairs
-        )
+        return torch.stack(map_distances(projected, teacher.maps, self.norm, self.distance)).mean()
+
+
+def map_distances(
+    student: Sequence[Tensor], teacher: Sequence[Tensor], norm: str, distance: Callable[[Tensor, Tensor], Tensor]
+) -> list[Tensor]:
+    """The distances of pairs of maps [B, C, H, W], at the smaller size and normalised."""
+    return [distance(*normalise(*same_size(s, t.float()), norm)) for s, t in zip(student, teacher, strict=True)]
 
 
 class Attention(Objective):
@@ -127,7 +143,7 @@ class Attention(Objective):
         self.name = name
         self.student, self.teacher = Taps(logits=True, stages=stages[0]), Taps(stages=stages[1])
 
-    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
         """The sum of the stages' `attention_distance`, as `Objective.loss`."""
         total = teacher.maps[0].new_zeros((), dtype=None)
         for s, t in zip(student.maps, teacher.maps, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,7 +41,7 @@ class Hinton(Objective):
         self.name, self.temperature = name, temperature
         self.student = self.teacher = Taps(logits=True)
 
-    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
         """See `soft_kl`."""
         assert student.logits is not None
         assert teacher.logits is not None
@@ -61,7 +63,7 @@ class Token(Objective):
         self.name, self.kind, self.temperature = name, kind, temperature
         self.student = self.teacher = Taps(logits=True)
 
-    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
         """Soft or hard.
 
         Raises:
@@ -89,7 +91,7 @@ class Decoupled(Objective):
         self.name, self.temperature, self.alpha, self.beta = name, temperature, alpha, beta
         self.student = self.teacher = Taps(logits=True)
 
-    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
         """The two parts with their factors, as `Objective.loss`.
 
         Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from ..values import ANY_INT, COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, KeyValues, not_empty, path
 
@@ -46,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["logit"],
         help="what the student imitates; several: one objective each",
     )
-    add("--kd-loss-type", choices=["kl"], default="kl", help="loss between logits; as in timm, which has one")
     add_weights(group)
     add("--kd-temperature", type=POSITIVE, default=4.0, help="softmax temperature of logit, token (soft) and dkd")
     add("--kd-token-distill-type", choices=["soft", "hard"], default="soft", help="soft: KL; hard: teacher's argmax")
@@ -124,7 +122,7 @@ def add_weights(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_projection(group: argparse._ArgumentGroup, distances: Sequence[str] = ("mse", "smooth_l1", "cosine")) -> None:
+def add_projection(group: argparse._ArgumentGroup) -> None:
     """How features are compared; also of `dtokd detect`."""
     add = group.add_argument
     add(
@@ -139,4 +137,9 @@ def add_projection(group: argparse._ArgumentGroup, distances: Sequence[str] = ("
         default="none",
         help="layernorm: of the teacher's features, over channels; standardize: both sides, per channel over the batch",
     )
-    add("--kd-feature-loss", choices=list(distances), default=distances[0], help="distance between features")
+    add(
+        "--kd-feature-loss",
+        choices=["mse", "smooth_l1", "cosine", "norm"],
+        default="mse",
+        help="distance between features; norm: the mean L2 norm of a row's difference",
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,7 +92,7 @@ class Review(Objective):
         self.head = Fusions(widths[0], width or min(512, widths[0][-1]), widths[1])
         self.student, self.teacher = Taps(logits=True, stages=stages[0]), Taps(stages=stages[1])
 
-    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Tensor) -> Tensor:
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
         """The sum of the stages' `hierarchical_context`, as `Objective.loss`."""
         assert isinstance(projected, list)
         pairs = [same_size(s, t.float()) for s, t in zip(projected, teacher.maps, strict=True)]

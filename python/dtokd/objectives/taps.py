@@ -1,8 +1,8 @@
-"""What objectives read of a model, CNN or transformer: logits, pooled features, maps of inner stages."""
+"""What objectives read of a model, classifier or detector: logits, pooled features, maps, tokens, boxes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,30 +27,74 @@ class Taps:
 
 
 class Outputs(NamedTuple):
-    """A model's outputs; what was not asked for is None or empty.
+    """A model's outputs; what was not asked for, or what this kind of model has not, is None or empty.
+
+    N counts a detector's predictions per image: queries, or places of all levels.
 
     Attributes:
-        logits: [B, classes].
+        logits: [B, classes]; of detectors [B, N, classes].
         token_logits: [B, classes] of the distillation head, if the model has one and it is being trained.
         pooled: [B, width].
-        maps: [B, channels, height, width] each, shallow to deep; a transformer's patch tokens on their grid.
+        maps: [B, channels, height, width] each, shallow to deep; a transformer's patch tokens on their grid, a
+            detector's levels.
+        boxes: [B, N, 4]; of queries centre, width and height relative to the image, of dense detectors what their
+            box coder decodes.
+        quality: [B, N] logits of FCOS's centerness.
+        body: [B, N, width] detection tokens after their first look at the image.
+        neck: [B, layers, N, width] detection tokens after each later layer.
+        loss: a detector's own training loss, where it was given the targets.
     """
 
     logits: Tensor | None = None
     token_logits: Tensor | None = None
     pooled: Tensor | None = None
     maps: tuple[Tensor, ...] = ()
+    boxes: Tensor | None = None
+    quality: Tensor | None = None
+    body: Tensor | None = None
+    neck: Tensor | None = None
+    loss: Tensor | None = None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Outputs:
+        """With every tensor changed in the same way."""
+        fields: Iterator[Any] = (
+            tuple(map(change, x)) if isinstance(x, tuple) else None if x is None else change(x) for x in self
+        )
+        return Outputs(*fields)
+
+    def of_stages(self, positions: Sequence[int]) -> Outputs:
+        """With the maps at these positions; with all of them where there are no positions."""
+        return self._replace(maps=tuple(self.maps[p] for p in positions)) if positions else self
+
+    def of_queries(self, index: Tensor) -> Outputs:
+        """With the queries at [B, n]."""
+
+        def pick(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[torch.arange(len(x), device=x.device)[:, None], index]
+
+        neck = None if self.neck is None else pick(self.neck.transpose(1, 2))
+        return self._replace(
+            logits=pick(self.logits),
+            boxes=pick(self.boxes),
+            body=pick(self.body),
+            neck=None if neck is None else neck.transpose(1, 2),
+        )
 
 
-def read(model: nn.Module, images: Tensor, taps: Taps) -> Outputs:
-    """One forward pass of a timm model that keeps what `taps` names.
+def read(model: nn.Module, images: Any, taps: Taps, target: Any = None) -> Outputs:
+    """One forward pass that keeps what `taps` names.
 
     Args:
-        model: with `forward_features`, `forward_head` and, for maps, `forward_intermediates`.
-        images: [B, channels, height, width], normalised.
+        model: of timm, with `forward_features`, `forward_head` and, for maps, `forward_intermediates`; or a detector,
+            with `observe`.
+        images: [B, channels, height, width], normalised; for a detector `detect.batch.Images`.
         taps: what to keep.
+        target: of the batch, for detectors, which compute their own loss.
     """
     module: Any = model  # timm models are typed as modules
+    if hasattr(module, "observe"):
+        observed: Outputs = module.observe(images, target)
+        return observed.of_stages(taps.stages)
     if not taps.pooled and not taps.stages:
         return Outputs(*_split(model(images)))
     maps: Sequence[Tensor] = ()
@@ -151,19 +195,4 @@ def choose_stages(
 
 def in_float32(outputs: Outputs) -> Outputs:
     """For losses: what autocast made of the outputs, in float32, as torch does by itself for most losses on a GPU."""
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.float()
-
-    maps = tuple(m.float() for m in outputs.maps)
-    return Outputs(cast(outputs.logits), cast(outputs.token_logits), cast(outputs.pooled), maps)
-
-
-def detach_copy(outputs: Outputs) -> Outputs:
-    """Ordinary float32 tensors: an inference tensor cannot be saved for a backward pass."""
-
-    def copy(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(torch.float32, copy=True)
-
-    maps = tuple(m.detach().to(torch.float32, copy=True) for m in outputs.maps)
-    return Outputs(copy(outputs.logits), copy(outputs.token_logits), copy(outputs.pooled), maps)
+    return outputs.each(Tensor.float)

@@ -1,8 +1,8 @@
-"""A timm `TrainingTask` for a student with any number of objectives and teachers."""
+"""A timm `TrainingTask` for a student, classifier or detector, with any number of objectives and teachers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,23 +16,34 @@ from .cache import TeacherCache
 from .taps import Outputs, Taps, in_float32, read
 from .teacher import Teacher
 
+#: From the student's and the teacher's outputs to indices [B, n] of their queries: which is which.
+Match = Callable[[Outputs, Outputs], tuple[Tensor, Tensor]]
+
 
 class Trainable(nn.Module):
     """The student and the objectives' heads: all that is trained, in one forward pass, as DDP wants it.
 
-    Attributes:
+    Args:
         student: the student alone.
         heads: projectors, by objective.
+        taps: what is read of the student.
+        views: by objective, positions of its maps among those of `taps`; all where it is missing.
     """
 
-    def __init__(self, student: nn.Module, heads: dict[str, nn.Module], taps: Taps) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        heads: dict[str, nn.Module],
+        taps: Taps,
+        views: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         super().__init__()
-        self.student, self.heads, self.taps = student, nn.ModuleDict(heads), taps
+        self.student, self.heads, self.taps, self._views = student, nn.ModuleDict(heads), taps, dict(views or {})
 
-    def forward(self, images: Tensor) -> tuple[Outputs, dict[str, Any]]:
+    def forward(self, images: Any, target: Any = None) -> tuple[Outputs, dict[str, Any]]:
         """The student's outputs and what each head makes of them."""
-        outputs = read(self.student, images, self.taps)
-        return outputs, {name: head(outputs) for name, head in self.heads.items()}
+        outputs = read(self.student, images, self.taps, target)
+        return outputs, {name: head(outputs.of_stages(self._views.get(name, ()))) for name, head in self.heads.items()}
 
     def no_weight_decay(self) -> set[str]:
         """The student's, with its new prefix, and what orthogonal projectors are made of: for timm's groups."""
@@ -51,16 +62,131 @@ class Trainable(nn.Module):
         return lambda name: layers.get(name.removeprefix("student."), last) if name.startswith("student.") else last
 
 
-class StudentTask(TrainingTask):
-    """What tasks with a `Trainable` have in common.
+class DistillationTask(TrainingTask):
+    """Task loss and objectives of one or several teachers, each on its own and as a weighted sum.
 
-    `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the student, `get_task_state()` the
-    heads' state, as in timm's tasks.
+    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}, the
+    task alone without a teacher. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the
+    student, `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
+
+    Args:
+        student: a timm model, or a detector.
+        criterion: of (logits, target); None for a detector, which computes its own loss.
+        lessons: pairs of a teacher and its objectives.
+        match: pairs the queries of student and teacher before they are compared; None to compare by index.
+        evaluator: makes what judges the student; None for timm's for classifiers.
+        task_weight: in the sum.
+        weights: in the sum, by objective.
+        device, dtype: of the task.
     """
 
     trainable_module: Any
 
-    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> StudentTask:
+    def __init__(
+        self,
+        student: nn.Module,
+        criterion: nn.Module | None,
+        lessons: Sequence[tuple[Teacher, Sequence[Objective]]] = (),
+        *,
+        match: Match | None = None,
+        evaluator: Callable[[], Any] | None = None,
+        task_weight: float = 1.0,
+        weights: dict[str, float] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(device=device, dtype=dtype, verbose=False)
+        self.lessons = [(teacher, list(objectives)) for teacher, objectives in lessons]
+        objectives = [o for _, several in self.lessons for o in several]
+        heads = {o.name: o.head.to(self.device) for o in objectives if o.head is not None}
+        taps = merge([o.student for o in objectives]) if objectives else Taps(logits=True)
+        self._views = {o.name: _positions(o.student, taps) for o in objectives}
+        self.trainable_module = Trainable(student, heads, taps, self._views)
+        self.criterion = None if criterion is None else criterion.to(self.device)
+        self._match, self._evaluator = match, evaluator
+        self.task_loss_weight = task_weight
+        self.distill_loss_weights = dict(weights or {o.name: 1.0 for o in objectives})
+        self.caches: list[TeacherCache | None] = [None] * len(self.lessons)
+        for teacher, _ in self.lessons:
+            teacher.to(self.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> DistillationTask:
+        super()._apply(fn, *args, **kwargs)
+        for teacher, _ in self.lessons:
+            teacher.to(self.device)
+        return self
+
+    def forward(self, input: Any, target: Any, key: Tensor | None = None) -> dict[str, Any]:
+        """The losses of a batch.
+
+        Args:
+            input: images [B, channels, height, width], normalised for the student; for detectors `detect.batch.Images`.
+            target: what the criterion, or the detector, takes.
+            key: [B, 2] from `KeyedDataset`, for cached teachers; without it they run.
+
+        Returns:
+            "loss", "output", "objectives": see the class.
+        """
+        outputs, projected = self.trainable_module(input, target)
+        outputs = in_float32(outputs)
+        losses: dict[str, Any] = {
+            "task": outputs.loss if self.criterion is None else self.criterion(outputs.logits, target)
+        }
+        total = self.task_loss_weight * losses["task"]
+        for (teacher, objectives), cache in zip(self.lessons, self.caches, strict=True):
+            taps = merge([o.teacher for o in objectives])
+            taught = teacher(input, taps) if cache is None or key is None else cache(teacher, input, taps, key)
+            own, heads = outputs, projected
+            if self._match is not None:
+                index, theirs = self._match(outputs, taught)
+                own, taught = outputs.of_queries(index), taught.of_queries(theirs)
+                heads = {n: p.of_queries(index) if isinstance(p, Outputs) else p for n, p in projected.items()}
+            for o in objectives:
+                loss = self._loss(o, own, heads, taught, taps, target)
+                total = total + self.distill_loss_weights[o.name] * loss
+                losses[o.name] = loss
+        return {
+            "loss": total,
+            "output": outputs.logits,
+            "objectives": {name: at_bound(loss) for name, loss in losses.items()},
+        }
+
+    def _loss(
+        self, o: Objective, outputs: Outputs, projected: dict[str, Any], taught: Outputs, taps: Taps, target: Any
+    ) -> Tensor:
+        student, lesson = outputs.of_stages(self._views[o.name]), taught.of_stages(_positions(o.teacher, taps))
+        return o.loss(student, projected.get(o.name), lesson, target)
+
+    def create_evaluator(self, **options: Any) -> Any:
+        """What judges the student, with timm's options."""
+        return super().create_evaluator(**options) if self._evaluator is None else self._evaluator()
+
+    @torch.no_grad()
+    def check(self, input_size: tuple[int, int, int]) -> None:
+        """Show every teacher and the student one image, so that what does not fit is found before training.
+
+        Raises:
+            ValueError: a teacher does not take an image of this size, or its features do not fit the student's.
+        """
+        image = torch.zeros(1, *input_size, device=self.device, dtype=self.dtype)
+        target = torch.zeros(1, dtype=torch.long, device=self.device)
+        outputs, projected = self.trainable_module.eval()(image)
+        outputs = in_float32(outputs)
+        for teacher, objectives in self.lessons:
+            taps = merge([o.teacher for o in objectives])
+            try:
+                taught = teacher(image, taps)
+            except Exception as error:
+                raise ValueError(
+                    f"--kd-model-name: teacher {teacher.name!r} does not take the student's images of {input_size}: "
+                    f"{error}; choose --kd-teacher-img-size, --img-size, or another teacher"
+                ) from error
+            for o in objectives:
+                # classes were compared when the task was made; some models' logits are others while they are trained
+                if o.student.pooled or o.student.stages:
+                    self._loss(o, outputs, projected, taught, taps, target)
+
+    def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> DistillationTask:
         """Wrap the student and the heads in DistributedDataParallel."""
         self.trainable_module = nn.parallel.DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
@@ -117,130 +243,6 @@ class StudentTask(TrainingTask):
         return [*(student[:-2] if exclude_head else student), *trainable.heads.parameters()]
 
 
-class DistillationTask(StudentTask):
-    """Task loss and objectives of one or several teachers, each on its own and as a weighted sum.
-
-    `forward` returns {"loss": weighted sum, "output": the student's logits, "objectives": {"task": ..., ...}}, the
-    task alone without a teacher. `get_trainable_module()` holds the student and the heads, `get_eval_model()` is the
-    student, `get_task_state()` the heads' state, as in timm's tasks. The teachers are in neither, nor in `state_dict`.
-
-    Args:
-        student: a timm model.
-        criterion: of (logits, target).
-        lessons: pairs of a teacher and its objectives.
-        task_weight: in the sum.
-        weights: in the sum, by objective.
-        device, dtype: of the task.
-        verbose: as timm's.
-    """
-
-    def __init__(
-        self,
-        student: nn.Module,
-        criterion: nn.Module,
-        lessons: Sequence[tuple[Teacher, Sequence[Objective]]] = (),
-        *,
-        task_weight: float = 1.0,
-        weights: dict[str, float] | None = None,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        verbose: bool = False,
-    ) -> None:
-        super().__init__(device=device, dtype=dtype, verbose=verbose)
-        self.lessons = [(teacher, list(objectives)) for teacher, objectives in lessons]
-        objectives = [o for _, several in self.lessons for o in several]
-        heads = {o.name: o.head.to(self.device) for o in objectives if o.head is not None}
-        taps = merge([o.student for o in objectives]) if objectives else Taps(logits=True)
-        self._views = {o.name: _stages_of(o.student, taps) for o in objectives}
-        self.trainable_module: Any = Trainable(student, _with_views(heads, self._views), taps)
-        self.criterion = criterion.to(self.device)
-        self.task_loss_weight = task_weight
-        self.distill_loss_weights = dict(weights or {o.name: 1.0 for o in objectives})
-        self.caches: list[TeacherCache | None] = [None] * len(self.lessons)
-        for teacher, _ in self.lessons:
-            teacher.to(self.device)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> DistillationTask:
-        super()._apply(fn, *args, **kwargs)
-        for teacher, _ in self.lessons:
-            teacher.to(self.device)
-        return self
-
-    def forward(self, input: Tensor, target: Tensor, key: Tensor | None = None) -> dict[str, Any]:
-        """The losses of a batch.
-
-        Args:
-            input: images [B, channels, height, width], normalised for the student.
-            target: what the criterion takes.
-            key: [B, 2] from `KeyedDataset`, for cached teachers; without it they run.
-
-        Returns:
-            "loss", "output", "objectives": see the class.
-        """
-        outputs, projected = self.trainable_module(input)
-        outputs = in_float32(outputs)
-        losses = {"task": self.criterion(outputs.logits, target)}
-        total = self.task_loss_weight * losses["task"]
-        for (teacher, objectives), cache in zip(self.lessons, self.caches, strict=True):
-            taps = merge([o.teacher for o in objectives])
-            taught = teacher(input, taps) if cache is None or key is None else cache(teacher, input, taps, key)
-            for o in objectives:
-                loss = self._loss(o, outputs, projected, taught, taps, target)
-                total = total + self.distill_loss_weights[o.name] * loss
-                losses[o.name] = loss
-        return {
-            "loss": total,
-            "output": outputs.logits,
-            "objectives": {name: at_bound(loss) for name, loss in losses.items()},
-        }
-
-    def _loss(
-        self, o: Objective, outputs: Outputs, projected: dict[str, Any], taught: Outputs, taps: Taps, target: Tensor
-    ) -> Tensor:
-        student, lesson = _pick(outputs, self._views[o.name]), _pick(taught, _stages_of(o.teacher, taps))
-        return o.loss(student, projected.get(o.name), lesson, target)
-
-    @torch.no_grad()
-    def check(self, input_size: tuple[int, int, int]) -> None:
-        """Show every teacher and the student one image, so that what does not fit is found before training.
-
-        Raises:
-            ValueError: a teacher does not take an image of this size, or its features do not fit the student's.
-        """
-        image = torch.zeros(1, *input_size, device=self.device, dtype=self.dtype)
-        target = torch.zeros(1, dtype=torch.long, device=self.device)
-        outputs, projected = self.trainable_module.eval()(image)
-        outputs = in_float32(outputs)
-        for teacher, objectives in self.lessons:
-            taps = merge([o.teacher for o in objectives])
-            try:
-                taught = teacher(image, taps)
-            except Exception as error:
-                raise ValueError(
-                    f"--kd-model-name: teacher {teacher.name!r} does not take the student's images of {input_size}: "
-                    f"{error}; choose --kd-teacher-img-size, --img-size, or another teacher"
-                ) from error
-            for o in objectives:
-                # classes were compared when the task was made; some models' logits are others while they are trained
-                if o.student.pooled or o.student.stages:
-                    self._loss(o, outputs, projected, taught, taps, target)
-
-
-class _View(nn.Module):
-    """A head that sees only its own objective's stages of the student's outputs."""
-
-    def __init__(self, head: nn.Module, positions: tuple[int, ...]) -> None:
-        super().__init__()
-        self.head, self.positions = head, positions
-
-    def forward(self, outputs: Outputs) -> Any:
-        return self.head(_pick(outputs, self.positions))
-
-
-def _with_views(heads: dict[str, nn.Module], views: dict[str, tuple[int, ...]]) -> dict[str, nn.Module]:
-    return {name: _View(head, views[name]) if views[name] else head for name, head in heads.items()}
-
-
 def merge(taps: Sequence[Taps]) -> Taps:
     """What serves all of several objectives.
 
@@ -254,9 +256,5 @@ def merge(taps: Sequence[Taps]) -> Taps:
     return Taps(any(t.logits for t in taps), pools.pop() if pools else "", tuple(stages))
 
 
-def _stages_of(own: Taps, merged: Taps) -> tuple[int, ...]:
+def _positions(own: Taps, merged: Taps) -> tuple[int, ...]:
     return tuple(merged.stages.index(index) for index in own.stages)
-
-
-def _pick(outputs: Outputs, positions: tuple[int, ...]) -> Outputs:
-    return outputs._replace(maps=tuple(outputs.maps[p] for p in positions)) if outputs.maps else outputs

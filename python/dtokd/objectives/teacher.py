@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..card import read_card
 from ..files import digest_of, read_weights
-from .taps import Outputs, Taps, detach_copy, read
+from .taps import Outputs, Taps, read
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,12 @@ class Teacher:
         self.model.to(device)
         return self
 
-    def view(self, images: Tensor) -> Tensor:
+    def view(self, images: Any) -> Any:
         """The student's images as the teacher expects them: resized, and in its own normalisation.
 
         Args:
-            images: [B, channels, height, width], normalised for the student.
+            images: [B, channels, height, width], normalised for the student; a detector's are no tensor and stay, as
+                they are not normalised yet.
         """
         if self.size is not None and tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)
@@ -93,13 +94,14 @@ class Teacher:
             images = (images * std_s + mean_s - mean_t) / std_t
         return images
 
-    def __call__(self, images: Tensor, taps: Taps) -> Outputs:
+    def __call__(self, images: Any, taps: Taps) -> Outputs:
         """Its outputs for the student's images, float32, outside any graph."""
         own = nullcontext() if self.dtype is None else torch.autocast(images.device.type, enabled=False)
         with torch.inference_mode(), own:
             view = self.view(images)
             outputs = self._read(self.model, view if self.dtype is None else view.to(self.dtype), taps)
-        return detach_copy(outputs)
+        # ordinary tensors: one of inference mode cannot be saved for a backward pass
+        return outputs.each(lambda x: x.detach().to(torch.float32, copy=True))
 
     def fingerprint(self) -> str:
         """sha256 of the weights, their names, dtypes and shapes, the layers, and of how the images are prepared."""

@@ -353,14 +353,13 @@ def _make_task(
     device: torch.device,
     input_size: tuple[int, int, int],
     names: list[str] | None,
-) -> TrainingTask:
+) -> DistillationTask:
     """Raises UsageError: a teacher cannot be loaded, or does not fit the student."""
     try:
         task = build(
             options, student, _criterion(options, loaders), device=device, dtype=torch.float32, names_of_classes=names
         )
-        if isinstance(task, DistillationTask):
-            task.check(input_size)
+        task.check(input_size)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     if loaders.keyed is not None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..batch import Detections, Images, Outputs, Target
+from ...objectives.taps import Outputs
+from ..batch import Detections, Images, Target
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Detections of one image that COCO's evaluation counts.
@@ -63,12 +64,8 @@ class Detector(nn.Module):
         """Pixels with the detector's own mean and deviation; padding is 0 after it."""
         return (images.pixels - self.mean) / self.std * images.mask[:, None]
 
-    def losses(self, images: Images, targets: list[Target]) -> tuple[Tensor, Outputs]:
-        """The detector's own training loss, a scalar, and its outputs."""
-        raise NotImplementedError
-
-    def observe(self, images: Images) -> Outputs:
-        """Its outputs."""
+    def observe(self, images: Images, targets: list[Target] | None = None) -> Outputs:
+        """Its outputs; with targets also its own training loss, a scalar."""
         raise NotImplementedError
 
     def detect(self, outputs: Outputs, images: Images) -> Detections:
@@ -88,5 +85,6 @@ class Detector(nn.Module):
 
     def probabilities(self, outputs: Outputs) -> Tensor:
         """[B, N, classes] in [0, 1]."""
+        assert outputs.logits is not None
         logits = outputs.logits.float()
         return logits.sigmoid() if self.sigmoid else logits.softmax(-1)[..., :-1]

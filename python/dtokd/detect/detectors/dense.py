@@ -15,7 +15,8 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ...errors import UsageError
-from ..batch import Detections, Images, Outputs, Target
+from ...objectives.taps import Outputs
+from ..batch import Detections, Images, Target
 from .base import MEAN, MOST, STD, Detector, take_any_image
 
 #: Strides of the backbone's maps that the pyramid takes; it adds 64 and 128.
@@ -116,21 +117,22 @@ class Dense(Detector):
         # resizing, padding and normalising are ours: teacher and student must see the same pixels
         del self.net.transform
 
-    def observe(self, images: Images) -> Outputs:
-        """See `Detector`."""
+    def observe(self, images: Images, targets: list[Target] | None = None) -> Outputs:
+        """See `Detector`. The loss is the sum of FCOS's focal, GIoU and centerness, or RetinaNet's focal and L1."""
         maps = tuple(self.net.backbone(self.normalised(images)).values())
         head = self.net.head(list(maps))
         quality = head.get("bbox_ctrness")
-        return Outputs(
-            head["cls_logits"], head["bbox_regression"], None if quality is None else quality.squeeze(-1), maps
+        outputs = Outputs(
+            head["cls_logits"],
+            boxes=head["bbox_regression"],
+            quality=None if quality is None else quality.squeeze(-1),
+            maps=maps,
         )
-
-    def losses(self, images: Images, targets: list[Target]) -> tuple[Tensor, Outputs]:
-        """FCOS: focal, GIoU, centerness; RetinaNet: focal, L1; their sum."""
-        outputs = self.observe(images)
+        if targets is None:
+            return outputs
         more = (self._per_level(outputs),) if self.kind == "fcos" else ()
         losses = self.net.compute_loss(targets, self._head(outputs), self._anchors(outputs, images), *more)
-        return sum(losses.values(), outputs.logits.new_zeros((), dtype=torch.float32)), outputs
+        return outputs._replace(loss=torch.stack([loss.float() for loss in losses.values()]).sum())
 
     def detect(self, outputs: Outputs, images: Images) -> Detections:
         """Scores above the threshold, non-maximum suppression per class."""
@@ -140,6 +142,8 @@ class Dense(Detector):
         return Detections(self.net.postprocess_detections(head, anchors, images.sizes))
 
     def _head(self, outputs: Outputs) -> dict[str, Tensor]:
+        assert outputs.logits is not None
+        assert outputs.boxes is not None
         head = {"cls_logits": outputs.logits.float(), "bbox_regression": outputs.boxes.float()}
         return head if outputs.quality is None else {**head, "bbox_ctrness": outputs.quality.float().unsqueeze(-1)}
 
@@ -149,5 +153,6 @@ class Dense(Detector):
 
     def _per_level(self, outputs: Outputs) -> list[int]:
         places = [m.shape[-2] * m.shape[-1] for m in outputs.maps]
+        assert outputs.logits is not None
         each = outputs.logits.shape[1] // sum(places)
         return [each * n for n in places]

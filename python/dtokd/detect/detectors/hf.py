@@ -11,8 +11,9 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from ...errors import UsageError
+from ...objectives.taps import Outputs
 from ...texts import parse_json
-from ..batch import Detections, Images, Outputs, Target
+from ..batch import Detections, Images, Target
 from .base import MEAN, MOST, STD, Detector, take_any_image
 
 #: Kinds whose classes compete in a softmax with "no object".
@@ -56,12 +57,14 @@ class HFDetector(Detector):
         mask = {} if self.kind == "yolos" else {"pixel_mask": images.mask.long()}
         return self.net(pixel_values=self.normalised(images), output_hidden_states=True, **mask, **labels)
 
-    def observe(self, images: Images) -> Outputs:
-        """See `Detector`."""
-        return self._outputs(self._run(images), images)
+    def observe(self, images: Images, targets: list[Target] | None = None) -> Outputs:
+        """See `Detector`.
 
-    def losses(self, images: Images, targets: list[Target]) -> tuple[Tensor, Outputs]:
-        """Hungarian matching with the objects, then classes, L1 and GIoU, of all layers; weights are the config's."""
+        The loss: Hungarian matching with the objects, then classes, L1 and GIoU, of all layers, with the weights of the
+        config.
+        """
+        if targets is None:
+            return self._outputs(self._run(images), images)
         labels = [
             {"class_labels": t["labels"], "boxes": _relative(t["boxes"], size)}
             for t, size in zip(targets, images.sizes, strict=True)
@@ -71,7 +74,7 @@ class HFDetector(Detector):
         if self.class_weight != 1:
             classes = [value for name, value in result.loss_dict.items() if name.startswith("loss_ce")]
             loss = loss + (self.class_weight - 1) * torch.stack(classes).sum()
-        return loss, self._outputs(result, images)
+        return self._outputs(result, images)._replace(loss=loss)
 
     def _outputs(self, result: Any, images: Images) -> Outputs:
         """In training RT-DETR has denoising queries before its own."""
@@ -80,7 +83,7 @@ class HFDetector(Detector):
         last = result.last_hidden_state
         if self.kind == "yolos":
             patches = last[:, 1 : last.shape[1] - n]
-            return Outputs(logits, boxes, maps=self._grids(patches, images), body=last[:, -n:])
+            return Outputs(logits, boxes=boxes, maps=self._grids(patches, images), body=last[:, -n:])
         layers = getattr(result, "intermediate_hidden_states", None)
         if layers is None:  # the first of the hidden states is the input
             layers = torch.stack(result.decoder_hidden_states[1:], dim=1)
@@ -88,8 +91,8 @@ class HFDetector(Detector):
         memory = result.encoder_last_hidden_state
         maps = tuple(memory) if isinstance(memory, (list, tuple)) else self._grids(memory, images)
         if layers.shape[1] == 1:
-            return Outputs(logits, boxes, maps=maps, neck=layers)
-        return Outputs(logits, boxes, maps=maps, body=layers[:, 0], neck=layers[:, 1:])
+            return Outputs(logits, boxes=boxes, maps=maps, neck=layers)
+        return Outputs(logits, boxes=boxes, maps=maps, body=layers[:, 0], neck=layers[:, 1:])
 
     def _grids(self, tokens: Tensor, images: Images) -> tuple[Tensor, ...]:
         """Tokens [B, N, width] of one or several levels as maps; strides double from level to level."""
@@ -112,6 +115,7 @@ class HFDetector(Detector):
         """The best pairs of query and class."""
         scores = self.probabilities(outputs).flatten(1)
         best, index = scores.topk(min(MOST, scores.shape[1]), dim=1)
+        assert outputs.boxes is not None
         found = []
         for i, size in enumerate(images.sizes):
             query, label = index[i] // self.classes, index[i] % self.classes
