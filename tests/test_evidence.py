@@ -41,7 +41,8 @@ def data():
     logits = torch.nn.functional.one_hot(labels).float() * 3
     features = torch.randn(96, 20, generator=generator)
     judged = (images[:32], labels[:32])
-    return DataSet(images, labels, logits, features, *judged, *judged, torch.tensor(1.0).double())
+    right = torch.tensor(1.0).double()
+    return DataSet(images, labels, logits, features, *judged, *judged, right, right)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class DataSet:
         images, labels: the pool for training, [N, C, H, W] float32 in [-1, 1] and [N] int64.
         logits, features: the teacher's for that pool, [N, classes] and [N, width] float32.
         validation_images, validation_labels, test_images, test_labels: the same for choosing and for judging.
-        teacher_accuracy: [] float64, of the teacher on the test images.
+        teacher_accuracy, teacher_validation: [] float64, of the teacher on the test and on the validation images.
     """
 
     images: Tensor
@@ -64,6 +64,7 @@ class DataSet:
     test_images: Tensor
     test_labels: Tensor
     teacher_accuracy: Tensor
+    teacher_validation: Tensor
 
     @property
     def validation(self) -> Images:
@@ -128,7 +129,7 @@ def _silhouettes(images: Tensor, labels: Tensor, *, student: int, teacher: int, 
         chosen.labels,
         judged.images,
         judged.labels,
-        torch.tensor(accuracy(model, judged), dtype=torch.float64),
+        *(torch.tensor(accuracy(model, images), dtype=torch.float64) for images in (judged, chosen)),
     )
 
 
@@ -146,7 +147,7 @@ def wrong_teacher(base: DataSet) -> DataSet:
     """A teacher that takes each class for the next one."""
     wrong = base.logits.roll(1, 1)
     right = (wrong.argmax(1) == base.labels).double().mean()
-    return replace(base, logits=wrong, teacher_accuracy=right)
+    return replace(base, logits=wrong, teacher_accuracy=right, teacher_validation=right.clone())
 
 
 def weak_teacher(base: DataSet, iterations: int) -> DataSet:
@@ -156,8 +157,10 @@ def weak_teacher(base: DataSet, iterations: int) -> DataSet:
     if iterations:
         train_teacher(model, Images(base.images, base.labels), iterations=iterations, seed=1)
     logits, features = _outputs(model, base.images)
-    right = torch.tensor(accuracy(model, base.test), dtype=torch.float64)
-    return replace(base, logits=logits, features=features, teacher_accuracy=right)
+    test, validation = (
+        torch.tensor(accuracy(model, part), dtype=torch.float64) for part in (base.test, base.validation)
+    )
+    return replace(base, logits=logits, features=features, teacher_accuracy=test, teacher_validation=validation)
 
 
 def few_images(base: DataSet, originals: int, of: int) -> DataSet:
@@ -183,7 +186,7 @@ def photos() -> DataSet:
         logits = {part: classifier(features[part]) for part in features}
     ratio = TEACHER_PIXELS // STUDENT_PIXELS
     small = {part: F.avg_pool2d(images, ratio) * 2 - 1 for part, (images, _) in crops.items()}
-    right = logits["test"].argmax(1) == crops["test"][1]
+    right = {part: (logits[part].argmax(1) == crops[part][1]).double().mean() for part in ("test", "validation")}
     return DataSet(
         small["train"],
         crops["train"][1],
@@ -193,7 +196,8 @@ def photos() -> DataSet:
         crops["validation"][1],
         small["test"],
         crops["test"][1],
-        right.double().mean(),
+        right["test"],
+        right["validation"],
     )
 
 

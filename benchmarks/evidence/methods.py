@@ -14,7 +14,19 @@ from torch import Tensor
 
 from dtokd_kernels import DTOAdamW
 from dtokd_kernels.sources import Ema
-from dtokd_kernels.weighting import DTO, Amortized, Auto, Fixed, HeldOut, LogSum, PCGrad, Reachable, Share, TaskFirst
+from dtokd_kernels.weighting import (
+    DTO,
+    Amortized,
+    Auto,
+    Fixed,
+    HeldOut,
+    LogSum,
+    PCGrad,
+    Reachable,
+    Share,
+    TaskFirst,
+    WhileBetter,
+)
 
 from .trials import AdamMetric, OwnMomentum
 
@@ -35,6 +47,7 @@ class Method:
         combine: what becomes of the losses before the optimizer sees them.
         only: the kinds of loss it is for; empty for all.
         held_out: steps from one look at a batch of the validation images to the next; 0 for none.
+        compared: steps from one comparison of student and teacher, on a batch of the validation images, to the next.
         fixed: the weight of distillation, shared equally by its losses, where it is one of the fixed weights among
             which validation chooses; None where the weighting decides.
     """
@@ -45,6 +58,7 @@ class Method:
     combine: Callable[[Losses], Losses] = dict
     only: Sequence[str] = ()
     held_out: int = 0
+    compared: int = 0
     fixed: float | None = None
 
     def own(self, distillations: int) -> dict[str, Any]:
@@ -120,6 +134,7 @@ METHODS = (
     Method("held-out gain", {"weighting": HeldOut("task")}, held_out=5),
     Method("held-out gain, each step", {"weighting": HeldOut("task", beta=0.99)}, held_out=1),
     Method("auto", {"weighting": Auto("task", window=20)}, held_out=5),
+    Method("while better", {"weighting": WhileBetter("task")}, compared=5),
     Method("share, half", {"weighting": Share()}),
     Method("DTO, reachable", {"weighting": Reachable()}),
     Method("task first, cosine", {"weighting": TaskFirst("task")}),

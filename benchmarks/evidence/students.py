@@ -77,6 +77,9 @@ def train(data: DataSet, objective: str | None, method: Method, *, lr: float, se
             losses = _losses(model, data, lessons, index)
             if method.held_out and len(balances) % method.held_out == 0:
                 measure_held_out(optimizer, losses, _held_out(model, data, seed, len(balances)))
+            if method.compared and len(balances) % method.compared == 0:
+                error = _error(model, data, seed, len(balances))
+                optimizer.weighting.observe(student=error, teacher=1 - data.teacher_validation)
             optimizer.backward(method.combine(losses))
             optimizer.step()
             optimizer.zero_grad()
@@ -117,12 +120,25 @@ def _losses(model: Trainable, data: DataSet, lessons: Sequence[Objective], index
 
 def _held_out(model: Trainable, data: DataSet, seed: int, step: int) -> Tensor:
     """The task's loss on a batch of the validation images, which also choose learning rates and fixed weights."""
+    logits, labels = _validation_batch(model, data, seed, step)
+    return nn.functional.cross_entropy(logits, labels)
+
+
+@torch.no_grad()
+def _error(model: Trainable, data: DataSet, seed: int, step: int) -> Tensor:
+    """The student's error rate on such a batch."""
+    logits, labels = _validation_batch(model, data, seed, step)
+    return (logits.argmax(1) != labels).double().mean()
+
+
+def _validation_batch(model: Trainable, data: DataSet, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """The student's logits, normalised by the batch as in training, and labels."""
     generator = torch.Generator().manual_seed((seed + 1) * 1_000_003 + step)
     index = torch.randint(len(data.validation_labels), (BATCH,), generator=generator)
     with frozen_statistics(model):
         outputs, _ = model(data.validation_images[index])
     assert outputs.logits is not None
-    return nn.functional.cross_entropy(outputs.logits, data.validation_labels[index])
+    return outputs.logits, data.validation_labels[index]
 
 
 def _figures(balances: list[Balance], losses: Tensor) -> dict[str, float]:

@@ -36,6 +36,7 @@ name                        what the weights solve                              
 `TaskFirst`                 the primary gradient, and what does not work against it      no    yes   yes
 `Auto`                      one of four, by what they do for new samples                 (3)   (4)   yes
 `HeldOut`                   nearest to the task's gradient on samples that are held out  (3)   (4)   yes
+`WhileBetter`               nothing: constants, while the teacher is better              no    no    yes
 ==========================  ===========================================================  ====  ====  ======
 
 log: the default of `log_gradients`; most take it as an option. (1) for reading "gram" only; (2) yes for `LogSum`;
@@ -69,6 +70,7 @@ from .stateful import Stateful
 from .taskfirst import TaskFirst
 from .uncertainty import UncertaintyWeighting
 from .upgrad import UPGrad
+from .whilebetter import WhileBetter
 
 __all__ = [
     "DTO",
@@ -93,6 +95,7 @@ __all__ = [
     "TaskFirst",
     "UPGrad",
     "UncertaintyWeighting",
+    "WhileBetter",
     "from_name",
 ]
 
@@ -120,6 +123,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Weighting]] = {
     "taskfirst": TaskFirst,
     "uncertainty": UncertaintyWeighting,
     "upgrad": UPGrad,
+    "whilebetter": WhileBetter,
 }
 
 #: What `from_name` knows.

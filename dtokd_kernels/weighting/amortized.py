@@ -31,6 +31,9 @@ class Amortized(Stateful):
       the losses' units: its sign turns where that of sum_j pi_j log L_j does, and its fixed points are no Pareto
       condition. Needs no Gram matrix.
 
+    A loss that falls to nearly 0 without help to the task takes the whole step: its log-gradient grows like 1 / L, pi
+    stays near 1 / K. With a teacher whose outputs are trivial the student learns nothing else (docs/evidence.md).
+
     Source: DTO-KD (ICLR 2026), Algorithm 1, Eq. 6 and 18; FAMO (Liu et al., NeurIPS 2023), Algorithm 1, which divides
     the coefficients by their sum (`rescale="sum"` of the optimizers) and whose code uses Adam with coupled decay.
 
