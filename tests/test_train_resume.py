@@ -110,6 +110,7 @@ VARIANTS = {
     "filled": "--opt adamw --kd-balance amortized --kd-balance-gram ema:0.9 --kd-distill-type feature --workers 0",
     "timm": "--opt sgd --sched plateau --cutmix 1 --workers 0",
     "heldout": "--opt dtoadamw --kd-balance heldout --kd-held-out 0.25 --kd-held-out-every 2 --drop 0.2 --workers 0",
+    "whilebetter": "--opt adamw --kd-balance whilebetter --kd-held-out 0.25 --kd-held-out-every 2 --workers 0",
 }
 
 

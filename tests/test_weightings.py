@@ -37,11 +37,12 @@ MAKERS["taskfirst"] = lambda **options: weighting.TaskFirst(
     0, "pcd", tau=0.9, **options
 )  # "cosine" has weights of 0, 1
 STATEFUL = [name for name, make in MAKERS.items() if isinstance(make(), weighting.Stateful)]
-NEED_NO_GRAM = {"amortized", "auto", "dwa", "eq18", "famo", "fixed", "heldout", "logsum", "rlw", "uncertainty"}
+#: These learn from measurements on held-out samples, not from steps (test_held_out.py, test_while_better.py).
+OBSERVING = {"heldout", "auto", "whilebetter"}
+NEED_NO_GRAM = {"amortized", "dwa", "eq18", "famo", "fixed", "logsum", "rlw", "uncertainty", *OBSERVING}
 each_weighting = pytest.mark.parametrize("name", MAKERS)
 each_stateful = pytest.mark.parametrize("name", STATEFUL)
-#: What `HeldOut` and `Auto` learn they learn from measurements, not from steps (test_held_out.py).
-learning_from_steps = pytest.mark.parametrize("name", [name for name in STATEFUL if name not in ("heldout", "auto")])
+learning_from_steps = pytest.mark.parametrize("name", [name for name in STATEFUL if name not in OBSERVING])
 
 
 def gram_of(J):
@@ -209,7 +210,8 @@ def test_says_whether_it_needs_the_gram(name):
 
 
 @pytest.mark.parametrize(
-    "name", sorted(set(MAKERS) - {"rlw", "fixed", "logsum", "dto", "mgda", "taskfirst", "heldout", "auto"})
+    "name",
+    sorted(set(MAKERS) - {"rlw", "fixed", "logsum", "dto", "mgda", "taskfirst", *OBSERVING}),
 )
 @pytest.mark.parametrize("K", [2, 3, 8])
 @pytest.mark.parametrize("family", ["random", "conflicting"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -129,7 +128,7 @@ class WhileBetter(Stateful):
         Effects: no host sync.
         """
         for name, value in (("student", student), ("teacher", teacher)):
-            if (value.numel() != 1) if isinstance(value, Tensor) else not value >= 0 and not math.isnan(value):
+            if (value.numel() != 1) if isinstance(value, Tensor) else value < 0:
                 raise ValueError(
                     f"WhileBetter.observe: {name} is {value!r}; pass an error as one number that is not negative"
                 )

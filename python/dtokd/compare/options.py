@@ -18,6 +18,7 @@ ARMS = (
     "logsum",
     "famo",
     "heldout",
+    "whilebetter",
     "dto",
 )
 #: Options of the comparison, which a run of it does not have.
@@ -37,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(ARMS),
         metavar="ARM",
         help="none: without a teacher, always among them; fixed:W: timm's sum of W task + (1-W) distill; share:W: the "
-        "task gets the share W of the gradient's norm; heldout:S and auto:S: S of the training images set the "
-        "weights; or any --kd-balance. Options follow a colon: "
+        "task gets the share W of the gradient's norm; heldout:S, auto:S and whilebetter:S: S of the training "
+        "images set the weights; or any --kd-balance. Options follow a colon: "
         "dto:rescale=sum,gram=overlap,opt=dtoadamw,lr=0.001, and the rule's own, as in cagrad:c=0.4",
     )
     add("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], metavar="N", help="each arm is trained with each")

@@ -1,4 +1,4 @@
-"""Images that are never trained on, and what they tell about the weights (`--kd-balance heldout`, `auto`)."""
+"""Images that are never trained on, which set the weights (`--kd-balance heldout`, `auto`, `whilebetter`)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.task import TrainingTask
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset, IterableDataset
 
 import dtokd_kernels as dk
-from dtokd_kernels.weighting import Auto, HeldOut
+from dtokd_kernels.weighting import Auto, HeldOut, WhileBetter
 
 from ..errors import UsageError
+from ..objectives.taps import Taps
+from ..objectives.task import DistillationTask
+from ..objectives.teacher import Teacher
 from .options import HELD_OUT, LOOKING
 from .steps import Stepper, losses_of
 
@@ -76,7 +79,7 @@ def check(options: argparse.Namespace) -> None:
     if share and not looks:
         raise UsageError(
             f"--kd-held-out: {share:g}, but --kd-balance {options.kd_balance} does not look at held-out images; choose "
-            "heldout or auto, or leave it out"
+            f"{' or '.join(LOOKING)}, or leave it out"
         )
     if share and options.kd_cache_teacher:
         raise UsageError("--kd-held-out: does not go together with --kd-cache-teacher yet; leave one of them out")
@@ -106,16 +109,19 @@ def split(options: argparse.Namespace, images: Any) -> tuple[Any, Any | None]:
 
 
 class HeldOutImages:
-    """Measures the gradients on a held-out batch every few steps.
+    """Measures the gradients, or the errors of student and teacher, on a held-out batch every few steps.
 
     Args:
         loader: of the held-out images, in one order.
         every: steps from one measurement to the next.
-        task: holds the student.
+        task: holds the student and its teachers.
         stepper: holds optimizer and weighting.
         autocast: makes the context of the forward pass.
         channels_last: memory format of the input.
         say: takes the line on what `Auto` has chosen.
+
+    Raises:
+        UsageError: student and teacher are to be compared, and no teacher has the student's classes.
     """
 
     def __init__(
@@ -129,7 +135,9 @@ class HeldOutImages:
         say: Callable[[str], None] = print,
     ) -> None:
         self._say = say
-        assert isinstance(stepper.weighting, (HeldOut, Auto))
+        assert isinstance(stepper.weighting, (HeldOut, Auto, WhileBetter))
+        if isinstance(stepper.weighting, WhileBetter):
+            self._teachers = _classifiers(task)
         self._loader, self._every, self._weighting = loader, every, stepper.weighting
         self._task, self._stepper, self._autocast, self._channels_last = task, stepper, autocast, channels_last
         self._batches: Iterator[Any] = iter(())
@@ -142,7 +150,8 @@ class HeldOutImages:
             updates: steps so far.
             result: of the task, for the first micro-batch of a step; its graph stays.
         """
-        if updates % self._every or self._weighting.done:
+        weighting = self._weighting
+        if updates % self._every or (not isinstance(weighting, WhileBetter) and weighting.done):
             return
         images, target = self._batch(updates // self._every)
         if self._channels_last:
@@ -152,13 +161,27 @@ class HeldOutImages:
             logits = student(images)
             logits = logits[0] if isinstance(logits, (tuple, list)) else logits
             loss = F.cross_entropy(logits.float(), target)
+        if isinstance(weighting, WhileBetter):
+            weighting.observe(*self._errors(images, logits, target))
+            return
         if loss.device.type == "cpu" and not loss.isfinite():
             return  # as on a GPU, where the host does not know; training finds out by its own losses
         dk.measure_held_out(
-            self._stepper.optimizer, losses_of(result), loss, weighting=self._weighting, scaler=self._stepper.scaler
+            self._stepper.optimizer, losses_of(result), loss, weighting=weighting, scaler=self._stepper.scaler
         )
-        if self._weighting.done and isinstance(self._weighting, Auto) and (line := self._weighting.report()):
+        if weighting.done and isinstance(weighting, Auto) and (line := weighting.report()):
             self._say(line)
+
+    @torch.no_grad()
+    def _errors(self, images: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Error rates of the student and of the best teacher, over all processes."""
+        with self._autocast():
+            taught = [teacher(images, Taps(logits=True)).logits for teacher in self._teachers]
+        rates = torch.stack([(of.argmax(1) != target).double().mean() for of in (logits, *taught) if of is not None])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(rates)
+            rates /= torch.distributed.get_world_size()
+        return rates[0], rates[1:].min()
 
     def _batch(self, number: int) -> Any:
         """The batch of a measurement, whatever came before: a resumed run takes the same."""
@@ -169,6 +192,24 @@ class HeldOutImages:
                 next(self._batches)
         self._next = place + 1
         return next(self._batches)
+
+
+def _classifiers(task: TrainingTask) -> list[Teacher]:
+    """The teachers that have the student's classes.
+
+    Raises:
+        UsageError: none has.
+    """
+    assert isinstance(task, DistillationTask)
+    student: Any = task.get_eval_model()
+    teachers = [teacher for teacher, _ in task.lessons]
+    found = [t for t in teachers if getattr(t.model, "num_classes", None) == student.num_classes]
+    if not found:
+        raise UsageError(
+            f"--kd-balance whilebetter: no teacher has a classifier for the student's {student.num_classes} classes, "
+            "so that their errors cannot be compared; choose another rule"
+        )
+    return found
 
 
 @contextmanager

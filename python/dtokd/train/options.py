@@ -55,9 +55,10 @@ BALANCES = (
     "taskfirst",
     "uncertainty",
     "upgrad",
+    "whilebetter",
 )
 #: Those that look at held-out images, and the share of the training images that is kept for them by default.
-LOOKING, HELD_OUT = ("heldout", "auto"), 0.05
+LOOKING, HELD_OUT = ("heldout", "auto", "whilebetter"), 0.05
 #: timm's and torch's own, which a test compares with theirs.
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
@@ -234,15 +235,16 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
         "--kd-held-out",
         type=Number(float, least=0, most=0.5),
         metavar="SHARE",
-        help="of the training images, kept from training: --kd-balance heldout and auto weigh by the loss there; "
-        f"default: {HELD_OUT} for these two, else 0",
+        help=f"of the training images, kept from training: --kd-balance {', '.join(LOOKING)} look at the student "
+        f"there; default: {HELD_OUT} for these, else 0",
     )
     group.add_argument(
         "--kd-held-out-every",
         type=Number(int, least=1),
         default=20,
         metavar="N",
-        help="steps from one look at a held-out batch to the next; each costs a forward and K + 1 backward passes",
+        help="steps from one look at a held-out batch to the next; each costs a forward and K + 1 backward passes, or "
+        "a forward pass of student and teacher (whilebetter)",
     )
     group.add_argument(
         "--kd-balance-params",

@@ -1,0 +1,167 @@
+"""`WhileBetter`: distillation has a constant share while the teacher is better, and none where it is not."""
+
+import copy
+import csv
+
+import pytest
+import torch
+from dtokd.cli import main
+from dtokd.errors import UsageError
+from dtokd.train.heldout import _classifiers
+
+import dtokd_kernels as dk
+from dtokd_kernels.weighting import WhileBetter
+
+from .digits import common, distilling
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+EYE = torch.eye(3, dtype=torch.float64)
+ONES = torch.ones(3, dtype=torch.float64)
+OPEN, CLOSED = [0.25, 0.375, 0.375], [1.0, 0.0, 0.0]
+
+
+def weights(rule, skipped=False):
+    rule.expect(("task", "a", "b"))
+    found = rule(EYE, ONES)
+    rule.commit(torch.tensor(skipped))
+    return found.tolist()
+
+
+def rule_of(**options):
+    return WhileBetter("task", share=0.75, **options)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        (0.5, 0.1, OPEN),
+        (0.5, 0.474, OPEN),
+        (0.5, 0.476, CLOSED),  # not lower by the margin of 5 %
+        (0.5, 0.5, CLOSED),
+        (0.1, 0.5, CLOSED),
+        (0.0, 0.0, CLOSED),
+        (2.3, 0.0, OPEN),
+    ],
+)
+def test_the_gate(student, teacher, expected):
+    rule = rule_of()
+    assert weights(rule) == CLOSED  # nothing is known yet
+    rule.observe(student=student, teacher=torch.tensor(teacher))
+    assert weights(rule) == expected
+
+
+def test_averages_decide_and_a_teacher_that_is_overtaken_is_left():
+    """By the formula: sums of 0.9^(n - i) 0.1 x_i, which decay alike, so that no bias is to be corrected."""
+    rule, student, teacher, seen = rule_of(), 0.0, 0.0, []
+    for error in (0.9, 0.6, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1):
+        rule.observe(error, 0.3)
+        student, teacher = 0.9 * student + 0.1 * error, 0.9 * teacher + 0.1 * 0.3
+        seen.append(weights(rule))
+        assert seen[-1] == (OPEN if teacher < 0.95 * student else CLOSED)
+    assert seen[0] == OPEN
+    assert seen[-1] == CLOSED
+
+
+def test_what_is_not_finite_changes_nothing():
+    rule = rule_of()
+    rule.observe(0.5, 0.1)
+    before = rule.state_dict()
+    rule.observe(torch.tensor(float("nan")), 0.9)
+    rule.observe(0.1, torch.tensor(float("inf")))
+    rule.observe(0.1, float("nan"))
+    assert {name: float(before[name]) for name in ("student", "teacher")} == {
+        name: float(rule.state_dict()[name]) for name in ("student", "teacher")
+    }
+    assert weights(rule) == OPEN
+
+
+def test_state_goes_on():
+    rule = rule_of()
+    rule.observe(0.5, 0.1)
+    weights(rule)
+    fresh = rule_of()
+    fresh.load_state_dict(copy.deepcopy(rule.state_dict()))
+    for error in (0.2, 0.05, 0.01):
+        for each in (rule, fresh):
+            each.observe(error, 0.3)
+        assert weights(rule) == weights(fresh)
+    assert {k: v for k, v in rule.state_dict().items() if k != "objectives"} == {
+        k: v for k, v in fresh.state_dict().items() if k != "objectives"
+    }
+    with pytest.raises(ValueError, match="the state is of HeldOut"):
+        fresh.load_state_dict({"gram": torch.eye(1), "rule": "HeldOut"})
+
+
+def test_one_objective_and_an_optimizer():
+    w = torch.nn.Parameter(torch.ones(2))
+    rule = WhileBetter()
+    optimizer = dk.DTOSGD([w], lr=0.0, weighting=rule)
+    rule.observe(0.9, 0.1)
+    optimizer.backward([w.square().sum()])
+    optimizer.step()
+    assert optimizer.balance.weights.tolist() == [1.0]
+
+
+def test_a_warning_where_nothing_is_compared():
+    rule = rule_of()
+    for _ in range(99):
+        weights(rule)
+    with pytest.warns(UserWarning, match="call observe"):
+        weights(rule)
+    weights(rule)  # and no second one
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"share": 1.0}, "share is 1.0"), ({"margin": -0.1}, "margin is -0.1"), ({"beta": float("nan")}, "beta is nan")],
+)
+def test_refused_options(options, told):
+    with pytest.raises(ValueError, match=told):
+        WhileBetter(**options)
+
+
+def test_refused_calls():
+    rule = rule_of()
+    with pytest.raises(ValueError, match="primary is 'task', but the losses are"):
+        rule.expect(("a", "b"))
+    for bad in (-0.1, torch.ones(2)):
+        with pytest.raises(ValueError, match="student is"):
+            rule.observe(bad, 0.1)
+    assert rule.state_dict() == {}
+
+
+def test_train_compares_on_held_out_images(digits, teacher, tmp_path, monkeypatch):
+    seen, observe = [], WhileBetter.observe
+
+    def watched(self, student, teacher):
+        seen.append((float(student), float(teacher)))
+        observe(self, student, teacher)
+
+    monkeypatch.setattr(WhileBetter, "observe", watched)
+    options = [*common(digits, tmp_path), *distilling(teacher), "--kd-balance", "whilebetter", "--kd-held-out", "0.25"]
+    options += ["--kd-held-out-every", "2", "--opt", "adamw", "-b", "8", "--log-interval", "1", "--experiment", "x"]
+    assert main(["train", *options]) == 0
+    with (tmp_path / "x" / "steps.csv").open(newline="") as file:
+        found = [float(row["weight_kl"]) for row in csv.DictReader(file)]
+    assert len(seen) == -(-len(found) // 2)
+    assert all(0 <= rate <= 1 for pair in seen for rate in pair)
+    rule = WhileBetter("task")
+    for i, weight in enumerate(found):
+        if i % 2 == 0:
+            rule.observe(*seen[i // 2])
+        rule.expect(("task", "kl"))
+        assert weight == pytest.approx(float(rule(torch.eye(2, dtype=torch.float64), ONES[:2])[1]))
+
+
+def test_a_teacher_without_the_classes_is_refused_before_training():
+    from dtokd.objectives.task import DistillationTask
+
+    class Student(torch.nn.Linear):
+        num_classes = 4
+
+    task = DistillationTask(Student(2, 4), None)
+    with pytest.raises(UsageError, match="no teacher has a classifier for the student's 4 classes"):
+        _classifiers(task)
