@@ -68,14 +68,14 @@ class WhileBetter(Stateful):
     primary: str | int = 0
     share: float = 0.7
     margin: float = 0.05
-    beta: float = 0.9
+    beta: float = 0.5
     log_gradients: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = False
     _steps = 0  # taken before the first call of `observe`
     _observed = False
 
     def __post_init__(self) -> None:
-        for name, value, like in (("share", self.share, 0.7), ("margin", self.margin, 0.05), ("beta", self.beta, 0.9)):
+        for name, value, like in (("share", self.share, 0.7), ("margin", self.margin, 0.05), ("beta", self.beta, 0.5)):
             check_number("WhileBetter", name, value, 0, f"from 0 to below 1, such as {like}", below=1)
 
     def expect(self, names: tuple[str, ...]) -> None:
