@@ -24,10 +24,21 @@ ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
 VERSION = runpy.run_path(str(ROOT / "dtokd_kernels/_version.py"))["built_from"](ROOT / "csrc")
 
 
+VERSION_SOURCE = "torch/version.cpp"
+
+
 def sources(*kinds: str) -> list[str]:
-    """Paths of csrc/sources.txt of these kinds."""
+    """Paths of csrc/sources.txt of these kinds, with the version in the one file that has it.
+
+    As a macro on the command line it would have all files compiled again when one changes.
+    """
     lines = (line.split() for line in (ROOT / "csrc/sources.txt").read_text().splitlines() if line[:1] not in ("", "#"))
-    return [f"csrc/{path}" for kind, path in lines if kind in kinds]
+    with_version = Path("build/version/version.cpp")
+    text = f'#define DTOKD_VERSION "{VERSION}"\n#include "{VERSION_SOURCE}"\n'
+    if not (ROOT / with_version).is_file() or (ROOT / with_version).read_text() != text:
+        (ROOT / with_version).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / with_version).write_text(text)
+    return [str(with_version) if path == VERSION_SOURCE else f"csrc/{path}" for kind, path in lines if kind in kinds]
 
 
 def cuda_home() -> str | None:
@@ -120,10 +131,7 @@ def extensions() -> dict:
         "py_limited_api": True,
         "optional": wanted == "auto",
     }
-    stable = [
-        ("TORCH_TARGET_VERSION", "0x020a000000000000"),
-        ("DTOKD_VERSION", f'"{VERSION}"'),
-    ]
+    stable = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
     # without the debug information that Python's own flags ask for, which is nine tenths of the library, and without
     # the path of this checkout: the same sources give the same bytes. GCC has thousands of false alarms in its own
     # AVX-512 header; warnings are for CMakeLists.txt, which compiles the core with all of them.

@@ -155,6 +155,24 @@ def test_extension_of_other_sources_is_not_loaded(compiled, tmp_path):
     assert "setup.py build_ext --inplace" in said
 
 
+def test_version_is_compiled_into_one_file(unpacked, tmp_path):
+    """So that a change of one source does not compile the others again."""
+    copy = shutil.copytree(unpacked, tmp_path / "copy")
+    code = "import setuptools, json; setuptools.setup = lambda **given: print(json.dumps([vars(m) for m in "
+    code += "given['ext_modules']], default=str)); exec(open('setup.py').read(), {'__file__': 'setup.py'})"
+    seen = []
+    for _ in range(2):
+        made = built(["-c", code], copy, DTOKD_BUILD="cpu")
+        assert made.returncode == 0, made.stderr
+        versions = [path for path in copy.glob("build/**/*.cpp") if built_from(copy / "csrc") in path.read_text()]
+        (where,) = (path.relative_to(copy).as_posix() for path in versions)
+        seen.append(made.stdout)
+        assert where in made.stdout
+        header = copy / "csrc/include/dtokd/balance.h"
+        header.write_text(header.read_text() + "\n")
+    assert seen[0] == seen[1]
+
+
 def test_digest_changes_with_the_sources(tmp_path):
     copy = Path(shutil.copytree(ROOT / "csrc", tmp_path / "csrc"))
     before = built_from(copy)
