@@ -246,18 +246,14 @@ class GradientSets:
         self, losses: Losses, options: Options, ranks: Ranks | None, op: str
     ) -> tuple[tuple[str, ...], list[Tensor]]:
         names, values = named_losses(losses, op)
-        for name, value in zip(names, values, strict=True):
-            check_loss(f"losses[{name!r}]", value, op)
-            if ranks is None and options.log_gradients:  # else what counts is the mean over ranks
+        if ranks is None and options.log_gradients:  # else what counts is the mean over ranks
+            for name, value in zip(names, values, strict=True):
                 _check_positive(name, value, op)
         if self.losses is not None and names != self.names:
             raise ValueError(
                 f"{op}: losses are {_listed(names)}, but the gradients gathered so far belong to "
                 f"{_listed(self.names)}; call step() and zero_grad() before the objectives change"
             )
-        K = len(values)
-        if K > MAX_OBJECTIVES:
-            raise ValueError(f"{op}: losses has {K} objectives, at most {MAX_OBJECTIVES} are supported; add some up")
         if isinstance(options.weighting, Stateful):
             options.weighting.expect(names)
         return names, values
@@ -303,12 +299,13 @@ def _watched(watch: Watch | None, params: Sequence[Tensor], i: int, K: int) -> I
             handle.remove()
 
 
-def named_losses(losses: Losses, op: str) -> tuple[tuple[str, ...], list[Tensor]]:
-    """The objectives' names ("0", "1", ... for a sequence) and tensors.
+def named_losses(losses: Losses, op: str, most: int = MAX_OBJECTIVES) -> tuple[tuple[str, ...], list[Tensor]]:
+    """The objectives' names ("0", "1", ... for a sequence) and tensors, which are scalars that need a gradient.
 
     Raises:
         TypeError: `losses` is neither a mapping nor a sequence of tensors.
-        ValueError: it is empty, or two keys have the same name, as 1 and "1" do.
+        ValueError: it is empty, has more than `most` objectives, or two keys with the same name, as 1 and "1" are; or
+            see `check_loss`.
     """
     if isinstance(losses, Tensor) and losses.dim() == 0:
         losses = [losses]
@@ -329,7 +326,24 @@ def named_losses(losses: Losses, op: str) -> tuple[tuple[str, ...], list[Tensor]
         )
     if not values:
         raise ValueError(f"{op}: losses is empty; pass at least one scalar tensor")
+    for name, value in zip(names, values, strict=True):
+        check_loss(f"losses[{name!r}]", value, op)
+    if len(values) > most:
+        raise ValueError(f"{op}: losses has {len(values)} objectives, at most {most} are supported; add some up")
     return names, values
+
+
+def gradients_of(values: Sequence[Tensor], params: Sequence[Tensor], op: str) -> list[tuple[Tensor | None, ...]]:
+    """The gradients of several losses, one row each with None where a loss does not reach a parameter; graphs stay.
+
+    Raises:
+        TypeError: the parameters are sharded.
+    """
+    if any(type(p).__name__ == "DTensor" for p in params):
+        raise TypeError(
+            f"{op}: the parameters are sharded (DTensor), which is not supported; pass an unsharded model's"
+        )
+    return [torch.autograd.grad(v, params, torch.ones_like(v), retain_graph=True, allow_unused=True) for v in values]
 
 
 def check_loss(what: str, loss: Tensor, op: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .gradients import Losses, check_loss, named_losses
+from .gradients import Losses, check_loss, gradients_of, named_losses
 from .types import MAX_OBJECTIVES
 from .weighting import Auto, HeldOut
 
@@ -65,14 +65,7 @@ def measure_held_out(
         raise TypeError(f"{_OP}: weighting is {weighting!r}; pass the HeldOut or Auto that the steps use")
     if weighting.done:
         return
-    names, values = named_losses(losses, _OP)
-    if len(values) >= MAX_OBJECTIVES:
-        raise ValueError(
-            f"{_OP}: losses has {len(values)} objectives, at most {MAX_OBJECTIVES - 1} are supported beside the "
-            "held-out loss; add some up"
-        )
-    for name, value in zip(names, values, strict=True):
-        check_loss(f"losses[{name!r}]", value, _OP)
+    names, values = named_losses(losses, _OP, MAX_OBJECTIVES - 1)
     check_loss("held_out", held_out, _OP)
     if held_out.device.type == "cpu" and not held_out.isfinite():
         raise ValueError(f"{_OP}: held_out is {held_out.item()}; a held-out batch must have a finite loss")
@@ -82,10 +75,7 @@ def measure_held_out(
     params = [
         p for group in optimizer.param_groups if group.get("balance", True) for p in group["params"] if p.requires_grad
     ]
-    if any(type(p).__name__ == "DTensor" for p in params):
-        raise TypeError(f"{_OP}: the parameters are sharded (DTensor), which it does not support; use Share or DTO")
-    rows = [torch.autograd.grad(value, params, retain_graph=True, allow_unused=True) for value in values]
-    rows.append(torch.autograd.grad(held_out, params, allow_unused=True))
+    rows = gradients_of([*values, held_out], params, _OP)
     shared = [t for t, column in enumerate(zip(*rows, strict=True)) if all(g is not None for g in column)]
     if not shared:
         raise ValueError(

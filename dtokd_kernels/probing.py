@@ -10,8 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .checks import check_params
-from .gradients import Losses, check_loss, named_losses
-from .types import MAX_OBJECTIVES
+from .gradients import Losses, gradients_of, named_losses
 
 _OP = "probe"
 
@@ -83,21 +82,13 @@ def probe(losses: Losses, params: Iterable[Tensor]) -> Probed:
     listed = [p for p in check_params(_OP, params) if p.requires_grad]
     if not listed:
         raise ValueError(f"{_OP}: no tensor of params needs a gradient; pass parameters that are trained")
-    if any(type(p).__name__ == "DTensor" for p in listed):
-        raise TypeError(f"{_OP}: params are sharded (DTensor), which is not supported; probe an unsharded model")
     names, values = named_losses(losses, _OP)
-    if len(values) > MAX_OBJECTIVES:
-        raise ValueError(f"{_OP}: losses has {len(values)} objectives, at most {MAX_OBJECTIVES} are supported")
-    for name, value in zip(names, values, strict=True):
-        check_loss(f"losses[{name!r}]", value, _OP)
-    rows = []
-    for name, value in zip(names, values, strict=True):
-        row = torch.autograd.grad(value, listed, torch.ones_like(value), retain_graph=True, allow_unused=True)
+    rows = gradients_of(values, listed, _OP)
+    for name, row in zip(names, rows, strict=True):
         if all(gradient is None for gradient in row):
             raise ValueError(
                 f"{_OP}: losses[{name!r}] reaches none of the parameters; compute it from the model that they are of"
             )
-        rows.append(row)
     with torch.no_grad():
         gram = ops.gram(rows)
         norms = gram.diagonal().sqrt()

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ..reference import EQUAL
 from ._eigen import eigh
-from ._preference import check_preference, preference_of
+from ._preference import Preferred
 
 
-@dataclass(frozen=True)
-class AlignedMTL:
+class AlignedMTL(Preferred):
     """The mean of the gradients after their matrix has been replaced by the nearest one with equal singular values.
 
     With G = V diag(lambda) V^T and lambda_R its smallest eigenvalue that is not 0, the weights are
@@ -33,25 +29,9 @@ class AlignedMTL:
         TypeError, ValueError: a preference that is no list of numbers from 0, or has no positive one.
     """
 
-    log_gradients: bool = False
-    preference: Sequence[float] | None = None
-
-    def __post_init__(self) -> None:
-        check_preference("AlignedMTL", self.preference)
-
-    def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
-        """Weights of a Gram matrix of the gradients this weighting asks for.
-
-        Args:
-            gram: [K, K] float64.
-            losses: not used.
-
-        Returns:
-            [K] float64.
-        """
+    def _weights(self, gram: Tensor, preference: Tensor) -> Tensor:
         values, vectors = eigh(gram.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
         counted = values > EQUAL * values.amax()
         smallest = values.where(counted, torch.inf).amin()
         scale = torch.where(counted, (smallest / values).sqrt(), 0.0)
-        preference = preference_of("AlignedMTL", self.preference, 1 / len(gram), gram)
         return vectors @ (scale * (vectors * preference[:, None]).sum(0))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ._eigen import solve_by_pseudoinverse
-from ._preference import check_preference, preference_of
+from ._preference import Preferred
 from ._units import unit_gram
 
 
-@dataclass(frozen=True)
-class ConFIG:
+class ConFIG(Preferred):
     """The direction at the same angle to every gradient, as long as the gradients' projections on it together.
 
     With unit gradients u_i, their Gram matrix C and a = C^+ 1: g_u = sum_i a_i u_i / ||sum_i a_i u_i|| and
@@ -32,24 +28,12 @@ class ConFIG:
         TypeError, ValueError: a preference that is no list of numbers from 0, or has no positive one.
     """
 
-    log_gradients: bool = False
-    preference: Sequence[float] | None = None
+    _mean = False
 
-    def __post_init__(self) -> None:
-        check_preference("ConFIG", self.preference)
-
-    def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
-        """Weights of a Gram matrix of the gradients this weighting asks for.
-
-        Args:
-            gram: [K, K] float64.
-            losses: not used.
-
-        Returns:
-            [K] float64; all 0 for two opposite gradients.
-        """
+    def _weights(self, gram: Tensor, preference: Tensor) -> Tensor:
+        """All 0 for two opposite gradients."""
         cosines, norms, inverse = unit_gram(gram)
-        wanted = torch.where(inverse > 0, preference_of("ConFIG", self.preference, 1.0, gram), 0.0)
+        wanted = torch.where(inverse > 0, preference, 0.0)
         a, products, _ = solve_by_pseudoinverse(cosines, wanted)  # and those with the unit gradients
         square = a @ products
         return torch.where(square > 0, (norms @ products) / square, 0.0) * a * inverse

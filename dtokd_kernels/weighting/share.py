@@ -80,19 +80,19 @@ class Share(Stateful):
     def __post_init__(self) -> None:
         given = [1.0] if self.shares is None else self.shares
         values = list(given.values() if isinstance(given, Mapping) else given)
-        if not values or not all(_is_number(s) and s > 0 for s in values):
-            raise ValueError(
-                f"Share: shares is {self.shares!r}; pass a positive number for each objective, such as "
-                "{'task': 0.75, 'distill': 0.25}"
-            )
+        example = "a positive number for each objective, such as {'task': 0.75, 'distill': 0.25}"
+        if not values:
+            raise ValueError(f"Share: shares is {self.shares!r}; pass {example}")
+        for value in values:
+            check_number("Share", "a share", value, math.ulp(0.0), example)
         if self.primary is None and abs(sum(values) - 1) > 1e-6:
             raise ValueError(
                 f"Share: shares sum to {sum(values):g}; pass shares that sum to 1, or name the objective that the "
                 "others are measured against: primary='task'"
             )
         check_number("Share", "beta", self.beta, 0, "from 0 to below 1, such as 0.99", below=1)
-        if self.total is not None and (not _is_number(self.total) or self.total <= 0):
-            raise ValueError(f"Share: total is {self.total!r}; pass a positive number, or None")
+        if self.total is not None:
+            check_number("Share", "total", self.total, math.ulp(0.0), "a positive number, or None")
         if self.total is not None and self.primary is not None:
             raise ValueError("Share: total and primary both fix the size of the step; pass one of them")
         if self.freeze_after is not None:
@@ -172,7 +172,3 @@ class Share(Stateful):
         primary = None if self.primary is None else position_of("Share", self.primary, names, K)
         # filled on the device: a tensor made of a list would be copied there, which waits for it
         return torch.stack([like.new_full((), value, dtype=torch.float64) for value in values]), primary
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

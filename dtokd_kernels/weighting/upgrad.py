@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from torch import Tensor
 
 from ._dual_cone import dual_cone_weights
-from ._preference import check_preference, preference_of
+from ._preference import Preferred
 
 
-@dataclass(frozen=True)
-class UPGrad:
+class UPGrad(Preferred):
     """The mean of the K gradients, each projected on the directions that conflict with no gradient.
 
     No step to first order raises a loss: <g_i, d> >= 0 for all i; and <g_i, d> grows in proportion to g_i's length.
@@ -29,20 +25,6 @@ class UPGrad:
         TypeError, ValueError: a preference that is no list of numbers from 0, or has no positive one.
     """
 
-    log_gradients: bool = False
-    preference: Sequence[float] | None = None
-
-    def __post_init__(self) -> None:
-        check_preference("UPGrad", self.preference)
-
-    def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
-        """Weights of a Gram matrix of the gradients this weighting asks for.
-
-        Args:
-            gram: [K, K] float64.
-            losses: not used.
-
-        Returns:
-            [K] float64, at least the preference (1 / K without one) where there is a gradient.
-        """
-        return dual_cone_weights(gram, preference_of("UPGrad", self.preference, 1 / len(gram), gram), True)
+    def _weights(self, gram: Tensor, preference: Tensor) -> Tensor:
+        """At least the preference where there is a gradient."""
+        return dual_cone_weights(gram, preference, each=True)

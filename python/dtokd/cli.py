@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .compare import options as compare_options
 from .detect import options as detect_options
 from .errors import Diverged, ToldElsewhere, UsageError
 from .train import options as train_options
-from .values import NATURAL, Parser, path
+from .values import NATURAL, Parser, parser_of, path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,8 +56,7 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
     if command == "train":
         from .train.run import train
 
-        signal = train(options).interrupted
-        return 128 + signal if signal else 0
+        return train(options).exit_code
     if command == "detect":
         from .detect.install import check_installed
 
@@ -65,9 +65,9 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
             from .detect.demo import run as detect_demo
 
             return detect_demo(options)
-        from .detect.run import main as detect
+        from .detect.run import detect
 
-        return detect(options)
+        return detect(options).exit_code
     if command == "compare":
         from .compare.run import run as compare
 
@@ -75,7 +75,7 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
     if command == "eval":
         from .evaluate import run as evaluate
 
-        evaluate(options, vars(_train_parser().parse_args([])))
+        evaluate(options, vars(parser_of(train_options).parse_args([])))
         return 0
     if command == "report":
         from .report.page import write_report
@@ -94,30 +94,13 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
 def _parser() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(prog="dtokd", description="Distillation with DTO-KD's balanced step.")
     commands = parser.add_subparsers(dest="command", required=True)
-    train_options.add_arguments(
-        commands.add_parser(
-            "train",
-            help="distil any timm student from any timm teacher",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
-    )
-    detect_options.add_arguments(
-        commands.add_parser(
-            "detect",
-            help="distil a detector on data in COCO's format",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
-    )
-    compare_options.add_arguments(
-        commands.add_parser(
-            "compare",
-            help="is distillation helping, with which rule, and is the difference real?",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
-    )
+    shown: Any = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    for name, module, text in (
+        ("train", train_options, "distil any timm student from any timm teacher"),
+        ("detect", detect_options, "distil a detector on data in COCO's format"),
+        ("compare", compare_options, "is distillation helping, with which rule, and is the difference real?"),
+    ):
+        module.add_arguments(commands.add_parser(name, help=text, allow_abbrev=False, **shown))
     evaluation = commands.add_parser("eval", help="a student's accuracy", argument_default=None, allow_abbrev=False)
     evaluation.add_argument("run_dir", nargs="?", type=path, help="of dtokd train: its student and its options")
     evaluation.add_argument("--checkpoint", type=path, metavar="FILE", help="other weights than the run's best")
@@ -128,7 +111,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     demo = commands.add_parser(
         "demo",
         help="distil a small student on real digits in a few minutes and compare the ways to combine its losses",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        **shown,
     )
     demo.add_argument("--output", type=path, default=Path("runs/demo"), help="directory for the results")
     demo.add_argument("--seeds", type=NATURAL, nargs="+", default=[0], metavar="N", help="each student with each")
@@ -150,15 +133,9 @@ _OF_EVALUATION = (
 )
 
 
-def _train_parser() -> Parser:
-    parser = Parser()
-    train_options.add_arguments(parser)
-    return parser
-
-
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     """What is not given comes from the run, or has the default of `dtokd train`."""
-    for action in _train_parser()._actions:
+    for action in parser_of(train_options)._actions:
         if action.dest in _OF_EVALUATION:
             action.default = None
             parser._add_action(action)

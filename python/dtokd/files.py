@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .errors import UsageError
+from .errors import UsageError, reason_of
 
 #: How a system refuses to write, but not to read.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -130,7 +130,7 @@ def read_weights(path: str | Path, option: str, use_ema: bool = False) -> dict[s
         state = load_state_dict(str(path), use_ema=use_ema, weights_only=True)
         assert all(isinstance(value, Tensor) for value in state.values()), "not all of its entries are tensors"
     except Exception as error:  # torch, pickle, zipfile and safetensors have a dozen kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise UsageError(
             f"{option}: {path} is neither a safetensors file nor a torch file that loads without running pickled code: "
             f"{reason}"

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 
 def is_lower_better(name: str) -> bool:
     """Of a metric's name, such as "top1", "ap" or "ema_loss"."""
     return name.endswith("loss")
+
+
+def chosen_by(options: Any) -> str:
+    """The metric that the best epoch is chosen by, by the options of `dtokd train`: of the average, if there is one."""
+    return f"ema_{options.eval_metric}" if options.model_ema else str(options.eval_metric)
 
 
 def rank(value: float, lower: bool) -> float:

@@ -9,7 +9,7 @@ from .detect import options as detect_options
 from .errors import UsageError
 from .texts import parse_yaml
 from .train import options as train_options
-from .values import Parser
+from .values import parser_of
 
 
 def settings_of(run: Path, command: str) -> dict[str, Any]:
@@ -31,10 +31,8 @@ def settings_of(run: Path, command: str) -> dict[str, Any]:
         raise UsageError(f"{command}: {file} cannot be read: {error}") from error
     if not isinstance(held, dict) or not isinstance(held.get("model"), str):
         raise UsageError(f"{command}: {file} does not hold the options of dtokd train or dtokd detect")
-    parser = Parser()
-    (detect_options if "annotations" in held else train_options).add_arguments(parser)
     settings = {}
-    for action in parser._actions:
+    for action in parser_of(detect_options if "annotations" in held else train_options)._actions:
         if action.dest not in ("help", "config"):
             where = f"{command}: {file}: {action.dest}"
             settings[action.dest] = (

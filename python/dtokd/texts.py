@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from .errors import reason_of
+
 
 def parse_json(text: str) -> Any:
     """What a JSON text holds.
@@ -29,6 +31,6 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(reason_of(error)) from error
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error

@@ -113,6 +113,13 @@ class KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+def parser_of(module: Any) -> Parser:
+    """A parser with the options of a module, which has `add_arguments`: such as `train.options`."""
+    parser = Parser()
+    module.add_arguments(parser)
+    return parser
+
+
 def read_yaml(text: str) -> Any:
     """A value as YAML reads it, but numbers such as 1e-3, which are text to it.
 

@@ -11,8 +11,9 @@ from dtokd_kernels import weighting
 
 from ..errors import UsageError
 from ..objectives.teacher import as_list
-from ..train.options import BALANCES, HELD_OUT, LOOKING, add_arguments, flag, read_value
-from ..values import FRACTION, read_yaml
+from ..train import options as train_options
+from ..train.options import BALANCES, HELD_OUT, LOOKING, flag, read_value
+from ..values import FRACTION, parser_of, read_yaml
 
 #: The arm without a teacher.
 NONE = "none"
@@ -85,9 +86,7 @@ def parse_arm(text: str, objectives: int = 1) -> dict[str, Any]:
         number = _number(text, name, pairs.pop(0))
     changes: dict[str, Any] = {"kd_balance": name}
     own: dict[str, Any] = {}
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    actions = {action.dest: action for action in parser._actions}
+    actions = {action.dest: action for action in parser_of(train_options)._actions}
     for pair in pairs:
         key, mark, value = pair.partition("=")
         if not mark or not key:

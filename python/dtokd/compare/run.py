@@ -12,6 +12,7 @@ from statistics import fmean, median
 from ..errors import Diverged
 from ..evaluate import measure
 from ..files import as_json, write_text
+from ..metric import chosen_by
 from ..train.progress import Progress
 from ..train.run import train
 from ..train.rundir import RunDir
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
             progress.say("stopped: the finished runs are kept, and the same command goes on")
             return 128 + signal
         setting = Setting(
-            _metric(plan.options),
+            chosen_by(plan.options),
             plan.seeds,
             plan.options.epochs,
             options.epochs,
@@ -83,7 +84,7 @@ def _train(plan: Plan, jobs: int, devices: Sequence[str], progress: Progress) ->
         result = _result(run, plan, diverged)
         result.write(run)
         finished += 1
-        told = f"has diverged: {diverged}" if diverged else f"{_metric(plan.options)} {result.judged:.4g}"
+        told = f"has diverged: {diverged}" if diverged else f"{chosen_by(plan.options)} {result.judged:.4g}"
         time_left = _time_left(runs, jobs)
         progress.say(f"{run.arm}, seed {run.seed}: {told}; {finished} of {len(runs)} runs are finished{time_left}")
 
@@ -109,7 +110,7 @@ def _result(run: Run, plan: Plan, diverged: Diverged | None) -> Result:
     _, seconds = seconds_of(run.path)
     if diverged is not None:
         return Result(math.nan, math.nan, seconds, str(diverged))
-    name = _metric(plan.options)
+    name = chosen_by(plan.options)
     chosen = last_of(run.path, f"eval_{name}")
     if plan.judges == plan.options.val_split:
         return Result(chosen, chosen, seconds)
@@ -138,10 +139,6 @@ def _arm(text: str, plan: Plan, runs: Sequence[Run]) -> Arm:
         median(seconds) if seconds else math.nan,
         rates_of(whole),
     )
-
-
-def _metric(options: argparse.Namespace) -> str:
-    return ("ema_" if options.model_ema else "") + str(options.eval_metric)
 
 
 def _preview(plan: Plan, jobs: int) -> str:

@@ -20,7 +20,7 @@ from ..train import options as train_options
 from ..train.options import parse
 from ..train.progress import Progress
 from ..train.run import train
-from ..values import Parser
+from ..values import parser_of
 from .agreement import compare_steps
 from .data import write_digits
 
@@ -63,8 +63,8 @@ def run(output: Path, seeds: list[int], objectives: list[str]) -> int:
     where = ["--output", str(output), "--data-dir"]
     argv = [*SHARED.split(), *TEACHER.split(), *where, str(output / "digits" / "teacher")]
     teacher = _options(train_options, "train", argv, console)
-    if signal := train(teacher, Progress(teacher.epochs, console)).interrupted:
-        return 128 + signal
+    if code := train(teacher, Progress(teacher.epochs, console)).exit_code:
+        return code
     failed, agreements = 0, []
     for objective in objectives:
         argv = [*SHARED.split(), *STUDENT.split(), *where, str(output / "digits" / "students")]
@@ -89,6 +89,4 @@ def _options(module: object, command: str, argv: list[str], console: Console) ->
     """The options of a command, which the user can give again by hand."""
     console.rule()
     console.print(f"dtokd {command} {shlex.join(argv)}")
-    parser = Parser()
-    module.add_arguments(parser)  # type: ignore[attr-defined]
-    return parse(parser, argv)
+    return parse(parser_of(module), argv)

@@ -10,7 +10,6 @@ import time
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -19,12 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from ..compare.page import mean_curve
 from ..files import write_tensors, write_text
 from ..report.chart import line_chart
 from ..report.page import document, pictures, read_columns, table
 from ..train.options import parse
 from ..train.progress import Progress
 from ..train.rundir import write_rows
+from ..values import parser_of
 from . import options as detect_options
 from .run import detect
 from .scenes import Scenes, write_scenes
@@ -88,9 +89,8 @@ def run(options: argparse.Namespace) -> int:
             argv += ["--backbone-checkpoint", str(weights)]
         elif name != "alone":
             argv += ["--kd-teacher-path", str(root / "teacher" / "student.safetensors")]
-        outcome = detect(parse(_parser(), argv), Progress(epochs, console))
-        if outcome.interrupted:
-            return 128 + outcome.interrupted
+        if code := detect(parse(parser_of(detect_options), argv), Progress(epochs, console)).exit_code:
+            return code
     results = {name: _last(root / name) for name in RUNS}
     rows = [{"run": name, **{key: f"{row[key]:.6g}" for key in COLUMNS}} for name, row in results.items()]
     write_rows(root / "results.csv", rows)
@@ -120,12 +120,6 @@ def imagenet_weights() -> dict[str, Tensor]:
     return {**own, **dict(zip(names, values, strict=True))}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser()
-    detect_options.add_arguments(parser)
-    return parser
-
-
 def _last(run: Path) -> dict[str, float]:
     return {key: values[-1] for key, values in read_columns(run / "summary.csv").items()}
 
@@ -145,11 +139,7 @@ def page(root: Path, results: dict[str, dict[str, float]]) -> str:
     epochs: dict[str, dict[str, list[float]]] = {name: read_columns(root / name / "summary.csv") for name in RUNS}
 
     def chart(title: str, key: str) -> str:
-        series: dict[str, Any] = {
-            RUNS[name][0]: [(e + 1, v) for e, v in zip(columns["epoch"], columns[key], strict=True)]
-            for name, columns in epochs.items()
-        }
-        return line_chart(title, series, "epoch")
+        return line_chart(title, {RUNS[name][0]: mean_curve([held], key) for name, held in epochs.items()}, "epoch")
 
     charts = [
         chart("AP, validation", "eval_ap"),

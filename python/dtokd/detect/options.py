@@ -50,17 +50,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--annotations", default="annotations/instances_{split}.json", metavar="PATTERN", help="COCO's JSON, in it")
     add("--train-split", type=not_empty, default="train2017", metavar="NAME")
     add("--val-split", default="val2017", metavar="NAME", help="'' for no evaluation")
-    add(
-        "--on-bad-image",
-        choices=["error", "skip"],
-        default="error",
-        help="an image that cannot be read ends the run, or the next one stands in for it",
-    )
-    add("-j", "--workers", type=NATURAL, default=4, metavar="N", help="processes that load images")
-    add("-b", "--batch-size", type=COUNT, metavar="N")
-    add("-vb", "--validation-batch-size", type=COUNT, metavar="N")
-    add("--pin-mem", action="store_true", help="pin host memory")
-    add("--device", default="cuda", help="falls back to cpu where torch has no GPU")
+    shared.add_loading(group)
     add("--img-size", type=COUNT, default=800, metavar="N", help="shorter side of the images")
     add("--max-size", type=COUNT, default=1333, metavar="N", help="longer side at most")
     add("--square", action="store_true", help="resize to img-size x img-size: no padding, as RT-DETR wants it")

@@ -114,9 +114,3 @@ def _judges(split: Annotations, metric: str) -> bool:
     """Whether there is an object that the metric is about."""
     low, high = AREAS.get(metric, (0.0, math.inf))
     return any(low <= a["area"] <= high for a in split.content["annotations"] if not a["iscrowd"])
-
-
-def main(options: argparse.Namespace) -> int:
-    """The command. Returns its exit code."""
-    signal = detect(options).interrupted
-    return 128 + signal if signal else 0

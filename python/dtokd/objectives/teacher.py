@@ -18,6 +18,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from ..card import read_card
+from ..errors import reason_of
 from ..files import digest_of, read_weights
 from .taps import Outputs, Taps, read
 
@@ -156,7 +157,7 @@ def load(
             return timm.create_model(name, pretrained=True, in_chans=in_chans, **where)
         except Exception as error:  # what timm and its models raise is of every kind
             raise ValueError(
-                f"{told}: cannot be made with pretrained weights ({_line(error)}); pass --kd-teacher-path"
+                f"{told}: cannot be made with pretrained weights ({reason_of(error)}); pass --kd-teacher-path"
             ) from error
     if os.path.isdir(path):
         card = read_card(path, "--kd-teacher-path")
@@ -172,18 +173,14 @@ def load(
         more = {} if made != name else {"in_chans": in_chans, **_classes_in(name, state)}
         model: Any = timm.create_model(made, **{**more, **where})
     except Exception as error:
-        raise ValueError(f"{told}: {_line(error)}") from error
+        raise ValueError(f"{told}: {reason_of(error)}") from error
     if getattr(model, "in_chans", in_chans) != in_chans:
         raise ValueError(f"--kd-teacher-path: {path} takes images of {model.in_chans} channels, not {in_chans}")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"--kd-teacher-path: {path} does not hold weights of {name!r}: {_line(error)}") from error
+        raise ValueError(f"--kd-teacher-path: {path} does not hold weights of {name!r}: {reason_of(error)}") from error
     return model
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
 
 
 def _classes_in(name: str, state: dict[str, Tensor]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from .. import identity
-from ..errors import UsageError
+from ..errors import UsageError, reason_of
 from ..objectives.cache import KeyedDataset
 from .batches import Batches
 from .found import class_names, some
@@ -115,7 +115,7 @@ def open_dataset(options: argparse.Namespace, split: str, record: Path | None = 
     except Exception as error:  # of torchvision, datasets, tensorflow_datasets, webdataset
         given = [f"--dataset {name}"] if name else []
         given += [f"--class-map {options.class_map}"] if options.class_map else []
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error)
         raise UsageError(
             f"{', '.join([*given, f'--data-dir {root}'])}: split {split!r} cannot be opened: {reason}"
         ) from error

@@ -107,6 +107,11 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--val-split", default="validation", metavar="NAME", help="'' for no evaluation")
     group.add_argument("--dataset-download", action="store_true", help="for torch/ data sets")
     group.add_argument("--class-map", default="", metavar="FILE", help="class names in the order of their indices")
+    add_loading(group)
+
+
+def add_loading(group: argparse._ArgumentGroup) -> None:
+    """How images are read; also of `dtokd detect`."""
     group.add_argument(
         "--on-bad-image",
         choices=["error", "skip"],

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from .. import networks as _networks  # noqa: F401  registers CIFAR's with timm
 from ..card import CARD, input_config, make_card
-from ..errors import UsageError
+from ..errors import UsageError, reason_of
 from ..files import as_json, read_weights, write_text, writing
 from ..lopsided import REMEDY, LopsidedWeights, may_be_lopsided
-from ..metric import is_lower_better, replaces
+from ..metric import chosen_by, is_lower_better, replaces
 from ..monitor import CSV, BalanceLogger, Row, Sink, TensorBoard, columns_of, means_of
 from ..objectives.build import build, use_cache
 from ..objectives.task import DistillationTask
@@ -61,6 +61,11 @@ class Outcome:
     path: Path
     best: dict[str, float] | None
     interrupted: int = 0
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command that was this run: 0, or 128 and the number of the signal."""
+        return 128 + self.interrupted if self.interrupted else 0
 
 
 def train(options: argparse.Namespace, progress: Progress | None = None) -> Outcome:
@@ -245,7 +250,7 @@ def fit(
             return _stop(run, engine, loaders, collected, at, stop)
         finally:
             _report(run, progress, world)
-    name = _metric(options)
+    name = chosen_by(options)
     if at.best is not None and math.isnan(at.best[name]):
         progress.say(f"{name} is nan in all epochs, so none is the best; {run.student} is the last one's")
     elif at.best is not None:
@@ -309,7 +314,7 @@ def make_student(options: argparse.Namespace, classes: int | None) -> Any:
             del keywords["img_size"]  # a convolutional model takes any
             student = timm.create_model(options.model, **keywords)
     except Exception as error:  # what timm and its models raise is of every kind
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = reason_of(error)
         names = ("in_chans", "drop", "drop_path", "img_size", "model_kwargs")
         given = [f"{flag(name)} {value}" for name in names if (value := getattr(options, name))]
         raise UsageError(f"{', '.join([f'--model {options.model}', *given])}: {reason}") from error
@@ -319,8 +324,7 @@ def make_student(options: argparse.Namespace, classes: int | None) -> Any:
             student.load_state_dict(weights)
         except RuntimeError as error:
             raise UsageError(
-                f"--initial-checkpoint: {options.initial_checkpoint} does not fit {options.model}: "
-                f"{' '.join(str(error).split())[:400]}"
+                f"--initial-checkpoint: {options.initial_checkpoint} does not fit {options.model}: {reason_of(error)}"
             ) from error
     if options.grad_checkpointing:
         try:
@@ -341,8 +345,7 @@ def check_size(student: nn.Module, size: tuple[int, int, int], device: torch.dev
         student.eval()(torch.zeros(1, *size, device=device))
     except Exception as error:
         raise UsageError(
-            f"--img-size, --input-size, --in-chans: the model does not take images of {tuple(size)}: "
-            f"{' '.join(str(error).split())[:200]}"
+            f"--img-size, --input-size, --in-chans: the model does not take images of {tuple(size)}: {reason_of(error)}"
         ) from error
 
 
@@ -446,7 +449,7 @@ def _epoch(
         if task.has_ema():
             averaged = engine.evaluate(loaders.validation, ema=True)
             metrics |= {f"ema_{name}": value for name, value in averaged.items()}
-    name, best = _metric(options), at.best
+    name, best = chosen_by(options), at.best
     if engine.scheduler is not None:
         judged = metrics.get(name, math.nan)
         engine.scheduler.step(epoch + 1, None if math.isnan(judged) else judged)
@@ -520,11 +523,6 @@ def _stop(
         saved += f" and {stop.batches} iterations"
     engine.progress.say(f"stopped; {saved} are saved: the same command with --resume auto goes on")
     return Outcome(run.path, at.best, stop.signal)
-
-
-def _metric(options: argparse.Namespace) -> str:
-    """What the best epoch is chosen by: of the average, where there is one."""
-    return f"ema_{options.eval_metric}" if options.model_ema else str(options.eval_metric)
 
 
 def _student(task: TrainingTask, ema: bool) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
+from ...errors import UsageError, reason_of
 from ...files import read_weights
 from . import deformable
 from .base import Detector
@@ -98,7 +98,7 @@ def load_weights(detector: Detector, path: str, option: str, name: str) -> None:
         detector.load_state_dict(state)
     except RuntimeError as error:
         raise UsageError(
-            f"{option}: {path} does not hold weights of {name} for these classes: {' '.join(str(error).split())[:300]}"
+            f"{option}: {path} does not hold weights of {name} for these classes: {reason_of(error)}"
         ) from error
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...errors import UsageError
+from ...errors import UsageError, reason_of
 from .hf import HFDetector
 
 #: Swin's width, depths and heads, as ViDT's Table 1 has them; names on the hub, where there are weights.
@@ -65,7 +65,7 @@ def make(
         )
         detector = HFDetector(DeformableDetrForObjectDetection(config), class_weight=CLASS_WEIGHT)
     except Exception as error:  # what transformers and torch raise is of every kind
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = reason_of(error)
         raise UsageError(f"--model {name}, --model-kwargs {changes}: {reason}") from error
     if pretrained and not backbone and not hub:
         raise UsageError(
@@ -82,6 +82,6 @@ def make(
         except (OSError, ValueError, RuntimeError) as error:
             raise UsageError(
                 f"--backbone-checkpoint, --pretrained: weights of {source} cannot be loaded into {name}: "
-                f"{' '.join(str(error).split())[:300]}"
+                f"{reason_of(error)}"
             ) from error
     return detector

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from ...errors import UsageError
+from ...errors import UsageError, reason_of
 from ...objectives.taps import Outputs
 from ...texts import parse_json
 from ..batch import Detections, Images, Target
@@ -165,7 +165,7 @@ def load_folder(folder: Path, option: str) -> HFDetector:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{option}: {folder} is no checkpoint of transformers: {_line(error)}") from error
+        raise UsageError(f"{option}: {folder} is no checkpoint of transformers: {reason_of(error)}") from error
     if config.model_type not in KINDS:
         raise UsageError(f"{option}: {folder} holds a {config.model_type}; known are {', '.join(KINDS)}")
     if hasattr(config, "disable_custom_kernels"):
@@ -175,16 +175,12 @@ def load_folder(folder: Path, option: str) -> HFDetector:
             folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise UsageError(f"{option}: the weights in {folder} cannot be loaded: {_line(error)}") from error
+        raise UsageError(f"{option}: the weights in {folder} cannot be loaded: {reason_of(error)}") from error
     file = folder / "preprocessor_config.json"
     try:
         told: dict[str, Any] = dict(parse_json(file.read_text(encoding="utf-8"))) if file.exists() else {}
     except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{option}: {file} cannot be read: {_line(error)}") from error
+        raise UsageError(f"{option}: {file} cannot be read: {reason_of(error)}") from error
     if told.get("do_normalize", True):
         return HFDetector(net, told.get("image_mean", MEAN), told.get("image_std", STD))
     return HFDetector(net, (0.0,) * 3, (1.0,) * 3)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
