@@ -54,7 +54,7 @@ def test_the_gate(student, teacher, expected):
 
 
 def test_averages_decide_and_a_teacher_that_is_overtaken_is_left():
-    """By the formula: sums of 0.9^(n - i) 0.1 x_i, for beta = 0.9, which decay alike, so that no bias is to be corrected."""
+    """By the formula, sums of 0.9^(n - i) 0.1 x_i, which decay alike, so that no bias is to be corrected."""
     rule, student, teacher, seen = rule_of(beta=0.9), 0.0, 0.0, []
     for error in (0.9, 0.6, 0.3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1):
         rule.observe(error, 0.3)
