@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -99,6 +101,8 @@ class Balanced(torch.optim.Optimizer):
 
         Other code has written such a parameter, in a way that its version counts.
         """
+        if not self._precision[1]:
+            return
         for p in params:
             if self._has_master(p) and p._version != self._versions.get(p):
                 now, master = self._master(p), self.state[p]["master"]
@@ -480,11 +484,11 @@ class Balanced(torch.optim.Optimizer):
                 )
                 for group in self.param_groups
             ],
-            [[g is None for g in row] for row in grads],
+            [list(map(operator.is_, row, itertools.repeat(None))) for row in grads],
         )
         if self._plan is not None and self._plan[0] == key:
             plan, params = self._plan[1], self._params()
-            if all(p is params[t] for p, t in zip(plan.params, plan.positions, strict=True)):
+            if all(map(operator.is_, plan.params, map(params.__getitem__, plan.positions))):
                 return plan
         plan = self._make_plan()
         self._plan = (key, plan)
@@ -540,7 +544,7 @@ class Balanced(torch.optim.Optimizer):
     def _step(self, plan: Plan, rows: GradientRows) -> Step:
         """This step's updates: of the plan's parts, which are made where there are none for these tensors."""
         whole = self._ranks is None or not self._ranks.shards
-        if not whole or not plan.is_of([self.state[p] for p in plan.params]):
+        if not whole or not plan.is_of(self.state):
             self._make_parts(plan, rows)
         assert plan.parts is not None
         self._refresh_masters(plan.params)
@@ -567,10 +571,12 @@ class Balanced(torch.optim.Optimizer):
             params, states = ranks.local_rows(plan.params, states)
         backend = self._options.backend
         plan.parts, lacking = make_parts(replace(plan, params=params), states, groups, self._numbers, rows, backend)
-        held = [value for p in plan.params for value in self.state[p].values()]
         # a buffer that has begun is another group's in the next step
         whole = ranks is None or not ranks.shards
-        plan.held = (held, [p.data_ptr() for p in plan.params]) if whole and not any(begins) else ([], [])
+        if whole and not any(begins):
+            plan.hold(self.state)
+        else:
+            plan.held = None
         self._warn(lacking)
 
     def _warn(self, lacking: dict[str, list[int]]) -> None:
@@ -595,7 +601,8 @@ class Balanced(torch.optim.Optimizer):
         return {name: special[name] if name in special else options[name] for name in self._rule.numbers}
 
     def _updated(self, plan: Plan) -> None:
-        self._versions.update({p: p._version for p in plan.params if self._has_master(p)})
+        if self._precision[1]:
+            self._versions.update({p: p._version for p in plan.params if self._has_master(p)})
         if self._ranks is not None:
             self._ranks.after_updates()
 

@@ -255,7 +255,7 @@ class Kernels:
         numbers_of = self._numbers(rows.rule, numbers, device)
         arguments = (self._prepared(rows), grads.grads, coefficients, skipped, *numbers_of, measure)
         grams = _launched(self._ops.update_.default, device, *arguments)
-        increment_version(rows.written())
+        increment_version(rows.written)
         return grams if measure else None
 
     def resident(
@@ -278,7 +278,7 @@ class Kernels:
         if grams.numel() == 0:
             rows.prepared["fits"] = False  # on this device
             return None
-        increment_version(rows.written())
+        increment_version(rows.written)
         return _record(grams, values, flags)
 
     def _prepared(self, rows: Rows) -> int:
@@ -334,7 +334,7 @@ def _options(options: Options) -> tuple[bool, bool, bool, float, float, float]:
 def _record(grams: Tensor, values: Tensor, flags: Tensor) -> Balance:
     """The `Balance` that an operation has returned: views of its tensors, nothing is copied."""
     K = grams.shape[1]
-    weights, table, norms, cosine, norm = values.split([K, 3 * K, K, K * K, 1])
+    weights, table, norms, cosine, norm = torch.split_with_sizes(values, [K, 3 * K, K, K * K, 1])
     return Balance(
         weights=weights,
         table=table.view(3, K),

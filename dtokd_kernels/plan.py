@@ -10,9 +10,10 @@ divides 0 by 0 where no gradient has been.
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from .types import Options
 
 #: A group's hyper-parameters are those of a parameter group; True: the state of its rows begins with this step.
 Group = tuple[int, bool]
+
+_Held = tuple[list[object], list[object], list[int]]
 
 
 @dataclass(eq=False)
@@ -58,7 +61,8 @@ class Plan:
         groups: of each row, its parameter group's number.
         layout: which gradients there are.
         parts: the rows by implementation; None until the first update.
-        held: what the states held when the parts were made, and the parameters' addresses.
+        held: the parameters that had a state when the parts were made, what these held, and the parameters' addresses;
+            None if the parts are for one step.
     """
 
     rule: Rule
@@ -67,21 +71,39 @@ class Plan:
     groups: list[int]
     layout: Layout
     parts: list[Part] | None = None
-    held: tuple[list[object], list[int]] = field(default_factory=lambda: ([], []))
+    held: _Held | None = None
 
     def gradients(self, sets: Sequence[Sequence[Tensor | None]]) -> GradientRows:
-        """The rows' gradients from gradient sets."""
+        """The rows' gradients from gradient sets, which are there where they were when the plan was made."""
+        if self._everywhere == len(sets) and len(self.positions) == len(sets[0]):
+            return GradientRows(list(itertools.chain.from_iterable(zip(*sets, strict=True))), self.layout)
         return GradientRows([g for t in self.positions for row in sets if (g := row[t]) is not None], self.layout)
 
-    def is_of(self, states: Sequence[Mapping[str, object]]) -> bool:
-        """Whether the parts are of these states and of the parameters as they are."""
-        held = [value for state in states for value in state.values()]
-        return (
-            self.parts is not None
-            and len(held) == len(self.held[0])
-            and all(map(operator.is_, held, self.held[0]))
-            and [p.data_ptr() for p in self.params] == self.held[1]
-        )
+    @functools.cached_property
+    def _everywhere(self) -> int:
+        """How many objectives there are, if the rows are the first parameters and all reach all of them; else 0."""
+        K = max((reach.bit_length() for reach in self.layout.reach), default=0)
+        every = all(reach == (1 << K) - 1 for reach in self.layout.reach)
+        return K if every and self.positions == list(range(len(self.positions))) else 0
+
+    def hold(self, state: Mapping[Tensor, dict[str, object]]) -> None:
+        """Remember what the parts were made of."""
+        self.held = _held(state, self.params)
+
+    def is_of(self, state: Mapping[Tensor, dict[str, object]]) -> bool:
+        """Whether the parts are of what is in an optimizer's state, and of the parameters as they are."""
+        if self.parts is None or self.held is None:
+            return False
+        (keys, values, addresses), now = self.held, _held(state, self.params)
+        same = len(keys) == len(now[0]) and len(values) == len(now[1])
+        same = same and all(map(operator.is_, keys, now[0])) and all(map(operator.is_, values, now[1]))
+        return same and addresses == now[2]
+
+
+def _held(state: Mapping[Tensor, dict[str, object]], params: Sequence[Tensor]) -> _Held:
+    """An optimizer's state in its order, which takes no look for each parameter; see `Plan.held`."""
+    values = itertools.chain.from_iterable(map(dict.values, state.values()))
+    return list(state), list(values), list(map(Tensor.data_ptr, params))
 
 
 def make_parts(
@@ -221,7 +243,7 @@ class _Trial:
         params = [p.detach().clone() for p in rows.params]
         state = [{name: tensor.detach().clone() for name, tensor in held.items()} for held in rows.state]
         self.rows = Rows(rows.rule, params, state, rows.layout, rows.group)
-        self._written = list(zip(rows.written(), self.rows.written(), strict=True))
+        self._written = list(zip(rows.written, self.rows.written, strict=True))
 
     def finite(self) -> Tensor:
         """Scalar bool: whether all that was written is finite, or was not before."""

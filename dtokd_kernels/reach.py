@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ class Reach:
         """
         if len(rows) < 2:
             return
-        pattern = [[g is None for g in row] for row in rows]
+        pattern = [list(map(operator.is_, row, itertools.repeat(None))) for row in rows]
         if pattern != self._pattern:
             self._pattern = pattern
             self._find(rows)

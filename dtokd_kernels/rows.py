@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -107,6 +108,7 @@ class Rows:
     group: list[int]
     prepared: dict[str, object] = field(default_factory=dict)
 
+    @functools.cached_property
     def written(self) -> list[Tensor]:
         """All that an update writes to."""
         return [*self.params, *(tensor for state in self.state for tensor in state.values())]

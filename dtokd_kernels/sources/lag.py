@@ -61,19 +61,19 @@ class Lag(Source):
             return kernels.balance(grams, losses, options)
         assert self._kept is not None
         assert isinstance(gathered.watch, _Finite)
-        present = gathered.watch.present().to(
-            losses.device
-        )  # an objective without a gradient has no share of this step
+        squares = gathered.watch.squares()
+        # an objective without a gradient has no share of this step; NaN is no absence
+        present = squares.to(losses.device) != 0
         before = torch.where(present[:, None] & present[None, :], self._kept[0].to(losses.device), 0.0)
         losses_before = self._kept[1].to(losses.device)
         self._weights = kernels.balance(before, losses_before, options).weights
         self._next = before, losses
         given = replace(options, weighting=Given(self._weights, options.log_gradients))
         record = kernels.balance(before, losses, given)
-        total = kernels.unscaled(
-            gathered.watch.total().to(record.norm.device), self._scale
-        )  # not finite as a gradient is
-        coefficients = torch.stack([record.table[role] for role in sorted(set(gathered.rows.layout.role))]).abs().amax()
+        total = kernels.unscaled(squares.sum().to(record.norm.device), self._scale)  # not finite as a gradient is
+        roles = sorted(set(gathered.rows.layout.role))
+        table = record.table[roles[0]] if len(roles) == 1 else torch.stack([record.table[role] for role in roles])
+        coefficients = table.abs().amax()
         reach = coefficients * (len(losses) * total).sqrt()  # no element of the direction is larger
         skipped = record.skipped | ~((total > 0) & (total < torch.inf) & (reach <= options.limit))
         record = replace(record, skipped=skipped)
@@ -151,7 +151,7 @@ class _Finite:
         for (i, _, _), part in self._buckets.grams.items():
             self._totals[i] = self._totals[i] + part.to(self._totals[i].device) if i in self._totals else part
 
-    def _squares(self) -> Tensor:
+    def squares(self) -> Tensor:
         """[K] float64, the sums."""
         zero = next(iter(self._totals.values()), torch.zeros(1, 1, dtype=torch.float64)).new_zeros(())
         return torch.stack(
@@ -160,11 +160,3 @@ class _Finite:
                 for i in range(self._objectives)
             ]
         )
-
-    def present(self) -> Tensor:
-        """[K] bool, whether an objective has a gradient that is not zero; NaN is no absence."""
-        return self._squares() != 0
-
-    def total(self) -> Tensor:
-        """Scalar float64: the sum of all squares."""
-        return self._squares().sum()
