@@ -374,16 +374,18 @@ def _launched(operation: Callable[..., Any], device: torch.device | None, *argum
     """What an operation returns that takes tickets.
 
     Where one of several launches fails, those before it may have been counted: the next operation of the stream gets
-    new tickets, as it would take another block for its last, and its weights would be wrong.
+    new tickets, as it would take another block for its last, and its weights would be wrong. On a CPU there are no
+    tickets, and steps of several threads do not wait for one another.
     """
     with _one_operation:
-        held = tickets(device)
-        try:
-            return operation(*arguments, held)
-        except BaseException:
-            for key in [key for key, value in _tickets.items() if value is held]:
-                del _tickets[key]
-            raise
+        if (held := tickets(device)) is not None:
+            try:
+                return operation(*arguments, held)
+            except BaseException:
+                for key in [key for key, value in _tickets.items() if value is held]:
+                    del _tickets[key]
+                raise
+    return operation(*arguments, None)
 
 
 def is_dense(tensor: Tensor) -> bool:
