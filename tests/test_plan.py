@@ -8,6 +8,9 @@ from torch import nn
 
 import dtokd_kernels as dk
 from dtokd_kernels import backends
+from dtokd_kernels.plan import Plan
+from dtokd_kernels.rows import Layout
+from dtokd_kernels.rules import RULES
 
 cpu_kernels = pytest.mark.skipif(backends.missing("cpu") is not None, reason="no extension")
 LACKING = {
@@ -145,3 +148,15 @@ def test_a_plan_that_is_gone_frees_what_it_held():
         torch.ops.dtokd.update_.default(
             number, [], torch.ones(3, 2).double(), torch.tensor(False), [], [], [], False, None
         )
+
+
+@pytest.mark.parametrize("reaches", [(True, True, True), (True, True, False), (False, True, True)])
+def test_gradients_of_a_plan_go_row_by_row(reaches):
+    """Also where an objective reaches nothing, and where all reach everything, which has a shorter way."""
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    sets = [[torch.full((2,), 10.0 * i + t) if there else None for t in range(3)] for i, there in enumerate(reaches)]
+    reach = sum(1 << i for i, there in enumerate(reaches) if there)
+    layout = Layout([reach] * 3, [0] * 3, torch.device("cpu"))
+    plan = Plan(RULES["sgd"], params, [0, 1, 2], [0, 0, 0], layout)
+    expected = [row[t] for t in range(3) for row in sets if row[t] is not None]
+    assert [id(g) for g in plan.gradients(sets).grads] == [id(g) for g in expected]
