@@ -60,9 +60,9 @@ class WhileBetter(Stateful):
         ...     optimizer.backward({"task": (w - 1).square().sum(), "distill": (w + 1).square().sum()})
         ...     optimizer.step()
         ...     optimizer.zero_grad()
-        ...     print(optimizer.balance.weights.tolist())
-        [0.25, 0.75]
-        [1.0, 0.0]
+        ...     print(optimizer.balance.weights)
+        tensor([0.2500, 0.7500], dtype=torch.float64)
+        tensor([1., 0.], dtype=torch.float64)
     """
 
     primary: str | int = 0
