@@ -185,3 +185,31 @@ def test_an_old_driver_or_gpu_is_no_place_for_the_cuda_kernels(monkeypatch):
             assert backends.best(torch.device("cuda")) != "cuda"  # and does not warn again: warnings are errors here
         finally:
             backends._unfit.cache_clear()
+
+
+def test_two_optimizers_in_turn_are_each_alone(cuda):
+    """They share a stream's tickets: between `backward` and `step` of one, the other takes its step."""
+
+    def build(seed):
+        torch.manual_seed(seed)
+        module = torch.nn.Linear(70, 70)
+        return module, dk.DTOAdamW(module.parameters(), lr=1e-2, max_norm=1.0, gram="lag" if seed else "exact")
+
+    def backward(module, optimizer):
+        out = module(torch.linspace(-1, 1, 70))
+        optimizer.zero_grad()
+        optimizer.backward([out.square().mean(), (out - 1).square().mean()])
+
+    alone = [build(seed) for seed in (0, 1)]
+    for module, optimizer in alone:
+        for _ in range(3):
+            backward(module, optimizer)
+            optimizer.step()
+    together = [build(seed) for seed in (0, 1)]
+    for _ in range(3):
+        for module, optimizer in together:
+            backward(module, optimizer)
+        for _, optimizer in reversed(together):
+            optimizer.step()
+    for (a, _), (b, _) in zip(alone, together, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))

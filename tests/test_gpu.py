@@ -197,6 +197,27 @@ def test_two_streams_at_once(name):
 
 
 @each_backend
+def test_two_optimizers_in_turn_on_one_stream(name):
+    """As in `test_cuda.py`; each step finds the tickets as the other's has left them."""
+
+    def steps(modules):
+        made = [(module, dk.DTOAdamW(groups(module), lr=1e-2, backend=name)) for module in modules]
+        for i in range(3):
+            for module, optimizer in made:
+                optimizer.zero_grad()
+                optimizer.backward(losses(module, i))
+            for _, optimizer in reversed(made):
+                optimizer.step()
+
+    alone, together = [model(seed=1), model(seed=2)], [model(seed=1), model(seed=2)]
+    for module in alone:
+        steps([module])
+    steps(together)
+    for a, b in zip(alone, together, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@each_backend
 def test_more_than_2_to_the_31_elements(name):
     size = 2**31 + 4097
     if torch.cuda.mem_get_info()[0] < 5 * 2 * size:
