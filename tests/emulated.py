@@ -58,12 +58,12 @@ def emulated_cuda(library: Path, device: str = "cpu") -> Iterator[Kernels]:
     if not hasattr(torch.ops.dtokd_emulated, "gram"):
         operations.define("dtokd_emulated")
         torch.ops.load_library(str(library))
-    held, key = implementations._tickets, (-1, 0)
+    held, key, home = implementations._tickets, (-1, 0), device
 
-    def tickets(_: torch.device | None) -> torch.Tensor:
+    def tickets(device: torch.device | None) -> torch.Tensor | None:
         """Those of the only stream."""
         if key not in held:
-            held[key] = torch.zeros(TICKETS, dtype=torch.int32, device=device)
+            held[key] = torch.zeros(TICKETS, dtype=torch.int32, device=home)
         return held[key]
 
     kernels = Kernels("cuda", "dtokd_emulated", mixed=True, resident=True, device_lr=True)
