@@ -157,7 +157,8 @@ class HeldOutImages:
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         student = self._task.get_eval_model()
-        with frozen_statistics(student), self._autocast():
+        compares = isinstance(weighting, WhileBetter)
+        with frozen_statistics(student), self._autocast(), torch.set_grad_enabled(not compares):
             logits = student(images)
             logits = logits[0] if isinstance(logits, (tuple, list)) else logits
             loss = F.cross_entropy(logits.float(), target)
