@@ -13,36 +13,23 @@ from torch import Tensor
 from ._names import check_primary, position_of
 from .stateful import Memory, Stateful, choose
 
-#: Steps without any measurement after which there is a warning.
+#: Steps without any look after which there is a warning.
 PATIENCE = 100
 
 
-class Measured(Stateful):
-    """A rule whose weights are constants until the next measurement (`dtokd_kernels.measure_held_out`).
+class Observing(Stateful):
+    """A rule whose weights are constants until it is given another look at held-out samples.
 
-    A subclass is a dataclass with a field `primary`, and has `learn`. Its memory has "weights" [K].
+    A subclass is a dataclass with a field `primary`, tells in `_look` what the user calls, and counts the looks in
+    `_measurements`.
     """
 
     primary: str | int
     log_gradients: ClassVar[bool] = False
     needs_gram: ClassVar[bool] = False
-    _steps = 0  # taken before the first measurement
+    _look: ClassVar[str]
+    _steps = 0  # taken before the first look
     _measurements = 0
-
-    @abstractmethod
-    def learn(self, memory: Memory, gram: Tensor, p: int) -> Memory:
-        """The memory after a measurement, without side effects.
-
-        Args:
-            memory: before it.
-            gram: [K + 1, K + 1] float64, of the K objectives and the held-out gradient, over the primary one's square.
-            p: position of the primary objective.
-        """
-
-    @property
-    def done(self) -> bool:
-        """Whether further measurements would change nothing."""
-        return False
 
     def expect(self, names: tuple[str, ...]) -> None:
         """Take the names of the objectives whose losses come next.
@@ -63,22 +50,60 @@ class Measured(Stateful):
         p = self.place(K) if K > 1 else 0
         return (torch.arange(K, device=gram.device) == p).double()
 
-    def advance(self, memory: Memory, gram: Tensor, losses: Tensor) -> tuple[Tensor, Memory]:
-        """The weights of the last measurement."""
-        return memory["weights"].clone(), memory
-
     def commit(self, skipped: Tensor) -> None:
-        """Take over what the last call proposed; warn once if many steps were taken without a measurement."""
+        """Take over what the last call proposed; warn once if many steps were taken without a look."""
         super().commit(skipped)
         if self._measurements:
             return
         self._steps += 1
         if self._steps == PATIENCE:
             warnings.warn(
-                f"{type(self).__name__}: no held-out gradient was measured in {PATIENCE} steps, and the primary "
-                "objective alone was trained; call measure_held_out(optimizer, losses, held_out_loss) every few steps",
+                f"{type(self).__name__}: there was no look at held-out samples in {PATIENCE} steps, and the primary "
+                f"objective alone was trained; call {self._look} every few steps",
                 stacklevel=2,
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory, and how many looks it is of."""
+        state = super().state_dict()
+        return {**state, "measurements": self._measurements} if state else state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned; from an empty one, start anew.
+
+        Raises:
+            ValueError: it is another weighting's state. Nothing has changed then.
+        """
+        super().load_state_dict({name: value for name, value in state.items() if name != "measurements"})
+        self._steps, self._measurements = 0, int(state.get("measurements", 0))
+
+
+class Measured(Observing):
+    """A rule that learns from gradients on held-out samples (`dtokd_kernels.measure_held_out`).
+
+    A subclass has `learn`. Its memory has "weights" [K].
+    """
+
+    _look = "measure_held_out(optimizer, losses, held_out_loss)"
+
+    @abstractmethod
+    def learn(self, memory: Memory, gram: Tensor, p: int) -> Memory:
+        """The memory after a measurement, without side effects.
+
+        Args:
+            memory: before it.
+            gram: [K + 1, K + 1] float64, of the K objectives and the held-out gradient, over the primary one's square.
+            p: position of the primary objective.
+        """
+
+    @property
+    def done(self) -> bool:
+        """Whether further measurements would change nothing."""
+        return False
+
+    def advance(self, memory: Memory, gram: Tensor, losses: Tensor) -> tuple[Tensor, Memory]:
+        """The weights of the last measurement."""
+        return memory["weights"].clone(), memory
 
     @torch.no_grad()
     def observe(self, gram: Tensor, names: Sequence[str] = ()) -> None:
@@ -108,17 +133,3 @@ class Measured(Stateful):
         unit = gram[p, p]
         new = {**self._memory, **self.learn(self._memory, gram / unit, p)}
         self._write(choose(~(gram.isfinite().all() & (unit > 0)), self._memory, new))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The memory, and how many measurements it is of."""
-        state = super().state_dict()
-        return {**state, "measurements": self._measurements} if state else state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; from an empty one, start anew.
-
-        Raises:
-            ValueError: it is another weighting's state. Nothing has changed then.
-        """
-        super().load_state_dict({name: value for name, value in state.items() if name != "measurements"})
-        self._steps, self._measurements = 0, int(state.get("measurements", 0))

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ._arguments import check_number
-from ._names import check_primary, position_of
-from .stateful import Memory, Stateful, choose
-
-#: Steps without any comparison after which there is a warning.
-PATIENCE = 100
+from ._measured import Observing
+from .stateful import Memory, choose
 
 
 @dataclass(eq=False)
-class WhileBetter(Stateful):
+class WhileBetter(Observing):
     """The share of distillation is constant while the teacher is better on held-out samples, and 0 where it is not.
 
     Now and then `observe` is given the student's and the teacher's error on the same samples that are not trained on.
@@ -69,23 +63,11 @@ class WhileBetter(Stateful):
     share: float = 0.7
     margin: float = 0.05
     beta: float = 0.5
-    log_gradients: ClassVar[bool] = False
-    needs_gram: ClassVar[bool] = False
-    _steps = 0  # taken before the first call of `observe`
-    _observed = False
+    _look = "observe(student=..., teacher=...)"
 
     def __post_init__(self) -> None:
         for name, value, like in (("share", self.share, 0.7), ("margin", self.margin, 0.05), ("beta", self.beta, 0.5)):
             check_number("WhileBetter", name, value, 0, f"from 0 to below 1, such as {like}", below=1)
-
-    def expect(self, names: tuple[str, ...]) -> None:
-        """Take the names of the objectives whose losses come next.
-
-        Raises:
-            ValueError: the primary one is not among them, or they are not those of the memory.
-        """
-        check_primary("WhileBetter", self.primary, names)
-        super().expect(names)
 
     def initial(self, gram: Tensor) -> Memory:
         """Nothing compared yet."""
@@ -95,24 +77,12 @@ class WhileBetter(Stateful):
     def advance(self, memory: Memory, gram: Tensor, losses: Tensor) -> tuple[Tensor, Memory]:
         """The weights after the last comparison."""
         K = len(gram)
-        alone = torch.arange(K, device=gram.device) == position_of("WhileBetter", self.primary, self._expected, K)
-        others = torch.full_like(gram[0], self.share / max(K - 1, 1), dtype=torch.float64)
-        listening = torch.where(alone, 1.0 - self.share if K > 1 else 1.0, others)
+        alone = self.alone(gram)
+        if K == 1:
+            return alone, memory
         better = memory["teacher"] < (1 - self.margin) * memory["student"]
-        return torch.where(better, listening, alone.double()), memory
-
-    def commit(self, skipped: Tensor) -> None:
-        """Take over what the last call proposed; warn once if many steps were taken without a comparison."""
-        super().commit(skipped)
-        if self._observed:
-            return
-        self._steps += 1
-        if self._steps == PATIENCE:
-            warnings.warn(
-                f"WhileBetter: student and teacher were not compared in {PATIENCE} steps, and the primary objective "
-                "alone was trained; call observe(student=..., teacher=...) every few steps",
-                stacklevel=2,
-            )
+        listening = (1 - self.share) * alone + self.share / (K - 1) * (1 - alone)
+        return torch.where(better, listening, alone), memory
 
     @torch.no_grad()
     def observe(self, student: Tensor | float, teacher: Tensor | float) -> None:
@@ -136,20 +106,14 @@ class WhileBetter(Stateful):
         if self._memory is None:
             self._memory = self.initial(torch.eye(1, dtype=torch.float64, device=device))
         memory = self._memory
+        # a number is filled in on the device: a copy of it would wait
         errors = {
-            name: torch.as_tensor(value).detach().reshape(()).to(memory[name])
+            name: value.reshape(()).to(memory[name])
+            if isinstance(value, Tensor)
+            else torch.full_like(memory[name], value)
             for name, value in (("student", student), ("teacher", teacher))
         }
         usable = torch.stack(list(errors.values())).isfinite().all()
         new = {name: self.beta * memory[name] + (1 - self.beta) * errors[name] for name in memory}
         self._write(choose(~usable, memory, new))
-        self._observed = True
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; from an empty one, start anew.
-
-        Raises:
-            ValueError: it is another weighting's state. Nothing has changed then.
-        """
-        super().load_state_dict(state)
-        self._steps, self._observed = 0, self._memory is not None and any(v > 0 for v in self._memory.values())
+        self._measurements += 1
