@@ -100,7 +100,7 @@ WEIGHTINGS = {
     "UPGrad": {"log_gradients": False, "preference": None},
     "HeldOut": {"primary": 0, "beta": 0.95},
     "Auto": {"primary": 0, "window": 40},
-    "WhileBetter": {"primary": 0, "share": 0.7, "margin": 0.05, "beta": 0.5},
+    "WhileBetter": {"primary": 0, "beta": 0.8},
     "UncertaintyWeighting": {"lr": 1e-3, "weight_decay": 0.0},
 }
 

@@ -1,4 +1,4 @@
-"""`WhileBetter`: distillation has a constant share while the teacher is better, and none where it is not."""
+"""`WhileBetter`: distillation weighs what part of the student's errors the teacher does not make."""
 
 import copy
 import csv
@@ -20,7 +20,11 @@ pytestmark = [
 ]
 EYE = torch.eye(3, dtype=torch.float64)
 ONES = torch.ones(3, dtype=torch.float64)
-OPEN, CLOSED = [0.25, 0.375, 0.375], [1.0, 0.0, 0.0]
+CLOSED = [1.0, 0.0, 0.0]
+
+
+def split(gap):
+    return pytest.approx([1 - gap, gap / 2, gap / 2])
 
 
 def weights(rule, skipped=False):
@@ -31,26 +35,25 @@ def weights(rule, skipped=False):
 
 
 def rule_of(**options):
-    return WhileBetter("task", share=0.75, **options)
+    return WhileBetter("task", **options)
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "expected"),
+    ("student", "teacher", "gap"),
     [
-        (0.5, 0.1, OPEN),
-        (0.5, 0.474, OPEN),
-        (0.5, 0.476, CLOSED),  # not lower by the margin of 5 %
-        (0.5, 0.5, CLOSED),
-        (0.1, 0.5, CLOSED),
-        (0.0, 0.0, CLOSED),
-        (2.3, 0.0, OPEN),
+        (0.5, 0.125, 0.75),
+        (0.5, 0.0, 1.0),
+        (0.5, 0.5, 0.0),
+        (0.1, 0.5, 0.0),
+        (0.0, 0.0, 0.0),
+        (2.0, 1.5, 0.25),
     ],
 )
-def test_the_gate(student, teacher, expected):
+def test_the_gap(student, teacher, gap):
     rule = rule_of()
     assert weights(rule) == CLOSED  # nothing is known yet
     rule.observe(student=student, teacher=torch.tensor(teacher))
-    assert weights(rule) == expected
+    assert weights(rule) == split(gap)
 
 
 def test_averages_decide_and_a_teacher_that_is_overtaken_is_left():
@@ -60,9 +63,27 @@ def test_averages_decide_and_a_teacher_that_is_overtaken_is_left():
         rule.observe(error, 0.3)
         student, teacher = 0.9 * student + 0.1 * error, 0.9 * teacher + 0.1 * 0.3
         seen.append(weights(rule))
-        assert seen[-1] == (OPEN if teacher < 0.95 * student else CLOSED)
-    assert seen[0] == OPEN
+        assert seen[-1] == split(max(0.0, 1 - teacher / student))
+    assert seen[0] == split(2 / 3)
     assert seen[-1] == CLOSED
+
+
+def test_constant_factors_of_the_losses_do_not_matter():
+    """The direction is (1 - g) grad log L_task + g grad log L_distill."""
+    directions = []
+    for factor in (1.0, 50.0):
+        w = torch.nn.Parameter(torch.tensor([0.5, -0.25], dtype=torch.float64))
+        rule = WhileBetter("task")
+        optimizer = dk.DTOSGD([w], lr=1.0, weighting=rule, rescale="none")
+        rule.observe(0.8, 0.2)
+        optimizer.backward({"task": (w - 1).square().sum(), "distill": factor * (w + 1).square().sum()})
+        before = w.detach().clone()
+        optimizer.step()
+        directions.append(before - w.detach())
+    before.requires_grad_()
+    (0.25 * (before - 1).square().sum().log() + 0.75 * (before + 1).square().sum().log()).backward()
+    for direction in directions:
+        torch.testing.assert_close(direction, before.grad)
 
 
 def test_what_is_not_finite_changes_nothing():
@@ -75,7 +96,7 @@ def test_what_is_not_finite_changes_nothing():
     assert {name: float(before[name]) for name in ("student", "teacher")} == {
         name: float(rule.state_dict()[name]) for name in ("student", "teacher")
     }
-    assert weights(rule) == OPEN
+    assert weights(rule) == split(0.8)
 
 
 def test_state_goes_on():
@@ -116,7 +137,7 @@ def test_a_warning_where_nothing_is_compared():
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"share": 1.0}, "share is 1.0"), ({"margin": -0.1}, "margin is -0.1"), ({"beta": float("nan")}, "beta is nan")],
+    [({"beta": 1.0}, "beta is 1.0"), ({"beta": float("nan")}, "beta is nan")],
 )
 def test_refused_options(options, told):
     with pytest.raises(ValueError, match=told):

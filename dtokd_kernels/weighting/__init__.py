@@ -36,7 +36,7 @@ name                        what the weights solve                              
 `TaskFirst`                 the primary gradient, and what does not work against it      no    yes   yes
 `Auto`                      one of four, by what they do for new samples                 (3)   (4)   yes
 `HeldOut`                   nearest to the task's gradient on samples that are held out  (3)   (4)   yes
-`WhileBetter`               nothing: constants, while the teacher is better              no    no    yes
+`WhileBetter`               how much better the teacher is on held-out samples           yes   no    yes
 ==========================  ===========================================================  ====  ====  ======
 
 log: the default of `log_gradients`; most take it as an option. (1) for reading "gram" only; (2) yes for `LogSum`;

@@ -1,8 +1,9 @@
-"""A fixed weight for distillation, for as long as the teacher is better than the student."""
+"""A weight for distillation that is the part of the student's errors that the teacher does not make."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,31 +15,27 @@ from .stateful import Memory, choose
 
 @dataclass(eq=False)
 class WhileBetter(Observing):
-    """The share of distillation is constant while the teacher is better on held-out samples, and 0 where it is not.
+    """Distillation has as much weight as there is to learn from the teacher: nothing, once it is no longer better.
 
     Now and then `observe` is given the student's and the teacher's error on the same samples that are not trained on.
-    With their averages e_s and e_t over the calls, which decay by `beta`, the weights of the raw gradients are
+    With their averages e_s and e_t over the calls, which decay by `beta`, the weights of the log-loss gradients are
 
-        w_p = 1 - share and w_i = share / (K - 1)   while e_t < (1 - margin) e_s,
-        w_p = 1         and w_i = 0                 otherwise,
+        w_p = 1 - g and w_i = g / (K - 1),   g = max(0, 1 - e_t / e_s),
 
-    for the primary (task) objective p and the others i. A teacher that knows less than the student, or nothing, is not
-    listened to; one that is overtaken is left. Before the first call the primary objective alone is trained.
+    for the primary (task) objective p and the K - 1 others i. g is the part of the student's errors that the teacher
+    does not make: near 1 at the start, smaller while the student comes closer, 0 for a teacher that knows less than the
+    student. Before the first call the primary objective alone is trained. No loss's unit or constant factor matters.
 
-    The error may be any number that is lower for the better model and not negative: an error rate (an accuracy counts
-    in the same way for every model) or a cross-entropy (which also punishes a teacher that is badly calibrated). What
-    is not seen: a good teacher that this student cannot follow. The default share did best among untuned constants in
-    docs/evidence.md.
+    The errors may be any numbers that are 0 at best and lower for the better model: error rates, or a detector's
+    1 - AP. What is not seen: a good teacher that this student cannot follow.
 
-    This package; that distillation should end when the student no longer gains from it: Cho and Hariharan, *On the
-    Efficacy of Knowledge Distillation*, ICCV 2019.
+    This package; that distillation should fade out when the student no longer gains from it: Cho and Hariharan, *On the
+    Efficacy of Knowledge Distillation*, ICCV 2019. How it does beside tuned weights: docs/evidence.md.
 
     Memory: "student" and "teacher", scalars: decaying sums of the errors.
 
     Args:
         primary: name or position of the task's objective.
-        share: of all other objectives together, from 0 to below 1.
-        margin: by which part the teacher's error has to be lower than the student's, from 0 to below 1.
         beta: what the averages keep per call, from 0 to below 1.
 
     Raises:
@@ -47,10 +44,10 @@ class WhileBetter(Observing):
     Example:
         >>> import torch, dtokd_kernels as dk
         >>> w = torch.nn.Parameter(torch.zeros(2))
-        >>> rule = dk.weighting.WhileBetter("task", share=0.75, beta=0.0)
+        >>> rule = dk.weighting.WhileBetter("task", beta=0.0)
         >>> optimizer = dk.DTOAdamW([w], weighting=rule)
         >>> for student_error in (0.5, 0.1):
-        ...     rule.observe(student=student_error, teacher=0.2)
+        ...     rule.observe(student=student_error, teacher=0.125)
         ...     optimizer.backward({"task": (w - 1).square().sum(), "distill": (w + 1).square().sum()})
         ...     optimizer.step()
         ...     optimizer.zero_grad()
@@ -60,14 +57,12 @@ class WhileBetter(Observing):
     """
 
     primary: str | int = 0
-    share: float = 0.7
-    margin: float = 0.05
-    beta: float = 0.5
+    beta: float = 0.8
+    log_gradients: ClassVar[bool] = True
     _look = "observe(student=..., teacher=...)"
 
     def __post_init__(self) -> None:
-        for name, value, like in (("share", self.share, 0.7), ("margin", self.margin, 0.05), ("beta", self.beta, 0.5)):
-            check_number("WhileBetter", name, value, 0, f"from 0 to below 1, such as {like}", below=1)
+        check_number("WhileBetter", "beta", self.beta, 0, "from 0 to below 1, such as 0.8", below=1)
 
     def initial(self, gram: Tensor) -> Memory:
         """Nothing compared yet."""
@@ -80,9 +75,9 @@ class WhileBetter(Observing):
         alone = self.alone(gram)
         if K == 1:
             return alone, memory
-        better = memory["teacher"] < (1 - self.margin) * memory["student"]
-        listening = (1 - self.share) * alone + self.share / (K - 1) * (1 - alone)
-        return torch.where(better, listening, alone), memory
+        student, teacher = memory["student"], memory["teacher"]
+        gap = torch.where(teacher < student, 1 - teacher / student, 0.0)
+        return (1 - gap) * alone + gap / (K - 1) * (1 - alone), memory
 
     @torch.no_grad()
     def observe(self, student: Tensor | float, teacher: Tensor | float) -> None:
