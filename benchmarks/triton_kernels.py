@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dtokd_kernels.rules import RULES
 from dtokd_kernels.triton import solve, update
 from dtokd_kernels.triton.gram import LANES, gram_kernel, gram_sum_kernel
 from dtokd_kernels.triton.tables import CHUNK, DTYPES, INTERPRETED, VECTOR_BYTES
@@ -30,9 +30,12 @@ _TYPES = {
     "table": "*i64", "T": "i32", "chunks": "i32", "first": "i32", "shared": "i32", "private": "i32",
     "plain": "i32", "ticket": "*i32", "grams": "*fp64", "partials": "*fp64", "out": "*fp64",
     "coefficients": "*fp64", "skipped": "*i1", "tensor_lr": "*fp64", "numbers": "*fp64",
-    "gram": "*fp64", "private_gram": "*fp64", "plain_gram": "*fp64", "losses": "*fp64", "given": "*fp64",
-    "present": "*i1", "values": "*fp64", "flags": "*i1",
+    "gram": "*fp64", "losses": "*fp64", "given": "*fp64", "present": "*i1", "values": "*fp64", "flags": "*i1",
 }  # fmt: skip
+
+
+#: Titles, update rules and numbers of states.
+UPDATES = (("adamw", "adamw", 2), ("adamw amsgrad", "adamw", 3), ("lion", "lion", 1), ("sgd", "sgd", 1))
 
 
 def variants(
@@ -45,31 +48,29 @@ def variants(
     for K in objectives:
         yield Variant(f"gram_sum K={K}", gram_sum_kernel, {"K": K, **sums}, warps)
         solved = {"K": K, "OBJECTIVES": triton.next_power_of_2(K), "CLAMP": True}
-        yield Variant(f"min_norm K={K}", solve.min_norm_kernel, {**solved, "present": None}, solve.options(K))
-        record = {**solved, "LOG_GRADIENTS": True, "RESCALE_SUM": False}
-        yield Variant(f"balance K={K}", solve.balance_kernel, {**record, "given": None}, solve.options(K))
-        whole = {**warps, "enable_fp_fusion": False}
-        yield Variant(f"gram_balance K={K}", solve.gram_balance_kernel, {**record, **sums}, whole)
+        yield Variant(f"min_norm K={K}", solve.min_norm_kernel, {**solved, "present": None}, solve.compiled(K))
+        record = {**solved, "LOG_GRADIENTS": True, "RESCALE_SUM": False, "given": None, **sums}
+        there = dict.fromkeys(("partials", "shared", "private", "plain", "ticket"))
+        yield Variant(f"balance K={K}", solve.balance_kernel, {**record, **there}, solve.compiled(K))
+        yield Variant(f"gram_balance K={K}", solve.balance_kernel, record, {**warps, "enable_fp_fusion": False})
         for dtype in dtypes:
             what = f"{str(dtype).removeprefix('torch.')} K={K}"
             vector = VECTOR_BYTES // dtype.itemsize
             constants = {"K": K, "REACH": 2**K - 1, "DTYPE": DTYPES[dtype], "CHUNK": CHUNK, "VECTOR": vector, **sums}
             yield Variant(f"gram {what}", gram_kernel, constants, warps)
-            common = {"K": K, **update.constants(dtype)}
-            combined = {"REACH": 2**K - 1, **update.constants(dtype)}
-            descent = {**common, "REACH": 2**K - 1, "MAXIMIZE": False, "TENSOR_LR": False, "tensor_lr": None}
-            yield Variant(f"combine {what}", update.combine_kernel, combined, update.OPTIONS)
+            common = {"K": K, "REACH": 2**K - 1, "tensor_lr": None, **update.constants(dtype)}
+            common |= {"STATES": 0, "MAXIMIZE": False, "NESTEROV": False, "FIRST": False}
+            unused = dict.fromkeys(("skipped", "ticket", "numbers", "partials"))
+            yield Variant(
+                f"combine {what}", update.update_kernel, {**common, **unused, "RULE": "combine"}, update.OPTIONS
+            )
             for measure in (False, True):
-                beside = {**descent, "MEASURE": measure, **({} if measure else {"partials": None})}
-                counted = {**beside, "STEP": tl.float32}
-                momentum = {"MOMENTUM": True, "NESTEROV": False, "FIRST": False}
                 name = f"measuring {what}" if measure else what
-                yield Variant(f"adamw {name}", update.adamw_kernel, {**counted, "AMSGRAD": False}, update.OPTIONS)
-                yield Variant(
-                    f"adamw amsgrad {name}", update.adamw_kernel, {**counted, "AMSGRAD": True}, update.OPTIONS
-                )
-                yield Variant(f"lion {name}", update.lion_kernel, beside, update.OPTIONS)
-                yield Variant(f"sgd {name}", update.sgd_kernel, {**beside, **momentum}, update.OPTIONS)
+                beside = {**common, **({} if measure else {"partials": None})}
+                for title, rule, states in UPDATES:
+                    uncounted = {} if RULES[rule].counts_steps else {"ticket": None}
+                    constants = {**beside, **uncounted, "RULE": rule, "STATES": states}
+                    yield Variant(f"{title} {name}", update.update_kernel, constants, update.OPTIONS)
 
 
 def compile(variant: Variant, capability: int) -> Any:

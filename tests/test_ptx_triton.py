@@ -84,10 +84,14 @@ def watched_kernels(tmp_path, monkeypatch):
 
 def launchers(folder, monkeypatch, memory):
     made = []
-    kernels = (gram, ("gram_kernel", "gram_sum_kernel")), (solve, ("gram_balance_kernel",)), (update, ("adamw_kernel",))
+    kernels = (
+        (gram, ("gram_kernel", "gram_sum_kernel")),
+        (solve, ("balance_kernel",)),
+        (update, ("update_kernel",)),
+    )
     for module, names in kernels:
         for name in names:
-            takes_a_ticket = name in ("gram_balance_kernel", "adamw_kernel")
+            takes_a_ticket = name in ("balance_kernel", "update_kernel")
             made.append(Kernel(getattr(module, name), folder, memory if takes_a_ticket else None))
             monkeypatch.setattr(module, name, made[-1])
 
@@ -134,7 +138,7 @@ def test_gram_and_balance(kernels, K):
     members = [Member(0, 2**K - 1, grads), Member(2, 2**K - 1, plain)]
     members += [Member(1, 1, [private[0][:1]]), Member(1, 2 ** (K - 1), [private[-1][1:]])]
     losses = torch.linspace(0.5, 2, K, dtype=torch.float64)
-    grams, values, flags = kernels.gram_balance(members, K, losses, True, True, False, 1.0, 1e-8, 2.0**60)
+    grams, values, flags = kernels.gram_balance(members, losses, True, True, False, 1.0, 1e-8, 2.0**60)
     assert_gram(grams[0], grads)
     assert_gram(grams[2], plain)
     zero = [torch.zeros_like(g) for g in private[0]]
@@ -146,7 +150,7 @@ def test_gram_and_balance(kernels, K):
         a, b = getattr(got, name), getattr(expected, name)
         assert ((a - b).abs() <= bound * (1 + b.abs())).all(), name
     assert not got.skipped
-    assert kernels.launched() == [*["gram_kernel"] * 4, "gram_balance_kernel"]
+    assert kernels.launched() == [*["gram_kernel"] * 4, "balance_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -157,7 +161,7 @@ def test_adamw_step_that_measures(kernels, dtype):
     assert_step(before, after)
     assert_gram(grams[0][2], before.grads)
     assert not grams[0][:2].any()
-    assert kernels.launched() == ["gram_sum_kernel", "adamw_kernel"]
+    assert kernels.launched() == ["gram_sum_kernel", "update_kernel"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -166,7 +170,7 @@ def test_adamw_step(kernels, dtype):
     after = before.clone()
     kernels.run_step(after)
     assert_step(before, after)
-    assert kernels.launched() == ["adamw_kernel"]
+    assert kernels.launched() == ["update_kernel"]
     assert all(count == 1 + was for count, was in zip(after.steps, before.steps, strict=True))
 
 
@@ -193,7 +197,7 @@ UNCHECKED = (tables.find, " & (tl.load(table + 2 * T + low) != 0)", "")
 def balance_by_ticket(kernels):
     grads = gradients(2, [40, 5], torch.float32)
     losses = torch.tensor([0.5, 2.0], dtype=torch.float64)
-    grams, values, _ = kernels.gram_balance([Member(0, 3, grads)], 2, losses, True, True, False, 1.0, 1e-8, 2.0**60)
+    grams, values, _ = kernels.gram_balance([Member(0, 3, grads)], losses, True, True, False, 1.0, 1e-8, 2.0**60)
     assert_gram(grams[0], grads)
     expected = reference.balance(grams, losses, Options(dk.weighting.DTO(), max_norm=1.0))
     assert (values[:2] - expected.weights).abs().max() <= tolerances.weights_bound(grams[0] / losses.outer(losses))

@@ -74,24 +74,12 @@ def gram(grads: Sequence[Tensor], reach: Sequence[int], role: Sequence[int], K: 
 
 
 def gram_balance(
-    grads: Sequence[Tensor],
-    reach: Sequence[int],
-    role: Sequence[int],
-    losses: Tensor,
-    log_gradients: bool,
-    clamp: bool,
-    rescale_sum: bool,
-    max_norm: float,
-    loss_floor: float,
-    limit: float,
-    tickets: Tensor | None,
+    grads: Sequence[Tensor], reach: Sequence[int], role: Sequence[int], losses: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and DTO-KD's weights by the last program of the last launch."""
+    """The same, and DTO-KD's weights by the last program of the last launch. After the options come the tickets."""
     losses = _doubles("gram_balance", losses, grads[0])
-    members = _members("gram_balance", grads, reach, role)
-    options = log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit
     with torch.cuda.device_of(grads[0]):
-        return solve.gram_balance(members, len(losses), losses, *options)
+        return solve.gram_balance(_members("gram_balance", grads, reach, role), losses, *options[:-1])
 
 
 def min_norm_weights(gram: Tensor, clamp: bool, present: Tensor | None) -> Tensor:
@@ -101,24 +89,12 @@ def min_norm_weights(gram: Tensor, clamp: bool, present: Tensor | None) -> Tenso
         return solve.min_norm_weights(gram, clamp, None if present is None else present.contiguous())
 
 
-def balance(
-    grams: Tensor,
-    losses: Tensor,
-    weights: Tensor | None,
-    log_gradients: bool,
-    clamp: bool,
-    rescale_sum: bool,
-    max_norm: float,
-    loss_floor: float,
-    limit: float,
-) -> tuple[Tensor, Tensor]:
+def balance(grams: Tensor, losses: Tensor, weights: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """One launch."""
     grams, losses = _doubles("balance", grams, grams), _doubles("balance", losses, grams)
     weights = None if weights is None else _doubles("balance", weights, grams)
-    options = log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit
     with torch.cuda.device_of(grams):
-        shared, private, plain = grams.unbind()
-        return solve.balance(shared, private, plain, losses, weights, *options)
+        return solve.balance(grams, losses, weights, *options)
 
 
 def combine_(

@@ -24,7 +24,7 @@ from .tables import double, last_program
 _EQUAL = tl.constexpr(reference.EQUAL)
 
 
-def options(K: int) -> dict[str, Any]:
+def compiled(K: int) -> dict[str, Any]:
     """How the kernels are compiled: a thread for each face, so that registers hold its system."""
     return {"num_warps": max(1, 2**K // 32), "enable_fp_fusion": False}
 
@@ -33,128 +33,56 @@ def min_norm_weights(gram: Tensor, clamp: bool, present: Tensor | None) -> Tenso
     """`reference.min_norm_weights` of a contiguous float64 [K, K]; one launch."""
     K = len(gram)
     out = torch.empty(K, dtype=torch.float64, device=gram.device)
-    min_norm_kernel[(1,)](gram, present, out, K=K, OBJECTIVES=triton.next_power_of_2(K), CLAMP=clamp, **options(K))
+    min_norm_kernel[(1,)](gram, present, out, K=K, OBJECTIVES=triton.next_power_of_2(K), CLAMP=clamp, **compiled(K))
     return out
 
 
-def balance(
-    gram: Tensor,
-    private_gram: Tensor | None,
-    plain_gram: Tensor | None,
-    losses: Tensor,
-    weights: Tensor | None,
-    log_gradients: bool,
-    clamp: bool,
-    rescale_sum: bool,
-    max_norm: float,
-    loss_floor: float,
-    limit: float,
-) -> tuple[Tensor, Tensor]:
+def balance(grams: Tensor, losses: Tensor, weights: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
     """`reference.balance` of contiguous float64 tensors, with DTO's weights unless they are given; one launch.
+
+    Args:
+        grams: [3, K, K], by role.
+        losses: [K].
+        weights: [K], or None.
+        options: of a balance, as `operations` has them.
 
     Returns:
         values [values_size(K)] float64: weights, coefficients of shared, private and plain parameters, norms, cosine,
         norm; flags [2] bool: vertex, skipped.
     """
-    K = len(gram)
-    values = torch.empty(values_size(K), dtype=torch.float64, device=gram.device)
-    flags = torch.empty(2, dtype=torch.bool, device=gram.device)
-    balance_kernel[(1,)](
-        gram,
-        private_gram,
-        plain_gram,
-        losses,
-        weights,
-        values,
-        flags,
-        max_norm,
-        loss_floor,
-        limit,
-        K=K,
-        OBJECTIVES=triton.next_power_of_2(K),
-        LOG_GRADIENTS=log_gradients,
-        CLAMP=clamp,
-        RESCALE_SUM=rescale_sum,
-        **options(K),
-    )
-    return values, flags
+    sums = dict.fromkeys(("partials", "shared", "private", "plain", "ticket"))
+    return _launch((1,), grams, losses, weights, options, **sums, **compiled(len(losses)))
 
 
-def gram_balance(
-    members: Sequence[Member],
-    K: int,
-    losses: Tensor,
-    log_gradients: bool,
-    clamp: bool,
-    rescale_sum: bool,
-    max_norm: float,
-    loss_floor: float,
-    limit: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def gram_balance(members: Sequence[Member], losses: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Gram matrices by role and what `balance` makes of them: a launch for each member, and one more.
 
     Returns:
         [3, K, K] float64, and as `balance`.
     """
+    K = len(losses)
     partials = partial_sums(members, K)
-    device = partials.sums.device
-    grams = torch.empty(len(partials.chunks), K, K, dtype=torch.float64, device=device)
-    values = torch.empty(values_size(K), dtype=torch.float64, device=device)
-    flags = torch.empty(2, dtype=torch.bool, device=device)
-    gram_balance_kernel[(K, K, len(partials.chunks))](
-        partials.sums,
-        *partials.chunks,
-        partials.ticket,
-        grams,
-        losses,
-        values,
-        flags,
-        max_norm,
-        loss_floor,
-        limit,
-        K=K,
-        OBJECTIVES=triton.next_power_of_2(K),
-        LOG_GRADIENTS=log_gradients,
-        CLAMP=clamp,
-        RESCALE_SUM=rescale_sum,
-        LANES=LANES,
-        num_warps=LANES // 32,
-        enable_fp_fusion=False,
-    )
-    return grams, values, flags
+    chunks = dict(zip(("shared", "private", "plain"), partials.chunks, strict=True))
+    grams = torch.empty(len(chunks), K, K, dtype=torch.float64, device=partials.sums.device)
+    sums = {**chunks, "partials": partials.sums, "ticket": partials.ticket}
+    warps = {"num_warps": LANES // 32, "enable_fp_fusion": False}
+    return grams, *_launch((K, K, len(chunks)), grams, losses, None, options, **sums, **warps)
 
 
-@triton.jit(do_not_specialize=["shared", "private", "plain"])
-def gram_balance_kernel(
-    partials,
-    shared,
-    private,
-    plain,
-    ticket,
-    grams,
-    losses,
-    values,
-    flags,
-    max_norm: tl.float64,
-    loss_floor: tl.float64,
-    limit: tl.float64,
-    K: tl.constexpr,
-    OBJECTIVES: tl.constexpr,
-    LOG_GRADIENTS: tl.constexpr,
-    CLAMP: tl.constexpr,
-    RESCALE_SUM: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """Gram matrices as `gram_sum_kernel` makes them; the last program to finish makes the balance of them.
+#: The options of a balance as the kernel calls them, in the order of the operations.
+_OPTIONS = ("LOG_GRADIENTS", "CLAMP", "RESCALE_SUM", "max_norm", "loss_floor", "limit")
 
-    ticket: 0 before. Launch: K x K x 3 programs.
-    """
-    sum_entry(partials, shared, private, plain, grams, K, LANES)
-    if last_program(ticket, K * K * 3):
-        write_balance(
-            grams, grams + K * K, grams + 2 * K * K, losses, None, values, flags, max_norm, loss_floor, limit,
-            K, OBJECTIVES, LOG_GRADIENTS, CLAMP, RESCALE_SUM,
-        )  # fmt: skip
+
+def _launch(
+    grid: tuple[int, ...], grams: Tensor, losses: Tensor, given: Tensor | None, options: Sequence[Any], **more: Any
+) -> tuple[Tensor, Tensor]:
+    K = len(losses)
+    values = torch.empty(values_size(K), dtype=torch.float64, device=grams.device)
+    flags = torch.empty(2, dtype=torch.bool, device=grams.device)
+    sizes = {"K": K, "OBJECTIVES": triton.next_power_of_2(K), "LANES": LANES}
+    more |= {"grams": grams, "losses": losses, "given": given, "values": values, "flags": flags}
+    balance_kernel[grid](**dict(zip(_OPTIONS, options, strict=True)), **sizes, **more)
+    return values, flags
 
 
 @triton.jit
@@ -171,11 +99,14 @@ def min_norm_kernel(gram, present, out, K: tl.constexpr, OBJECTIVES: tl.constexp
     tl.store(out + i, weights, mask=i < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["shared", "private", "plain"])
 def balance_kernel(
-    gram,
-    private_gram,
-    plain_gram,
+    partials,
+    shared,
+    private,
+    plain,
+    ticket,
+    grams,
     losses,
     given,
     values,
@@ -188,19 +119,30 @@ def balance_kernel(
     LOG_GRADIENTS: tl.constexpr,
     CLAMP: tl.constexpr,
     RESCALE_SUM: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """Values and flags as `balance` describes them. One program."""
-    write_balance(
-        gram, private_gram, plain_gram, losses, given, values, flags, max_norm, loss_floor, limit,
-        K, OBJECTIVES, LOG_GRADIENTS, CLAMP, RESCALE_SUM,
-    )  # fmt: skip
+    """Values and flags as `balance` describes them. One program; max_norm <= 0: no clipping.
+
+    With partials: the Gram matrices as `gram_sum_kernel` makes them, by K x K x 3 programs, of which the last to finish
+    makes the balance. ticket: 0 before.
+    """
+    if partials is not None:
+        sum_entry(partials, shared, private, plain, grams, K, LANES)
+        if last_program(ticket, K * K * 3):
+            _write_balance(
+                grams, losses, None, values, flags, max_norm, loss_floor, limit, K, OBJECTIVES, LOG_GRADIENTS, CLAMP,
+                RESCALE_SUM,
+            )  # fmt: skip
+    else:
+        _write_balance(
+            grams, losses, given, values, flags, max_norm, loss_floor, limit, K, OBJECTIVES, LOG_GRADIENTS, CLAMP,
+            RESCALE_SUM,
+        )  # fmt: skip
 
 
 @triton.jit
-def write_balance(
-    gram,
-    private_gram,
-    plain_gram,
+def _write_balance(
+    grams,
     losses,
     given,
     values,
@@ -214,15 +156,16 @@ def write_balance(
     CLAMP: tl.constexpr,
     RESCALE_SUM: tl.constexpr,
 ):
-    """Make values and flags; max_norm <= 0: no clipping."""
+    """Make values and flags of the Gram matrices [3, K, K]."""
+    private_gram, plain_gram = grams + K * K, grams + 2 * K * K
     i = tl.arange(0, OBJECTIVES)
     there = i < K
     loss = tl.load(losses + i, mask=there, other=1.0)
-    squares = tl.load(gram + i * (K + 1), mask=there, other=0.0)
+    squares = tl.load(grams + i * (K + 1), mask=there, other=0.0)
     scale = _scale(losses, tl.minimum(i, K - 1), loss_floor, LOG_GRADIENTS)
     if given is None:
         bits = tl.sum((squares > 0).to(tl.int32) << i)
-        weights = _min_norm(gram, losses, loss_floor, bits, K, OBJECTIVES, CLAMP, LOG_GRADIENTS)
+        weights = _min_norm(grams, losses, loss_floor, bits, K, OBJECTIVES, CLAMP, LOG_GRADIENTS)
     else:
         weights = tl.load(given + i, mask=there, other=0.0)
     weights = tl.where(squares > 0, weights, 0.0)
@@ -234,20 +177,18 @@ def write_balance(
         shared = shared / tl.where(total > 0, total, 1.0)
         private = tl.full([OBJECTIVES], 1.0, tl.float64)
     plain = tl.full([OBJECTIVES], 1.0, tl.float64)
-    square = _squared_norm(gram, shared, K, OBJECTIVES)
+    square = _squared_norm(grams, shared, K, OBJECTIVES)
     anything = squares
     # K times this: no element of a combination, nor of any part of it, has a larger square
     reach = tl.sum(shared * squares * shared)  # a large coefficient's square may overflow
-    if private_gram is not None:
-        squares_there = tl.load(private_gram + i * (K + 1), mask=there, other=0.0)
-        square += _squared_norm(private_gram, private, K, OBJECTIVES)
-        anything += squares_there
-        reach = tl.maximum(reach, tl.sum(private * squares_there * private))
-    if plain_gram is not None:
-        squares_there = tl.load(plain_gram + i * (K + 1), mask=there, other=0.0)
-        square += _squared_norm(plain_gram, plain, K, OBJECTIVES)
-        anything += squares_there
-        reach = tl.maximum(reach, tl.sum(squares_there))
+    squares_there = tl.load(private_gram + i * (K + 1), mask=there, other=0.0)
+    square += _squared_norm(private_gram, private, K, OBJECTIVES)
+    anything += squares_there
+    reach = tl.maximum(reach, tl.sum(private * squares_there * private))
+    squares_there = tl.load(plain_gram + i * (K + 1), mask=there, other=0.0)
+    square += _squared_norm(plain_gram, plain, K, OBJECTIVES)
+    anything += squares_there
+    reach = tl.maximum(reach, tl.sum(squares_there))
     norm = tl.sqrt(square)
     clip = double(max_norm) / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
     clip = tl.where((double(max_norm) > 0) & (clip < 1), clip, 1.0)
@@ -270,7 +211,7 @@ def write_balance(
     lengths = norms[:, None] * norms[None, :]
     at = i[:, None] * K + i[None, :]
     within = there[:, None] & there[None, :]
-    cosine = tl.load(gram + at, mask=within, other=0.0) / tl.where(lengths > 0, lengths, 1.0)
+    cosine = tl.load(grams + at, mask=within, other=0.0) / tl.where(lengths > 0, lengths, 1.0)
     tl.store(values + i, weights, mask=there)
     tl.store(values + K + i, shared * clip, mask=there)
     tl.store(values + 2 * K + i, private * clip, mask=there)

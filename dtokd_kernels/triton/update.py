@@ -1,4 +1,4 @@
-"""What is done with the combined gradient d = sum_i c_i g_i: stored, or descended by AdamW or SGD.
+"""What is done with the combined gradient d = sum_i c_i g_i: stored, or descended by an update rule.
 
 The formulas are those of `csrc/include/dtokd/update_rules.h`, fused multiply-adds included; the compiler may fuse no
 others, so neither the number of warps nor a version of it changes a bit. Computed in float32, or float64 for float64
@@ -7,11 +7,12 @@ read by the kernels, so that nothing waits for them; a gradient whose coefficien
 walked last first, as the Gram pass has read the last gradients most recently, and parameters and states are marked to
 leave the cache first.
 
-An update kernel with MEASURE also takes the Gram matrix of the gradients: it reads all of them, of a skipped step too,
+With `partials` the kernel also takes the Gram matrix of the gradients: it reads all of them, of a skipped step too,
 and adds as NOTE [Sums] in `gram` says. So it has as many warps as the Gram kernel.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, assignment, var-annotated"
-# ruff: noqa: RUF005, SIM300 (triton knows no starred tuples; constants are in capitals, as in all of triton)
+# ruff: noqa: RUF005, SIM102, SIM300 (triton knows no starred tuples, and its `and` takes a ticket in any case;
+# constants are in capitals, as in all of triton)
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rules import Rule
+from ..rules import RULES, Rule
 from .gram import LANES, add_products, added_up, columns, no_sums, objectives, store_sums
 from .tables import (
     CHUNK,
@@ -43,14 +44,18 @@ VECTORS = 1
 #: that writes it.
 COUNT_BLOCK = tl.constexpr(512)
 SUM_LANES = tl.constexpr(LANES)
-
-
-#: How the update kernels are compiled.
+#: How the update kernel is compiled.
 OPTIONS = {"num_warps": NUM_WARPS, "enable_fp_fusion": False}
+#: The rule that stores the combined gradient; the others are those of `rules`.
+COMBINE = "combine"
+COMBINING = tl.constexpr(COMBINE)
+#: Hyper-parameters that the kernel is specialized for: SPECIAL in the kernel, and amsgrad by the number of states.
+SPECIAL = ("maximize", "nesterov", "first")
+FLAGS = (*SPECIAL, "amsgrad")
 
 
 def constants(dtype: torch.dtype) -> dict[str, Any]:
-    """What the update kernels are specialized for, for tensors of a dtype."""
+    """What the update kernel is specialized for, for tensors of a dtype."""
     return {
         "DTYPE": DTYPES[dtype],
         "COMPUTE": tl.float64 if dtype == torch.float64 else tl.float32,
@@ -82,27 +87,6 @@ class Descent(NamedTuple):
     tensor_lr: Tensor | None
     numbers: tuple[float, ...]
 
-    def run(self, kernel: Any, table: Table, *ticket: Tensor, measured: bool, **flags: Any) -> Tensor | None:
-        """Launch an update kernel on a table that begins with the gradients and the parameters.
-
-        Returns:
-            If `measured`, the Gram matrices [3, K, K] of the gradients, by one launch more.
-        """
-        numbers = numbers_of(self.numbers, self.params)
-        K, chunks = self.table.shape[1], max(table.chunks, 1)
-        sums = None
-        if measured:
-            sums = torch.empty(K * (K + 1) // 2 * chunks, dtype=torch.float64, device=self.table.device)
-        _launch(
-            kernel, table, self.params[0].dtype, self.table, self.skipped, *ticket, numbers, self.tensor_lr, sums,
-            chunks, K=K, REACH=self.reach, TENSOR_LR=self.tensor_lr is not None, MEASURE=measured, **flags,
-        )  # fmt: skip
-        if sums is None:
-            return None
-        of_role = [0, 0, 0]
-        of_role[int(self.numbers[0])] = table.chunks
-        return added_up(sums, of_role, K)
-
 
 def combine(out: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], reach: int, coefficients: Tensor) -> None:
     """Store sum_i c_i g_i in `out`, which may be one of the lists. One launch.
@@ -113,11 +97,10 @@ def combine(out: Sequence[Tensor], grads: Sequence[Sequence[Tensor]], reach: int
         reach: bit i set if objective i has a gradient here.
         coefficients: [K] float64 on their device.
     """
-    _launch(combine_kernel, table_of([*grads, out]), out[0].dtype, coefficients, REACH=reach)
-
-
-#: Hyper-parameters that a kernel is specialized for.
-FLAGS = ("maximize", "amsgrad", "nesterov", "first")
+    unused = dict.fromkeys(("skipped", "ticket", "numbers", "tensor_lr", "partials"))
+    flags = dict.fromkeys(map(str.upper, SPECIAL), False)
+    table, K = table_of([*grads, out]), len(coefficients)
+    _launch(table, out[0].dtype, coefficients, **unused, K=K, REACH=reach, RULE=COMBINE, STATES=0, **flags)
 
 
 def step(
@@ -133,85 +116,51 @@ def step(
     Args:
         rule: the update rule.
         descent: what it descends; of one role, if `measured`.
-        states: a list that fits the parameters for each state that they have, in the rule's order; then their counters
-            of steps, if the rule counts them.
+        states: a list that fits the parameters for each state that they have, in the rule's order; then their float32
+            counters of steps, if the rule counts them.
         numbers: the hyper-parameters by name; the flags are those of all groups.
         ticket: int32, 0 before and after.
-        measured: return the Gram matrices [3, K, K] of the gradients, from the same pass.
+        measured: return the Gram matrices [3, K, K] of the gradients, from the same pass and one launch more.
     """
-    flags: dict[str, Any] = {"MAXIMIZE": bool(numbers["maximize"])}
     counters: Sequence[Tensor] = ()
     if rule.counts_steps:
         *states, counters = states
-        flags["STEP"] = DTYPES[counters[0].dtype]
-    kernel = {"adamw": adamw_kernel, "sgd": sgd_kernel, "lion": lion_kernel}[rule.name]
-    if rule.name == "adamw":
-        flags["AMSGRAD"] = len(states) == 3
-    elif rule.name == "sgd":
-        flags |= {"MOMENTUM": bool(states), "NESTEROV": bool(numbers["nesterov"]), "FIRST": bool(numbers["first"])}
-    return descent.run(
-        kernel,
-        table_of([*descent.grads, descent.params, *states], counters, descent.groups),
-        *([ticket] if rule.counts_steps else []),
-        measured=measured,
-        **flags,
+    table = table_of([*descent.grads, descent.params, *states], counters, descent.groups)
+    K, sums = descent.table.shape[1], None
+    if measured:
+        shape = K * (K + 1) // 2 * max(table.chunks, 1)
+        sums = torch.empty(shape, dtype=torch.float64, device=descent.table.device)
+    _launch(
+        table,
+        descent.params[0].dtype,
+        descent.table,
+        skipped=descent.skipped,
+        ticket=ticket if rule.counts_steps else None,
+        numbers=numbers_of(descent.numbers, descent.params),
+        tensor_lr=descent.tensor_lr,
+        partials=sums,
+        K=K,
+        REACH=descent.reach,
+        RULE=rule.name,
+        STATES=len(states),
+        **{name.upper(): bool(numbers.get(name)) for name in SPECIAL},
     )
+    if sums is None:
+        return None
+    of_role = [0, 0, 0]
+    of_role[int(descent.numbers[0])] = table.chunks
+    return added_up(sums, of_role, K)
 
 
-def _launch(kernel: Any, table: Table, dtype: torch.dtype, *args: Any, **flags: Any) -> None:
+def _launch(table: Table, dtype: torch.dtype, coefficients: Tensor, **arguments: Any) -> None:
     """One program per chunk of a table whose tensors are of this dtype; one if all are empty."""
-    kernel[(max(table.chunks, 1),)](table.numbers, table.tensors, *args, **flags, **constants(dtype), **OPTIONS)
-
-
-@triton.jit(do_not_specialize=["T"])
-def combine_kernel(
-    table,
-    T,
-    coefficients,
-    REACH: tl.constexpr,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Rows of the table: R gradients, out. Reads R * CHUNK elements, writes CHUNK; one program per chunk."""
-    t, offset, left, full = find(table, T, tl.num_programs(0) - 1 - tl.program_id(0), CHUNK)
-    if full:
-        _combine(table, T, t, offset, left, coefficients, REACH, DTYPE, COMPUTE, CHUNK, BLOCK, True)
-    else:
-        # fewer elements at a time: these are few, and their path should cost the other no registers
-        _combine(table, T, t, offset, left, coefficients, REACH, DTYPE, COMPUTE, CHUNK, BLOCK // 4, False)
-
-
-@triton.jit
-def _combine(
-    table,
-    T,
-    t,
-    offset,
-    left,
-    coefficients,
-    REACH: tl.constexpr,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    R: tl.constexpr = objectives(REACH)
-    grads, factors, read = _gradients(table, T, t, offset, coefficients, REACH, DTYPE, COMPUTE, CHUNK, FULL, False)
-    out = pointer_to(table, T, t, R, offset, DTYPE, CHUNK, FULL)
-    start = 0
-    end = CHUNK if FULL else tl.minimum(left, CHUNK)
-    while start < end:
-        at = start + tl.arange(0, BLOCK)
-        d = _combined(grads, factors, read, at, left, R, COMPUTE, FULL)
-        _store(out, at, left, d, True, False, DTYPE, FULL)
-        start += BLOCK
+    chunks = max(table.chunks, 1)
+    arguments |= {**constants(dtype), **OPTIONS}
+    update_kernel[(chunks,)](table.numbers, table.tensors, coefficients, chunks=chunks, **arguments)
 
 
 @triton.jit(do_not_specialize=["T", "chunks"])
-def adamw_kernel(
+def update_kernel(
     table,
     T,
     coefficients,
@@ -223,71 +172,209 @@ def adamw_kernel(
     chunks,
     K: tl.constexpr,
     REACH: tl.constexpr,
-    TENSOR_LR: tl.constexpr,
-    MEASURE: tl.constexpr,
-    STEP: tl.constexpr,
+    RULE: tl.constexpr,
+    STATES: tl.constexpr,
     MAXIMIZE: tl.constexpr,
-    AMSGRAD: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    FIRST: tl.constexpr,
     DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """AdamW (Loshchilov and Hutter, 2019), with torch's placement of the bias corrections.
+    """Combine gradients, and store that or descend it; one program per chunk.
 
-    Rows of the table: R gradients, parameter, exp_avg, exp_avg_sq, with amsgrad max_exp_avg_sq, step counter, group.
-    Reads R + 3 (4) times CHUNK elements, writes 3 (4) times; one program per chunk. ticket: 0 before and after.
-    MEASURE: and the chunk's sums into its column of partials [K(K+1)/2, chunks].
-
-        m <- m + (1 - beta1) (d - m),   v <- beta2 v + (1 - beta2) d^2,
-        p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+    Rows of the table: R gradients; what is combined into, or the parameter, its states, step counters if there is a
+    ticket, group. Reads R + 1 + STATES times CHUNK elements, writes 1 + STATES times; to combine, R and 1.
+    ticket: 0 before and after. partials: None, or [K(K+1)/2, chunks], into whose column go the chunk's sums.
     """
+    MEASURE: tl.constexpr = partials is not None
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)
     t, offset, left, full = find(table, T, chunk, CHUNK)
-    steps = table + (3 + objectives(REACH) + (4 if AMSGRAD else 3)) * T
-    numbers += tl.load(steps + T + t) * 8  # of the tensor's group: the role, and AdamW's numbers
-    coefficients += tl.load(numbers).to(tl.int32) * K  # of its role
-    rate = _rate(numbers + 1, tensor_lr, TENSOR_LR)
-    beta1, beta2 = tl.load(numbers + 2), tl.load(numbers + 3)
-    count = (tl.load(tl.load(steps + t).to(tl.pointer_type(STEP))) + 1).to(tl.int64)
-    scalars = (
-        (1 - rate * tl.load(numbers + 4)).to(COMPUTE),
-        (1 - beta1).to(COMPUTE),
-        beta2.to(COMPUTE),
-        (1 - beta2).to(COMPUTE),
-        (-rate / (1 - _power(beta1, count))).to(COMPUTE),
-        (1 / tl.sqrt(1 - _power(beta2, count))).to(COMPUTE),
-        tl.load(numbers + 5).to(COMPUTE),
-    )
-    live = tl.load(skipped) == 0
+    steps = table + (4 + objectives(REACH) + STATES) * T
+    scalars = ()
+    live = tl.full((), 1, tl.int1)
+    if RULE != COMBINING:
+        group = steps if ticket is None else steps + T
+        numbers += tl.load(group + t) * numbers_of_group(RULE)
+        coefficients += tl.load(numbers).to(tl.int32) * K  # of the group's role
+        rate = tl.load(numbers + 1) if tensor_lr is None else tl.load(tensor_lr).to(tl.float64)
+        scalars = _scalars(numbers, rate, steps + t, COMPUTE, RULE)
+        live = tl.load(skipped) == 0
     if MEASURE:
         partials += chunk
     if live | MEASURE:
         if full:
-            _adamw(
-                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, MEASURE, MAXIMIZE,
-                AMSGRAD, DTYPE, COMPUTE, CHUNK, BLOCK, True,
+            _descend(
+                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, RULE, STATES,
+                MAXIMIZE, NESTEROV, FIRST, DTYPE, COMPUTE, CHUNK, BLOCK, True,
             )  # fmt: skip
         else:
-            _adamw(
-                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, MEASURE, MAXIMIZE,
-                AMSGRAD, DTYPE, COMPUTE, CHUNK, BLOCK if MEASURE else BLOCK // 4, False,
+            # fewer elements at a time: these are few, and their path should cost the other no registers
+            _descend(
+                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, RULE, STATES,
+                MAXIMIZE, NESTEROV, FIRST, DTYPE, COMPUTE, CHUNK, BLOCK if MEASURE else BLOCK // 4, False,
             )  # fmt: skip
-    if live:  # noqa: SIM102 (triton's `and` takes the ticket in any case)
-        if last_program(ticket, tl.num_programs(0)):  # all have read the counters
-            tl.store(ticket, 0)
-            _count_up(steps, T, STEP)
+    if ticket is not None:
+        if live:
+            if last_program(ticket, tl.num_programs(0)):  # all have read the counters
+                tl.store(ticket, 0)
+                _count_up(steps, T)
+
+
+@triton.constexpr_function
+def numbers_of_group(rule):
+    """How many numbers a group has: the role, and those of the rule."""
+    return 1 + len(RULES[rule].numbers)
 
 
 @triton.jit
-def _count_up(steps, T, STEP: tl.constexpr):
+def _count_up(steps, T):
     """Add 1 to the T counters at these addresses."""
     start = 0
     while start < T:
         t = start + tl.arange(0, COUNT_BLOCK)
-        step = tl.load(steps + t, mask=t < T, other=0).to(tl.pointer_type(STEP))
+        step = tl.load(steps + t, mask=t < T, other=0).to(tl.pointer_type(tl.float32))
         tl.store(step, tl.load(step, mask=t < T, other=0.0) + 1, mask=t < T)
         start += COUNT_BLOCK
+
+
+@triton.jit
+def _descend(
+    table,
+    T,
+    t,
+    offset,
+    left,
+    coefficients,
+    scalars,
+    live,
+    partials,
+    chunks,
+    K: tl.constexpr,
+    REACH: tl.constexpr,
+    RULE: tl.constexpr,
+    STATES: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    FIRST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    """The chunk's elements, BLOCK at a time."""
+    R: tl.constexpr = objectives(REACH)
+    MEASURE: tl.constexpr = partials is not None
+    grads, factors, read = _gradients(table, T, t, offset, coefficients, REACH, DTYPE, COMPUTE, CHUNK, FULL, MAXIMIZE)
+    written = ()
+    for row in tl.static_range(1 + STATES):
+        written = written + (pointer_to(table, T, t, R + row, offset, DTYPE, CHUNK, FULL),)
+    if MEASURE:
+        sums = no_sums(R, SUM_LANES)
+    STRIDE: tl.constexpr = stride(MEASURE, FULL, BLOCK)
+    start = 0
+    end = CHUNK if FULL else tl.cdiv(tl.minimum(left, CHUNK), BLOCK) * BLOCK
+    while start < end:
+        at = _places(start, STRIDE, BLOCK)
+        if MEASURE:
+            d, sums = _combined_and_measured(grads, factors, read, at, left, sums, R, COMPUTE, BLOCK, FULL)
+        else:
+            d = _combined(grads, factors, read, at, left, R, COMPUTE, FULL)
+        values = ()  # what the rule has no use for the compiler does not read
+        for row in tl.static_range(1 + STATES):
+            values = values + (_load(written[row], at, left, COMPUTE, FULL),)
+        if RULE == COMBINING:
+            values = (d,)
+        elif RULE == "adamw":
+            values = _adamw(d, values, scalars, STATES, COMPUTE)
+        elif RULE == "sgd":
+            values = _sgd(d, values, scalars, STATES, NESTEROV, FIRST)
+        else:
+            values = _lion(d, values, scalars, COMPUTE)
+        for row in tl.static_range(1 + STATES):
+            _store(written[row], at, left, values[row], live, MEASURE, DTYPE, FULL)
+        start += BLOCK // STRIDE
+    if MEASURE:
+        store_sums(sums, partials, chunks, K, REACH, SUM_LANES)
+
+
+@triton.jit
+def _scalars(numbers, rate, step, COMPUTE: tl.constexpr, RULE: tl.constexpr):
+    """What a rule multiplies with, from the numbers of a group and the address of a counter of steps."""
+    if RULE == "adamw":
+        beta1, beta2 = tl.load(numbers + 2), tl.load(numbers + 3)
+        count = (tl.load(tl.load(step).to(tl.pointer_type(tl.float32))) + 1).to(tl.int64)
+        return (
+            (1 - rate * tl.load(numbers + 4)).to(COMPUTE),
+            (1 - beta1).to(COMPUTE),
+            beta2.to(COMPUTE),
+            (1 - beta2).to(COMPUTE),
+            (-rate / (1 - _power(beta1, count))).to(COMPUTE),
+            (1 / tl.sqrt(1 - _power(beta2, count))).to(COMPUTE),
+            tl.load(numbers + 5).to(COMPUTE),
+        )
+    elif RULE == "sgd":
+        return (
+            tl.load(numbers + 4).to(COMPUTE),
+            tl.load(numbers + 2).to(COMPUTE),
+            (1 - tl.load(numbers + 3)).to(COMPUTE),
+            (-rate).to(COMPUTE),
+        )
+    else:
+        return (
+            (1 - rate * tl.load(numbers + 4)).to(COMPUTE),
+            (1 - tl.load(numbers + 2)).to(COMPUTE),
+            (1 - tl.load(numbers + 3)).to(COMPUTE),
+            (-rate).to(COMPUTE),
+        )
+
+
+@triton.jit
+def _adamw(d, values, scalars, STATES: tl.constexpr, COMPUTE: tl.constexpr):
+    """AdamW (Loshchilov and Hutter, 2019), with torch's placement of the bias corrections.
+
+    m <- m + (1 - beta1) (d - m),   v <- beta2 v + (1 - beta2) d^2,
+    p <- p (1 - lr wd) - lr / (1 - beta1^t) * m / (sqrt(v / (1 - beta2^t)) + eps)
+    """
+    decay, one_minus_beta1, beta2, one_minus_beta2, negative_step_size, root_correction, eps = scalars
+    m = tl.fma(one_minus_beta1, d - values[1], values[1])
+    v = tl.fma(one_minus_beta2 * d, d, beta2 * values[2])
+    states = (m, v)
+    largest = v
+    if STATES == 3:  # amsgrad
+        largest = tl.maximum(values[3], v)
+        states = (m, v, largest)
+    denominator = tl.fma(_sqrt(largest, COMPUTE), root_correction, eps)
+    p = tl.fma(negative_step_size, _divide(m, denominator, COMPUTE), values[0] * decay)
+    return (p,) + states
+
+
+@triton.jit
+def _sgd(d, values, scalars, STATES: tl.constexpr, NESTEROV: tl.constexpr, FIRST: tl.constexpr):
+    """SGD as torch does it: momentum, dampening, Nesterov, L2 weight decay. FIRST: the buffer holds nothing yet."""
+    weight_decay, momentum, one_minus_dampening, negative_lr = scalars
+    d = tl.fma(weight_decay, values[0], d)
+    states = ()
+    if STATES == 1:
+        buffer = d if FIRST else tl.fma(momentum, values[1], one_minus_dampening * d)
+        states = (buffer,)
+        d = tl.fma(momentum, buffer, d) if NESTEROV else buffer
+    return (tl.fma(negative_lr, d, values[0]),) + states
+
+
+@triton.jit
+def _lion(d, values, scalars, COMPUTE: tl.constexpr):
+    """Lion (Chen et al., 2023).
+
+    p <- p (1 - lr wd) - lr sign(m + (1 - beta1) (d - m)),   m <- m + (1 - beta2) (d - m)
+    """
+    decay, one_minus_beta1, one_minus_beta2, negative_lr = scalars
+    p, m = values
+    c = tl.fma(one_minus_beta1, d - m, m)
+    size = tl.maximum(tl.abs(c), 1.1754943508222875e-38).to(COMPUTE)  # as in update_rules.h
+    return tl.fma(negative_lr, _divide(c, size, COMPUTE), p * decay), tl.fma(one_minus_beta2, d - m, m)
 
 
 @triton.jit
@@ -299,283 +386,6 @@ def _power(x, n):
         x *= x
         n = n // 2
     return result
-
-
-@triton.jit
-def _adamw(
-    table,
-    T,
-    t,
-    offset,
-    left,
-    coefficients,
-    scalars,
-    live,
-    partials,
-    chunks,
-    K: tl.constexpr,
-    REACH: tl.constexpr,
-    MEASURE: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    decay, one_minus_beta1, beta2, one_minus_beta2, negative_step_size, root_correction, eps = scalars
-    R: tl.constexpr = objectives(REACH)
-    grads, factors, read = _gradients(table, T, t, offset, coefficients, REACH, DTYPE, COMPUTE, CHUNK, FULL, MAXIMIZE)
-    param = pointer_to(table, T, t, R, offset, DTYPE, CHUNK, FULL)
-    exp_avg = pointer_to(table, T, t, R + 1, offset, DTYPE, CHUNK, FULL)
-    exp_avg_sq = pointer_to(table, T, t, R + 2, offset, DTYPE, CHUNK, FULL)
-    if AMSGRAD:
-        max_exp_avg_sq = pointer_to(table, T, t, R + 3, offset, DTYPE, CHUNK, FULL)
-    if MEASURE:
-        sums = no_sums(R, SUM_LANES)
-    STRIDE: tl.constexpr = stride(MEASURE, FULL, BLOCK)
-    start = 0
-    end = CHUNK if FULL else tl.cdiv(tl.minimum(left, CHUNK), BLOCK) * BLOCK
-    while start < end:
-        at = _places(start, STRIDE, BLOCK)
-        if MEASURE:
-            d, sums = _combined_and_measured(grads, factors, read, at, left, sums, R, COMPUTE, BLOCK, FULL)
-        else:
-            d = _combined(grads, factors, read, at, left, R, COMPUTE, FULL)
-        p = _load(param, at, left, COMPUTE, FULL)
-        m = _load(exp_avg, at, left, COMPUTE, FULL)
-        v = _load(exp_avg_sq, at, left, COMPUTE, FULL)
-        m = tl.fma(one_minus_beta1, d - m, m)
-        v = tl.fma(one_minus_beta2 * d, d, beta2 * v)
-        largest = v
-        if AMSGRAD:
-            largest = tl.maximum(_load(max_exp_avg_sq, at, left, COMPUTE, FULL), v)
-            _store(max_exp_avg_sq, at, left, largest, live, MEASURE, DTYPE, FULL)
-        denominator = tl.fma(_sqrt(largest, COMPUTE), root_correction, eps)
-        p = tl.fma(negative_step_size, _divide(m, denominator, COMPUTE), p * decay)
-        _store(param, at, left, p, live, MEASURE, DTYPE, FULL)
-        _store(exp_avg, at, left, m, live, MEASURE, DTYPE, FULL)
-        _store(exp_avg_sq, at, left, v, live, MEASURE, DTYPE, FULL)
-        start += BLOCK // STRIDE
-    if MEASURE:
-        store_sums(sums, partials, chunks, K, REACH, SUM_LANES)
-
-
-@triton.jit(do_not_specialize=["T", "chunks"])
-def sgd_kernel(
-    table,
-    T,
-    coefficients,
-    skipped,
-    numbers,
-    tensor_lr,
-    partials,
-    chunks,
-    K: tl.constexpr,
-    REACH: tl.constexpr,
-    TENSOR_LR: tl.constexpr,
-    MEASURE: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    FIRST: tl.constexpr,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """SGD as torch does it: momentum, dampening, Nesterov, L2 weight decay.
-
-    Rows of the table: R gradients, parameter, with momentum its buffer, group. FIRST: the buffer holds nothing yet.
-    Reads R + 1 (2) times CHUNK elements, writes 1 (2) times; one program per chunk. MEASURE: as in `adamw_kernel`.
-    """
-    chunk = tl.num_programs(0) - 1 - tl.program_id(0)
-    t, offset, left, full = find(table, T, chunk, CHUNK)
-    group = table + (3 + objectives(REACH) + (2 if MOMENTUM else 1)) * T
-    numbers += tl.load(group + t) * 8  # the role, and SGD's numbers
-    coefficients += tl.load(numbers).to(tl.int32) * K
-    scalars = (
-        tl.load(numbers + 4).to(COMPUTE),
-        tl.load(numbers + 2).to(COMPUTE),
-        (1 - tl.load(numbers + 3)).to(COMPUTE),
-        (-_rate(numbers + 1, tensor_lr, TENSOR_LR)).to(COMPUTE),
-    )
-    live = tl.load(skipped) == 0
-    if MEASURE:
-        partials += chunk
-    if live | MEASURE:
-        if full:
-            _sgd(
-                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, MEASURE, MAXIMIZE,
-                MOMENTUM, NESTEROV, FIRST, DTYPE, COMPUTE, CHUNK, BLOCK, True,
-            )  # fmt: skip
-        else:
-            _sgd(
-                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, MEASURE, MAXIMIZE,
-                MOMENTUM, NESTEROV, FIRST, DTYPE, COMPUTE, CHUNK, BLOCK if MEASURE else BLOCK // 4, False,
-            )  # fmt: skip
-
-
-@triton.jit
-def _sgd(
-    table,
-    T,
-    t,
-    offset,
-    left,
-    coefficients,
-    scalars,
-    live,
-    partials,
-    chunks,
-    K: tl.constexpr,
-    REACH: tl.constexpr,
-    MEASURE: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    MOMENTUM: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    FIRST: tl.constexpr,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    weight_decay, momentum, one_minus_dampening, negative_lr = scalars
-    R: tl.constexpr = objectives(REACH)
-    grads, factors, read = _gradients(table, T, t, offset, coefficients, REACH, DTYPE, COMPUTE, CHUNK, FULL, MAXIMIZE)
-    param = pointer_to(table, T, t, R, offset, DTYPE, CHUNK, FULL)
-    if MOMENTUM:
-        momentum_buffer = pointer_to(table, T, t, R + 1, offset, DTYPE, CHUNK, FULL)
-    if MEASURE:
-        sums = no_sums(R, SUM_LANES)
-    STRIDE: tl.constexpr = stride(MEASURE, FULL, BLOCK)
-    start = 0
-    end = CHUNK if FULL else tl.cdiv(tl.minimum(left, CHUNK), BLOCK) * BLOCK
-    while start < end:
-        at = _places(start, STRIDE, BLOCK)
-        if MEASURE:
-            d, sums = _combined_and_measured(grads, factors, read, at, left, sums, R, COMPUTE, BLOCK, FULL)
-        else:
-            d = _combined(grads, factors, read, at, left, R, COMPUTE, FULL)
-        p = _load(param, at, left, COMPUTE, FULL)
-        d = tl.fma(weight_decay, p, d)
-        if MOMENTUM:
-            buffer = d
-            if not FIRST:
-                old = _load(momentum_buffer, at, left, COMPUTE, FULL)
-                buffer = tl.fma(momentum, old, one_minus_dampening * d)
-            _store(momentum_buffer, at, left, buffer, live, MEASURE, DTYPE, FULL)
-            d = tl.fma(momentum, buffer, d) if NESTEROV else buffer
-        _store(param, at, left, tl.fma(negative_lr, d, p), live, MEASURE, DTYPE, FULL)
-        start += BLOCK // STRIDE
-    if MEASURE:
-        store_sums(sums, partials, chunks, K, REACH, SUM_LANES)
-
-
-@triton.jit(do_not_specialize=["T", "chunks"])
-def lion_kernel(
-    table,
-    T,
-    coefficients,
-    skipped,
-    numbers,
-    tensor_lr,
-    partials,
-    chunks,
-    K: tl.constexpr,
-    REACH: tl.constexpr,
-    TENSOR_LR: tl.constexpr,
-    MEASURE: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Lion (Chen et al., 2023).
-
-    Rows of the table: R gradients, parameter, exp_avg, group. Reads R + 2 times CHUNK elements, writes 2 times; one
-    program per chunk. MEASURE: as in `adamw_kernel`.
-
-        p <- p (1 - lr wd) - lr sign(m + (1 - beta1) (d - m)),   m <- m + (1 - beta2) (d - m)
-    """
-    chunk = tl.num_programs(0) - 1 - tl.program_id(0)
-    t, offset, left, full = find(table, T, chunk, CHUNK)
-    numbers += tl.load(table + (5 + objectives(REACH)) * T + t) * 6  # the role, and Lion's numbers
-    coefficients += tl.load(numbers).to(tl.int32) * K
-    rate = _rate(numbers + 1, tensor_lr, TENSOR_LR)
-    scalars = (
-        (1 - rate * tl.load(numbers + 4)).to(COMPUTE),
-        (1 - tl.load(numbers + 2)).to(COMPUTE),
-        (1 - tl.load(numbers + 3)).to(COMPUTE),
-        (-rate).to(COMPUTE),
-    )
-    live = tl.load(skipped) == 0
-    if MEASURE:
-        partials += chunk
-    if live | MEASURE:
-        if full:
-            _lion(
-                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, MEASURE, MAXIMIZE,
-                DTYPE, COMPUTE, CHUNK, BLOCK, True,
-            )  # fmt: skip
-        else:
-            _lion(
-                table, T, t, offset, left, coefficients, scalars, live, partials, chunks, K, REACH, MEASURE, MAXIMIZE,
-                DTYPE, COMPUTE, CHUNK, BLOCK if MEASURE else BLOCK // 4, False,
-            )  # fmt: skip
-
-
-@triton.jit
-def _lion(
-    table,
-    T,
-    t,
-    offset,
-    left,
-    coefficients,
-    scalars,
-    live,
-    partials,
-    chunks,
-    K: tl.constexpr,
-    REACH: tl.constexpr,
-    MEASURE: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
-    DTYPE: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    FULL: tl.constexpr,
-):
-    decay, one_minus_beta1, one_minus_beta2, negative_lr = scalars
-    R: tl.constexpr = objectives(REACH)
-    grads, factors, read = _gradients(table, T, t, offset, coefficients, REACH, DTYPE, COMPUTE, CHUNK, FULL, MAXIMIZE)
-    param = pointer_to(table, T, t, R, offset, DTYPE, CHUNK, FULL)
-    exp_avg = pointer_to(table, T, t, R + 1, offset, DTYPE, CHUNK, FULL)
-    if MEASURE:
-        sums = no_sums(R, SUM_LANES)
-    STRIDE: tl.constexpr = stride(MEASURE, FULL, BLOCK)
-    start = 0
-    end = CHUNK if FULL else tl.cdiv(tl.minimum(left, CHUNK), BLOCK) * BLOCK
-    while start < end:
-        at = _places(start, STRIDE, BLOCK)
-        if MEASURE:
-            d, sums = _combined_and_measured(grads, factors, read, at, left, sums, R, COMPUTE, BLOCK, FULL)
-        else:
-            d = _combined(grads, factors, read, at, left, R, COMPUTE, FULL)
-        p = _load(param, at, left, COMPUTE, FULL)
-        m = _load(exp_avg, at, left, COMPUTE, FULL)
-        c = tl.fma(one_minus_beta1, d - m, m)
-        size = tl.maximum(tl.abs(c), 1.1754943508222875e-38).to(COMPUTE)  # as in update_rules.h
-        p = tl.fma(negative_lr, _divide(c, size, COMPUTE), p * decay)
-        _store(param, at, left, p, live, MEASURE, DTYPE, FULL)
-        _store(exp_avg, at, left, tl.fma(one_minus_beta2, d - m, m), live, MEASURE, DTYPE, FULL)
-        start += BLOCK // STRIDE
-    if MEASURE:
-        store_sums(sums, partials, chunks, K, REACH, SUM_LANES)
 
 
 @triton.jit
@@ -675,22 +485,13 @@ def _load(pointer, at, left, COMPUTE: tl.constexpr, FULL: tl.constexpr):
 
 @triton.jit
 def _store(pointer, at, left, value, live, MEASURE: tl.constexpr, DTYPE: tl.constexpr, FULL: tl.constexpr):
-    """Nothing if not live; without MEASURE it is not called then."""
+    """Nothing is stored if not live; without MEASURE this is not called then."""
     if not FULL:
         tl.store(pointer + at, rounded(value, DTYPE), mask=at < (tl.where(live, left, 0) if MEASURE else left))
     elif MEASURE:
         tl.store(pointer + at, rounded(value, DTYPE), mask=live, eviction_policy="evict_first")
     else:
         tl.store(pointer + at, rounded(value, DTYPE), eviction_policy="evict_first")
-
-
-@triton.jit
-def _rate(lr, tensor_lr, TENSOR_LR: tl.constexpr):
-    """The learning rate in float64: of the group, or the user's tensor."""
-    if TENSOR_LR:
-        return tl.load(tensor_lr).to(tl.float64)
-    else:
-        return tl.load(lr)
 
 
 @triton.jit
