@@ -1,4 +1,4 @@
 """Measurements of the balanced step, and what compilers make of the GPU kernels.
 
-`python -m benchmarks.run`, `python -m benchmarks.share`, `pytest benchmarks`; `python -m benchmarks.kernels`.
+`python -m benchmarks.run`, `python -m benchmarks.sources`; `python -m benchmarks.kernels`.
 """

@@ -16,9 +16,9 @@ from torch import Tensor
 
 import dtokd_kernels as dk
 from dtokd_kernels.sources import Every, Feature, Probe
-from dtokd_kernels.weighting import NAMES, Amortized, Fixed, from_name
+from dtokd_kernels.weighting import Amortized, Fixed
 
-from .cases import LR, MAX_NORM, Case, Competitor, Shapes, dtokd, fill, fused, lag_step, nothing, optimizer_of
+from .cases import LR, Case, Competitor, Shapes, dtokd, fused, lag_step, nothing, optimizer_of
 from .pair import Pair
 from .record import Measurement
 from .timing import Quiet, seconds_of, time_rounds
@@ -220,32 +220,4 @@ def measure_steps(
             ):
                 threads = torch.get_num_threads()
                 results.append(Measurement("step left", name, "interior", metric, unit, model, values, threads, config))
-    return results
-
-
-def measure_weightings(shapes: Shapes, model: str, *, K: int = 8, calls: int = 50, seed: int = 0) -> list[Measurement]:
-    """From a Gram matrix to coefficients, by weighting; beside a whole step of DTO with K gradients of these shapes."""
-    generator = torch.Generator().manual_seed(seed)
-    lists = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(K)]
-    params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-    losses = 1 + torch.rand(K, dtype=torch.float64, generator=generator)
-    optimizer = dk.DTOAdamW(params, lr=LR, max_norm=MAX_NORM)
-    fill(optimizer, losses, lists)
-    for _ in range(2):
-        optimizer.step()
-    step = sorted(seconds_of(optimizer.step) for _ in range(5))[2]
-    gram = dk.gram(lists)
-    results = []
-    config = f"K={K}; a step of DTO with {K} gradients of {model} takes {1e3 * step:.1f} ms"
-    for name in NAMES:
-        weighting = from_name(name)
-        for _ in range(3):
-            dk.balance(gram, losses, weighting)
-        taken = [seconds_of(lambda w=weighting: dk.balance(gram, losses, w)) for _ in range(calls)]  # type: ignore[misc]
-        for metric, unit, values in (
-            ("time", "ms", [1e3 * t for t in taken]),
-            ("share", "%", [100 * t / step for t in taken]),
-        ):
-            threads = torch.get_num_threads()
-            results.append(Measurement("balance", name, f"K={K}", metric, unit, model, values, threads, config))
     return results

@@ -87,21 +87,6 @@ def _ratio_cell(row: Row) -> str:
     return f"{_value(row, '.2f')} ({_spread(row, '.2f')})"
 
 
-def share_table(rows: Sequence[Row]) -> str:
-    """Markdown: milliseconds and share of each part of an iteration, a column per number of threads."""
-    threads = _distinct(rows, "threads")
-    lines = ["| | " + " | ".join(map(_counted, threads)) + " |", "|---|" + "---|" * len(threads)]
-    for name in _distinct(rows, "kernel_provider"):
-        cells = []
-        for t in threads:
-            time, share = (
-                _select(rows, kernel_provider=name, threads=t, metric_name=metric)[0] for metric in ("time", "share")
-            )
-            cells.append(f"{_value(time, '.0f')} ms, {_value(share, '.1f')} %")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join([_machine(rows[0]), rows[0]["extra_benchmark_config_str"] + ".", "", *lines])
-
-
 def ranks_table(rows: Sequence[Row]) -> str:
     """Markdown: bytes sent per rank and step beside the model's; times, where processes had a core each."""
     names = {"naive": "naive", "replicas": "`attach`", "sharded": "`attach(shard=True)`"}
@@ -130,10 +115,8 @@ def sources_tables(rows: Sequence[Row]) -> str:
 
 
 def sources_parts(rows: Sequence[Row]) -> dict[str, str]:
-    """The tables of `sources_tables` by name: "iterations", "steps", "weightings", "closeness"."""
-    iterations, steps, balance, closeness = (
-        _select(rows, kernel_name=name) for name in ("iteration", "step left", "balance", "closeness")
-    )
+    """The tables of `sources_tables` by name: "iterations", "steps", "closeness"."""
+    iterations, steps, closeness = (_select(rows, kernel_name=name) for name in ("iteration", "step left", "closeness"))
     parts = {
         "iterations": [
             _iterations(_select(iterations, kernel_operation_mode=mode))
@@ -143,26 +126,13 @@ def sources_parts(rows: Sequence[Row]) -> dict[str, str]:
             "Times of torch's fused AdamW with one gradient: median, 20 and 80 % quantile.",
             _grid(_select(steps, metric_name="ratio"), lambda r: f"{_value(r, '.2f')} ({_spread(r, '.2f')})"),
         ],
-        "weightings": [_weightings(balance)],
         "closeness": [
             _closeness(_select(closeness, kernel_operation_mode=objective), objective)
             for objective in _distinct(closeness, "kernel_operation_mode")
         ],
     }
-    measured = {"iterations": iterations, "steps": steps, "weightings": balance, "closeness": closeness}
+    measured = {"iterations": iterations, "steps": steps, "closeness": closeness}
     return {name: "\n\n".join([_machine(found[0]), *parts[name]]) if found else "" for name, found in measured.items()}
-
-
-def _weightings(rows: Sequence[Row]) -> str:
-    models = _distinct(rows, "x_value")
-    configs = _distinct(rows, "extra_benchmark_config_str")
-    lines = ["| | ms | " + " | ".join(f"% of a step, {m}" for m in models) + " |", "|---|---|" + "---|" * len(models)]
-    for name in _distinct(rows, "kernel_provider"):
-        found = _select(rows, kernel_provider=name)
-        cells = [_value(_select(found, metric_name="time")[0], ".3f")]
-        cells += [_value(_select(found, metric_name="share", x_value=model)[0], ".2f") for model in models]
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
-    return "; ".join(configs) + ".\n\n" + "\n".join(lines)
 
 
 def _iterations(rows: Sequence[Row]) -> str:

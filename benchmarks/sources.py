@@ -18,8 +18,8 @@ from .record import Measurement, Row, read, write
 #: Ways that take one full backward pass, compared at a larger batch too.
 ONE_PASS = ("probe, last block", "feature, last block's output", "every n, between measurements", "amortized, famo")
 #: The parts by the name of what they measure.
-NAMED = {"step left": "steps", "iteration": "iterations", "balance": "weightings", "closeness": "closeness"}
-PARTS = ("steps", "iterations", "weightings", "closeness")
+NAMED = {"step left": "steps", "iteration": "iterations", "closeness": "closeness"}
+PARTS = tuple(NAMED.values())
 
 
 def main() -> None:
@@ -60,9 +60,6 @@ def main() -> None:
                 names=names,
                 quiet_limit=options.quiet,
             )
-    if "weightings" in options.parts:
-        for model in (options.models[0], options.models[-1]):
-            results += iterations.measure_weightings(shapes_of(model), model)
     if "closeness" in options.parts:
         results += closeness.measure(
             options.objectives, options.seeds, options.iterations, options.teacher_iterations, _tell

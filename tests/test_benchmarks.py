@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cases, closeness, distributed, gate, iterations, memory, report, run, share, sources
+from benchmarks import cases, closeness, distributed, gate, iterations, memory, report, run, sources
 from benchmarks.cases import COMPETITORS, Case, Competitor
 from benchmarks.record import read
-from dtokd_kernels.weighting import NAMES
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {"tiny": ((40, 7), (7,)), "other": ((3, 3, 2, 2),)}
@@ -83,18 +82,10 @@ def test_memory_sees_what_a_step_allocates():
     assert extra["foreach"] > 3.5e6  # AdamW(foreach=True) holds another 4e6 bytes; the kernel counts to 0.2 MB or so
 
 
-def test_share_adds_up():
-    measured = share.measure("test_vit", "test_vit", batch=1, size=160, threads=1, iterations=1)
-    percent = {m.provider: m.values[0] for m in measured if m.metric == "share"}
-    parts = [v for name, v in percent.items() if name not in (*share.COMPARED, share.BALANCED, share.STATIC)]
-    assert sum(parts) == pytest.approx(100)
-
-
 def test_documented_numbers_are_those_of_the_csv_files():
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     results = ROOT / "benchmarks" / "results"
     assert report.step_tables(read(results / "step.csv")) in text
-    assert report.share_table(read(results / "share.csv")) in text
     text = (ROOT / "docs" / "sources.md").read_text()
     for name, table in report.sources_parts(read(results / "sources.csv")).items():
         assert table, f"{name} was not measured"
@@ -157,8 +148,3 @@ def test_whole_iterations():
     assert ratios[iterations.SUM] == 1
     assert ratios.keys() >= {"exact", "overlap", "lag", "amortized, famo", "TorchJD MGDA"}
     assert all(ratio > 0 for ratio in ratios.values())
-
-
-def test_time_of_every_weighting():
-    measured = iterations.measure_weightings(SHAPES["tiny"], "tiny", K=3, calls=1)
-    assert [m.provider for m in measured if m.metric == "time"] == list(NAMES)
