@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from . import libraries
-from .implementations import Implementation, Kernels, Reference
+from .implementations import Implementation, Kernels
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def interpreted() -> bool:
 _CPU = Kernels("cpu", "dtokd")
 _CUDA = Kernels("cuda", "dtokd", mixed=True, resident=True, device_lr=True)
 #: What computes where kernels lack something.
-REFERENCE = Reference()
+REFERENCE = Implementation()
 #: By name, the fastest first.
 _BACKENDS: dict[str, Backend] = {
     "cuda": Backend(lambda: _CUDA, "cuda", _cuda_missing),

@@ -1,11 +1,11 @@
-"""What computes a step: kernels, called as torch operations, or the reference. Both have the same methods."""
+"""What computes a step: the reference, or kernels, called as torch operations. Both have the same methods."""
 
 from __future__ import annotations
 
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,30 +28,44 @@ _gone: list[tuple[Any, int, Tensor]] = []
 Numbers = Mapping[str, Any]
 
 
-class Implementation(Protocol):
-    """What a backend can do. Tensors are on one device; nothing waits for it."""
+class Implementation:
+    """What a backend can do; here by the formulas in torch, on any device, and in `Kernels` by fewer launches.
 
-    name: str
+    Tensors are on one device; nothing waits for it.
+    """
+
+    name = "reference"
     #: whether `resident` is worth asking
-    steps_at_once: bool
+    steps_at_once = False
 
     def gram(self, rows: GradientRows, K: int) -> Tensor:
         """[3, K, K] float64: the Gram matrix of each role."""
+        grams = torch.zeros(len(Role), K, K, dtype=torch.float64, device=rows.grads[0].device)
+        for role in sorted(set(rows.layout.role)):
+            grams[role] = reference.gram(list(zip(*_columns(rows, K, role), strict=True)))
+        return grams
 
     def min_norm_weights(self, gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
         """[K] float64 from [K, K]; see `reference.min_norm_weights`."""
+        return reference.min_norm_weights(gram, clamp, present)
 
     def balance(self, grams: Tensor, losses: Tensor, options: Options) -> Balance:
         """From Gram matrices [3, K, K] to coefficients; see `reference.balance`."""
+        return reference.balance(grams, losses, options)
 
     def gram_balance(self, rows: GradientRows, losses: Tensor, options: Options) -> Balance:
         """`gram` and `balance`."""
+        return self.balance(self.gram(rows, len(losses)), losses, options)
 
     def combine(self, out: Sequence[Tensor], rows: GradientRows, coefficients: Tensor) -> None:
         """Store sum_i c_i g_i of each row, with coefficients [3, K] float64 by role; `out` may be a row's gradients."""
+        columns = zip(out, _columns(rows, coefficients.shape[1]), rows.layout.role, strict=True)
+        for target, column, role in columns:
+            reference.combine([[g] for g in column], coefficients[role], [target])
 
     def lacks(self, rule: Rule, p: Tensor, state: Mapping[str, Tensor], numbers: Numbers) -> str | None:
         """What keeps it from updating a parameter, as in "has no kernel for ..."; None if nothing does."""
+        return None
 
     def update(
         self,
@@ -72,83 +86,23 @@ class Implementation(Protocol):
             skipped: scalar bool: change nothing.
             measure: also return the Gram matrices [3, K, K] of the gradients, from the same pass over them.
         """
+        K = coefficients.shape[1]
+        grams = self.gram(grads, K) if measure else None
+        for t, column in enumerate(_columns(grads, K)):
+            of_role, of_group = coefficients[grads.layout.role[t]], numbers[rows.group[t]]
+            reference.update(rows.rule.name, rows.params[t], column, rows.state[t], of_role, skipped, of_group)
+        return grams
 
     def resident(
         self, rows: Rows, grads: GradientRows, numbers: Sequence[Numbers], losses: Tensor, options: Options
     ) -> Balance | None:
         """`gram_balance` and `update` in one launch; None, with nothing changed, where there is no such launch."""
+        return None
 
 
 def solves(options: Options) -> bool:
     """Whether kernels solve for the weights: those of DTO-KD. Others are computed by the weighting, in torch."""
     return type(options.weighting) is DTO
-
-
-class Reference:
-    """The formulas in torch, on any device."""
-
-    name = "reference"
-    steps_at_once = False
-
-    def gram(self, rows: GradientRows, K: int) -> Tensor:
-        """See `Implementation`."""
-        grams = torch.zeros(len(Role), K, K, dtype=torch.float64, device=rows.grads[0].device)
-        for role in sorted(set(rows.layout.role)):
-            grams[role] = reference.gram(list(zip(*_columns(rows, K, role), strict=True)))
-        return grams
-
-    def min_norm_weights(self, gram: Tensor, clamp: bool = True, present: Tensor | None = None) -> Tensor:
-        """See `Implementation`."""
-        return reference.min_norm_weights(gram, clamp, present)
-
-    def balance(self, grams: Tensor, losses: Tensor, options: Options) -> Balance:
-        """See `Implementation`."""
-        return reference.balance(grams, losses, options)
-
-    def gram_balance(self, rows: GradientRows, losses: Tensor, options: Options) -> Balance:
-        """See `Implementation`."""
-        return self.balance(self.gram(rows, len(losses)), losses, options)
-
-    def combine(self, out: Sequence[Tensor], rows: GradientRows, coefficients: Tensor) -> None:
-        """See `Implementation`."""
-        K = coefficients.shape[1]
-        columns = zip(out, _columns(rows, K), rows.layout.role, strict=True)
-        for target, column, role in columns:
-            reference.combine([[g] for g in column], coefficients[role], [target])
-
-    def lacks(self, rule: Rule, p: Tensor, state: Mapping[str, Tensor], numbers: Numbers) -> str | None:
-        """See `Implementation`."""
-        return None
-
-    def update(
-        self,
-        rows: Rows,
-        grads: GradientRows,
-        numbers: Sequence[Numbers],
-        coefficients: Tensor,
-        skipped: Tensor,
-        measure: bool = False,
-    ) -> Tensor | None:
-        """See `Implementation`."""
-        K = coefficients.shape[1]
-        grams = self.gram(grads, K) if measure else None
-        for t, column in enumerate(_columns(grads, K)):
-            reference.update(
-                rows.rule.name,
-                rows.params[t],
-                column,
-                rows.state[t],
-                coefficients[grads.layout.role[t]],
-                skipped,
-                numbers[rows.group[t]],
-            )
-        return grams
-
-    def resident(
-        self, rows: Rows, grads: GradientRows, numbers: Sequence[Numbers], losses: Tensor, options: Options
-    ) -> Balance | None:
-        """See `Implementation`."""
-        return None
 
 
 def _columns(rows: GradientRows, K: int, role: int | None = None) -> list[list[Tensor | None]]:
@@ -161,7 +115,7 @@ def _columns(rows: GradientRows, K: int, role: int | None = None) -> list[list[T
     return columns
 
 
-class Kernels:
+class Kernels(Implementation):
     """The operations of a namespace.
 
     Args:
@@ -202,7 +156,7 @@ class Kernels:
     def gram_balance(self, rows: GradientRows, losses: Tensor, options: Options) -> Balance:
         """See `Implementation`."""
         if not solves(options):
-            return self.balance(self.gram(rows, len(losses)), losses, options)
+            return super().gram_balance(rows, losses, options)
         layout = rows.layout
         losses = losses.to(layout.device, torch.float64).contiguous()
         arguments = (rows.grads, layout.reach, layout.role, losses, *_options(options))
