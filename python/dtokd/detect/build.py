@@ -10,12 +10,14 @@ import torch
 from ..errors import UsageError
 from ..objectives.base import Objective
 from ..objectives.build import weights_of
+from ..objectives.cache import CachedImages
 from ..objectives.detection import Predictions, Tokens
 from ..objectives.features import MultiScale
 from ..objectives.taps import Outputs
 from ..objectives.task import DistillationTask, Match
 from ..objectives.teacher import Normalisation, Teacher
 from .annotations import Annotations
+from .cache import AbsentDetector, open_cache, prepare_cache
 from .detectors.base import Detector
 from .detectors.build import columns, make_teacher
 from .evaluate import CocoEvaluator
@@ -28,8 +30,16 @@ def build(
     train: Annotations,
     validation: Annotations | None,
     device: torch.device,
+    images: CachedImages | None = None,
 ) -> DistillationTask:
     """The task that the options describe.
+
+    Args:
+        options: of `detect.options`.
+        student: what learns.
+        train, validation: annotations of the splits.
+        device: of student and teacher.
+        images: that the teacher will be shown, for --kd-cache-teacher.
 
     Raises:
         UsageError: options that contradict each other, or do not fit student, teacher or data.
@@ -41,17 +51,22 @@ def build(
         return CocoEvaluator(validation)
 
     if not options.kd_model_name:
-        if options.kd_teacher_path or options.kd_share_queries:
-            raise UsageError("--kd-teacher-path, --kd-share-queries: there is no teacher; pass --kd-model-name")
+        if options.kd_teacher_path or options.kd_share_queries or options.kd_cache_teacher:
+            raise UsageError(
+                "--kd-teacher-path, --kd-share-queries, --kd-cache-teacher: there is no teacher; pass --kd-model-name"
+            )
         return DistillationTask(student, None, evaluator=evaluator, device=device)
     classes = list(train.categories.values())
-    teacher = make_teacher(options, classes)
+    cache = None if images is None else open_cache(options, images)
+    # the student may begin with the teacher's queries
+    absent = cache is not None and cache.complete and not options.kd_share_queries
+    teacher = AbsentDetector(cache.facts) if cache is not None and absent else make_teacher(options, classes)
     if teacher.dense != student.dense:
         raise UsageError(
             f"--kd-model-name: {options.kd_model_name} and the student {options.model} are of two kinds, one has "
             "queries and one has not; take two of one kind"
         )
-    known = columns(teacher, classes)
+    known = teacher.columns if isinstance(teacher, AbsentDetector) else columns(teacher, classes)
     if options.kd_share_queries:
         share_queries(student, teacher)
     match = options.kd_match
@@ -72,10 +87,14 @@ def build(
         raise UsageError(str(error)) from error
     # only what belongs to a query needs a partner
     matched = not student.dense and not by_index and bool({"token", "prediction"} & set(kinds))
+    frozen = Teacher(teacher, options.kd_model_name, Normalisation()).to(device)
+    if cache is not None:
+        prepare_cache(cache, options, frozen, objectives, known, device)
     return DistillationTask(
         student,
         None,
-        [(Teacher(teacher, options.kd_model_name, Normalisation()), objectives)],
+        [(frozen, objectives)],
+        caches=[cache],
         match=_match(student, teacher, known) if matched else None,
         evaluator=evaluator,
         task_weight=task_weight,

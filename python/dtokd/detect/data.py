@@ -22,13 +22,19 @@ from torchvision.transforms.v2 import functional as F
 
 from .. import identity
 from ..errors import UsageError
+from ..objectives.cache import CachedImages, Keyed
 from ..train.batches import Batches
 from ..train.images import CheckedImages, convert
+from ..train.keyed import Key, KeyedDataset, KeyedOrder, cached_images, seed_of
 from ..train.workers import worker_seed
 from .annotations import Annotations, read_annotations
 from .batch import Images, Target, padded
 from .boxes import NEARLY_ALL, count_small, usable
 
+#: What an augmented image depends on.
+_AUGMENTATION = (
+    *("train_split", "on_bad_image", "img_size", "max_size", "square", "scales", "crop", "hflip", "color_jitter"),
+)
 #: EXIF's tag, and its values that exchange width and height.
 ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 
@@ -165,11 +171,17 @@ def collate(batch: Sequence[tuple[Tensor, Target]]) -> tuple[Images, list[Target
     return Images(pixels, mask, sizes), plain
 
 
+def collate_keyed(batch: Sequence[tuple[Tensor, Target, Key]]) -> tuple[Images, Keyed]:
+    """As `collate`, of a `KeyedDataset`."""
+    images, targets = collate([(image, target) for image, target, _ in batch])
+    return images, Keyed(targets, torch.tensor([key for *_, key in batch]))
+
+
 class OnDevice:
     """A loader whose batches are on the device; as timm's, it takes each while the one before is used.
 
     Attributes:
-        loader: of `collate`'s batches.
+        loader: of batches of `collate` or `collate_keyed`.
         device: where to.
     """
 
@@ -179,11 +191,14 @@ class OnDevice:
     def __len__(self) -> int:
         return len(self.loader)
 
-    def __iter__(self) -> Iterator[tuple[Images, list[Target]]]:
-        taken: tuple[Images, list[Target]] | None = None
+    def __iter__(self) -> Iterator[tuple[Images, Any]]:
+        taken: tuple[Images, Any] | None = None
         batches: Iterable[Any] = self.loader
         for images, targets in batches:
-            moved = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in targets]
+            plain = targets.target if isinstance(targets, Keyed) else targets
+            moved: Any = [{k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in t.items()} for t in plain]
+            if isinstance(targets, Keyed):
+                moved = Keyed(moved, targets.keys)
             if taken is not None:
                 yield taken
             taken = images.to(self.device), moved
@@ -276,18 +291,42 @@ def make_loader(
         raise UsageError(
             f"--batch-size: {size}, but {split!r} holds {len(annotations.content['images'])} images; pass a smaller one"
         )
-    images = CocoImages(options.data_dir / split, annotations, make_transforms(options, training))
+    checked: Any = CocoImages(options.data_dir / split, annotations, make_transforms(options, training))
+    checked = CheckedImages(checked, split, options.on_bad_image == "skip", record)
+    order = None
+    if training and options.kd_cache_teacher:
+        checked = KeyedDataset(checked, seed_of(options))
+        # without --square the images of a batch share a padding, which the teacher sees
+        group = 1 if options.square else size
+        order = KeyedOrder(len(checked), size, checked.seed, options.kd_cache_views, group)
     loader = DataLoader(
-        CheckedImages(images, split, options.on_bad_image == "skip", record),
+        checked,
         batch_size=size if training else options.validation_batch_size or size,
         shuffle=training,
         drop_last=training,
         num_workers=options.workers,
-        collate_fn=collate,
+        collate_fn=collate if order is None else collate_keyed,
         pin_memory=options.pin_mem,
         worker_init_fn=_start_worker if options.workers else None,
     )
-    return OnDevice(Batches(loader) if training else loader, device)
+    return OnDevice(Batches(loader, order) if training else loader, device)
+
+
+def cached(options: argparse.Namespace, loader: Batches) -> CachedImages | None:
+    """What the run will show its teacher, where that has a cache.
+
+    Args:
+        options: of `detect.options`.
+        loader: of the training split.
+    """
+    if not options.kd_cache_teacher:
+        return None
+    images: Any = loader.dataset
+    names = [*_AUGMENTATION, *(() if options.square else ("batch_size",))]
+    told = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+    return cached_images(
+        options, loader.batch_sampler, {**told, "training data (sha256)": identity.of_dataset(images.dataset)}
+    )
 
 
 def _start_worker(number: int) -> None:

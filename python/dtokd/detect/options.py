@@ -87,7 +87,7 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_distillation(parser: argparse.ArgumentParser) -> None:
-    from ..objectives.options import add_projection, add_weights
+    from ..objectives.options import add_cache, add_projection, add_weights
 
     group = parser.add_argument_group("knowledge distillation")
     add = group.add_argument
@@ -112,3 +112,4 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
         help="pair queries by their predictions or by number; auto: by number if they are shared",
     )
     add("--kd-share-queries", action="store_true", help="the student starts with the teacher's queries")
+    add_cache(group, "places or queries of each image, those where the teacher is surest of an object")

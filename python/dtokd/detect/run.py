@@ -20,7 +20,7 @@ from ..train.rundir import RunDir
 from ..train.world import World
 from .annotations import Annotations
 from .build import build
-from .data import make_loader, read_splits, small_boxes
+from .data import cached, make_loader, read_splits, small_boxes
 from .detectors.base import Detector
 from .detectors.build import make_student
 from .pictures import draw_pictures
@@ -58,11 +58,11 @@ def _detect(options: argparse.Namespace, run: RunDir, progress: Progress | None)
         )
     random_seed(options.seed, 0)
     student = make_student(options, len(train.categories)).to(device)
-    task = build(options, student, train, validation, device)
     shared: dict[str, Any] = {"device": device, "record": run.bad_images}
     learned = make_loader(options, train, options.train_split, training=True, **shared)
     judged = make_loader(options, validation, options.val_split, training=False, **shared) if validation else None
     assert isinstance(learned.loader, Batches)
+    task = build(options, student, train, validation, device, cached(options, learned.loader))
     loaders = Data(learned, judged, None, batches=learned.loader)
     outcome = fit(options, run, task, loaders, device, progress, card=_card(options, student, train))
     if options.pictures and loaders.validation is not None and run.student.exists() and not outcome.interrupted:

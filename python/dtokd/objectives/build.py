@@ -6,15 +6,17 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.utils.model import unwrap_model
 from torch import nn
 
+from .. import identity
 from . import teacher as teachers
 from .base import Objective
-from .cache import KeyedDataset, TeacherCache
+from .cache import Absent, CachedImages, TeacherCache, TopClasses, Whole
 from .features import Attention, MultiScale, Pooled
 from .logits import Decoupled, Hinton, Token
 from .options import DISTILL_TYPES
@@ -27,8 +29,8 @@ from .teacher import Normalisation, Teacher, as_list
 OF_LOGITS = ("logit", "token", "dkd")
 #: Options of the training loop under which an image has no single class.
 MIXUP = ("mixup", "cutmix", "cutmix_minmax")
-#: ... and under which it is no function of (sample, view).
-MIXING = (*MIXUP, "reprob", "aug_repeats")
+#: What is asked of a teacher when its task is made, to be noted in its cache.
+_FACTS = ("num_classes", "num_features", "head_hidden_size", "pretrained_cfg")
 
 
 def build(
@@ -39,6 +41,7 @@ def build(
     device: torch.device,
     dtype: torch.dtype,
     names_of_classes: Sequence[str] | None = None,
+    images: CachedImages | None = None,
 ) -> DistillationTask:
     """The task that `options` describe.
 
@@ -50,6 +53,8 @@ def build(
         criterion: the task loss, of (logits, target).
         device, dtype: of the teachers and of the task.
         names_of_classes: of the data, to be compared with a teacher's.
+        images: that the teachers will be shown, for --kd-cache-teacher. A teacher whose outputs are all stored is not
+            loaded.
 
     Returns:
         See `DistillationTask`.
@@ -69,11 +74,16 @@ def build(
     _check(options, names, paths, types, student)
     if "token" in types:
         unwrap_model(student).set_distilled_training(True)
-    lessons = []
+    lessons: list[tuple[Teacher, list[Objective]]] = []
+    caches: list[TeacherCache | None] = []
     for name, path, label in zip(names, paths or [None] * len(names), _labels(names), strict=True):
         in_chans = getattr(unwrap_model(student), "in_chans", 3)
         arguments = getattr(options, "kd_model_kwargs", None)
-        model = teachers.load(name, path, in_chans=in_chans, device=device, dtype=dtype, arguments=arguments)
+        cache = None if images is None else _cache(options, images, len(lessons), name, path)
+        if cache is not None and cache.complete:
+            model: nn.Module = Absent(cache.facts)
+        else:
+            model = teachers.load(name, path, in_chans=in_chans, device=device, dtype=dtype, arguments=arguments)
         _check_classes(types, student, model, name, names_of_classes)
         made = Teacher(
             model,
@@ -83,26 +93,63 @@ def build(
             compile=options.kd_teacher_compile,
             size=teachers.choose_size(model, options.kd_teacher_img_size, path is not None and os.path.isdir(path)),
         )
-        lessons.append((made, [_objective(kind, label, options, student, model) for kind in types]))
+        objectives = [_objective(kind, label, options, student, model) for kind in types]
+        lessons.append((made, objectives))
+        caches.append(cache)
+        if cache is not None:
+            cache.keep(_kept(options, model), merge([o.teacher for o in objectives]), facts_of(model))
     task_weight, weights = weights_of(options, [o.name for _, several in lessons for o in several])
     return DistillationTask(
-        student, criterion, lessons, task_weight=task_weight, weights=weights, device=device, dtype=dtype
+        student, criterion, lessons, caches=caches, task_weight=task_weight, weights=weights, device=device, dtype=dtype
     )
 
 
-def use_cache(task: DistillationTask, options: argparse.Namespace, dataset: KeyedDataset) -> None:
-    """Let the task keep its teachers' outputs in --kd-cache-teacher; nothing without that option.
+def _cache(options: argparse.Namespace, images: CachedImages, number: int, name: str, path: str | None) -> TeacherCache:
+    """That of one teacher, perhaps without a file yet."""
+    types = as_list(options.kd_distill_type)
+    told = {
+        "--kd-model-name": name,
+        "--kd-model-kwargs": getattr(options, "kd_model_kwargs", None) or {},
+        "weights (sha256)": "pretrained" if path is None else identity.of_path(Path(path)),
+        "--kd-teacher-dtype": options.kd_teacher_dtype,
+        "--kd-teacher-img-size": options.kd_teacher_img_size,
+        "autocast": options.amp_dtype if getattr(options, "amp", False) else None,
+        **cache_told(options, ("--kd-temperature",) if set(types) & set(OF_LOGITS) else ()),
+    }
+    return TeacherCache(folder_of(options, images, number, name), images, told)
 
-    After it, pass `dataset`'s keys as the task's third argument; `task.caches[i].flush()` at an epoch's end.
+
+def cache_told(options: argparse.Namespace, more: Sequence[str] = ()) -> dict[str, Any]:
+    """What a cache's rows depend on, by the names that messages use.
+
+    Args:
+        options: of `options.add_cache`.
+        more: options that count where not all is stored.
     """
-    if options.kd_cache_teacher:
-        context = f"autocast {options.amp_dtype}" if getattr(options, "amp", False) else ""
-        task.caches = [
-            TeacherCache(
-                options.kd_cache_teacher, teacher, merge([o.teacher for o in objectives]), dataset, context=context
-            )
-            for teacher, objectives in task.lessons
-        ]
+    told = {"--kd-cache-dtype": options.kd_cache_dtype, "--kd-cache-topk": options.kd_cache_topk}
+    partly = more if options.kd_cache_topk else ()
+    return told | {name: getattr(options, name[2:].replace("-", "_")) for name in partly}
+
+
+def folder_of(options: argparse.Namespace, images: CachedImages, number: int, name: str) -> Path:
+    """Where a teacher's cache is: runs of other seeds, and their other images, have folders of their own."""
+    short = re.sub(r"[^\w.-]+", "_", name.strip("/").rsplit("/", 1)[-1])
+    return Path(options.kd_cache_teacher) / f"seed-{images.seed}" / f"{number + 1}-{short}"
+
+
+def _kept(options: argparse.Namespace, model: nn.Module) -> Whole:
+    dtype, k = getattr(torch, options.kd_cache_dtype), options.kd_cache_topk
+    classes = getattr(unwrap_model(model), "num_classes", 0)
+    return TopClasses(dtype, k, classes, options.kd_temperature) if k and k < classes else Whole(dtype)
+
+
+def facts_of(model: nn.Module) -> dict[str, Any]:
+    """Of a teacher, what `build` asks of it."""
+    bare = unwrap_model(model)
+    facts = {name: getattr(bare, name) for name in _FACTS if hasattr(bare, name)}
+    known = ("mean", "std", "label_names", "input_size")
+    cfg = facts.get("pretrained_cfg") or {}
+    return {**facts, "pretrained_cfg": {name: cfg[name] for name in known if name in cfg}}
 
 
 def _check(
@@ -122,12 +169,6 @@ def _check(
         raise ValueError(
             f"--kd-distill-type token: the student {type(bare).__name__} has no distillation head; pass a distilled "
             "model such as deit_tiny_distilled_patch16_224, or --kd-distill-type logit"
-        )
-    mixing = [f"--{name.replace('_', '-')} {value}" for name in MIXING if (value := getattr(options, name, 0))]
-    if options.kd_cache_teacher and mixing:
-        raise ValueError(
-            f"--kd-cache-teacher: with {', '.join(mixing)} an image depends on more than its sample and view; set "
-            "it to 0, or let the teacher run"
         )
 
 

@@ -1,214 +1,489 @@
-"""The teacher's outputs on disk: its forward pass is the largest single share of an iteration."""
+"""A teacher's outputs on disk, by image and augmentation, so that it runs once for each of them, or never.
+
+An augmentation, its mixup and its erasing are a function of (seed, sample, view); see `dtokd.train.keyed`. So a row of
+the cache is found again by (sample, view), as in TinyViT (Wu et al., *TinyViT: Fast Pretraining Distillation for Small
+Vision Transformers*, ECCV 2022, Sec. 3.1), which stores the seed of each augmentation and a few of the logits.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
-import uuid
-import warnings
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-from torch.utils.data import Dataset
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from .. import identity
-from ..files import digest_of, write_tensors, write_text
+from ..errors import UsageError
+from ..files import write_text, writing
 from .taps import Outputs, Taps
 from .teacher import Teacher
 
-SHARD = 1024
+OPTION = "--kd-cache-teacher"
+#: Rows of a file that are looked at together.
+_ROWS = 4096
+#: Bytes of the checksum, which is the first of a row; columns begin at multiples of it.
+_WORD = 8
+#: Of `Outputs`, what may be stored: the others are dense maps, or a detector's tokens.
+_STORED = ("logits", "pooled", "boxes", "quality")
 
 
-class KeyedDataset(Dataset[tuple[Any, Any, Tensor]]):
-    """Wraps an image dataset so that an image depends on nothing but (sample, view), and says which it is.
+@dataclass(frozen=True)
+class Keyed:
+    """Targets of a batch whose images can be made again.
 
-    Item i is (image, target, key) with key = int64 [i, view]. While the wrapped item is made, the global random
-    generators of Python, numpy and torch are seeded from (seed, i, view) and put back after, whatever worker runs it.
-
-    Args:
-        dataset: map-style, of (image, target), with its transform.
-        seed: of the augmentation.
-        views: augmentations per sample: epoch e uses view e modulo `views`; 0: view e.
-        description: what else the images depend on; part of the cache's key, as are the names and contents of the
-            samples (`identity.of_dataset`), their number and the repr of the transform. It must tell data sets apart
-            whose samples are neither files nor in memory.
+    Attributes:
+        target: what the task loss takes.
+        keys: [B, 2] int64, sample and view of each image, on the CPU.
     """
 
-    def __init__(self, dataset: Any, seed: int = 0, views: int = 1, description: str = "") -> None:
-        if views < 0:
-            raise ValueError(f"KeyedDataset: views is {views}; pass 0 (another in each epoch) or more")
-        self.dataset, self.seed, self.views, self.epoch = dataset, seed, views, 0
-        self._description = description
+    target: Any
+    keys: Tensor
 
-    @property
-    def transform(self) -> Any:
-        """Of the data set, as timm's loaders set it."""
-        return getattr(self.dataset, "transform", None)
+    def to(self, *args: Any, **options: Any) -> Keyed:
+        """With the target elsewhere; the keys are read on the host."""
+        return Keyed(self.target.to(*args, **options), self.keys)
 
-    @transform.setter
-    def transform(self, value: Any) -> None:
-        self.dataset.transform = value
-
-    @property
-    def fingerprint(self) -> str:
-        """What the images depend on."""
-        samples = identity.of_dataset(self.dataset)
-        return f"{self._description} {len(self.dataset)} {samples} {self.seed} {self.transform!r}"
-
-    def set_epoch(self, epoch: int) -> None:
-        """Before each epoch, and before its workers start (no persistent workers, unless views is 1)."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, Any, Tensor]:
-        view = self.epoch % self.views if self.views else self.epoch
-        with _seeded(self.seed, index, view):
-            image, target = self.dataset[index]
-        return image, target, torch.tensor([index, view])
+    def pin_memory(self) -> Keyed:
+        """For `torch.utils.data.DataLoader`."""
+        return self if isinstance(self.target, list) else Keyed(self.target.pin_memory(), self.keys)
 
 
-@contextmanager
-def _seeded(*numbers: int) -> Iterator[None]:
-    seed = int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest(), "big")
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+@dataclass(frozen=True)
+class CachedImages:
+    """The images that a run will show to its teacher.
+
+    Attributes:
+        count: samples of the data set.
+        used: by view, which samples [n] int64 of it a run sees.
+        seed: of everything random about them.
+        told: what else they depend on, plain values by the names that messages use.
+    """
+
+    count: int
+    used: Mapping[int, Tensor]
+    seed: int
+    told: Mapping[str, Any]
+
+
+class Whole:
+    """Everything is stored, in one dtype: in float32 nothing is lost."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def encode(self, outputs: Outputs) -> dict[str, Tensor]:
+        """Columns [B, ...] of a row."""
+        values = {name: getattr(outputs, name) for name in _STORED}
+        return {name: value.to(self.dtype) for name, value in values.items() if value is not None}
+
+    def decode(self, columns: dict[str, Tensor]) -> tuple[Outputs, Tensor | None]:
+        """Outputs in float32, and [B, n] which places or queries they are of; None for all of them."""
+        values: dict[str, Any] = {name: value.float() for name, value in columns.items()}
+        return Outputs(**values), None
+
+
+class TopClasses(Whole):
+    """Of the logits the `k` greatest, and how much all the others have together.
+
+    The rest of the probability is spread evenly over the other classes, as in TinyViT. At the given temperature it is
+    exactly what the teacher gave them: with z the logits of the other C - k classes each of them becomes
+    T (logsumexp(z / T) - log(C - k)). TinyViT has T = 1.
+
+    Args:
+        dtype: of the logits; the rest is float32.
+        k: classes, fewer than the teacher has.
+        classes: of the teacher.
+        temperature: T > 0, of the objectives.
+    """
+
+    def __init__(self, dtype: torch.dtype, k: int, classes: int, temperature: float) -> None:
+        super().__init__(dtype)
+        self.k, self.classes, self.temperature = k, classes, temperature
+
+    def encode(self, outputs: Outputs) -> dict[str, Tensor]:
+        """The greatest logits, their classes, and the logit of each other class."""
+        assert outputs.logits is not None
+        values, index = outputs.logits.topk(self.k)
+        others = outputs.logits.scatter(-1, index, -torch.inf) / self.temperature
+        count = torch.tensor(self.classes - self.k, dtype=torch.float32)
+        rest = self.temperature * (others.logsumexp(-1) - count.log().to(others.device))
+        small = torch.int16 if self.classes <= torch.iinfo(torch.int16).max else torch.int32
+        columns = super().encode(outputs._replace(logits=values))
+        return {**columns, "index": index.to(small), "rest": rest.float()}
+
+    def decode(self, columns: dict[str, Tensor]) -> tuple[Outputs, Tensor | None]:
+        """Logits of all classes."""
+        index, rest = columns.pop("index"), columns.pop("rest")
+        logits = rest[:, None].expand(-1, self.classes).scatter(-1, index.long(), columns["logits"].float())
+        return super().decode({**columns, "logits": logits})
+
+
+class TopPlaces(Whole):
+    """Of a detector's places or queries the `k` where it is surest of an object; the others are left out of the loss.
+
+    Args:
+        dtype: of all numbers.
+        k: places or queries.
+        sureness: from the teacher's outputs to [B, N], by which they are chosen.
+    """
+
+    def __init__(self, dtype: torch.dtype, k: int, sureness: Callable[[Outputs], Tensor]) -> None:
+        super().__init__(dtype)
+        self.k, self.sureness = k, sureness
+
+    def encode(self, outputs: Outputs) -> dict[str, Tensor]:
+        """The chosen ones in their order, and their numbers; where the image has fewer, -1 fills up."""
+        sureness = self.sureness(outputs)
+        short = self.k - min(self.k, sureness.shape[1])
+        index = sureness.topk(self.k - short).indices.sort().values
+        columns = super().encode(outputs.of_queries(index))
+        filled = {n: F.pad(c, [0, 0] * (c.ndim - 2) + [0, short]) for n, c in columns.items()}
+        return {**filled, "places": F.pad(index.int(), [0, short], value=-1)}
+
+    def decode(self, columns: dict[str, Tensor]) -> tuple[Outputs, Tensor | None]:
+        """The chosen ones, as many as all images of the batch have."""
+        places = columns.pop("places").long()
+        there = int((places >= 0).sum(1).min())
+        outputs, _ = super().decode({name: column[:, :there] for name, column in columns.items()})
+        return outputs, places[:, :there]
+
+
+class _Layout:
+    """Where a row's bytes are: a checksum, then each column, filled up to whole words."""
+
+    def __init__(self, columns: Mapping[str, tuple[str, Sequence[int]]]) -> None:
+        self.columns = {name: (dtype, tuple(shape)) for name, (dtype, shape) in columns.items()}
+        self._ends: dict[str, tuple[int, int]] = {}
+        at = _WORD
+        for name, (dtype, shape) in self.columns.items():
+            size = getattr(torch, dtype).itemsize * int(np.prod(shape, dtype=np.int64))
+            self._ends[name] = at, at + size
+            at += -(-size // _WORD) * _WORD
+        self.size = at
+        words = torch.Generator().manual_seed(0)
+        # odd: a word that is another one changes the sum, whatever the others are
+        self._factors = torch.randint(-(2**62), 2**62, (at // _WORD + 1,), generator=words) * 2 + 1
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Tensor]) -> _Layout:
+        """That of columns [B, ...]."""
+        return cls({name: (str(c.dtype).removeprefix("torch."), c.shape[1:]) for name, c in columns.items()})
+
+    def pack(self, columns: Mapping[str, Tensor], keys: Tensor) -> Tensor:
+        """[B, size] uint8, on the CPU."""
+        rows = torch.zeros(len(keys), self.size, dtype=torch.uint8)
+        for name, (begin, end) in self._ends.items():
+            rows[:, begin:end] = columns[name].detach().cpu().reshape(len(keys), -1).contiguous().view(torch.uint8)
+        rows[:, :_WORD] = self._sum(rows, keys)[:, None].contiguous().view(torch.uint8)
+        return rows
+
+    def unpack(self, rows: Tensor) -> dict[str, Tensor]:
+        """The columns of [B, size]."""
+        return {
+            name: rows[:, begin:end].contiguous().view(getattr(torch, self.columns[name][0]))
+            .reshape(len(rows), *self.columns[name][1])
+            for name, (begin, end) in self._ends.items()
+        }  # fmt: skip
+
+    def whole(self, rows: Tensor, keys: Tensor) -> Tensor:
+        """[B] bool, which rows are there, undamaged, and of these keys."""
+        return self._sum(rows, keys) == rows[:, :_WORD].contiguous().view(torch.int64)[:, 0]
+
+    def _sum(self, rows: Tensor, keys: Tensor) -> Tensor:
+        words = torch.cat([rows[:, _WORD:].contiguous().view(torch.int64), keys + 1], 1)
+        return (words * self._factors[: words.shape[1]]).sum(1)
 
 
 class TeacherCache:
-    """Outputs of one teacher, by (sample, view), in safetensors shards under a directory named by their key.
+    """Outputs of one teacher for all images of a data set, a file of rows for each view.
 
-    The key covers the teacher's layers, weights and dtype, how it sees the images, what is read of it, the dataset's
-    fingerprint, and the versions of torch, timm and this package: any change makes another directory, and old ones can
-    be deleted. Shards are written whole (temporary
-    file, fsync, rename) and with a checksum: a damaged one is removed with a warning, and its samples are computed
-    anew. A process that dies loses what it had not yet flushed, at most `shard` samples.
+    `cache.json` holds what the outputs depend on. A row counts where its checksum does, so that one that was never
+    written, half written or damaged is a missing one, which the teacher computes again. Several processes may use a
+    cache at once.
 
     Args:
-        directory: of all caches.
-        teacher: whose outputs.
-        taps: what is read.
-        dataset: its `fingerprint` enters the key.
-        shard: samples per file.
-        context: what else the outputs depend on, such as the autocast around the teacher.
+        folder: of this teacher's cache; it need not be there.
+        images: that it is of.
+        told: what its outputs depend on besides the images, plain values by the names that messages use.
+
+    Raises:
+        UsageError: the folder holds a cache of something else, or no cache.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        teacher: Teacher,
-        taps: Taps,
-        dataset: KeyedDataset,
-        shard: int = SHARD,
-        context: str = "",
-    ) -> None:
-        described = {
-            "teacher": teacher.fingerprint(),
-            "name": teacher.name,
-            "taps": repr(taps),
-            "data": dataset.fingerprint,
-            "context": context,
-            "versions": identity.versions(),
-        }
-        text = json.dumps(described, indent=1, sort_keys=True)
-        self.directory = Path(directory) / hashlib.sha256(text.encode()).hexdigest()[:16]
-        write_text(self.directory / "key.json", text)
-        self.shard, self.taps = shard, taps
-        self.hits = self.misses = 0
-        self._rows: dict[tuple[int, int], tuple[dict[str, Tensor], int]] = {}
-        self._pending: list[tuple[tuple[int, int], dict[str, Tensor]]] = []
-        self._files: set[Path] = set()
-        self.refresh()
-        weakref.finalize(self, _flush, self.directory, self._pending)  # at exit too
+    def __init__(self, folder: Path, images: CachedImages, told: Mapping[str, Any]) -> None:
+        self.folder, self._images = folder, images
+        self._told = _plain({**told, **images.told, "--seed": images.seed, **_versions()})
+        self._kept = Whole(torch.float32)
+        self.facts: dict[str, Any] = {}
+        self.taps: Taps | None = None
+        self._layout: _Layout | None = None
+        self._files: dict[int, tuple[int, Tensor]] = {}
+        self._read()
+        self._missing: int | None = None
 
-    def _index(self, tensors: dict[str, Tensor]) -> None:
-        for row, (sample, view) in enumerate(tensors["key"].tolist()):
-            self._rows[sample, view] = (tensors, row)
+    def _read(self) -> None:
+        path = self.folder / "cache.json"
+        if not path.exists():
+            return
+        try:
+            found = json.loads(path.read_text())
+            told, self.facts, self.taps = found["told"], found["facts"], _taps(found["taps"])
+            self._layout = _Layout(found["columns"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UsageError(f"{OPTION}: {path} cannot be read ({error}); remove {self.folder}") from error
+        names = [*told, *(name for name in self._told if name not in told)]
+        other = [n for n in names if told.get(n) != self._told.get(n)]
+        if other:
+            changes = "; ".join(f"{n} was {told.get(n)}, is now {self._told.get(n)}" for n in other[:3])
+            more = f"; {len(other) - 3} more differ" if len(other) > 3 else ""
+            raise UsageError(
+                f"{OPTION}: {self.folder} was made with something else: {changes}{more}; give what it was made with, "
+                "or another folder"
+            )
 
-    def __call__(self, teacher: Teacher, images: Tensor, taps: Taps, key: Tensor) -> Outputs:
-        """The outputs of a batch; the teacher runs for the samples that are not there yet.
+    def keep(self, kept: Whole, taps: Taps, facts: Mapping[str, Any]) -> None:
+        """Choose how rows are made.
 
         Args:
-            teacher: see the class.
-            images: [B, ...] normalised for the student.
-            taps: as given to the constructor.
-            key: [B, 2] (sample, view).
-        """
-        if taps != self.taps:
-            raise ValueError(f"teacher cache: made for {self.taps}, asked for {taps}")
-        keys = [(int(sample), int(view)) for sample, view in key.tolist()]
-        new = [i for i, k in enumerate(keys) if k not in self._rows]
-        self.hits, self.misses = self.hits + len(keys) - len(new), self.misses + len(new)
-        if new:
-            self._add([keys[i] for i in new], teacher(images if len(new) == len(keys) else images[new], taps))
-        rows = [self._rows[k] for k in keys]
-        columns = {n: torch.stack([t[n][row] for t, row in rows]).to(images.device) for n in rows[0][0] if n != "key"}
-        maps = tuple(columns[f"map{i}"] for i in range(len(taps.stages)))
-        return Outputs(columns.get("logits"), columns.get("token_logits"), columns.get("pooled"), maps)
+            kept: the kind of row.
+            taps: what this run reads of the teacher.
+            facts: about the teacher, plain values, for runs that do not load it.
 
-    def _add(self, keys: Sequence[tuple[int, int]], outputs: Outputs) -> None:
-        columns = {n: getattr(outputs, n) for n in ("logits", "token_logits", "pooled")}
-        columns |= {f"map{i}": m for i, m in enumerate(outputs.maps)}
-        kept = {n: c.cpu() for n, c in columns.items() if c is not None}
-        kept["key"] = torch.tensor(keys)
-        self._index(kept)
-        self._pending += [(k, {n: c[i] for n, c in kept.items()}) for i, k in enumerate(keys)]
-        if len(self._pending) >= self.shard:
-            self.flush()
+        Raises:
+            UsageError: dense maps are read, or something that the cache does not have.
+        """
+        if taps != Taps(logits=taps.logits, pooled=taps.pooled):
+            raise UsageError(
+                f"{OPTION}: it keeps logits, pooled features and a detector's predictions; feature maps and tokens "
+                "take too much room; choose another --kd-distill-type, or leave the cache out"
+            )
+        self._kept = kept
+        if self.taps is None:
+            self.taps, self.facts = taps, dict(facts)
+        elif (taps.logits and not self.taps.logits) or (taps.pooled and taps.pooled != self.taps.pooled):
+            raise UsageError(
+                f"{OPTION}: {self.folder} has {_name(self.taps)}, this run reads {_name(taps)}; pass another folder"
+            )
+
+    def lay_out(self, outputs: Outputs) -> None:
+        """Know the size of a row, from the teacher's outputs of some images."""
+        if self._layout is None:
+            self._layout = _Layout.of(self._kept.encode(outputs))
+
+    @property
+    def complete(self) -> bool:
+        """Whether the teacher need not run; the answer is that of the first question."""
+        return self.missing == 0
+
+    @property
+    def missing(self) -> int:
+        """Rows of the run that were not there when this was asked first."""
+        if self._missing is None:
+            self._missing = sum(self._count_missing(view, used) for view, used in self._images.used.items())
+        return self._missing
+
+    def _count_missing(self, view: int, used: Tensor) -> int:
+        if self._layout is None or not self._open(view):
+            return len(used)
+        there = sum(int(self._find(part, view)[1].sum()) for part in used.sort().values.split(_ROWS))
+        return len(used) - there
+
+    def reserve(self, say: Callable[[str], None]) -> None:
+        """State the size, and take that much of the disk, before training.
+
+        Args:
+            say: tells the user.
+
+        Raises:
+            UsageError: the disk has not as much, or may not be written.
+        """
+        assert self._layout is not None
+        assert self.taps is not None
+        views, size = len(self._images.used), self._layout.size
+        total = views * self._images.count * size
+        rows = sum(map(len, self._images.used.values()))
+        there = f"{rows - self.missing} of {rows} rows are there"
+        say(
+            f"teacher cache {self.folder}: {self._images.count} images, {views} augmentations, {size} bytes a row: "
+            f"{_bytes(total)}; {there}" + ("; the teacher is not needed" if self.complete else "")
+        )
+        if self.complete:
+            return
+        with writing(self.folder, OPTION):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            wanted = sum(max(0, self._images.count * size - self._taken(view)) for view in self._images.used)
+            free = shutil.disk_usage(self.folder).free
+            if wanted > free:
+                raise UsageError(
+                    f"{OPTION}: {self.folder} needs {_bytes(wanted)} more, the disk has {_bytes(free)}; pass fewer "
+                    "--kd-cache-views, a smaller --kd-cache-topk, --kd-cache-dtype float16, or another folder"
+                )
+            if not (self.folder / "cache.json").exists():
+                taps = {"logits": self.taps.logits, "pooled": self.taps.pooled}
+                held = {"told": self._told, "taps": taps, "facts": self.facts, "columns": self._layout.columns}
+                write_text(self.folder / "cache.json", json.dumps(_plain(held), indent=1))
+            for view in self._images.used:
+                self._make(view)
+
+    def _path(self, view: int) -> Path:
+        return self.folder / (f"mixed-{view:04}.rows" if view >= 0 else f"unmixed-{-1 - view:04}.rows")
+
+    def _taken(self, view: int) -> int:
+        path = self._path(view)
+        return path.stat().st_blocks * 512 if path.exists() else 0
+
+    def _make(self, view: int) -> None:
+        """Have the file in its whole length, with its room on the disk."""
+        assert self._layout is not None
+        length = self._images.count * self._layout.size
+        if view in self._files:
+            os.close(self._files.pop(view)[0])
+        descriptor = os.open(self._path(view), os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, length)
+            elif os.fstat(descriptor).st_size < length:
+                os.ftruncate(descriptor, length)
+        except OSError as error:
+            error.filename = str(self._path(view))
+            raise
+        finally:
+            os.close(descriptor)
+        self._open(view)
+
+    def _open(self, view: int) -> bool:
+        """Whether there is a file of the view."""
+        assert self._layout is not None
+        if view in self._files:
+            return True
+        path, shape = self._path(view), (self._images.count, self._layout.size)
+        if not path.exists() or path.stat().st_size < shape[0] * shape[1]:
+            return False
+        writable = os.access(path, os.W_OK)
+        # "c" is never written to; torch warns of an array that cannot be
+        rows = torch.from_numpy(np.memmap(path, np.uint8, "r+" if writable else "c", shape=shape))
+        self._files[view] = os.open(path, os.O_RDWR if writable else os.O_RDONLY), rows
+        return True
+
+    def _find(self, samples: Tensor, view: int) -> tuple[Tensor, Tensor]:
+        """Rows [B, size] of samples, and which of them are whole."""
+        assert self._layout is not None
+        rows = self._files[view][1][samples]
+        return rows, self._layout.whole(rows, torch.stack([samples, torch.full_like(samples, view)], 1))
+
+    def __call__(
+        self, teacher: Teacher, images: Any, keys: Tensor, device: torch.device
+    ) -> tuple[Outputs, Tensor | None]:
+        """The outputs of a batch; where one is missing the teacher runs for all of it, so that rounding is the same.
+
+        Args:
+            teacher: whose outputs.
+            images: as the teacher takes them.
+            keys: [B, 2] int64 (sample, view), on the CPU; of one view.
+            device: of the outputs.
+
+        Returns:
+            Outputs, float32, and [B, n] int64 which places or queries they are of; None for all of them.
+
+        Raises:
+            UsageError: an output is missing and the teacher was not loaded; or it cannot be stored.
+        """
+        assert self._layout is not None
+        assert self.taps is not None
+        samples, view = keys[:, 0], int(keys[0, 1])
+        if not self._open(view):
+            with writing(self.folder, OPTION):
+                self._make(view)
+        rows, there = self._find(samples, view)
+        if not there.all():
+            if is_absent(teacher.model):
+                raise UsageError(
+                    f"{OPTION}: {self._path(view)} has lost rows since this run began, and the teacher was not loaded; "
+                    "--resume auto goes on with the teacher"
+                )
+            rows = self._add(self._kept.encode(teacher(images, self.taps)), rows, there, keys)
+        columns = self._layout.unpack(rows)
+        if device.type == "cuda":  # from pageable memory the host would wait for all that the device has to do
+            columns = {name: column.pin_memory() for name, column in columns.items()}
+        return self._kept.decode({name: column.to(device, non_blocking=True) for name, column in columns.items()})
+
+    def _add(self, columns: dict[str, Tensor], rows: Tensor, there: Tensor, keys: Tensor) -> Tensor:
+        assert self._layout is not None
+        for name, column in columns.items():
+            if column.dtype == torch.float16 and column.isinf().any():
+                raise UsageError(
+                    f"--kd-cache-dtype float16: the teacher's {name} are beyond its range; pass bfloat16 or float32"
+                )
+        rows = torch.where(there[:, None], rows, self._layout.pack(columns, keys))
+        view = int(keys[0, 1])
+        with writing(self.folder, OPTION):
+            for number in (~there).nonzero()[:, 0].tolist():
+                data = rows[number].numpy().data
+                os.pwrite(self._files[view][0], data, int(keys[number, 0]) * self._layout.size)
+        return rows
 
     def flush(self) -> None:
-        """Write what is new, which is read from the file from then on. After it there is nothing to lose."""
-        path = _flush(self.directory, self._pending)
-        if path is not None:
-            self._read(path)
-
-    def refresh(self) -> None:
-        """Know what other processes have written since."""
-        for path in sorted(set(self.directory.glob("*.safetensors")) - self._files):
-            self._read(path)
-
-    def _read(self, path: Path) -> None:
-        self._files.add(path)
-        try:
-            with safe_open(path, framework="pt") as file:  # mapped: what is not asked for leaves memory again
-                checksum = (file.metadata() or {}).get("sha256")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-            whole = checksum == digest_of(tensors)
-        except (SafetensorError, OSError):
-            whole = False
-        if whole:
-            self._index(tensors)
-            return
-        warnings.warn(
-            f"teacher cache: {path} is damaged, so it is removed and its samples are computed anew", stacklevel=2
-        )
-        with suppress(OSError):  # a cache that may only be read
-            path.unlink()
+        """Have all that was written on disk, also if the machine loses power."""
+        for view, (descriptor, _) in self._files.items():
+            if os.access(self._path(view), os.W_OK):
+                os.fsync(descriptor)
 
 
-def _flush(directory: Path, pending: list[tuple[tuple[int, int], dict[str, Tensor]]]) -> Path | None:
-    if not pending:
-        return None
-    names = pending[0][1]
-    columns = {n: torch.stack([row[n] for _, row in pending]) for n in names}
-    path = directory / f"{uuid.uuid4().hex}.safetensors"
-    write_tensors(path, columns, {"sha256": digest_of(columns)})
-    pending.clear()
-    return path
+class Absent(nn.Module):
+    """In a teacher's place where all its outputs are stored, with what was noted of it.
+
+    Args:
+        facts: attributes.
+    """
+
+    absent = True
+
+    def __init__(self, facts: Mapping[str, Any]) -> None:
+        super().__init__()
+        for name, value in facts.items():
+            setattr(self, name, value)
+
+
+def is_absent(model: nn.Module) -> bool:
+    """Whether a teacher was not loaded, as its outputs are stored."""
+    return bool(getattr(model, "absent", False))
+
+
+def _taps(held: dict[str, Any]) -> Taps:
+    return Taps(logits=bool(held["logits"]), pooled=str(held["pooled"]))
+
+
+def _name(taps: Taps) -> str:
+    parts = [*(["logits"] if taps.logits else []), *([f"pooled features ({taps.pooled})"] if taps.pooled else [])]
+    return " and ".join(parts) or "predictions"
+
+
+def _versions() -> dict[str, str]:
+    """Of what makes images and outputs; this package's may change without changing either."""
+    import PIL
+
+    held = {**identity.versions(), "Pillow": PIL.__version__, "format": "1"}
+    del held["dtokd_kernels"]
+    return {f"{name} version": version for name, version in held.items()}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON holds it."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def _bytes(count: float) -> str:
+    """For people: 1.5 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

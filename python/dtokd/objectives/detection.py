@@ -117,10 +117,8 @@ class Predictions(Objective):
         assert teacher.logits is not None
         assert teacher.boxes is not None
         logits, boxes, their_boxes = student.logits, student.boxes, teacher.boxes
-        # a softmax teacher's classes as a student with one score per class reads them
-        odds = torch.logit(teacher.logits.softmax(-1)[..., :-1], eps=EPS) if self.softmax else teacher.logits
-        their_logits = odds[..., self.columns.to(logits.device)]
-        weights = their_logits.sigmoid().amax(-1)
+        their_logits = self._log_odds(teacher.logits)
+        weights = self.sureness(teacher)
         terms = bernoulli_kl(logits, their_logits).sum(-1)
         if self.dense:
             terms = terms + F.smooth_l1_loss(boxes, their_boxes, reduction="none").sum(-1)
@@ -132,6 +130,16 @@ class Predictions(Objective):
             terms = terms + BOX_WEIGHTS[0] * apart + BOX_WEIGHTS[1] * generalized_box_iou_loss(corners, their_corners)
         # the divergences and 1 - GIoU round to less than 0 where both agree
         return ((weights * terms).sum() / weights.sum().clamp_min(EPS)).clamp_min(0)
+
+    def sureness(self, teacher: Outputs) -> Tensor:
+        """[B, N], the teacher's highest probability of a class: the weight of a place or query."""
+        assert teacher.logits is not None
+        return self._log_odds(teacher.logits).sigmoid().amax(-1)
+
+    def _log_odds(self, logits: Tensor) -> Tensor:
+        """Of the student's classes; those of a softmax as a student with one score per class reads them."""
+        odds = torch.logit(logits.softmax(-1)[..., :-1], eps=EPS) if self.softmax else logits
+        return odds[..., self.columns.to(logits.device)]
 
 
 def bernoulli_kl(student: Tensor, teacher: Tensor) -> Tensor:

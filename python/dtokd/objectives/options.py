@@ -94,18 +94,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the teacher's weights and forward pass, outside autocast (default: the student's, under its autocast)",
     )
     add("--kd-teacher-compile", action="store_true", help="torch.compile the teacher")
+    add_cache(group, "classes of each image, the most probable ones; the others share what is left of it evenly")
+
+
+def add_cache(group: argparse._ArgumentGroup, kept: str) -> None:
+    """Teachers' outputs on disk; also of `dtokd detect`.
+
+    Args:
+        group: of the parser.
+        kept: what --kd-cache-topk counts.
+    """
+    add = group.add_argument
     add(
         "--kd-cache-teacher",
         type=path,
         metavar="DIR",
-        help="keep the teacher's outputs on disk; images must depend on sample and view alone (no mixup or cutmix)",
+        help="keep the teacher's outputs on disk, so that it runs once for each augmented image: logits, pooled "
+        "features, predictions; no feature maps",
     )
     add(
         "--kd-cache-views",
         type=NATURAL,
         default=1,
         metavar="N",
-        help="with the cache: augmentations per sample, epoch modulo N; 0: another in each epoch (for repeated runs)",
+        help="with the cache: augmentations per image, epoch modulo N; 0: another in each epoch (for repeated runs)",
+    )
+    add("--kd-cache-topk", type=COUNT, metavar="K", help=f"with the cache: keep so many {kept} (default: all)")
+    add(
+        "--kd-cache-dtype",
+        choices=["float32", "float16", "bfloat16"],
+        default="float32",
+        help="with the cache: of what is kept; float32 loses nothing",
     )
 
 

@@ -76,6 +76,7 @@ class Outputs(NamedTuple):
         return self._replace(
             logits=pick(self.logits),
             boxes=pick(self.boxes),
+            quality=pick(self.quality),
             body=pick(self.body),
             neck=None if neck is None else neck.transpose(1, 2),
         )

@@ -12,7 +12,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from .base import Objective, at_bound
-from .cache import TeacherCache
+from .cache import Keyed, TeacherCache, is_absent
 from .taps import Outputs, Taps, in_float32, read
 from .teacher import Teacher
 
@@ -73,6 +73,7 @@ class DistillationTask(TrainingTask):
         student: a timm model, or a detector.
         criterion: of (logits, target); None for a detector, which computes its own loss.
         lessons: pairs of a teacher and its objectives.
+        caches: of each teacher's outputs, which is asked where targets are `Keyed`; of none by default.
         match: pairs the queries of student and teacher before they are compared; None to compare by index.
         evaluator: makes what judges the student; None for timm's for classifiers.
         task_weight: in the sum.
@@ -88,6 +89,7 @@ class DistillationTask(TrainingTask):
         criterion: nn.Module | None,
         lessons: Sequence[tuple[Teacher, Sequence[Objective]]] = (),
         *,
+        caches: Sequence[TeacherCache | None] = (),
         match: Match | None = None,
         evaluator: Callable[[], Any] | None = None,
         task_weight: float = 1.0,
@@ -106,7 +108,7 @@ class DistillationTask(TrainingTask):
         self._match, self._evaluator = match, evaluator
         self.task_loss_weight = task_weight
         self.distill_loss_weights = dict(weights or {o.name: 1.0 for o in objectives})
-        self.caches: list[TeacherCache | None] = [None] * len(self.lessons)
+        self.caches = list(caches) or [None] * len(self.lessons)
         for teacher, _ in self.lessons:
             teacher.to(self.device)
 
@@ -116,17 +118,19 @@ class DistillationTask(TrainingTask):
             teacher.to(self.device)
         return self
 
-    def forward(self, input: Any, target: Any, key: Tensor | None = None) -> dict[str, Any]:
+    def forward(self, input: Any, target: Any) -> dict[str, Any]:
         """The losses of a batch.
 
         Args:
             input: images [B, channels, height, width], normalised for the student; for detectors `detect.batch.Images`.
-            target: what the criterion, or the detector, takes.
-            key: [B, 2] from `KeyedDataset`, for cached teachers; without it they run.
+            target: what the criterion, or the detector, takes; `Keyed`, for cached teachers.
 
         Returns:
             "loss", "output", "objectives": see the class.
         """
+        keys = None
+        if isinstance(target, Keyed):
+            target, keys = target.target, target.keys
         outputs, projected = self.trainable_module(input, target)
         outputs = in_float32(outputs)
         losses: dict[str, Any] = {
@@ -135,11 +139,17 @@ class DistillationTask(TrainingTask):
         total = self.task_loss_weight * losses["task"]
         for (teacher, objectives), cache in zip(self.lessons, self.caches, strict=True):
             taps = merge([o.teacher for o in objectives])
-            taught = teacher(input, taps) if cache is None or key is None else cache(teacher, input, taps, key)
+            index = None  # of the student's places or queries
+            if cache is None or keys is None:
+                taught = teacher(input, taps)
+            else:
+                taught, index = cache(teacher, input, keys, self.device)
             own, heads = outputs, projected
             if self._match is not None:
                 index, theirs = self._match(outputs, taught)
-                own, taught = outputs.of_queries(index), taught.of_queries(theirs)
+                taught = taught.of_queries(theirs)
+            if index is not None:
+                own = outputs.of_queries(index)
                 heads = {n: p.of_queries(index) if isinstance(p, Outputs) else p for n, p in projected.items()}
             for o in objectives:
                 loss = self._loss(o, own, heads, taught, taps, target)
@@ -172,7 +182,9 @@ class DistillationTask(TrainingTask):
         target = torch.zeros(1, dtype=torch.long, device=self.device)
         outputs, projected = self.trainable_module.eval()(image)
         outputs = in_float32(outputs)
-        for teacher, objectives in self.lessons:
+        for (teacher, objectives), cache in zip(self.lessons, self.caches, strict=True):
+            if is_absent(teacher.model):
+                continue
             taps = merge([o.teacher for o in objectives])
             try:
                 taught = teacher(image, taps)
@@ -181,6 +193,8 @@ class DistillationTask(TrainingTask):
                     f"--kd-model-name: teacher {teacher.name!r} does not take the student's images of {input_size}: "
                     f"{error}; choose --kd-teacher-img-size, --img-size, or another teacher"
                 ) from error
+            if cache is not None:
+                cache.lay_out(taught)
             for o in objectives:
                 # classes were compared when the task was made; some models' logits are others while they are trained
                 if o.student.pooled or o.student.stages:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Sampler, get_worker_info
 
 from .randomness import random_state, set_random_state
 
@@ -23,16 +23,16 @@ class Batches:
 
     Args:
         loader: over a data set with numbered samples; it is made anew, with the same settings.
-        sampler: another order of the samples than the loader's.
+        batch_sampler: other batches than the loader's.
 
     Effects: an iteration draws the same random numbers as one over the loader.
     """
 
-    def __init__(self, loader: DataLoader[Any], sampler: Sampler[int] | None = None) -> None:
-        batch_sampler: Any = loader.batch_sampler
-        if sampler is not None:
-            batch_sampler = BatchSampler(sampler, batch_sampler.batch_size, batch_sampler.drop_last)
-        self.batch_sampler, self.sampler, self.dataset = batch_sampler, batch_sampler.sampler, loader.dataset
+    def __init__(self, loader: DataLoader[Any], batch_sampler: Any = None) -> None:
+        if batch_sampler is None:
+            batch_sampler = loader.batch_sampler
+        self.batch_sampler, self.dataset = batch_sampler, loader.dataset
+        self.sampler = getattr(batch_sampler, "sampler", batch_sampler)
         self.collate_fn = loader.collate_fn
         self._workers = loader.num_workers
         self._order, self._start = _Order(batch_sampler), _Start(loader.worker_init_fn)
@@ -104,10 +104,10 @@ class Batches:
             yield images, targets
 
 
-class _Order(Sampler[list[int]]):
+class _Order(Sampler[list[Any]]):
     """The batches of a sampler, but for the first ones."""
 
-    def __init__(self, inner: Sampler[list[int]]) -> None:
+    def __init__(self, inner: Sampler[list[Any]]) -> None:
         self._inner = inner
         self.begin(0, 0, None)
 
@@ -115,7 +115,7 @@ class _Order(Sampler[list[int]]):
         """Of the next iteration: how many are left out, how many are empty, and the random state of the first other."""
         self._skip, self._blanks, self._before = skip, blanks, before
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Any]]:
         skip, blanks, before = self._skip, self._blanks, self._before
         for number, batch in enumerate(self._inner):
             if number < skip:

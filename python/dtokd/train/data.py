@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from timm.data import FastCollateMixup, create_dataset, create_loader
 from timm.data.dataset_factory import _search_split
 from timm.data.distributed_sampler import RepeatAugSampler
-from timm.data.loader import fast_collate
-from torch import Tensor
-from torch.utils.data import IterableDataset
+from timm.data.random_erasing import RandomErasing
+from torch.utils.data import BatchSampler, IterableDataset
 
 from .. import identity
 from ..errors import UsageError, reason_of
-from ..objectives.cache import KeyedDataset
+from ..objectives.cache import CachedImages
 from .batches import Batches
 from .found import class_names, some
 from .images import CheckedImages
+from .keyed import ErasedLoader, KeyedCollate, KeyedDataset, KeyedOrder, cached_images, seed_of
 from .workers import worker_seed
 
 #: What the data sets of timm begin with that are no folder.
 KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
+#: What an augmented image depends on, and what one that is mixed or erased depends on besides.
+_AUGMENTATION = (
+    *("dataset", "train_split", "on_bad_image", "no_aug", "train_crop_mode", "scale", "ratio", "hflip"),
+    *("vflip", "color_jitter", "aa", "train_interpolation"),
+)
+_MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode")
+_ERASING = ("reprob", "remode", "recount")
 
 
 @dataclass
@@ -37,7 +43,7 @@ class Data:
         train: of (input, target).
         validation: likewise, if there is a split for it.
         mixup: of the collation.
-        keyed: samples by their numbers, for a cached teacher.
+        cached: the images that teachers are shown, where their outputs are cached.
         batches: under `train`, to go on in the middle of an epoch; None for a stream.
         held_out: images that are never trained on, prepared as for validation, if there are any.
     """
@@ -45,7 +51,7 @@ class Data:
     train: Any
     validation: Any | None
     mixup: FastCollateMixup | None
-    keyed: KeyedDataset | None = None
+    cached: CachedImages | None = None
     batches: Batches | None = None
     held_out: Any | None = None
 
@@ -232,21 +238,20 @@ def make_loaders(
     }
     keyed = None
     if options.kd_cache_teacher:
-        if stream:
+        if stream or options.aug_repeats:
+            wanted = "--aug-repeats" if options.aug_repeats else f"--dataset {options.dataset} is a stream"
             raise UsageError(
-                f"--kd-cache-teacher: --dataset {options.dataset} is a stream, whose samples have no number"
+                f"--kd-cache-teacher: {wanted}: an image would not be a function of its number and its augmentation's; "
+                "leave one of them out"
             )
-        described = f"{options.dataset} {options.train_split} {_reading(options)}"
-        if identity.of_dataset(train) is None:
-            described += f" {options.data_dir} {options.data_dir and identity.of_folder(options.data_dir)}"
-        train = keyed = KeyedDataset(train, options.seed, options.kd_cache_views, described)
+        train = keyed = KeyedDataset(train, seed_of(options))
     repeats = int(options.aug_repeats) if options.aug_repeats == int(options.aug_repeats) else options.aug_repeats
     loader = create_loader(
         train,
         batch_size=options.batch_size,
         is_training=True,
         no_aug=options.no_aug,
-        re_prob=options.reprob,
+        re_prob=0.0 if keyed else options.reprob,
         re_mode=options.remode,
         re_count=options.recount,
         train_crop_mode=options.train_crop_mode,
@@ -257,32 +262,54 @@ def make_loaders(
         color_jitter=options.color_jitter,
         auto_augment=options.aa,
         interpolation=options.train_interpolation,
-        collate_fn=mixup if keyed is None else collate_keyed,
+        collate_fn=mixup if keyed is None else KeyedCollate(mixup, keyed.seed),
         distributed=distributed,
         num_aug_repeats=repeats if distributed else 0,
         **shared,
     )
     batches = None
     if not stream:
-        # timm repeats over ranks only; here the copies of an image are in one batch
-        alone = RepeatAugSampler(train, 1, 0, num_repeats=repeats) if repeats and not distributed else None
-        loader.loader = batches = Batches(loader.loader, alone)
+        order: Any = None
+        if keyed is not None:
+            order = _order(options, keyed, mixup is not None, distributed)
+        elif repeats and not distributed:
+            # timm repeats over ranks only; here the copies of an image are in one batch
+            alone = RepeatAugSampler(train, 1, 0, num_repeats=repeats)
+            order = BatchSampler(alone, options.batch_size, drop_last=True)
+        loader.loader = batches = Batches(loader.loader, order)
         if len(loader) == 0:
             raise UsageError(
                 f"--batch-size: {options.batch_size}, but {options.train_split!r} holds {len(train)} images"
                 f"{', of which each rank has a part' if distributed else ''}; pass a smaller one"
             )
+    cached = None
+    if keyed is not None:
+        cached = cached_images(options, order, _told(options, keyed, config, mixup is not None))
+        if options.reprob:
+            erasing = RandomErasing(options.reprob, mode=options.remode, max_count=options.recount, device="cpu")
+            loader = ErasedLoader(loader, erasing, keyed.seed)
     checked = None if validation is None else validation_loader(options, validation, config, device, distributed)
     held = (
         None if held_out is None else validation_loader(options, held_out, config, device, distributed, training=True)
     )
-    return Data(loader, checked, mixup, keyed, batches, held)
+    return Data(loader, checked, mixup, cached, batches, held)
 
 
-def collate_keyed(batch: Sequence[tuple[Any, int, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Timm's collation of a `KeyedDataset`; targets are [B, 3]: label, sample, view."""
-    images, labels = fast_collate([(image, label) for image, label, _ in batch])
-    return images, torch.cat([labels[:, None], torch.stack([key for _, _, key in batch])], dim=1)
+def _order(options: argparse.Namespace, keyed: KeyedDataset, mixes: bool, distributed: bool) -> KeyedOrder:
+    ranks = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+    off = options.mixup_off_epoch if mixes else 0
+    group = 2 if mixes else 1
+    return KeyedOrder(
+        len(keyed), options.batch_size, keyed.seed, options.kd_cache_views, group, off, rank=ranks[0], size=ranks[1]
+    )
+
+
+def _told(options: argparse.Namespace, keyed: KeyedDataset, config: dict[str, Any], mixes: bool) -> dict[str, Any]:
+    """What the images depend on, by the names that messages use."""
+    names = [*_AUGMENTATION, *(_MIXING if mixes else ()), *(_ERASING if options.reprob else ())]
+    told = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+    told |= {f"image {name}": config[name] for name in ("input_size", "mean", "std")}
+    return {**told, "training data (sha256)": identity_of(options, keyed) or options.dataset}
 
 
 def validation_loader(

@@ -114,12 +114,10 @@ class Engine:
                 if self.options.channels_last:
                     input = input.contiguous(memory_format=torch.channels_last)
                 share = count - last_group if index >= last_group else accumulate
-                # of cached teachers, see `data.collate_keyed`
-                keys = (target[:, 1:],) if getattr(self.options, "kd_cache_teacher", None) else ()
                 steps = (index + 1) % accumulate == 0 or index + 1 == count
                 with nullcontext() if steps else self.task.no_sync():
                     with self.autocast():
-                        result = self.task(input, target[:, 0] if keys else target, *keys)
+                        result = self.task(input, target)
                     if self.held_out is not None and index % accumulate == 0:
                         self.held_out.measure(self.updates, result)
                     self._backward(result, share, epoch, index)

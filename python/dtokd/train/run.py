@@ -28,7 +28,8 @@ from ..files import as_json, read_weights, write_text, writing
 from ..lopsided import REMEDY, LopsidedWeights, may_be_lopsided
 from ..metric import chosen_by, is_lower_better, replaces
 from ..monitor import CSV, BalanceLogger, Row, Sink, TensorBoard, columns_of, means_of
-from ..objectives.build import build, use_cache
+from ..objectives.build import build
+from ..objectives.cache import TeacherCache
 from ..objectives.task import DistillationTask
 from ..objectives.teacher import resolve_teachers
 from ..report.page import write_report
@@ -188,6 +189,9 @@ def fit(
     progress.epochs = epochs
     if not world.first:
         progress.console.quiet = True
+    with world.agreed():
+        for cache in _caches(task):
+            cache.reserve(progress.say)
     found = _find(run, options, world, progress)
     with ExitStack() as stack:
         stack.enter_context(writing(run.path, "--output"))  # a log's lines, a folder's names
@@ -360,16 +364,17 @@ def _make_task(
     """Raises UsageError: a teacher cannot be loaded, or does not fit the student."""
     try:
         task = build(
-            options, student, _criterion(options, loaders), device=device, dtype=torch.float32, names_of_classes=names
+            options,
+            student,
+            _criterion(options, loaders),
+            device=device,
+            dtype=torch.float32,
+            names_of_classes=names,
+            images=loaders.cached,
         )
         task.check(input_size)
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
-    if loaders.keyed is not None:
-        try:
-            use_cache(task, options, loaders.keyed)
-        except OSError as error:
-            raise UsageError(f"--kd-cache-teacher: {options.kd_cache_teacher} cannot be used: {error}") from error
     return task
 
 
@@ -429,8 +434,6 @@ def _epoch(
     options, task, epoch = engine.options, engine.task, at.epoch
     if loaders.mixup is not None and options.mixup_off_epoch and epoch >= options.mixup_off_epoch:
         loaders.mixup.mixup_enabled = False
-    if loaders.keyed is not None:
-        loaders.keyed.set_epoch(epoch)
     sampler: Any = getattr(loaders.train, "sampler", None)
     if hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
@@ -486,14 +489,13 @@ def _scalars(row: Mapping[str, float]) -> dict[str, float]:
     return {**named, "lr": row["lr"]}
 
 
+def _caches(task: TrainingTask) -> list[TeacherCache]:
+    return [cache for cache in getattr(task, "caches", ()) if cache is not None]
+
+
 def _flush(engine: Engine) -> None:
-    caches = [cache for cache in getattr(engine.task, "caches", ()) if cache is not None]
-    for cache in caches:
+    for cache in _caches(engine.task):
         cache.flush()
-    if caches:
-        engine.world.barrier()
-        for cache in caches:
-            cache.refresh()  # by the outputs of the other ranks' samples
     if engine.log is not None:
         engine.log.flush()
 

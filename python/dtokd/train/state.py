@@ -256,7 +256,9 @@ def _check_options(path: Path, state: dict[str, Any], engine: Engine, loaders: D
         raise UsageError(
             f"{middle} of {len(state['ranks'])} processes, this run has {ranks}; start as many, {finished}"
         )
-    for key in (key for key in changed if key in OF_AN_EPOCH or (key.startswith("kd_") and key != "kd_cache_teacher")):
+    # a cache has an order of its own, in whatever folder it is
+    moved = {"kd_cache_teacher"} if all(changed.get("kd_cache_teacher", ())) else set()
+    for key in (key for key in changed if key in OF_AN_EPOCH or (key.startswith("kd_") and key not in moved)):
         raise UsageError(
             f"{middle} with {_option(key)} {changed[key][0]}, this run has {changed[key][1]}; give that, {finished}"
         )
