@@ -59,12 +59,16 @@ def differences(a, b, where="state"):
     return [] if a == b or a != a else [where]
 
 
+#: Options that say where something is.
+NAMES = ("output", "experiment", "resume", "kd_cache_teacher")
+
+
 def same_results(a, b):
     """All that a run leaves, but times and names."""
     last = max(RunDir(a).checkpoints())
     first, second = (load_checkpoint(RunDir(p).checkpoints()[last]) for p in (a, b))
     for state in (first, second):
-        state["options"] = {k: v for k, v in state["options"].items() if k not in ("output", "experiment", "resume")}
+        state["options"] = {k: v for k, v in state["options"].items() if k not in NAMES}
     assert differences(first, second) == []
     for name in ("summary.csv", "steps.csv"):
         if (a / name).exists():

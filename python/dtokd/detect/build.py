@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from ..errors import UsageError
 from ..objectives.base import Objective
 from ..objectives.build import weights_of
-from ..objectives.cache import CachedImages
+from ..objectives.cache import CachedImages, kept_generators
 from ..objectives.detection import Predictions, Tokens
 from ..objectives.features import MultiScale
 from ..objectives.taps import Outputs
@@ -60,7 +61,12 @@ def build(
     cache = None if images is None else open_cache(options, images)
     # the student may begin with the teacher's queries
     absent = cache is not None and cache.complete and not options.kd_share_queries
-    teacher = AbsentDetector(cache.facts) if cache is not None and absent else make_teacher(options, classes)
+    if cache is not None and absent:
+        teacher: Detector = AbsentDetector(cache.facts)
+    else:
+        # what comes after must not depend on whether a cache is complete
+        with nullcontext() if cache is None else kept_generators(device):
+            teacher = make_teacher(options, classes)
     if teacher.dense != student.dense:
         raise UsageError(
             f"--kd-model-name: {options.kd_model_name} and the student {options.model} are of two kinds, one has "

@@ -14,7 +14,7 @@ from .. import identity
 from ..errors import UsageError
 from ..objectives.base import Objective
 from ..objectives.build import cache_told, folder_of
-from ..objectives.cache import OPTION, CachedImages, TeacherCache, TopPlaces, Whole
+from ..objectives.cache import OPTION, TOO_LARGE, CachedImages, TeacherCache, TopPlaces, Whole
 from ..objectives.detection import Predictions
 from ..objectives.task import merge
 from ..objectives.teacher import Teacher
@@ -86,10 +86,7 @@ def prepare_cache(
     facts = {name: getattr(detector, name) for name in _FACTS}
     predictions = [o for o in objectives if isinstance(o, Predictions)]
     if len(predictions) != len(objectives):
-        raise UsageError(
-            f"{OPTION}: it keeps predictions; feature maps and tokens take too much room; pass --kd-distill-type "
-            "prediction, or leave the cache out"
-        )
+        raise UsageError(TOO_LARGE)
     if k is None and detector.dense and not options.square:
         raise UsageError(
             f"{OPTION}: images of different sizes have different numbers of places, and a row has room for as many as "

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from .. import identity
 from . import teacher as teachers
 from .base import Objective
-from .cache import Absent, CachedImages, TeacherCache, TopClasses, Whole
+from .cache import TOO_LARGE, Absent, CachedImages, TeacherCache, TopClasses, Whole, kept_generators
 from .features import Attention, MultiScale, Pooled
 from .logits import Decoupled, Hinton, Token
 from .options import DISTILL_TYPES
@@ -83,7 +84,9 @@ def build(
         if cache is not None and cache.complete:
             model: nn.Module = Absent(cache.facts)
         else:
-            model = teachers.load(name, path, in_chans=in_chans, device=device, dtype=dtype, arguments=arguments)
+            # what comes after must not depend on whether a cache is complete
+            with nullcontext() if cache is None else kept_generators(device):
+                model = teachers.load(name, path, in_chans=in_chans, device=device, dtype=dtype, arguments=arguments)
         _check_classes(types, student, model, name, names_of_classes)
         made = Teacher(
             model,
@@ -160,6 +163,8 @@ def _check(
     unknown = [t for t in types if t not in DISTILL_TYPES]
     if unknown or len(set(types)) != len(types) or not types:
         raise ValueError(f"--kd-distill-type: got {types}; pass different ones of {', '.join(DISTILL_TYPES)}")
+    if options.kd_cache_teacher and not set(types) <= {*OF_LOGITS, "feature"}:
+        raise ValueError(TOO_LARGE)
     if "dkd" in types and (mixed := [name for name in MIXUP if getattr(options, name, 0)]):
         raise ValueError(
             f"--kd-distill-type dkd: with --{mixed[0].replace('_', '-')} an image has no target class; leave one out"

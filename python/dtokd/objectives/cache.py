@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ from .taps import Outputs, Taps
 from .teacher import Teacher
 
 OPTION = "--kd-cache-teacher"
+#: Why objectives on other outputs are refused.
+TOO_LARGE = (
+    f"{OPTION}: it keeps logits, pooled features and a detector's predictions; feature maps and tokens take too much "
+    "room; choose another --kd-distill-type, or leave the cache out"
+)
 #: Rows of a file that are looked at together.
 _ROWS = 4096
 #: Bytes of the checksum, which is the first of a row; columns begin at multiples of it.
@@ -261,10 +267,7 @@ class TeacherCache:
             UsageError: dense maps are read, or something that the cache does not have.
         """
         if taps != Taps(logits=taps.logits, pooled=taps.pooled):
-            raise UsageError(
-                f"{OPTION}: it keeps logits, pooled features and a detector's predictions; feature maps and tokens "
-                "take too much room; choose another --kd-distill-type, or leave the cache out"
-            )
+            raise UsageError(TOO_LARGE)
         self._kept = kept
         if self.taps is None:
             self.taps, self.facts = taps, dict(facts)
@@ -455,6 +458,12 @@ class Absent(nn.Module):
 def is_absent(model: nn.Module) -> bool:
     """Whether a teacher was not loaded, as its outputs are stored."""
     return bool(getattr(model, "absent", False))
+
+
+def kept_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Around the loading of a teacher: torch's random numbers afterwards are those of a run that does not load it."""
+    manager: AbstractContextManager[None] = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    return manager
 
 
 def _taps(held: dict[str, Any]) -> Taps:
