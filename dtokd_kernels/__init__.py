@@ -11,6 +11,7 @@ from ._version import __version__
 from .accumulate import backward
 from .backends import backend_info, use_backend
 from .held_out import measure_held_out
+from .one_loss import BalancedLoss
 from .ops import balance, combine, gram, min_norm_weights
 from .optim import DTOSGD, DTOAdamW, DTOLion
 from .probing import probe
@@ -24,6 +25,7 @@ del _supported
 __all__ = [
     "DTOSGD",
     "Balance",
+    "BalancedLoss",
     "DTOAdamW",
     "DTOLion",
     "__version__",

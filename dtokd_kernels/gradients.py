@@ -245,17 +245,13 @@ class GradientSets:
     def _checked(
         self, losses: Losses, options: Options, ranks: Ranks | None, op: str
     ) -> tuple[tuple[str, ...], list[Tensor]]:
-        names, values = named_losses(losses, op)
-        if ranks is None and options.log_gradients:  # else what counts is the mean over ranks
-            for name, value in zip(names, values, strict=True):
-                _check_positive(name, value, op)
+        names, values = checked_losses(losses, options, ranks, op)
         if self.losses is not None and names != self.names:
             raise ValueError(
                 f"{op}: losses are {_listed(names)}, but the gradients gathered so far belong to "
                 f"{_listed(self.names)}; call step() and zero_grad() before the objectives change"
             )
-        if isinstance(options.weighting, Stateful):
-            options.weighting.expect(names)
+        expect(names, options)
         return names, values
 
     def _check_scaler(self, scaler: torch.amp.GradScaler | None, op: str) -> None:
@@ -331,6 +327,31 @@ def named_losses(losses: Losses, op: str, most: int = MAX_OBJECTIVES) -> tuple[t
     if len(values) > most:
         raise ValueError(f"{op}: losses has {len(values)} objectives, at most {most} are supported; add some up")
     return names, values
+
+
+def checked_losses(
+    losses: Losses, options: Options, ranks: Ranks | None, op: str
+) -> tuple[tuple[str, ...], list[Tensor]]:
+    """As `named_losses`, and positive where log-gradients divide by them; over ranks what counts is their mean.
+
+    Raises:
+        TypeError, ValueError: names the loss, and the remedy.
+    """
+    names, values = named_losses(losses, op)
+    if ranks is None and options.log_gradients:
+        for name, value in zip(names, values, strict=True):
+            _check_positive(name, value, op)
+    return names, values
+
+
+def expect(names: tuple[str, ...], options: Options) -> None:
+    """Give a weighting that remembers the names of the objectives whose losses come next.
+
+    Raises:
+        ValueError: they are not those that it remembers.
+    """
+    if isinstance(options.weighting, Stateful):
+        options.weighting.expect(names)
 
 
 def gradients_of(values: Sequence[Tensor], params: Sequence[Tensor], op: str) -> list[tuple[Tensor | None, ...]]:

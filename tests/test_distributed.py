@@ -10,7 +10,7 @@ import torch
 
 import dtokd_kernels as dk
 
-from .ranks import ddp, fsdp
+from .ranks import ddp, fsdp, one_loss
 from .ranks.pool import Pool
 
 ROOT = Path(__file__).parents[1]
@@ -317,6 +317,25 @@ def test_three_ranks_repeat_their_bits_after_a_checkpoint(pools, shard, masters)
     """Three numbers are added up in an order that depends on the buckets, which the first step changes."""
     straight, stopped = (pools[3].run(ddp.resumed, shard, masters, stop) for stop in (False, True))
     assert_same_bits([*straight, *stopped])
+
+
+@pytest.mark.parametrize(
+    ("rule", "how"),
+    [*((rule, "ddp") for rule in one_loss.RULES), *((rule, "fsdp") for rule in one_loss.RULES if rule != "probe")],
+)
+def test_one_loss_is_one_process_on_the_whole_batch(pools, rule, how):
+    """A trainer that takes one loss, with `BalancedLoss`: DDP and FSDP2 do what they do with any loss."""
+    answers = pools[2].run(one_loss.train, rule, how)
+    assert_same_bits(answers)
+    for mine, theirs in zip(answers[0], one_loss.train(0, 1, rule, how), strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_one_loss_that_a_rank_refuses(pools):
+    first, second = pools[2].run(one_loss.refused_by_one)
+    assert first.startswith("BalancedLoss: losses['1'] needs no gradient")
+    assert second.startswith("BalancedLoss: 1 of 2 ranks refused their losses")
 
 
 def test_sharded_refuses_what_it_cannot_do(pools):

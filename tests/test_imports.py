@@ -20,8 +20,15 @@ FLOORS = (
     ("operations", "libraries", "implementations", "triton", "backends"),  # who computes
     ("checks", "kernels", "plan", "ops"),  # what is computed, for rows of gradients
     ("sources", "gradients", "solve"),  # from losses to what multiplies the gradients
-    ("distributed.flat", "distributed.replicas", "distributed.sharded", "distributed.shards", "distributed.find"),
-    ("balanced", "optim", "accumulate", "held_out", "probing"),
+    (
+        "distributed.flat",
+        "distributed.replicas",
+        "distributed.averaged",
+        "distributed.sharded",
+        "distributed.shards",
+        "distributed.find",
+    ),
+    ("balanced", "optim", "accumulate", "held_out", "one_loss", "probing"),
     ("distributed.attach", "distributed.state", "distributed"),
     ("", "__main__"),
 )

@@ -271,26 +271,32 @@ class Replicas(Ranks):
         return running.flags[b]
 
     def average(self, rows: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
-        """Gradients from `torch.autograd.grad`, averaged: one all-reduce per dtype and device.
+        """Gradients from `torch.autograd.grad`, averaged."""
+        return average(rows, self.group)
 
-        What is None must be None on all ranks.
-        """
-        result: list[list[Tensor | None]] = [list(row) for row in rows]
-        kinds: dict[tuple[torch.dtype, torch.device], list[tuple[int, int]]] = {}
-        for i, row in enumerate(rows):
-            for t, g in enumerate(row):
-                if g is not None:
-                    kinds.setdefault((g.dtype, g.device), []).append((i, t))
-        for where in kinds.values():
-            found = [g for g in (rows[i][t] for i, t in where) if g is not None]
-            places = Flat.of([torch.empty(g.shape, device="meta") for g in found])  # ranks may differ in strides
-            flat = found[0].new_zeros(places.size)
-            for g, view in zip(found, places.views(flat), strict=True):
-                torch.div(g, self.size, out=view)
-            dist.all_reduce(flat, group=self.group)
-            for (i, t), view in zip(where, places.views(flat), strict=True):
-                result[i][t] = view
-        return result
+
+def average(rows: Sequence[Sequence[Tensor | None]], group: dist.ProcessGroup | None) -> list[list[Tensor | None]]:
+    """Gradients from `torch.autograd.grad`, averaged over the ranks: one all-reduce per dtype and device.
+
+    What is None must be None on all ranks.
+    """
+    size = dist.get_world_size(group)
+    result: list[list[Tensor | None]] = [list(row) for row in rows]
+    kinds: dict[tuple[torch.dtype, torch.device], list[tuple[int, int]]] = {}
+    for i, row in enumerate(rows):
+        for t, g in enumerate(row):
+            if g is not None:
+                kinds.setdefault((g.dtype, g.device), []).append((i, t))
+    for where in kinds.values():
+        found = [g for g in (rows[i][t] for i, t in where) if g is not None]
+        places = Flat.of([torch.empty(g.shape, device="meta") for g in found])  # ranks may differ in strides
+        flat = found[0].new_zeros(places.size)
+        for g, view in zip(found, places.views(flat), strict=True):
+            torch.div(g, size, out=view)
+        dist.all_reduce(flat, group=group)
+        for (i, t), view in zip(where, places.views(flat), strict=True):
+            result[i][t] = view
+    return result
 
 
 def read(flags: Tensor) -> list[float]:

@@ -53,6 +53,11 @@ class Probe(Source):
     def __repr__(self) -> str:
         return "Probe()" if self._of is None else f"Probe(<{len(self._of)} parameters>)"
 
+    @property
+    def of(self) -> list[Tensor] | None:
+        """The parameters that the user chose; None where the probe finds them itself."""
+        return self._of
+
     def begin(self) -> Source:
         """The same choice, without the parameters found."""
         return Probe(self._of)
