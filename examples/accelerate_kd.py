@@ -1,9 +1,9 @@
-"""Distillation with Accelerate: balanced gradients, accumulated over micro-batches.
+"""Distillation with Accelerate: one loss with the balanced gradient.
 
     python examples/accelerate_kd.py        # or: accelerate launch examples/accelerate_kd.py
 
-`accelerator.backward` takes one loss; the balanced optimizer inside Accelerate's wrapper takes them all. One process:
-nothing here averages gradient sets over ranks. For fp16 pass `scaler=accelerator.scaler` to `backward`.
+`accelerator.backward` takes one loss: `BalancedLoss` makes it. Everything else of the loop is as ever: optimizer,
+accumulation, clipping, precision, several processes, checkpoints.
 """
 
 from __future__ import annotations
@@ -35,20 +35,25 @@ def main(epochs: int = 12, accumulate: int = 2) -> float:
     labels = teacher(inputs).argmax(1)
     student = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
     loader = DataLoader(TensorDataset(inputs, labels), batch_size=32, shuffle=True)
-    wrapped = dk.DTOAdamW(student.parameters(), lr=1e-2, max_norm=1.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(wrapped, epochs * len(loader) // accumulate)
-    student, wrapped, loader, schedule = accelerator.prepare(student, wrapped, loader, schedule)
-    balanced = wrapped.optimizer  # the DTOAdamW
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * len(loader) // accumulate)
+    balanced = dk.BalancedLoss(dk.weighting.Share({"task": 0.5, "distill": 0.5}), gram=dk.sources.Feature())
+    accelerator.register_for_checkpointing(balanced)  # its averages are part of save_state and load_state
+    student, optimizer, loader, schedule = accelerator.prepare(student, optimizer, loader, schedule)
     for _ in range(epochs):
         for batch, targets in loader:
             with accelerator.accumulate(student):
-                losses = losses_of(student(batch), teacher(batch), targets)
-                balanced.backward(losses, share=1 / accumulate)
-                wrapped.step()  # only at the end of an accumulation, as zero_grad and the schedule
+                logits = student(batch)
+                losses = losses_of(logits, teacher(batch), targets)
+                accelerator.backward(balanced(losses, features=logits, scaler=accelerator.scaler))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(student.parameters(), 1.0)
+                optimizer.step()  # only at the end of an accumulation, as zero_grad and the schedule
                 schedule.step()
-                wrapped.zero_grad()
+                optimizer.zero_grad()
     accuracy = float((student(inputs).argmax(1) == labels).double().mean())
-    print(f"accuracy {accuracy:.3f}, last weights {[round(w, 3) for w in balanced.balance.weights.tolist()]}")
+    weights = [round(w, 3) for w in balanced.balance.weights.tolist()]
+    accelerator.print(f"accuracy {accuracy:.3f}, last weights {weights}")
     return accuracy
 
 

@@ -1,9 +1,10 @@
-"""Distillation in Hugging Face's Trainer: `training_step` gives all losses to the optimizer.
+"""Distillation in Hugging Face's Trainer: one loss with the balanced gradient.
 
-    python examples/transformers_kd.py
+    python examples/transformers_kd.py      # or: torchrun --nproc-per-node 2 examples/transformers_kd.py
 
-The Trainer makes its own loss of one number and calls `accelerator.backward` with it; overriding `training_step`
-replaces both. Its clipping finds no `.grad` and is switched off: `max_norm` of the optimizer clips. One process.
+`compute_loss` returns what `BalancedLoss` makes of the losses. The Trainer does the rest as ever: its optimizers,
+accumulation, clipping, the `grad_norm` in its log, precision, several processes. Gradients are in `.grad` alone, which
+its `model.zero_grad()` clears.
 """
 
 from __future__ import annotations
@@ -43,21 +44,30 @@ class Points(Dataset[dict[str, Tensor]]):
 
 
 class DistillationTrainer(Trainer):
-    """A Trainer whose step balances the task with a frozen teacher."""
+    """A Trainer whose loss balances the task with a frozen teacher."""
 
-    def __init__(self, *args: Any, teacher: nn.Module, **options: Any) -> None:
+    def __init__(self, *args: Any, teacher: nn.Module, balanced: dk.BalancedLoss, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.teacher = teacher
+        self.teacher, self.balanced = teacher.to(self.args.device), balanced
+        # the losses are means over a micro-batch: the Trainer divides them by the number of accumulation steps
+        self.model_accepts_loss_kwargs = False
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of one micro-batch; returns the sum of its losses, for the log."""
-        model.train()
-        batch = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            losses = losses_of(model(batch["inputs"]), self.teacher(batch["inputs"]), batch["labels"])
-        balanced = getattr(self.optimizer, "optimizer", self.optimizer)  # inside Accelerate's wrapper
-        balanced.backward(losses, share=1 / self.current_gradient_accumulation_steps)
-        return sum(losses.values()).detach() / self.current_gradient_accumulation_steps
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The balanced loss; in evaluation, where nothing needs a gradient, the sum of the losses."""
+        logits = model(inputs["inputs"])
+        with torch.no_grad():
+            target = self.teacher(inputs["inputs"])
+        losses = losses_of(logits.float(), target.float(), inputs["labels"])
+        loss = self.balanced(losses, features=logits, scaler=self.accelerator.scaler)
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """The averages of the balance become part of the optimizer's checkpoints."""
+        optimizer = super().create_optimizer(*args)
+        self.balanced.save_with(optimizer)
+        return optimizer
 
 
 def main(epochs: int = 12) -> float:
@@ -66,30 +76,30 @@ def main(epochs: int = 12) -> float:
     inputs, teacher = torch.randn(640, 64), nn.Linear(64, 10).requires_grad_(False)
     labels = teacher(inputs).argmax(1)
     student = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    optimizer = dk.DTOAdamW(student.parameters(), lr=1e-2, max_norm=1.0)
-    # the Trainer calls model.zero_grad(), which does not reach the optimizer's gradient sets
-    optimizer.register_step_post_hook(lambda optimizer, *_: optimizer.zero_grad())
+    balanced = dk.BalancedLoss(dk.weighting.Share({"task": 0.5, "distill": 0.5}), gram=dk.sources.Feature())
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingArguments(
             folder,
             num_train_epochs=epochs,
             per_device_train_batch_size=16,
             gradient_accumulation_steps=2,
-            max_grad_norm=0,
+            learning_rate=1e-2,
+            max_grad_norm=1.0,
             lr_scheduler_type="cosine",
             remove_unused_columns=False,
             save_strategy="no",
-            logging_strategy="no",
+            logging_steps=100,
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
         )
         trainer = DistillationTrainer(
-            student, options, train_dataset=Points(inputs, labels), optimizers=(optimizer, None), teacher=teacher
+            student, options, train_dataset=Points(inputs, labels), teacher=teacher, balanced=balanced
         )
         trainer.train()
+    norm = next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry)
     accuracy = float((student(inputs).argmax(1) == labels).double().mean())
-    print(f"accuracy {accuracy:.3f}, last weights {[round(w, 3) for w in optimizer.balance.weights.tolist()]}")
+    print(f"accuracy {accuracy:.3f}, norm of the gradient in the log {norm:.3f}")
     return accuracy
 
 
