@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +49,10 @@ class Images:
             pixels, mask = (self.pixels, self.mask) if all_of_it else (self.pixels[part], self.mask[part])
             sizes = [self.sizes[number] for number in part]
             yield part, Images(pixels[..., :height, :width], mask[..., :height, :width], sizes)
+
+    def filled(self, color: Sequence[float]) -> Tensor:
+        """The pixels [B, 3, H, W], of this color [3] where padded."""
+        return torch.where(self.mask[:, None], self.pixels, self.pixels.new_tensor(color).view(1, -1, 1, 1))
 
     def to(self, device: torch.device) -> Images:
         """On a device."""

@@ -28,11 +28,13 @@ class Objective:
         name: in logs and as the balanced loss's name.
         head: trainable module on the student's outputs (a projector), or None. Only this objective reaches it: its
             parameters are private.
-        student, teacher: what is read of each.
+        memory: what it remembers of earlier batches, in buffers, or None. Saved with the heads; the same on all ranks.
+        student, teacher: what is read of each. A teacher whose logits no objective reads may have any classes, or none.
     """
 
     name: str
     head: nn.Module | None = None
+    memory: nn.Module | None = None
     student: Taps = Taps()
     teacher: Taps = Taps()
 
@@ -46,3 +48,12 @@ class Objective:
             target: labels [B], or class probabilities [B, classes]; of detectors what they learn from.
         """
         raise NotImplementedError
+
+    def observe(self, teacher: Outputs) -> None:
+        """Add the teacher's outputs for a batch to the statistics that are fixed before training, if there are any."""
+
+    def settle(self) -> None:
+        """Fix these statistics. All ranks call it."""
+
+    def remember(self, teacher: Outputs) -> None:
+        """Take the teacher's outputs for a batch of training into `memory`, before `loss`. All ranks call it."""

@@ -19,15 +19,20 @@ from . import teacher as teachers
 from .base import Objective
 from .cache import TOO_LARGE, Absent, CachedImages, TeacherCache, TopClasses, Whole, kept_generators
 from .features import Attention, MultiScale, Pooled
-from .logits import Decoupled, Hinton, Token
+from .logits import Decoupled, Dist, Hinton, Standardised, Token
 from .options import DISTILL_TYPES
+from .relations import Contrastive, PseudoClass, Relational
 from .review import Review
 from .taps import choose_stages, pooled_width
 from .task import DistillationTask, merge
 from .teacher import Normalisation, Teacher, as_list
 
 #: Types that read the teacher's logits: it must know the same classes.
-OF_LOGITS = ("logit", "token", "dkd")
+OF_LOGITS = ("logit", "token", "dkd", "logit-std", "dist")
+#: Types that read nothing else than these, and pooled features: all that a cache keeps.
+WITHOUT_MAPS = (*OF_LOGITS, "feature", "rkd", "crd")
+#: As path of a teacher: the weights that timm has for it.
+PRETRAINED = "pretrained"
 #: Options of the training loop under which an image has no single class.
 MIXUP = ("mixup", "cutmix", "cutmix_minmax")
 #: What is asked of a teacher when its task is made, to be noted in its cache.
@@ -77,30 +82,32 @@ def build(
         unwrap_model(student).set_distilled_training(True)
     lessons: list[tuple[Teacher, list[Objective]]] = []
     caches: list[TeacherCache | None] = []
+    taught = set[str]()
     for name, path, label in zip(names, paths or [None] * len(names), _labels(names), strict=True):
         in_chans = getattr(unwrap_model(student), "in_chans", 3)
-        arguments = getattr(options, "kd_model_kwargs", None)
+        path = None if path == PRETRAINED else path
         cache = None if images is None else _cache(options, images, len(lessons), name, path)
         if cache is not None and cache.complete:
             model: nn.Module = Absent(cache.facts)
         else:
             # what comes after must not depend on whether a cache is complete
             with nullcontext() if cache is None else kept_generators(device):
-                model = teachers.load(name, path, in_chans=in_chans, device=device, dtype=dtype, arguments=arguments)
-        _check_classes(types, student, model, name, names_of_classes)
-        made = Teacher(
-            model,
-            name,
-            Normalisation.of(student),
-            dtype=getattr(torch, options.kd_teacher_dtype) if options.kd_teacher_dtype else None,
-            compile=options.kd_teacher_compile,
-            size=teachers.choose_size(model, options.kd_teacher_img_size, path is not None and os.path.isdir(path)),
-        )
-        objectives = [_objective(kind, label, options, student, model) for kind in types]
-        lessons.append((made, objectives))
+                model = load_teacher(options, name, path, in_chans=in_chans, device=device, dtype=dtype)
+        objectives = {kind: _objective(kind, label, options, student, model) for kind in types}
+        objectives = _teachable(objectives, student, model, name, names_of_classes, alone=len(names) == 1)
+        features = not any(o.teacher.logits for o in objectives.values())
+        trained = path is not None and os.path.isdir(path)
+        size = teachers.choose_size(model, options.kd_teacher_img_size, trained, features)
+        lessons.append((make_teacher(options, model, name, Normalisation.of(student), size), [*objectives.values()]))
+        taught |= objectives.keys()
         caches.append(cache)
         if cache is not None:
-            cache.keep(_kept(options, model), merge([o.teacher for o in objectives]), facts_of(model))
+            cache.keep(_kept(options, model), merge([o.teacher for o in objectives.values()]), facts_of(model))
+    if untaught := [kind for kind in types if kind not in taught]:
+        raise ValueError(
+            f"--kd-distill-type {' '.join(untaught)}: no teacher has the student's {_classes(student)} classes; pass "
+            "one that was trained on your classes, or take types that read features, such as feature and multiscale"
+        )
     task_weight, weights = weights_of(options, [o.name for _, several in lessons for o in several])
     return DistillationTask(
         student, criterion, lessons, caches=caches, task_weight=task_weight, weights=weights, device=device, dtype=dtype
@@ -116,6 +123,8 @@ def _cache(options: argparse.Namespace, images: CachedImages, number: int, name:
         "weights (sha256)": "pretrained" if path is None else identity.of_path(Path(path)),
         "--kd-teacher-dtype": options.kd_teacher_dtype,
         "--kd-teacher-img-size": options.kd_teacher_img_size,
+        # which decides about that option's default
+        "logits are read": bool(set(types) & set(OF_LOGITS)),
         "autocast": options.amp_dtype if getattr(options, "amp", False) else None,
         **cache_told(options, ("--kd-temperature",) if set(types) & set(OF_LOGITS) else ()),
     }
@@ -159,11 +168,14 @@ def _check(
     options: argparse.Namespace, names: Sequence[str], paths: Sequence[str], types: Sequence[str], student: nn.Module
 ) -> None:
     if paths and len(paths) != len(names):
-        raise ValueError(f"--kd-teacher-path: got {len(paths)} files for {len(names)} teachers; pass one each, or none")
+        raise ValueError(
+            f"--kd-teacher-path: got {len(paths)} files for {len(names)} teachers; pass one each, or none; the word "
+            "pretrained stands for the weights that timm has"
+        )
     unknown = [t for t in types if t not in DISTILL_TYPES]
     if unknown or len(set(types)) != len(types) or not types:
         raise ValueError(f"--kd-distill-type: got {types}; pass different ones of {', '.join(DISTILL_TYPES)}")
-    if options.kd_cache_teacher and not set(types) <= {*OF_LOGITS, "feature"}:
+    if options.kd_cache_teacher and not set(types) <= set(WITHOUT_MAPS):
         raise ValueError(TOO_LARGE)
     if "dkd" in types and (mixed := [name for name in MIXUP if getattr(options, name, 0)]):
         raise ValueError(
@@ -177,16 +189,54 @@ def _check(
         )
 
 
-def _check_classes(
-    types: Sequence[str], student: nn.Module, model: nn.Module, name: str, names: Sequence[str] | None
-) -> None:
-    own, theirs = (getattr(unwrap_model(m), "num_classes", None) for m in (student, model))
-    reading = [t for t in types if t in OF_LOGITS]
+def load_teacher(options: argparse.Namespace, name: str, path: str | None, **where: Any) -> nn.Module:
+    """`teacher.load` with the options' arguments; the path may be the word "pretrained"."""
+    arguments = getattr(options, "kd_model_kwargs", None)
+    return teachers.load(name, None if path == PRETRAINED else path, arguments=arguments, **where)
+
+
+def make_teacher(
+    options: argparse.Namespace, model: nn.Module, name: str, student: Normalisation, size: tuple[int, int] | None
+) -> Teacher:
+    """A timm model as the options want to read it."""
+    return Teacher(
+        model,
+        name,
+        student,
+        dtype=getattr(torch, options.kd_teacher_dtype) if options.kd_teacher_dtype else None,
+        compile=options.kd_teacher_compile,
+        size=size,
+        multiple=teachers.patch_of(model),
+    )
+
+
+def _classes(model: nn.Module) -> int | None:
+    return getattr(unwrap_model(model), "num_classes", None)
+
+
+def _teachable(
+    objectives: dict[str, Objective],
+    student: nn.Module,
+    model: nn.Module,
+    name: str,
+    names: Sequence[str] | None,
+    alone: bool,
+) -> dict[str, Objective]:
+    """By its type, each objective that the teacher can serve: its logits only where it has the student's classes.
+
+    Raises:
+        ValueError: it can serve none, or a single teacher not all; or its classes have other names than the data's.
+    """
+    reading = [kind for kind, o in objectives.items() if o.teacher.logits]
+    own, theirs = _classes(student), _classes(model)
     if reading and own != theirs:
-        raise ValueError(
-            f"--kd-distill-type {' '.join(reading)}: the student has {own} classes, the teacher {name!r} {theirs}; "
-            "pass --num-classes of the teacher, a teacher trained on your classes, or --kd-distill-type feature"
-        )
+        if alone or len(reading) == len(objectives):
+            raise ValueError(
+                f"--kd-distill-type {' '.join(reading)}: the student has {own} classes, the teacher {name!r} {theirs}; "
+                "pass --num-classes of the teacher, a teacher trained on your classes, or types that read features: "
+                "--kd-distill-type feature or multiscale"
+            )
+        return {kind: o for kind, o in objectives.items() if kind not in reading}
     known = (getattr(unwrap_model(model), "pretrained_cfg", None) or {}).get("label_names")
     if reading and names is not None and isinstance(known, list) and known != list(names):
         i = next(i for i, (a, b) in enumerate(zip(known, names, strict=True)) if a != b)
@@ -194,6 +244,7 @@ def _check_classes(
             f"--kd-distill-type {' '.join(reading)}: class {i} is {names[i]!r} in the data, but {known[i]!r} for the "
             f"teacher {name!r}; take a teacher of these classes, --class-map, or --kd-distill-type feature"
         )
+    return objectives
 
 
 def _labels(names: Sequence[str]) -> list[str]:
@@ -208,18 +259,33 @@ def _objective(kind: str, label: str, options: argparse.Namespace, student: nn.M
     name = DISTILL_TYPES[kind] + label
     if kind == "logit":
         return Hinton(name, options.kd_temperature)
+    if kind == "logit-std":
+        return Standardised(name, options.kd_temperature)
+    if kind == "dist":
+        return Dist(name, options.kd_temperature)
     if kind == "token":
         return Token(name, options.kd_token_distill_type, options.kd_temperature)
     if kind == "dkd":
         return Decoupled(name, options.kd_temperature, options.kd_dkd_alpha, options.kd_dkd_beta)
     norm, distance = options.kd_feature_norm, options.kd_feature_loss
-    if kind == "feature":
-        pool = options.kd_feature_pool
+    pool = options.kd_feature_pool
+    if kind == "rkd":
+        return Relational(name, pool)
+    if kind in ("feature", "crd", "pseudo-class"):
         widths = (
             options.kd_student_feature_dim or pooled_width(student, pool),
             options.kd_teacher_feature_dim or pooled_width(teacher, pool),
         )
+    if kind == "feature":
         return Pooled(name, options.kd_projector, widths, pool, norm, distance)
+    if kind == "crd":
+        return Contrastive(name, options.kd_projector, widths, pool, options.kd_contrast_temperature)
+    if kind == "pseudo-class":
+        last, width = choose_stages(student, 1, None, "student")
+        their_last, their_width = choose_stages(teacher, 1, None, "teacher")
+        sizes = options.kd_queue_size, options.kd_contrast_temperature
+        maps = (*width, *their_width), (*last, *their_last)
+        return PseudoClass(name, options.kd_projector, widths, *maps, pool, *sizes)
     own, own_widths = choose_stages(student, options.kd_stages, _stages(options.kd_student_stages), "student")
     theirs, their_widths = choose_stages(teacher, options.kd_stages, _stages(options.kd_teacher_stages), "teacher")
     if len(own) != len(theirs):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .base import Objective
+from .phi import PhiS
 from .projectors import MapProjector, PooledProjector
 from .taps import Outputs, Taps
 
@@ -43,7 +44,7 @@ def normalise(student: Tensor, teacher: Tensor, norm: str) -> tuple[Tensor, Tens
 
     "layernorm" sets each position's channels of the teacher to mean 0 and variance 1 (VkD, classification: the student
     stays as it is). "standardize" does so per channel over batch and positions, on both sides (VkD, detection; theirs
-    has no epsilon and divides by 0 at a dead channel).
+    has no epsilon and divides by 0 at a dead channel). "phi-s" leaves both: `PhiS` has changed the teacher's before.
 
     Raises:
         ValueError: standardize of a single row: nothing would be left.
@@ -63,7 +64,43 @@ def _standardise(x: Tensor) -> Tensor:
     return (x - x.mean(rows, keepdim=True)) * (x.var(rows, keepdim=True, unbiased=False) + EPS).rsqrt()
 
 
-class Pooled(Objective):
+class Standardising(Objective):
+    """What objectives on features have in common: with the norm "phi-s" the teacher's are standardised by a `PhiS`."""
+
+    memory: PhiS | None = None
+
+    def _set_norm(self, norm: str, widths: Sequence[int]) -> None:
+        """Of `normalise`, and the teacher's widths."""
+        self.norm = norm
+        self.memory = PhiS(widths) if norm == "phi-s" else None
+
+    def _features(self, teacher: Outputs) -> Sequence[Tensor]:
+        """Those of the teacher that are standardised."""
+        raise NotImplementedError
+
+    def _targets(self, teacher: Outputs) -> Sequence[Tensor]:
+        """What the student is compared with, before `normalise`."""
+        features = [feature.float() for feature in self._features(teacher)]
+        return features if self.memory is None else self.memory(features)
+
+    def observe(self, teacher: Outputs) -> None:
+        """See `Objective`."""
+        if self.memory is not None:
+            self.memory.observe(self._features(teacher))
+
+    def settle(self) -> None:
+        """See `Objective`."""
+        if self.memory is not None:
+            self.memory.settle()
+
+    def remember(self, teacher: Outputs) -> None:
+        """See `Objective`: where nothing was observed before training, the first batch gives the statistics."""
+        if self.memory is not None and not self.memory.settled:
+            self.observe(teacher)
+            self.settle()
+
+
+class Pooled(Standardising):
     """Distance between the projected pooled features and the teacher's. Infimum 0.
 
     With an orthogonal projector, layernorm and smooth_l1 it is the loss of VkD (Miles et al., CVPR 2024); with a linear
@@ -71,7 +108,8 @@ class Pooled(Objective):
     """
 
     def __init__(self, name: str, projector: str, widths: tuple[int, int], pool: str, norm: str, distance: str) -> None:
-        self.name, self.norm, self.distance, self.widths = name, norm, DISTANCES[distance], widths
+        self.name, self.distance, self.widths = name, DISTANCES[distance], widths
+        self._set_norm(norm, widths[1:])
         self.head = PooledProjector(projector, *widths)
         self.student, self.teacher = Taps(logits=True, pooled=pool), Taps(pooled=pool)
 
@@ -88,7 +126,12 @@ class Pooled(Objective):
                 f"--kd-distill-type feature: the projected student's features are {tuple(projected.shape)}, the "
                 f"teacher's {tuple(teacher.pooled.shape)}; pass --kd-teacher-feature-dim {teacher.pooled.shape[-1]}"
             )
-        return self.distance(*normalise(projected, teacher.pooled.float(), self.norm))
+        (target_features,) = self._targets(teacher)
+        return self.distance(*normalise(projected, target_features, self.norm))
+
+    def _features(self, teacher: Outputs) -> Sequence[Tensor]:
+        assert teacher.pooled is not None
+        return [teacher.pooled]
 
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +140,7 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
 
 
-class MultiScale(Objective):
+class MultiScale(Standardising):
     """Mean over stages of the distance between projected maps and the teacher's, at the smaller size. Infimum 0.
 
     Source: Romero et al., *FitNets*, ICLR 2015, for one stage; normalised as VkD if asked. A transformer's map is its
@@ -114,14 +157,18 @@ class MultiScale(Objective):
         norm: str,
         distance: str,
     ) -> None:
-        self.name, self.norm, self.distance = name, norm, DISTANCES[distance]
+        self.name, self.distance = name, DISTANCES[distance]
+        self._set_norm(norm, widths[1])
         self.head = MapProjector(projector, *widths)
         self.student, self.teacher = Taps(logits=True, stages=stages[0]), Taps(stages=stages[1])
 
     def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
         """The mean distance of the stages' maps, as `Objective.loss`."""
         assert isinstance(projected, list)
-        return torch.stack(map_distances(projected, teacher.maps, self.norm, self.distance)).mean()
+        return torch.stack(map_distances(projected, self._targets(teacher), self.norm, self.distance)).mean()
+
+    def _features(self, teacher: Outputs) -> Sequence[Tensor]:
+        return teacher.maps
 
 
 def map_distances(

@@ -1,4 +1,4 @@
-"""Losses between logits: Hinton's KL, DeiT's distillation token, decoupled KD."""
+"""Losses between logits: Hinton's KL, also of standardised ones, DeiT's distillation token, decoupled KD, DIST."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .base import Objective
 from .taps import Outputs, Taps
+
+#: Added to variances.
+SMALL = 1e-12
 
 
 def soft_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -23,10 +26,10 @@ def soft_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """
     log_s = F.log_softmax(student.float() / temperature, dim=-1)
     log_t = F.log_softmax(teacher.float() / temperature, dim=-1)
-    return _kl(log_s, log_t) * temperature**2
+    return kl(log_s, log_t) * temperature**2
 
 
-def _kl(log_student: Tensor, log_teacher: Tensor) -> Tensor:
+def kl(log_student: Tensor, log_teacher: Tensor) -> Tensor:
     """KL(teacher || student) of distributions given by their logarithms, mean over the batch.
 
     That of nearly equal ones rounds to less than 0, which a divergence never is.
@@ -46,6 +49,56 @@ class Hinton(Objective):
         assert student.logits is not None
         assert teacher.logits is not None
         return soft_kl(student.logits, teacher.logits, self.temperature)
+
+
+class Standardised(Hinton):
+    """`soft_kl` between logits that are standardised for each sample: mean 0 and deviation 1 over the classes.
+
+    Infimum 0, reached where the student's logits are the teacher's times a positive number plus another: the student
+    need not have the teacher's scale. Source: Sun et al., *Logit Standardization in Knowledge Distillation*, CVPR 2024,
+    Algorithm 1; their base temperature is 2.
+    """
+
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
+        """See `soft_kl`."""
+        assert student.logits is not None
+        assert teacher.logits is not None
+        return soft_kl(standardised(student.logits), standardised(teacher.logits), self.temperature)
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """Rows [B, classes] with mean 0 and, where they vary, deviation 1."""
+    centred = logits - logits.mean(-1, keepdim=True)
+    return centred * (centred.square().mean(-1, keepdim=True) + SMALL).rsqrt()
+
+
+class Dist(Objective):
+    """T^2 (1 - mean correlation over samples + 1 - mean correlation over classes) of softened predictions. Infimum 0.
+
+    Reached where student and teacher differ by a positive factor and a constant in each row and each column of the
+    batch's probabilities [B, classes]. The correlation over samples is that of the batch of each rank.
+
+    Source: Huang et al., *Knowledge Distillation from A Stronger Teacher* (DIST), NeurIPS 2022, Eq. 8 and 9, both parts
+    with the same weight, as there. Their temperature is 1 on ImageNet, 4 on CIFAR-100.
+    """
+
+    def __init__(self, name: str, temperature: float) -> None:
+        self.name, self.temperature = name, temperature
+        self.student = self.teacher = Taps(logits=True)
+
+    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
+        """Both parts, as `Objective.loss`."""
+        assert student.logits is not None
+        assert teacher.logits is not None
+        s, t = ((o.float() / self.temperature).softmax(-1) for o in (student.logits, teacher.logits))
+        return (uncorrelated(s, t) + uncorrelated(s.mT, t.mT)) * self.temperature**2
+
+
+def uncorrelated(student: Tensor, teacher: Tensor) -> Tensor:
+    """1 - the mean of Pearson's correlation of rows; that of a row without variation counts as 0."""
+    s, t = (x - x.mean(-1, keepdim=True) for x in (student, teacher))
+    # a correlation of equal rows may round above 1
+    return (1 - F.cosine_similarity(s, t, dim=-1)).mean().clamp_min(0)
 
 
 class Token(Objective):
@@ -130,6 +183,6 @@ def decoupled_kl(
     def other_classes(logits: Tensor) -> Tensor:
         return F.log_softmax(logits.float()[~is_target].view(len(logits), -1) / temperature, dim=-1)
 
-    binary = _kl(two_classes(log_s), two_classes(log_t))
-    others = _kl(other_classes(student), other_classes(teacher))
+    binary = kl(two_classes(log_s), two_classes(log_t))
+    others = kl(other_classes(student), other_classes(teacher))
     return (alpha * binary + beta * others) * temperature**2

@@ -15,7 +15,28 @@ DISTILL_TYPES = {
     "attention": "attention",
     "review": "review",
     "dkd": "dkd",
+    "logit-std": "kl_std",
+    "dist": "dist",
+    "rkd": "rkd",
+    "crd": "crd",
+    "pseudo-class": "pseudo_class",
 }
+#: Values of --kd-teacher-img-size besides a number.
+SIZES = ("own", "student")
+
+
+def teacher_size(text: str) -> int | str:
+    """The `type` of --kd-teacher-img-size.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither of `SIZES` nor a number of pixels.
+    """
+    if text in SIZES:
+        return text
+    try:
+        return int(COUNT(text))
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of pixels, own or student") from error
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="FILE",
         help="weights of each teacher (.safetensors, or a torch file without pickled code), or a run directory of "
-        "dtokd train, which also holds its model, size and normalisation; without it the model's pretrained weights",
+        "dtokd train, which also holds its model, size and normalisation; without it, or with the word pretrained, "
+        "the model's pretrained weights",
     )
     add("--kd-model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="of each teacher")
     add(
@@ -46,7 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the student imitates; several: one objective each",
     )
     add_weights(group)
-    add("--kd-temperature", type=POSITIVE, default=4.0, help="softmax temperature of logit, token (soft) and dkd")
+    add(
+        "--kd-temperature",
+        type=POSITIVE,
+        default=4.0,
+        help="softmax temperature of logit, logit-std, token (soft), dkd and dist",
+    )
     add("--kd-token-distill-type", choices=["soft", "hard"], default="soft", help="soft: KL; hard: teacher's argmax")
     add(
         "--kd-student-feature-dim",
@@ -66,20 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pooled features: what the classifier reads, or the mean over positions (of patch tokens in a ViT)",
     )
     add("--kd-stages", type=COUNT, default=3, help="last stages that multiscale, attention and review compare")
-    add(
-        "--kd-student-stages",
-        type=ANY_INT,
-        nargs="+",
-        metavar="INDEX",
-        help="these of the student's maps instead",
-    )
-    add(
-        "--kd-teacher-stages",
-        type=ANY_INT,
-        nargs="+",
-        metavar="INDEX",
-        help="these of the teacher's maps instead",
-    )
+    add_stages(group)
     add(
         "--kd-review-width",
         type=COUNT,
@@ -87,13 +101,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--kd-dkd-alpha", type=NOT_NEGATIVE, default=1.0, help="dkd: weight of the target class's part")
     add("--kd-dkd-beta", type=NOT_NEGATIVE, default=8.0, help="dkd: weight of the other classes' part")
-    add("--kd-teacher-img-size", type=COUNT, help="resize its images to this size (default: only if it takes one size)")
     add(
-        "--kd-teacher-dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="of the teacher's weights and forward pass, outside autocast (default: the student's, under its autocast)",
+        "--kd-contrast-temperature",
+        type=POSITIVE,
+        default=0.07,
+        metavar="X",
+        help="crd, pseudo-class: what cosines are divided by",
     )
-    add("--kd-teacher-compile", action="store_true", help="torch.compile the teacher")
+    add(
+        "--kd-queue-size",
+        type=COUNT,
+        default=2048,
+        metavar="N",
+        help="pseudo-class: images whose features are kept; at most half of the training images is wise",
+    )
+    add_teacher(group)
     add_cache(group, "classes of each image, the most probable ones; the others share what is left of it evenly")
 
 
@@ -128,6 +150,38 @@ def add_cache(group: argparse._ArgumentGroup, kept: str) -> None:
     )
 
 
+def add_stages(group: argparse._ArgumentGroup) -> None:
+    """Which maps are compared; also of `dtokd detect`."""
+    for who in ("student", "teacher"):
+        group.add_argument(
+            f"--kd-{who}-stages",
+            type=ANY_INT,
+            nargs="+",
+            metavar="INDEX",
+            help=f"these of the {who}'s maps instead",
+        )
+
+
+def add_teacher(group: argparse._ArgumentGroup) -> None:
+    """How a timm model is read as teacher; also of `dtokd detect`."""
+    add = group.add_argument
+    add(
+        "--kd-teacher-img-size",
+        type=teacher_size,
+        metavar="N|own|student",
+        help="size of a timm teacher's images: a number of pixels, the size that it was trained with, or the student's "
+        "to the nearest whole patch; default: its own if it takes no other, or is a transformer read for its features "
+        "alone by dtokd train",
+    )
+    add(
+        "--kd-teacher-dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of a timm teacher's weights and forward pass, outside autocast (default: the student's, under its "
+        "autocast)",
+    )
+    add("--kd-teacher-compile", action="store_true", help="torch.compile a timm teacher")
+
+
 def add_weights(group: argparse._ArgumentGroup) -> None:
     """Weights of the objectives in the sum; also of `dtokd detect`."""
     add = group.add_argument
@@ -152,9 +206,17 @@ def add_projection(group: argparse._ArgumentGroup) -> None:
     )
     add(
         "--kd-feature-norm",
-        choices=["none", "layernorm", "standardize"],
+        choices=["none", "layernorm", "standardize", "phi-s"],
         default="none",
-        help="layernorm: of the teacher's features, over channels; standardize: both sides, per channel over the batch",
+        help="layernorm: of the teacher's features, over channels; standardize: both sides, per channel over the "
+        "batch; phi-s: PHI standardisation of the teacher's, which makes several teachers comparable",
+    )
+    add(
+        "--kd-statistics-batches",
+        type=COUNT,
+        default=32,
+        metavar="N",
+        help="phi-s: its statistics are those of the first N batches of all processes, before the first step",
     )
     add(
         "--kd-feature-loss",

@@ -11,6 +11,10 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 
+class NoGrid(ValueError):
+    """A model's features are not maps, so that they have no place in an image."""
+
+
 @dataclass(frozen=True)
 class Taps:
     """Which outputs are wanted.
@@ -89,8 +93,12 @@ def read(model: nn.Module, images: Any, taps: Taps, target: Any = None) -> Outpu
         model: of timm, with `forward_features`, `forward_head` and, for maps, `forward_intermediates`; or a detector,
             with `observe`.
         images: [B, channels, height, width], normalised; for a detector `detect.batch.Images`.
-        taps: what to keep.
+        taps: what to keep. A transformer's maps are its patch tokens after its last normalisation layer, without class,
+            distillation and register tokens.
         target: of the batch, for detectors, which compute their own loss.
+
+    Raises:
+        NoGrid: maps are wanted of a model whose tokens are on no grid.
     """
     module: Any = model  # timm models are typed as modules
     if hasattr(module, "observe"):
@@ -100,7 +108,7 @@ def read(model: nn.Module, images: Any, taps: Taps, target: Any = None) -> Outpu
         return Outputs(*_split(model(images)))
     maps: Sequence[Tensor] = ()
     if taps.stages:
-        features, maps = module.forward_intermediates(images, indices=list(taps.stages), output_fmt="NCHW")
+        features, maps = _maps_of(module, images, taps.stages)
     else:
         features = module.forward_features(images)
     # the order of timm's FeatureDistillationTask: with dropout in the head it also is that of the random numbers
@@ -111,6 +119,17 @@ def read(model: nn.Module, images: Any, taps: Taps, target: Any = None) -> Outpu
     elif taps.pooled == "mean":
         pooled = _mean_over_positions(model, features)
     return Outputs(logits, token_logits, pooled, tuple(maps))
+
+
+def _maps_of(module: Any, images: Tensor, stages: Sequence[int]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Raises NoGrid, see `read`."""
+    features, maps = module.forward_intermediates(images, indices=list(stages), norm=True, output_fmt="NCHW")
+    if bad := [tuple(m.shape) for m in maps if m.ndim != 4]:
+        raise NoGrid(
+            f"--kd-distill-type: {type(unwrap_model(module)).__name__} gives features of shape {bad[0]}, which are on "
+            "no grid; take --kd-distill-type feature, which reads pooled features, or another model"
+        )
+    return features, maps
 
 
 def _split(output: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:

@@ -11,9 +11,11 @@ from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
+from ..errors import reason_of
 from .base import Objective, at_bound
 from .cache import Keyed, TeacherCache, is_absent
-from .taps import Outputs, Taps, in_float32, read
+from .phi import PhiS
+from .taps import NoGrid, Outputs, Taps, in_float32, read
 from .teacher import Teacher
 
 #: From the student's and the teacher's outputs to indices [B, n] of their queries: which is which.
@@ -26,6 +28,7 @@ class Trainable(nn.Module):
     Args:
         student: the student alone.
         heads: projectors, by objective.
+        memories: what objectives remember, by objective: here to be saved, averaged and moved with the rest.
         taps: what is read of the student.
         views: by objective, positions of its maps among those of `taps`; all where it is missing.
     """
@@ -36,9 +39,11 @@ class Trainable(nn.Module):
         heads: dict[str, nn.Module],
         taps: Taps,
         views: Mapping[str, Sequence[int]] | None = None,
+        memories: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.student, self.heads, self.taps, self._views = student, nn.ModuleDict(heads), taps, dict(views or {})
+        self.memories = nn.ModuleDict(memories or {})
 
     def forward(self, images: Any, target: Any = None) -> tuple[Outputs, dict[str, Any]]:
         """The student's outputs and what each head makes of them."""
@@ -103,7 +108,8 @@ class DistillationTask(TrainingTask):
         heads = {o.name: o.head.to(self.device) for o in objectives if o.head is not None}
         taps = merge([o.student for o in objectives]) if objectives else Taps(logits=True)
         self._views = {o.name: _positions(o.student, taps) for o in objectives}
-        self.trainable_module = Trainable(student, heads, taps, self._views)
+        memories = {o.name: o.memory.to(self.device) for o in objectives if o.memory is not None}
+        self.trainable_module = Trainable(student, heads, taps, self._views, memories)
         self.criterion = None if criterion is None else criterion.to(self.device)
         self._match, self._evaluator = match, evaluator
         self.task_loss_weight = task_weight
@@ -139,13 +145,14 @@ class DistillationTask(TrainingTask):
         total = self.task_loss_weight * losses["task"]
         for (teacher, objectives), cache in zip(self.lessons, self.caches, strict=True):
             taps = merge([o.teacher for o in objectives])
-            index = None  # of the student's places or queries
-            if cache is None or keys is None:
-                taught = teacher(input, taps)
-            else:
-                taught, index = cache(teacher, input, keys, self.device)
+            # the index is that of the student's places or queries
+            taught, index = self._teach(teacher, cache, input, taps, keys)
+            if self.training:
+                with _exact(self.device):
+                    for o in objectives:
+                        o.remember(taught.of_stages(_positions(o.teacher, taps)))
             own, heads = outputs, projected
-            if self._match is not None:
+            if self._match is not None and taught.boxes is not None:
                 index, theirs = self._match(outputs, taught)
                 taught = taught.of_queries(theirs)
             if index is not None:
@@ -161,47 +168,114 @@ class DistillationTask(TrainingTask):
             "objectives": {name: at_bound(loss) for name, loss in losses.items()},
         }
 
+    def _teach(
+        self, teacher: Teacher, cache: TeacherCache | None, input: Any, taps: Taps, keys: Tensor | None
+    ) -> tuple[Outputs, Tensor | None]:
+        """The teacher's outputs for a batch, and [B, n] which places or queries they are of; None for all."""
+        if cache is None or keys is None:
+            return teacher(input, taps), None
+        return cache(teacher, input, keys, self.device)
+
     def _loss(
         self, o: Objective, outputs: Outputs, projected: dict[str, Any], taught: Outputs, taps: Taps, target: Any
     ) -> Tensor:
         student, lesson = outputs.of_stages(self._views[o.name]), taught.of_stages(_positions(o.teacher, taps))
-        return o.loss(student, projected.get(o.name), lesson, target)
+        with _exact(self.device):
+            return o.loss(student, _in_float32(projected.get(o.name)), lesson, target)
+
+    @torch.no_grad()
+    def observe(self, input: Any, target: Any = None) -> None:
+        """Let the objectives add a batch to the statistics that are fixed before training; then call `settle`.
+
+        Args:
+            input, target: as `forward` takes them; the target matters for cached teachers alone.
+        """
+        keys = target.keys if isinstance(target, Keyed) else None
+        for (teacher, objectives), cache in zip(self.lessons, self.caches, strict=True):
+            lacking = [o for o in objectives if not _settled(o)]
+            if not lacking:
+                continue
+            taps = merge([o.teacher for o in lacking])
+            taught, _ = self._teach(teacher, cache, input, taps, keys)
+            for o in lacking:
+                o.observe(taught.of_stages(_positions(o.teacher, taps)))
+
+    def settle(self) -> None:
+        """Fix the statistics by the batches of `observe`, of all ranks. All ranks call it.
+
+        Raises:
+            ValueError: a teacher's features give none.
+        """
+        for _, objectives in self.lessons:
+            for o in objectives:
+                if not _settled(o):
+                    o.settle()
+
+    @property
+    def settled(self) -> bool:
+        """Whether no objective lacks statistics that are fixed before training."""
+        return all(_settled(o) for _, objectives in self.lessons for o in objectives)
 
     def create_evaluator(self, **options: Any) -> Any:
         """What judges the student, with timm's options."""
         return super().create_evaluator(**options) if self._evaluator is None else self._evaluator()
 
     @torch.no_grad()
-    def check(self, input_size: tuple[int, int, int]) -> None:
-        """Show every teacher and the student one image, so that what does not fit is found before training.
+    def check(self, images: Any) -> None:
+        """Show every teacher and the student images, so that what does not fit is found before training.
+
+        Args:
+            images: as `forward` takes them; what is in them does not matter.
 
         Raises:
             ValueError: a teacher does not take an image of this size, or its features do not fit the student's.
         """
-        image = torch.zeros(1, *input_size, device=self.device, dtype=self.dtype)
-        target = torch.zeros(1, dtype=torch.long, device=self.device)
-        outputs, projected = self.trainable_module.eval()(image)
+        target = torch.zeros(len(images), dtype=torch.long, device=self.device)
+        was = self.trainable_module.training
+        outputs, projected = self.trainable_module.eval()(images)
+        self.trainable_module.train(was)
         outputs = in_float32(outputs)
         for (teacher, objectives), cache in zip(self.lessons, self.caches, strict=True):
             if is_absent(teacher.model):
                 continue
             taps = merge([o.teacher for o in objectives])
             try:
-                taught = teacher(image, taps)
+                taught = teacher(images, taps)
+            except NoGrid:
+                raise
             except Exception as error:
+                size = tuple(getattr(images, "pixels", images).shape[1:])
                 raise ValueError(
-                    f"--kd-model-name: teacher {teacher.name!r} does not take the student's images of {input_size}: "
-                    f"{error}; choose --kd-teacher-img-size, --img-size, or another teacher"
+                    f"--kd-model-name: teacher {teacher.name!r} does not take the student's images of {size}: "
+                    f"{reason_of(error)}; choose --kd-teacher-img-size, --img-size, or another teacher"
                 ) from error
             if cache is not None:
                 cache.lay_out(taught)
             for o in objectives:
                 # classes were compared when the task was made; some models' logits are others while they are trained
-                if o.student.pooled or o.student.stages:
-                    self._loss(o, outputs, projected, taught, taps, target)
+                if o.student.pooled or (o.student.stages and taught.maps):
+                    self._fits(teacher, o, outputs, projected, taught, taps, target)
+
+    def _fits(self, teacher: Teacher, o: Objective, outputs: Outputs, *rest: Any) -> None:
+        """Raises ValueError: the loss cannot be computed."""
+        try:
+            self._loss(o, outputs, *rest)
+        except ValueError:
+            raise
+        except (RuntimeError, IndexError, TypeError, AssertionError) as error:
+            raise ValueError(
+                f"--kd-model-name: the features of teacher {teacher.name!r} cannot be brought to the student's for "
+                f"{o.name}: {reason_of(error)}; choose --kd-student-stages and --kd-teacher-stages, another "
+                "--kd-distill-type, or another teacher"
+            ) from error
 
     def prepare_distributed(self, device_ids: list[int] | None = None, **ddp_kwargs: Any) -> DistillationTask:
         """Wrap the student and the heads in DistributedDataParallel."""
+        # what objectives remember is the same on all ranks: DDP would send it before each forward pass
+        remembered = [n for n, _ in self.trainable_module.named_buffers() if n.startswith("memories.")]
+        nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            self.trainable_module, remembered
+        )
         self.trainable_module = nn.parallel.DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
         )
@@ -231,9 +305,12 @@ class DistillationTask(TrainingTask):
         return module if trainable is None else trainable.student
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """{"heads": the heads' state_dict}, or nothing where there are none."""
+        """{"heads": the heads' state_dict, "memories": the objectives'}, each only where there are any."""
         trainable = self._trainable(module, ema)
-        return {"heads": trainable.heads.state_dict()} if trainable is not None and len(trainable.heads) else {}
+        if trainable is None:
+            return {}
+        parts = {"heads": trainable.heads, "memories": trainable.memories}
+        return {name: part.state_dict() for name, part in parts.items() if len(part)}
 
     def load_task_state(
         self, state: dict[str, Any] | None, strict: bool = True, module: nn.Module | None = None, ema: bool = False
@@ -248,6 +325,7 @@ class DistillationTask(TrainingTask):
             raise RuntimeError("load_task_state: there is no EMA to load into; call setup_ema first")
         if state or strict:
             trainable.heads.load_state_dict((state or {}).get("heads", {}), strict=strict)
+            trainable.memories.load_state_dict((state or {}).get("memories", {}), strict=strict)
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
         """The student's parameters (agc: but the classifier's) and the heads'."""
@@ -255,6 +333,23 @@ class DistillationTask(TrainingTask):
         assert trainable is not None
         student = list(trainable.student.parameters())
         return [*(student[:-2] if exclude_head else student), *trainable.heads.parameters()]
+
+
+def _exact(device: torch.device | None) -> torch.autocast:
+    """Losses are computed in float32, also where the student's forward pass is not."""
+    return torch.autocast("cpu" if device is None else device.type, enabled=False)
+
+
+def _in_float32(projected: Any) -> Any:
+    if isinstance(projected, Outputs):
+        return in_float32(projected)
+    if isinstance(projected, (list, tuple)):
+        return type(projected)(_in_float32(each) for each in projected)
+    return projected.float() if isinstance(projected, Tensor) else projected
+
+
+def _settled(objective: Objective) -> bool:
+    return not isinstance(objective.memory, PhiS) or objective.memory.settled
 
 
 def merge(taps: Sequence[Taps]) -> Taps:

@@ -52,6 +52,7 @@ class Teacher:
         dtype: of weights and forward pass, outside any autocast; None leaves both as they are.
         compile: torch.compile the forward pass.
         size: height and width the images are resized to (bicubic, antialiased); None leaves them.
+        multiple: or each side to the nearest multiple of it, where it is none: that of a patch.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class Teacher:
         dtype: torch.dtype | None = None,
         compile: bool = False,
         size: tuple[int, int] | None = None,
+        multiple: int = 1,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.name, self.dtype, self.size = name, dtype, size
+        self.name, self.dtype, self.size, self.multiple = name, dtype, size, multiple
         if dtype is not None:
             self.model.to(dtype)
         self.normalisation = Normalisation.of(model)
@@ -81,11 +83,17 @@ class Teacher:
         """The student's images as the teacher expects them: resized, and in its own normalisation.
 
         Args:
-            images: [B, channels, height, width], normalised for the student; a detector's are no tensor and stay, as
-                they are not normalised yet.
+            images: [B, channels, height, width], normalised for the student. A detector's are no tensor: they are not
+                normalised yet, and stay as they are for a teacher that is a detector itself.
         """
-        if self.size is not None and tuple(images.shape[-2:]) != self.size:
-            images = F.interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)
+        if not isinstance(images, Tensor):
+            if hasattr(self.model, "observe"):
+                return images
+            images = images.filled(self.normalisation.mean)
+        height, width = images.shape[-2:]
+        size = self.size or (_nearest(height, self.multiple), _nearest(width, self.multiple))
+        if size != (height, width):
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
         if self._renormalise is not None:
             mean_s, std_s, mean_t, std_t = (
                 torch.tensor(v, device=images.device, dtype=images.dtype).view(1, -1, 1, 1)
@@ -97,17 +105,23 @@ class Teacher:
 
     def __call__(self, images: Any, taps: Taps) -> Outputs:
         """Its outputs for the student's images, float32, outside any graph."""
-        own = nullcontext() if self.dtype is None else torch.autocast(images.device.type, enabled=False)
-        with torch.inference_mode(), own:
+        with torch.inference_mode():
             view = self.view(images)
+        own = nullcontext() if self.dtype is None else torch.autocast(view.device.type, enabled=False)
+        with torch.inference_mode(), own:
             outputs = self._read(self.model, view if self.dtype is None else view.to(self.dtype), taps)
         # ordinary tensors: one of inference mode cannot be saved for a backward pass
         return outputs.each(lambda x: x.detach().to(torch.float32, copy=True))
 
     def fingerprint(self) -> str:
         """sha256 of the weights, their names, dtypes and shapes, the layers, and of how the images are prepared."""
-        told = f"{self.name} {self.size} {self.normalisation} {self._renormalise} {self.dtype} {self.model}"
+        view = f"{self.size} {self.multiple} {self.normalisation} {self._renormalise}"
+        told = f"{self.name} {view} {self.dtype} {self.model}"
         return hashlib.sha256(f"{told} {digest_of(self.model.state_dict())}".encode()).hexdigest()
+
+
+def _nearest(side: int, multiple: int) -> int:
+    return max(round(side / multiple), 1) * multiple
 
 
 def resolve_teachers(options: argparse.Namespace) -> None:
@@ -193,30 +207,53 @@ def _classes_in(name: str, state: dict[str, Tensor]) -> dict[str, Any]:
         classifier = probe.get_classifier()
         classifier = classifier[0] if isinstance(classifier, tuple) else classifier
         first = next((n for n, module in probe.named_modules() if module is classifier), None)
+    if first is None:
+        return {}
     weight = state.get(f"{first}.weight")
-    return {} if weight is None else {"num_classes": len(weight)}
+    return {"num_classes": 0 if weight is None else len(weight)}
 
 
-def choose_size(model: nn.Module, option: int | None, trained: bool = False) -> tuple[int, int] | None:
-    """The size a teacher's images must have; None if it takes any.
+def choose_size(
+    model: nn.Module, option: int | str | None, trained: bool = False, features: bool = False
+) -> tuple[int, int] | None:
+    """The size a teacher's images must have; None if it takes the student's.
 
-    A model that says it takes one size (a ViT without dynamic_img_size) gets it; a CNN gets the student's images as
-    they are, as in `timm.task`, unless the option names a size.
+    A model that says it takes one size (a ViT without dynamic_img_size) gets it. One that takes any gets the student's
+    images as they are, as in `timm.task`, unless the option names a size, or it is a transformer that is read for its
+    features: these are best at the size that it was trained with.
 
     Args:
         model: of `load`.
-        option: `--kd-teacher-img-size`.
+        option: `--kd-teacher-img-size`: a number, "own", "student" or None.
         trained: whether its `pretrained_cfg` has the size that it was trained with: of a run directory.
+        features: whether it is read for its features alone, and prefers its own size.
+
+    Raises:
+        ValueError: "own", but the model does not name its size.
     """
-    if option is not None:
+    if isinstance(option, int):
         return (option, option)
     bare: Any = unwrap_model(model)
-    if trained:
-        return tuple(bare.pretrained_cfg["input_size"][-2:])
+    cfg: dict[str, Any] = getattr(bare, "pretrained_cfg", None) or {}
+    own = tuple(cfg["input_size"][-2:]) if cfg.get("input_size") else None
     patch_embed: Any = getattr(bare, "patch_embed", None)
     if getattr(patch_embed, "strict_img_size", False) and getattr(patch_embed, "img_size", None):
         return tuple(patch_embed.img_size)
-    cfg: dict[str, Any] = getattr(bare, "pretrained_cfg", None) or {}
-    if cfg.get("fixed_input_size") and not getattr(bare, "dynamic_img_size", False):
-        return tuple(cfg["input_size"][-2:])
+    if option == "own" and own is None:
+        raise ValueError(
+            f"--kd-teacher-img-size own: {type(bare).__name__} does not name the size of its images; pass a number"
+        )
+    if option == "own" or (trained and option is None):
+        return own
+    if cfg.get("fixed_input_size") and (features or not getattr(bare, "dynamic_img_size", False)):
+        return None if option == "student" else own
     return None
+
+
+def patch_of(model: nn.Module) -> int:
+    """What the sides of a model's images must be multiples of: a transformer's patch; 1 for others."""
+    info: Any = getattr(unwrap_model(model), "feature_info", None)
+    stages: list[dict[str, Any]] = list(getattr(info, "info", info) or [])
+    strides = {stage.get("reduction") for stage in stages}
+    stride = strides.pop() if len(strides) == 1 else 1
+    return stride if isinstance(stride, int) else 1

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 from ..errors import UsageError
 from ..lopsided import LopsidedWeights
 from ..monitor import BalanceLogger
+from ..objectives.task import DistillationTask
 from .divergence import Losses, Statistics, diverged
 from .heldout import HeldOutImages
 from .progress import Progress
+from .randomness import random_state, set_random_state
 from .steps import Stepper
 from .world import World
 
@@ -142,6 +145,31 @@ class Engine:
                 "that is not finite" + ("; their steps were skipped" if self.stepper.skips else "")
             )
         return means
+
+    def estimate(self, loader: Any) -> None:
+        """Show the task the first batches, where an objective needs statistics of its teacher before the first step.
+
+        The random numbers go on as if it had not been. All ranks call it.
+
+        Args:
+            loader: of (input, target).
+
+        Raises:
+            UsageError: a teacher's features give no statistics.
+        """
+        if not isinstance(self.task, DistillationTask) or self.task.settled:
+            return
+        before = random_state()
+        for input, target in islice(loader, self.options.kd_statistics_batches):
+            if self.options.channels_last:
+                input = input.contiguous(memory_format=torch.channels_last)
+            with self.autocast():
+                self.task.observe(input, target)
+        set_random_state(before)
+        try:
+            self.task.settle()
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
     def _backward(self, result: dict[str, Any], parts: int, epoch: int, index: int) -> None:
         try:

@@ -226,6 +226,9 @@ def fit(
         if card is not None:
             text = as_json(card, indent=2) + "\n"
             world.first_does(lambda: write_text(run.path / CARD, text))
+        if found is None:
+            with world.agreed():
+                engine.estimate(loaders.train)
         anew, found = found is None, None  # its tensors need no room any more
         collected = _Collected()
         board = None
@@ -372,7 +375,7 @@ def _make_task(
             names_of_classes=names,
             images=loaders.cached,
         )
-        task.check(input_size)
+        task.check(torch.zeros(2, *input_size, device=device))
     except (ValueError, OSError) as error:
         raise UsageError(str(error)) from error
     return task
