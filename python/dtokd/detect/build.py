@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import timm
 import torch
 
 from ..errors import UsageError
 from ..objectives.base import Objective
-from ..objectives.build import weights_of
-from ..objectives.cache import CachedImages, kept_generators
+from ..objectives.build import labels_of, load_teacher, weights_of
+from ..objectives.build import make_teacher as reader
+from ..objectives.cache import TOO_LARGE, CachedImages, TeacherCache, kept_generators
 from ..objectives.detection import Predictions, Tokens
 from ..objectives.features import MultiScale
-from ..objectives.taps import Outputs
+from ..objectives.taps import Outputs, Taps, choose_stages
 from ..objectives.task import DistillationTask, Match
-from ..objectives.teacher import Normalisation, Teacher
+from ..objectives.teacher import Normalisation, Teacher, as_list, choose_size
 from .annotations import Annotations
+from .batch import Images, padded
 from .cache import AbsentDetector, open_cache, prepare_cache
 from .detectors.base import Detector
-from .detectors.build import columns, make_teacher
+from .detectors.build import columns, is_detector, make_teacher
 from .evaluate import CocoEvaluator
 from .matching import match_queries
+
+#: Types that need nothing of a teacher but maps.
+OF_BACKBONES = ("feature",)
+#: A teacher, its objectives, and perhaps the cache of its outputs.
+Lesson = tuple[Teacher, list[Objective], TeacherCache | None]
 
 
 def build(
@@ -51,14 +60,117 @@ def build(
         assert validation is not None
         return CocoEvaluator(validation)
 
-    if not options.kd_model_name:
-        if options.kd_teacher_path or options.kd_share_queries or options.kd_cache_teacher:
+    names, paths = as_list(options.kd_model_name), as_list(options.kd_teacher_path)
+    options.kd_distill_type = _types(options, student, names)  # for args.yaml and the report
+    if not names:
+        if paths or options.kd_share_queries or options.kd_cache_teacher:
             raise UsageError(
                 "--kd-teacher-path, --kd-share-queries, --kd-cache-teacher: there is no teacher; pass --kd-model-name"
             )
         return DistillationTask(student, None, evaluator=evaluator, device=device)
-    classes = list(train.categories.values())
-    cache = None if images is None else open_cache(options, images)
+    if paths and len(paths) != len(names):
+        raise UsageError(
+            f"--kd-teacher-path: got {len(paths)} files for {len(names)} teachers; pass one each, or none; the word "
+            "pretrained stands for the weights that timm has"
+        )
+    match: Match | None = None
+    lessons: list[Lesson] = []
+    blank = blank_images(options, device)
+    for name, path, label in zip(names, paths or [None] * len(names), labels_of(names), strict=True):
+        if is_detector(name):
+            lesson, match = _detector(options, student, list(train.categories.values()), name, path, device, images)
+        else:
+            lesson = _features(options, student, name, path, blank, images)
+        for o in lesson[1]:
+            o.name += label
+        lessons.append(lesson)
+    try:
+        task_weight, weights = weights_of(options, [o.name for _, several, _ in lessons for o in several])
+        task = DistillationTask(
+            student,
+            None,
+            [(teacher, objectives) for teacher, objectives, _ in lessons],
+            caches=[cache for _, _, cache in lessons],
+            match=match,
+            evaluator=evaluator,
+            task_weight=task_weight,
+            weights=weights,
+            device=device,
+        )
+        task.check(blank)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return task
+
+
+def _types(options: argparse.Namespace, student: Detector, names: Sequence[str]) -> list[str] | None:
+    """The types that are asked for, or the default ones.
+
+    Raises:
+        UsageError: one is there twice, or no teacher has it; or there are several detectors.
+    """
+    detectors = [name for name in names if is_detector(name)]
+    if len(detectors) > 1:
+        raise UsageError(
+            f"--kd-model-name: {' and '.join(detectors)} are detectors; pass one at most, and any number of timm's "
+            "models"
+        )
+    if options.kd_distill_type is None:
+        if not names:
+            return None
+        own = [] if not detectors else ["feature", "prediction"] if student.dense else ["token"]
+        more = ["feature"] if len(names) > len(detectors) and "feature" not in own else []
+        return own + more
+    kinds = list(options.kd_distill_type)
+    if len(set(kinds)) != len(kinds):
+        raise UsageError(f"--kd-distill-type: {' '.join(kinds)}; pass different ones")
+    if names and not detectors and (wrong := [kind for kind in kinds if kind not in OF_BACKBONES]):
+        raise UsageError(
+            f"--kd-distill-type {' '.join(wrong)}: {' and '.join(names)} is no detector, so it has features alone; "
+            "take --kd-distill-type feature, or a detector as teacher"
+        )
+    return kinds
+
+
+def _kinds(kinds: Sequence[str] | None, name: str) -> list[str]:
+    """Those of the types that a teacher can serve.
+
+    Raises:
+        UsageError: none.
+    """
+    served = [kind for kind in kinds or () if is_detector(name) or kind in OF_BACKBONES]
+    if not served:
+        raise UsageError(
+            f"--kd-distill-type {' '.join(kinds or ())}: {name} is no detector, so it has features alone; add feature"
+        )
+    return served
+
+
+def blank_images(options: argparse.Namespace, device: torch.device) -> Images:
+    """Two images as training may see them, the second padded: what does not fit shows before training."""
+    side = padded(options.img_size)
+    pixels = torch.zeros(2, 3, side, side, device=device)
+    mask = torch.ones(2, side, side, dtype=torch.bool, device=device)
+    mask[1, :, side // 2 :] = False
+    return Images(pixels, mask, [(side, side), (side, side // 2)])
+
+
+def _detector(
+    options: argparse.Namespace,
+    student: Detector,
+    classes: list[str],
+    name: str,
+    path: str | None,
+    device: torch.device,
+    images: CachedImages | None,
+) -> tuple[Lesson, Match | None]:
+    """A detector as teacher, and what pairs its queries with the student's.
+
+    Raises:
+        UsageError: it is of another kind than the student, or does not fit it.
+    """
+    kinds = _kinds(options.kd_distill_type, name)
+    cache = None if images is None else open_cache(options, images, name, path)
     # the student may begin with the teacher's queries
     absent = cache is not None and cache.complete and not options.kd_share_queries
     if cache is not None and absent:
@@ -66,47 +178,123 @@ def build(
     else:
         # what comes after must not depend on whether a cache is complete
         with nullcontext() if cache is None else kept_generators(device):
-            teacher = make_teacher(options, classes)
+            teacher = make_teacher(options, name, path, classes)
     if teacher.dense != student.dense:
         raise UsageError(
-            f"--kd-model-name: {options.kd_model_name} and the student {options.model} are of two kinds, one has "
-            "queries and one has not; take two of one kind"
+            f"--kd-model-name: {name} and the student {options.model} are of two kinds, one has queries and one has "
+            "not; take two of one kind"
         )
     known = teacher.columns if isinstance(teacher, AbsentDetector) else columns(teacher, classes)
     if options.kd_share_queries:
         share_queries(student, teacher)
-    match = options.kd_match
-    by_index = match == "index" or (match == "auto" and options.kd_share_queries)
+    by_index = options.kd_match == "index" or (options.kd_match == "auto" and options.kd_share_queries)
     if by_index and not student.dense and student.queries != teacher.queries:
         raise UsageError(
             f"--kd-match index: the student has {student.queries} queries, the teacher {teacher.queries}; take "
             "--kd-match hungarian, or as many (--model-kwargs num_queries)"
         )
-    kinds = options.kd_distill_type or (["feature", "prediction"] if student.dense else ["token"])
-    if len(set(kinds)) != len(kinds):
-        raise UsageError(f"--kd-distill-type: {' '.join(kinds)}; pass different ones")
-    options.kd_distill_type = kinds  # for args.yaml and the report
-    objectives = [_objective(kind, options, student, teacher, known) for kind in kinds]
-    try:
-        task_weight, weights = weights_of(options, [o.name for o in objectives])
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    objectives = [_objective(kind, options, student, teacher, name, known) for kind in kinds]
     # only what belongs to a query needs a partner
     matched = not student.dense and not by_index and bool({"token", "prediction"} & set(kinds))
-    frozen = Teacher(teacher, options.kd_model_name, Normalisation()).to(device)
+    frozen = Teacher(teacher, name, Normalisation()).to(device)
     if cache is not None:
         prepare_cache(cache, options, frozen, objectives, known, device)
-    return DistillationTask(
-        student,
-        None,
-        [(frozen, objectives)],
-        caches=[cache],
-        match=_match(student, teacher, known) if matched else None,
-        evaluator=evaluator,
-        task_weight=task_weight,
-        weights=weights,
-        device=device,
-    )
+    return (frozen, objectives, cache), _match(student, teacher, known) if matched else None
+
+
+@torch.no_grad()
+def _features(
+    options: argparse.Namespace,
+    student: Detector,
+    name: str,
+    path: str | None,
+    blank: Images,
+    images: CachedImages | None,
+) -> Lesson:
+    """A timm model as teacher, and the objective between its maps and the student's levels.
+
+    Raises:
+        UsageError: there is no such model, or its maps cannot be compared with the student's.
+    """
+    if not timm.is_model(name.rsplit("/", 1)[-1]) and ":" not in name:
+        raise UsageError(
+            f"--kd-model-name: {name!r} is neither a detector (as --model takes them) nor one of timm's models; "
+            "timm.list_models('*part*') finds names"
+        )
+    _kinds(options.kd_distill_type, name)
+    if images is not None:
+        raise UsageError(TOO_LARGE)
+    if options.kd_share_queries:
+        raise UsageError(f"--kd-share-queries: {name} is no detector and has none; leave it out")
+    try:
+        model = load_teacher(options, name, path, in_chans=3, device=blank.pixels.device, dtype=torch.float32)
+        their_stages, their_widths = choose_stages(model, None, as_list(options.kd_teacher_stages) or None, "teacher")
+        # pixels in [0, 1], not normalised yet
+        pixels = Normalisation((0.0,) * 3, (1.0,) * 3)
+        teacher = reader(options, model, name, pixels, choose_size(model, options.kd_teacher_img_size))
+        found = teacher.try_on(blank, Taps(stages=their_stages)).maps
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    was = student.training
+    grids = [m.shape[-2:] for m in student.eval().observe(blank).maps]
+    student.train(was)
+    pairs = pair_levels(options, grids, [m.shape[-2:] for m in found])
+    own = tuple(level for level, _ in pairs)
+    theirs = tuple(their_stages[k] for _, k in pairs)
+    widths = [student.widths[level] for level in own], [their_widths[k] for _, k in pairs]
+    try:
+        objective = MultiScale(
+            "feature",
+            options.kd_projector,
+            (own, theirs),
+            widths,
+            options.kd_feature_norm,
+            options.kd_feature_loss,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return teacher, [objective], None
+
+
+def pair_levels(
+    options: argparse.Namespace, own: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]
+) -> list[tuple[int, int]]:
+    """Which of the student's levels is compared with which of the teacher's maps.
+
+    Both are averaged to the coarser grid. So a map goes to the coarsest level that is as fine at least, where the
+    student has not to tell more than the level holds; of several maps for one level the deepest is taken, such as the
+    last block of a transformer, whose maps all have one grid.
+
+    Args:
+        options: `--kd-student-stages` and `--kd-teacher-stages`, which pair in their order where both are given.
+        own: height and width of the student's levels, fine to coarse.
+        theirs: of the teacher's maps, shallow to deep.
+
+    Returns:
+        Positions in both, rising.
+
+    Raises:
+        UsageError: an index that does not exist, or another number of levels than of maps.
+    """
+    given = as_list(options.kd_student_stages)
+    if any(not 0 <= level < len(own) for level in given) or given != sorted(set(given)):
+        raise UsageError(
+            f"--kd-student-stages: got {given}, but the student has levels 0 to {len(own) - 1}; give rising indices of "
+            "these"
+        )
+    if given and options.kd_teacher_stages:
+        if len(given) != len(theirs):
+            raise UsageError(
+                f"--kd-student-stages, --kd-teacher-stages: {len(given)} levels against {len(theirs)} maps; pass as "
+                "many of each"
+            )
+        return list(zip(given, range(len(theirs)), strict=True))
+    levels = given or list(range(len(own)))
+    pairs: dict[int, int] = {}
+    for k, (height, width) in enumerate(theirs):
+        finer = [level for level in levels if own[level][0] >= height and own[level][1] >= width]
+        pairs[max(finer, default=levels[0])] = k
+    return sorted(pairs.items())
 
 
 def _match(student: Detector, teacher: Detector, known: torch.Tensor | None) -> Match:
@@ -156,15 +344,28 @@ def share_queries(student: Detector, teacher: Detector) -> None:
 
 
 def _objective(
-    kind: str, options: argparse.Namespace, student: Detector, teacher: Detector, known: torch.Tensor | None
+    kind: str,
+    options: argparse.Namespace,
+    student: Detector,
+    teacher: Detector,
+    name: str,
+    known: torch.Tensor | None,
 ) -> Objective:
     count = min(len(student.widths), len(teacher.widths))  # the coarsest levels
     stages = tuple(tuple(range(len(d.widths) - count, len(d.widths))) for d in (student, teacher))
     widths = student.widths[-count:], teacher.widths[-count:]
     norm, projector = options.kd_feature_norm, options.kd_projector
     if kind == "feature":
-        return MultiScale(kind, projector, (stages[0], stages[1]), widths, norm, options.kd_feature_loss)
+        try:
+            return MultiScale(kind, projector, (stages[0], stages[1]), widths, norm, options.kd_feature_loss)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
     if kind == "token":
+        if norm == "phi-s":
+            raise UsageError(
+                "--kd-feature-norm phi-s: it is for maps, not for detection tokens; take standardize, or "
+                "--kd-distill-type feature"
+            )
         if student.token_width is None or teacher.token_width is None:
             raise UsageError(
                 f"--kd-distill-type token: {options.model} has no detection tokens; take feature and prediction"
@@ -174,7 +375,7 @@ def _objective(
         return Tokens(kind, projector, (stages[0], stages[1]), widths, both, norm, distance, root)
     if known is None:
         raise UsageError(
-            f"--kd-distill-type prediction: the teacher {options.kd_model_name} does not know all classes of the data; "
+            f"--kd-distill-type prediction: the teacher {name} does not know all classes of the data; "
             "take token or feature"
         )
     if not student.sigmoid:

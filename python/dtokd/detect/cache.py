@@ -41,13 +41,17 @@ class AbsentDetector(Detector):
         self.columns: Tensor | None = None if facts["columns"] is None else torch.tensor(facts["columns"])
 
 
-def open_cache(options: argparse.Namespace, images: CachedImages) -> TeacherCache:
+def open_cache(options: argparse.Namespace, images: CachedImages, name: str, path: str | None) -> TeacherCache:
     """The teacher's, perhaps without a file yet.
+
+    Args:
+        options: of `detect.options`.
+        images: that it is of.
+        name, path: of the teacher and its weights.
 
     Raises:
         UsageError: it is one of something else; or rows would have different sizes.
     """
-    name, path = options.kd_model_name, options.kd_teacher_path
     weights = [identity.of_path(Path(place)) for place in (path, name) if place and Path(place).exists()]
     told = {
         "--kd-model-name": name,

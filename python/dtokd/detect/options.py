@@ -68,8 +68,8 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
         type=not_empty,
         default="vidt_nano",
         metavar="MODEL",
-        help="vidt_nano, _tiny, _small, _base; fcos:BACKBONE or retinanet:BACKBONE with a timm backbone; a directory "
-        "that transformers wrote",
+        help="vidt_nano, _tiny, _small, _base; fcos:, retinanet: or rtdetr: and a timm backbone, such as "
+        "fcos:resnet18; a directory that transformers wrote",
     )
     add(
         "--model-kwargs",
@@ -78,32 +78,58 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
         action=KeyValues,
         metavar="K=V",
         help="vidt: of DeformableDetrConfig (encoder_layers, num_queries, ...), with backbone_ of SwinConfig; "
-        "fcos, retinanet: width, score_thresh, nms_thresh",
+        "fcos, retinanet: width, score_thresh, nms_thresh; rtdetr: of RTDetrConfig",
     )
     add("--pretrained", action="store_true", help="start the backbone with published ImageNet weights")
     add("--backbone-checkpoint", default="", metavar="PATH", help="or with these: a timm file, a directory with a Swin")
     add("--initial-checkpoint", default="", metavar="FILE", help="start the whole detector with these weights")
-    add("--freeze-bn", action="store_true", help="the backbone's batch norms keep their statistics (fcos, retinanet)")
+    add(
+        "--freeze-bn",
+        action="store_true",
+        help="the backbone's batch norms keep their statistics (fcos, retinanet, rtdetr)",
+    )
 
 
 def _add_distillation(parser: argparse.ArgumentParser) -> None:
-    from ..objectives.options import add_cache, add_projection, add_weights
+    from ..objectives.options import add_cache, add_projection, add_stages, add_teacher, add_weights
 
     group = parser.add_argument_group("knowledge distillation")
     add = group.add_argument
-    add("--kd-model-name", type=not_empty, metavar="MODEL", help="teacher: as --model")
-    add("--kd-teacher-path", type=not_empty, metavar="FILE", help="its weights; not for transformers' directories")
-    add("--kd-model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="as --model-kwargs")
+    add(
+        "--kd-model-name",
+        type=not_empty,
+        nargs="+",
+        metavar="MODEL",
+        help="teachers: at most one detector, as --model, and any of timm's models, which are read for their features",
+    )
+    add(
+        "--kd-teacher-path",
+        type=not_empty,
+        nargs="+",
+        metavar="FILE",
+        help="weights of each teacher; not for transformers' directories; without it, or with the word pretrained, a "
+        "timm model's pretrained weights",
+    )
+    add(
+        "--kd-model-kwargs",
+        nargs="*",
+        default={},
+        action=KeyValues,
+        metavar="K=V",
+        help="of each teacher: as --model-kwargs, or what timm.create_model takes",
+    )
     add(
         "--kd-distill-type",
         nargs="+",
         choices=DISTILL_TYPES,
         metavar="TYPE",
         help="token: ViDT's token matching; feature: maps; prediction: classes and boxes; several: one objective each "
-        "(default: token, for fcos and retinanet feature and prediction)",
+        "(default: token, for fcos and retinanet feature and prediction, for a timm model feature)",
     )
     add_weights(group)
     add_projection(group)
+    add_stages(group)
+    add_teacher(group)
     add("--kd-token-root", action="store_true", help="the root of the token loss, as in ViDT's code")
     add(
         "--kd-match",

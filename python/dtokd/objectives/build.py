@@ -83,7 +83,7 @@ def build(
     lessons: list[tuple[Teacher, list[Objective]]] = []
     caches: list[TeacherCache | None] = []
     taught = set[str]()
-    for name, path, label in zip(names, paths or [None] * len(names), _labels(names), strict=True):
+    for name, path, label in zip(names, paths or [None] * len(names), labels_of(names), strict=True):
         in_chans = getattr(unwrap_model(student), "in_chans", 3)
         path = None if path == PRETRAINED else path
         cache = None if images is None else _cache(options, images, len(lessons), name, path)
@@ -247,7 +247,7 @@ def _teachable(
     return objectives
 
 
-def _labels(names: Sequence[str]) -> list[str]:
+def labels_of(names: Sequence[str]) -> list[str]:
     """Nothing for one teacher; for several each one's name, with a number where it occurs twice."""
     if len(names) == 1:
         return [""]

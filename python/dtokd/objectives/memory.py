@@ -48,6 +48,6 @@ class Queue(nn.Module):
         self.taken.copy_(torch.cat([self.taken.new_ones(len(new)), self.taken])[:size])
 
     def logits(self, rows: Tensor, temperature: float) -> Tensor:
-        """[n, size]: the cosine of each row with each of the queue over the temperature; `NOTHING` where none is yet."""
+        """[n, size]: cosines of the rows with those of the queue over the temperature; `NOTHING` where none is yet."""
         cosines = F.normalize(rows, dim=1) @ self.rows.clone().mT  # the graph keeps it, and `push` changes it
         return (cosines / temperature).masked_fill(~self.taken, NOTHING)

@@ -170,7 +170,7 @@ def pooled_width(model: nn.Module, pool: str) -> int:
 
 
 def choose_stages(
-    model: nn.Module, count: int, given: Sequence[int] | None, who: str
+    model: nn.Module, count: int | None, given: Sequence[int] | None, who: str
 ) -> tuple[tuple[int, ...], list[int]]:
     """Indices of the stages to compare, and their channels.
 
@@ -179,7 +179,7 @@ def choose_stages(
 
     Args:
         model: a timm model.
-        count: how many.
+        count: how many; None for all.
         given: the user's own indices; None chooses.
         who: "student" or "teacher", for messages.
 
@@ -190,8 +190,8 @@ def choose_stages(
     info = getattr(bare, "feature_info", None)
     if not hasattr(bare, "forward_intermediates") or not info:
         raise ValueError(
-            f"--kd-distill-type multiscale, attention, review: the {who} {type(bare).__name__} has no "
-            "forward_intermediates; take another model, or --kd-distill-type feature"
+            f"--kd-distill-type: the {who} {type(bare).__name__} has no maps (forward_intermediates); take another "
+            "model, or --kd-distill-type feature of dtokd train, which reads pooled features"
         )
     stages: list[dict[str, Any]] = list(getattr(info, "info", info))
     total = len(stages)
@@ -202,6 +202,8 @@ def choose_stages(
                 "give rising indices of these"
             )
         chosen = list(given)
+    elif count is None:
+        chosen = list(range(total))
     elif not 1 <= count <= total:
         raise ValueError(
             f"--kd-stages: got {count}, but the {who} {type(bare).__name__} has {total}; pass 1 to {total}"

@@ -15,7 +15,7 @@ from ..errors import reason_of
 from .base import Objective, at_bound
 from .cache import Keyed, TeacherCache, is_absent
 from .phi import PhiS
-from .taps import NoGrid, Outputs, Taps, in_float32, read
+from .taps import Outputs, Taps, in_float32, read
 from .teacher import Teacher
 
 #: From the student's and the teacher's outputs to indices [B, n] of their queries: which is which.
@@ -239,21 +239,14 @@ class DistillationTask(TrainingTask):
             if is_absent(teacher.model):
                 continue
             taps = merge([o.teacher for o in objectives])
-            try:
-                taught = teacher(images, taps)
-            except NoGrid:
-                raise
-            except Exception as error:
-                size = tuple(getattr(images, "pixels", images).shape[1:])
-                raise ValueError(
-                    f"--kd-model-name: teacher {teacher.name!r} does not take the student's images of {size}: "
-                    f"{reason_of(error)}; choose --kd-teacher-img-size, --img-size, or another teacher"
-                ) from error
+            taught = teacher.try_on(images, taps)
             if cache is not None:
                 cache.lay_out(taught)
+            if self._match is not None and taught.boxes is not None:
+                continue  # only after the match do both have as many queries
             for o in objectives:
                 # classes were compared when the task was made; some models' logits are others while they are trained
-                if o.student.pooled or (o.student.stages and taught.maps):
+                if o.student.pooled or o.student.stages:
                     self._fits(teacher, o, outputs, projected, taught, taps, target)
 
     def _fits(self, teacher: Teacher, o: Objective, outputs: Outputs, *rest: Any) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..card import read_card
 from ..errors import reason_of
 from ..files import digest_of, read_weights
-from .taps import Outputs, Taps, read
+from .taps import NoGrid, Outputs, Taps, read
 
 
 @dataclass(frozen=True)
@@ -112,6 +112,23 @@ class Teacher:
             outputs = self._read(self.model, view if self.dtype is None else view.to(self.dtype), taps)
         # ordinary tensors: one of inference mode cannot be saved for a backward pass
         return outputs.each(lambda x: x.detach().to(torch.float32, copy=True))
+
+    def try_on(self, images: Any, taps: Taps) -> Outputs:
+        """As a call, for images that show before training what does not fit.
+
+        Raises:
+            ValueError: the teacher does not take images of this size, or has no maps.
+        """
+        try:
+            return self(images, taps)
+        except NoGrid:
+            raise
+        except Exception as error:  # what timm and its models raise is of every kind
+            size = tuple(getattr(images, "pixels", images).shape[1:])
+            raise ValueError(
+                f"--kd-model-name: teacher {self.name!r} does not take the student's images of {size}: "
+                f"{reason_of(error)}; choose --kd-teacher-img-size, --img-size, or another teacher"
+            ) from error
 
     def fingerprint(self) -> str:
         """sha256 of the weights, their names, dtypes and shapes, the layers, and of how the images are prepared."""

@@ -1,4 +1,4 @@
-"""From a name to a detector: vidt_SIZE, fcos:BACKBONE, retinanet:BACKBONE, a directory of transformers."""
+"""From a name to a detector: vidt_SIZE, fcos:, retinanet: or rtdetr:BACKBONE, a directory of transformers."""
 
 from __future__ import annotations
 
@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import freeze_batch_norm_2d
 from torch import Tensor
 
 from ...errors import UsageError, reason_of
 from ...files import read_weights
-from . import deformable
+from . import deformable, rtdetr
 from .base import Detector
 from .dense import Dense, make_backbone
 from .hf import HFDetector, load_folder
 
 DENSE = ("fcos", "retinanet")
+#: What a timm backbone can follow, as KIND:BACKBONE, and the arguments of each.
+ON_TIMM = {
+    **dict.fromkeys(DENSE, "known are width (a multiple of 32), score_thresh, nms_thresh"),
+    "rtdetr": "those of transformers' RTDetrConfig are known",
+}
 
 
 def make_student(options: argparse.Namespace, classes: int) -> Detector:
@@ -46,44 +52,57 @@ def make_student(options: argparse.Namespace, classes: int) -> Detector:
     return student
 
 
-def make_teacher(options: argparse.Namespace, classes: Sequence[str]) -> Detector:
-    """The teacher, frozen, in evaluation mode; its classes are put into the data's order.
+def is_detector(name: str) -> bool:
+    """Whether a teacher's name is that of a detector; else it is one of timm's models, read for its features."""
+    kind, _, backbone = name.partition(":")
+    return (kind in ON_TIMM and bool(backbone)) or name in deformable.SIZES or Path(name).is_dir()
+
+
+def make_teacher(options: argparse.Namespace, name: str, path: str | None, classes: Sequence[str]) -> Detector:
+    """A detector as teacher, frozen, in evaluation mode; its classes are put into the data's order.
+
+    Args:
+        options: image size and arguments.
+        name: of the detector.
+        path: its weights, which a directory holds itself.
+        classes: the data's names.
 
     Raises:
         UsageError: as `make_student`, or there are no weights.
     """
-    name = options.kd_model_name
-    if not options.kd_teacher_path and not Path(name).is_dir():
+    if not path and not Path(name).is_dir():
         raise UsageError(f"--kd-teacher-path: missing; pass the weights of the teacher {name}")
     teacher = _make(name, len(classes), options.kd_model_kwargs, "--kd-model-name", image_size=options.img_size)
-    if options.kd_teacher_path:
-        load_weights(teacher, options.kd_teacher_path, "--kd-teacher-path", name)
+    if path:
+        load_weights(teacher, path, "--kd-teacher-path", name)
     return teacher.eval().requires_grad_(False)
 
 
 def _make(name: str, classes: int, changes: dict[str, Any], option: str, **more: Any) -> Detector:
     kind, _, backbone = name.partition(":")
-    if kind in DENSE and backbone:
+    if kind in ON_TIMM and backbone:
         weights: dict[str, Any] = {"pretrained": bool(more.get("pretrained") or more.get("backbone"))}
         if more.get("backbone"):
             read_weights(more["backbone"], "--backbone-checkpoint")  # timm's own errors do not say which file
             weights["pretrained_cfg_overlay"] = {"file": more["backbone"]}
         body = make_backbone(backbone, weights, more.get("image_size"))
+        if more.get("freeze_norm"):
+            body = freeze_batch_norm_2d(body)
         try:
-            return Dense(kind, body, classes, freeze_norm=more.get("freeze_norm", False), **changes)
+            if kind == "rtdetr":
+                return rtdetr.make(backbone, body, classes, changes)
+            return Dense(kind, body, classes, **changes)
         except Exception as error:  # what torchvision and torch raise is of every kind
             kwargs = "--model-kwargs" if option == "--model" else "--kd-model-kwargs"
-            raise UsageError(
-                f"{option}, {kwargs}: {error}; known are width (a multiple of 32), score_thresh, nms_thresh"
-            ) from error
+            raise UsageError(f"{option}, {kwargs}: {reason_of(error)}; {ON_TIMM[kind]}") from error
     if name in deformable.SIZES:
         given = {key: more[key] for key in ("pretrained", "backbone") if more.get(key)}
         return deformable.make(name, classes, changes, **given)
     if Path(name).is_dir():
         return load_folder(Path(name), option)
     raise UsageError(
-        f"{option}: {name!r} is neither {', '.join(deformable.SIZES)}, nor fcos: or retinanet: and a timm backbone "
-        "(fcos:resnet18), nor a checkpoint directory of transformers"
+        f"{option}: {name!r} is neither {', '.join(deformable.SIZES)}, nor {': or '.join(ON_TIMM)}: and a timm "
+        "backbone (fcos:resnet18), nor a checkpoint directory of transformers"
     )
 
 

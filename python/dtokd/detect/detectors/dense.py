@@ -6,7 +6,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -42,7 +41,7 @@ class Pyramid(nn.Module):
 
 
 def make_backbone(name: str, weights: dict[str, Any], image_size: int | None) -> Any:
-    """A timm model's maps of strides 8, 16 and 32.
+    """A timm model's maps of strides 8, 16 and 32, as `fcos`, `retinanet` and `rtdetr` take them.
 
     Args:
         name: timm's.
@@ -74,7 +73,6 @@ class Dense(Detector):
         backbone: of `make_backbone`.
         classes: of the data.
         width: channels of the pyramid.
-        freeze_norm: the backbone's batch norms keep their statistics, as usual where batches are small.
         score_thresh, nms_thresh: of detections, torchvision's defaults for COCO but the first: 0.05 as RetinaNet has
             it, since what is cut off is missing from AP.
 
@@ -91,7 +89,6 @@ class Dense(Detector):
         classes: int,
         *,
         width: int = 256,
-        freeze_norm: bool = False,
         score_thresh: float = 0.05,
         nms_thresh: float | None = None,
     ) -> None:
@@ -103,7 +100,7 @@ class Dense(Detector):
         cfg = getattr(backbone, "pretrained_cfg", None) or {}
         super().__init__(cfg.get("mean", MEAN), cfg.get("std", STD))
         self.kind, self.classes, self.widths = kind, classes, [width] * 5
-        pyramid = Pyramid(freeze_batch_norm_2d(backbone) if freeze_norm else backbone, width)
+        pyramid = Pyramid(backbone, width)
         shared: dict[str, Any] = {"score_thresh": score_thresh, "detections_per_img": MOST}
         if kind == "fcos":
             self.net: Any = FCOS(pyramid, classes, nms_thresh=0.6 if nms_thresh is None else nms_thresh, **shared)
