@@ -359,7 +359,7 @@ def test_nothing_is_unpickled(capsys, digits, teacher, coco, tmp_path, kind):
 
 
 def recipes_of(command):
-    return [name for name in recipes.names() if name.startswith("coco/") == (command == "detect")]
+    return [name for name in recipes.names() if name.startswith("coco") == (command == "detect")]
 
 
 @pytest.mark.parametrize("command", ["train", "detect"])

@@ -12,28 +12,28 @@ from torch import Tensor, nn
 from .memory import of_all_ranks
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=8)
 def hadamard(order: int) -> Tensor | None:
-    """A matrix of 1 and -1 with orthogonal rows, float64; None where no construction used here has this order.
+    """A matrix of 1 and -1 with orthogonal rows, int8; None where no construction used here has this order.
 
     Sources: Sylvester's doubling and products, and both constructions of Paley (*On Orthogonal Matrices*, 1933) for
     primes. They reach the usual widths of networks: all powers of 2, 12, 20, 24 and 28 times such, 1408, 1664, 3024.
     """
     if order == 1:
-        return torch.ones(1, 1, dtype=torch.float64)
-    if order % 4 and order != 2:
-        return None
+        return torch.ones(1, 1, dtype=torch.int8)
     if order == 2:
-        return torch.tensor([[1.0, 1], [1, -1]], dtype=torch.float64)
-    if _is_prime(q := order - 1):  # q is 3 modulo 4: Paley's first
-        core = torch.ones(order, order, dtype=torch.float64)
+        return _matrix([[1, 1], [1, -1]])
+    if order % 4:
+        return None
+    if _is_prime(q := order - 1):  # Paley's first, as q is 3 modulo 4
+        core = torch.ones(order, order, dtype=torch.int8)
         core[0, 0], core[1:, 0], core[1:, 1:] = 0, -1, _residues(q)
-        return core + torch.eye(order, dtype=torch.float64)
+        return core + torch.eye(order, dtype=torch.int8)
     if (q := order // 2 - 1) % 4 == 1 and _is_prime(q):  # Paley's second
-        core = torch.ones(order // 2, order // 2, dtype=torch.float64)
+        core = torch.ones(order // 2, order // 2, dtype=torch.int8)
         core[0, 0], core[1:, 1:] = 0, _residues(q)
-        plus, minus = (torch.tensor(m, dtype=torch.float64) for m in ([[1.0, 1], [1, -1]], [[1.0, -1], [-1, -1]]))
-        return torch.kron(core, plus) + torch.kron(torch.eye(order // 2, dtype=torch.float64), minus)
+        identity = torch.eye(order // 2, dtype=torch.int8)
+        return torch.kron(core, _matrix([[1, 1], [1, -1]])) + torch.kron(identity, _matrix([[1, -1], [-1, -1]]))
     for factor in range(2, int(order**0.5) + 1):
         if order % factor == 0:
             first, second = hadamard(factor), hadamard(order // factor)
@@ -42,13 +42,17 @@ def hadamard(order: int) -> Tensor | None:
     return None
 
 
+def _matrix(rows: list[list[int]]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int8)
+
+
 def _is_prime(n: int) -> bool:
     return n > 1 and all(n % d for d in range(2, int(n**0.5) + 1))
 
 
 def _residues(q: int) -> Tensor:
     """[q, q] of whether the difference of row and column is a square modulo q: 1, -1, and 0 on the diagonal."""
-    character = torch.full((q,), -1.0, dtype=torch.float64)
+    character = torch.full((q,), -1, dtype=torch.int8)
     character[torch.arange(1, q) ** 2 % q] = 1
     character[0] = 0
     numbers = torch.arange(q)
@@ -120,7 +124,7 @@ class Phi(nn.Module):
         matrix = hadamard(len(mean))
         assert matrix is not None
         self.mean.copy_(mean)
-        self.turn.copy_(axes @ matrix.mT / len(mean) ** 0.5 / scale)
+        self.turn.copy_(axes @ matrix.mT.double() / len(mean) ** 0.5 / scale)
         if dist.is_available() and dist.is_initialized():
             for buffer in (self.mean, self.turn):  # processors of another kind may find other eigenvectors
                 dist.broadcast(buffer, 0)

@@ -1,7 +1,7 @@
 """Recipes: the options behind each number of the paper's tables, and the user's own files of options.
 
-Three tables hold them, YAML files of this folder: `imagenet` and `cifar100` for `dtokd train` (docs/recipes.md), `coco`
-for `dtokd detect` (docs/detect.md). A table has options in four parts:
+Tables hold them, YAML files of this folder: `imagenet`, `cifar100` and `dinov3` for `dtokd train` (docs/recipes.md),
+`coco` and `coco_dinov3` for `dtokd detect` (docs/detect.md). A table has options in four parts:
 
 - `base`: of all its recipes;
 - `pairs`: of a teacher and a student, named TEACHER-STUDENT, or STUDENT where all students have the same teacher;
@@ -10,7 +10,7 @@ for `dtokd detect` (docs/detect.md). A table has options in four parts:
 
 The recipe `TABLE/PAIR/VARIANT` has the options of base, pair and variant, of which the later ones win; `{teacher}` and
 `{student}` in them stand for the two names of the pair. `python -m dtokd.recipes` prints all recipes with the paper's
-numbers, which the table's part `paper` holds.
+numbers, which the table's part `paper` holds, if there are any.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def load(source: str | Path) -> dict[str, Any]:
 def markdown(table: str) -> str:
     """The recipes of a table and the paper's numbers: what `docs/recipes.md` and `docs/detect.md` show."""
     parts = tables()[table]
-    paper, variants = parts["paper"], list(parts["variants"])
+    paper, variants = parts.get("paper", {}), list(parts["variants"])
     lines = [
         f"| `{table}/` | " + " | ".join(f"`/{name}`" for name in variants) + " |",
         "|---" * (len(variants) + 1) + "|",
     ]
     for pair in parts["pairs"]:
-        cells = [str(paper[pair].get(name, "")) for name in variants]
+        cells = [str(paper.get(pair, {}).get(name, "")) for name in variants]
         lines.append(f"| `{pair}` | " + " | ".join(cells) + " |")
     if "alone" in parts:
         lines += ["", "| recipe | paper |", "|---|---|"]
