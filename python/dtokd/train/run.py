@@ -220,15 +220,14 @@ def fit(
             )
         with world.agreed():
             at = state.restore(engine, loaders, *found) if found else Position(0)
+            if not found:
+                engine.estimate(loaders.train)
         columns = columns_of(("task", *task.distill_loss_weights))
         if not world.first_does(lambda: run.begin(options, found, columns, progress.say)):
             at = replace(at, best=None, history="", students={})
         if card is not None:
             text = as_json(card, indent=2) + "\n"
             world.first_does(lambda: write_text(run.path / CARD, text))
-        if found is None:
-            with world.agreed():
-                engine.estimate(loaders.train)
         anew, found = found is None, None  # its tensors need no room any more
         collected = _Collected()
         board = None
