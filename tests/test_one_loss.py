@@ -1,4 +1,4 @@
-"""`BalancedLoss`: the gradient of its one loss is that of the optimizers' one-pass steps, in a loop that knows nothing."""
+"""`BalancedLoss`: the gradient of its one loss is that of the optimizers' one-pass steps, in a loop for one loss."""
 
 import pickle
 

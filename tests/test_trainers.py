@@ -1,68 +1,31 @@
 """The examples' trainers against plain loops: the same parameters and the same reported norms after some steps."""
 
 import contextlib
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.nn.utils import clip_grad_norm_
-from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import dtokd_kernels as dk
-from dtokd_kernels.sources import Feature
-from dtokd_kernels.weighting import Share
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from . import trainers
+from .ranks.pool import Pool
+from .trainers import BATCH, CLIP, EPOCHS, LR, data, example, logged, shares, student, teacher
+
 #: Trainers warn of much; a gradient set that nobody has cleared is an error.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.filterwarnings("error:DTO")]
-SAMPLES, BATCH, EPOCHS, CLIP, LR = 40, 8, 2, 0.1, 1e-2  # five micro-batches: the last step of an epoch has one
-
-
-def example(name):
-    """An example as a module."""
-    path = EXAMPLES / f"{name}_kd.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def data():
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(SAMPLES, 6, generator=generator)
-    return inputs, torch.randint(4, (SAMPLES,), generator=generator)
-
-
-class Net(nn.Module):
-    """Its forward takes anything, as those of Hugging Face's models."""
-
-    def __init__(self, seed, width):
-        super().__init__()
-        torch.manual_seed(seed)
-        self.body = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 4))
-
-    def forward(self, inputs, **_):
-        return self.body(inputs)
-
-
-def student():
-    return Net(0, 8)
-
-
-def teacher():
-    return Net(7, 16).eval().requires_grad_(False)
-
-
-def shares():
-    return dk.BalancedLoss(Share({"task": 0.3, "distill": 0.7}, beta=0.9), gram=Feature())
 
 
 def plain(
-    losses_of, backward, model, optimizer, accumulate=2, precision=None, divide_by_all=False, teach_in_autocast=False
+    backward,
+    optimizer,
+    model,
+    accumulate=2,
+    precision=None,
+    divide_by_all=False,
+    teach_in_autocast=False,
+    scaler=None,
 ):
     """A loop that one can see through.
 
@@ -74,7 +37,7 @@ def plain(
     Returns:
         The norms of the gradients before clipping, one for each step.
     """
-    taught, norms = teacher(), []
+    losses_of, taught, norms = example("pytorch").losses_of, teacher(), []
     for _ in range(EPOCHS):
         batches = list(DataLoader(TensorDataset(*data()), batch_size=BATCH))
         for begin in range(0, len(batches), accumulate):
@@ -86,85 +49,70 @@ def plain(
                 losses = losses_of(logits, taught(inputs) if target is None else target, labels)
                 backward(losses, logits, 1 / (accumulate if divide_by_all else len(window)))
             if isinstance(optimizer, dk.DTOAdamW):
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
                 norms.append(optimizer.balance.norm.item())
             else:
                 norms.append(clip_grad_norm_(model.parameters(), CLIP).item())
                 optimizer.step()
             optimizer.zero_grad()
+    assert min(norms) > CLIP
     return norms
 
 
-def assert_same(actual, expected, allowed=0.0):
-    for (name, p), q in zip(actual.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=allowed, atol=allowed, msg=lambda text, name=name: f"{name}: {text}")
+def plain_one_loss(accumulate=2, fused=False, **options):
+    """The student and the norms of a loop with AdamW on one loss."""
+    model, balanced = student(), shares()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, fused=fused, weight_decay=0.0 if fused else 0.01)
+
+    def backward(losses, logits, share):
+        (balanced(losses, features=logits) * share).backward()
+
+    return model, plain(backward, optimizer, model, accumulate, **options)
+
+
+def plain_sets(accumulate=2, precision=None):
+    """The student and the norms of a loop with DTOAdamW; in float16 with a GradScaler."""
+    model, scaler = student(), fp16_scaler(precision is torch.float16)
+    optimizer = dk.DTOAdamW(model.parameters(), lr=LR, max_norm=CLIP)
+
+    def backward(losses, logits, share):
+        optimizer.backward(losses, share=share, scaler=scaler)
+
+    return model, plain(backward, optimizer, model, accumulate, precision, True, True, scaler)
+
+
+def fp16_scaler(enabled):
+    return torch.amp.GradScaler("cpu", init_scale=2.0**12, enabled=enabled)
+
+
+def assert_same(actual, expected):
+    for p, q in zip(actual, expected, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
         assert p.grad is None
-
-
-def one_loss(balanced):
-    return lambda losses, logits, share: (balanced(losses, features=logits) * share).backward()
-
-
-# ---- Hugging Face's Trainer ------------------------------------------------------------------------
-
-
-def trainer_of(tmp_path, kind, accumulate=2, callbacks=(), **options):
-    transformers = pytest.importorskip("transformers")
-    module = example("transformers")
-
-    class InOrder(kind or module.DistillationTrainer):
-        def _get_train_sampler(self, *_):
-            return SequentialSampler(self.train_dataset)
-
-    settings = {
-        "num_train_epochs": EPOCHS,
-        "save_strategy": "no",
-        "per_device_train_batch_size": BATCH,
-        "gradient_accumulation_steps": accumulate,
-        "learning_rate": LR,
-        "max_grad_norm": CLIP,
-        "lr_scheduler_type": "constant",
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-    }
-    arguments = transformers.TrainingArguments(str(tmp_path), **{**settings, **options})
-    more = {} if kind else {"teacher": teacher(), "balanced": shares()}
-    points = module.Points(*data())
-    made = InOrder(student(), arguments, train_dataset=points, eval_dataset=points, callbacks=list(callbacks), **more)
-    return module, made
-
-
-def logged(trainer, name):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("precision", [None, torch.bfloat16], ids=["float32", "bf16"])
 def test_hugging_face(tmp_path, accumulate, precision):
     """Also the clipping, the norm in the log, and the division of a loss whose model takes any argument."""
-    module, trainer = trainer_of(tmp_path, None, accumulate, bf16=precision is not None)
+    pytest.importorskip("transformers")
+    _, trainer = trainers.hugging_face(tmp_path, accumulate, bf16=precision is not None)
     trainer.train()
-    expected = student()
-    optimizer = torch.optim.AdamW(expected.parameters(), lr=LR, fused=True, weight_decay=0.0)
-    norms = plain(module.losses_of, one_loss(shares()), expected, optimizer, accumulate, precision)
-    assert min(norms) > CLIP
+    expected, norms = plain_one_loss(accumulate, fused=True, precision=precision)
     assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-6)
-    assert_same(trainer.model, expected, 1e-7)
+    assert_same(trainer.model.parameters(), expected.parameters())
 
 
 def test_hugging_face_evaluates_and_resumes(tmp_path):
     """Evaluation is the sum of the losses; a run that goes on from a checkpoint has the averages of the balance."""
-    module, whole = trainer_of(tmp_path / "whole", None, eval_strategy="steps", eval_steps=2)
+    pytest.importorskip("transformers")
+    module, whole = trainers.hugging_face(tmp_path / "whole", eval_strategy="steps", eval_steps=2)
     whole.train()
     assert len(logged(whole, "eval_loss")) == 3
-    _, cut = trainer_of(tmp_path / "cut", None, max_steps=4, save_strategy="steps", save_steps=4)
+    _, cut = trainers.hugging_face(tmp_path / "cut", max_steps=4, save_strategy="steps", save_steps=4)
     cut.train()
-    _, resumed = trainer_of(tmp_path / "cut", None)
+    _, resumed = trainers.hugging_face(tmp_path / "cut")
     resumed.train(resume_from_checkpoint=True)
     for p, q in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -174,37 +122,14 @@ def test_hugging_face_evaluates_and_resumes(tmp_path):
     assert whole.evaluate()["eval_loss"] == pytest.approx(float(sum(losses.values())), rel=1e-6)
 
 
-# ---- Accelerate ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_accelerate(precision, tmp_path):
-    accelerate = pytest.importorskip("accelerate")
-    module = example("accelerate")
-    accelerate.state.AcceleratorState._reset_state(True)
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2, mixed_precision=precision)
-    model, balanced, taught = student(), shares(), teacher()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
-    loader = DataLoader(TensorDataset(*data()), batch_size=BATCH)
-    accelerator.register_for_checkpointing(balanced)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    norms = []
-    for _ in range(EPOCHS):
-        for inputs, labels in loader:
-            with accelerator.accumulate(model):
-                logits = model(inputs)
-                losses = module.losses_of(logits, taught(inputs), labels)
-                accelerator.backward(balanced(losses, features=logits, scaler=accelerator.scaler))
-                if accelerator.sync_gradients:
-                    norms.append(accelerator.clip_grad_norm_(model.parameters(), CLIP).item())
-                optimizer.step()
-                optimizer.zero_grad()
-    expected = student()
-    reference = torch.optim.AdamW(expected.parameters(), lr=LR)
+    pytest.importorskip("accelerate")
+    accelerator, model, balanced, norms = trainers.accelerated(precision)
     dtype = torch.bfloat16 if precision == "bf16" else None
-    found = plain(module.losses_of, one_loss(shares()), expected, reference, precision=dtype, divide_by_all=True)
+    expected, found = plain_one_loss(precision=dtype, divide_by_all=True)
     assert norms == pytest.approx(found, rel=1e-6)
-    assert_same(accelerator.unwrap_model(model), expected, 1e-7)
+    assert_same(model.parameters(), expected.parameters())
 
     accelerator.save_state(tmp_path)
     memory = balanced.state_dict()["weighting"]["norms"].clone()
@@ -214,58 +139,18 @@ def test_accelerate(precision, tmp_path):
     assert torch.equal(balanced.state_dict()["weighting"]["norms"], memory)
 
 
-# ---- Lightning -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16], ids=["float32", "bf16", "fp16"])
 def test_lightning(precision, accumulate):
     """In float16 with a GradScaler, as on a GPU: on a CPU Lightning would take bfloat16 in its place."""
     lightning = pytest.importorskip("lightning")
-    module = example("lightning")
-    norms = []
-
-    class Observed(module.Distillation):
-        def configure_optimizers(self):
-            return dk.DTOAdamW(self.student.parameters(), lr=LR)
-
-        def on_train_batch_end(self, *_):
-            super().on_train_batch_end()
-            norm = self.optimizers(use_pl_optimizer=False).balance
-            if norm is not None and len(norms) < self.trainer.global_step:
-                norms.append(norm.norm.item())
-                assert self.trainer.callback_metrics["grad_norm"].item() == pytest.approx(norms[-1])
-
     options = {"precision": "bf16-mixed"} if precision is torch.bfloat16 else {}
     if precision is torch.float16:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
-        options = {"plugins": lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", scaler)}
-    distillation = Observed(teacher(), student())
-    lightning.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=CLIP,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **options,
-    ).fit(distillation, DataLoader(TensorDataset(*data()), batch_size=BATCH))
-    expected = student()
-    optimizer = dk.DTOAdamW(expected.parameters(), lr=LR, max_norm=CLIP)
-
-    def backward(losses, logits, share):
-        optimizer.backward(losses, share=share)
-
-    def losses_of(logits, target, labels):
-        return example("accelerate").losses_of(logits, target, labels)
-
-    found = plain(losses_of, backward, expected, optimizer, accumulate, precision, divide_by_all=True, teach_in_autocast=True)
+        options = {"plugins": lightning.pytorch.plugins.MixedPrecision("16-mixed", "cpu", fp16_scaler(True))}
+    model, norms = trainers.fitted(accumulate, **options)
+    expected, found = plain_sets(accumulate, precision=precision)
     assert norms == pytest.approx(found, rel=1e-5)
-    assert min(found) > CLIP
-    # float16 rounds the scaled gradients at other places
-    assert_same(distillation.student, expected, 1e-3 if precision is torch.float16 else 1e-6)
+    assert_same(model.parameters(), expected.parameters())
 
 
 def test_lightning_clips_by_the_norm_alone():
@@ -273,3 +158,25 @@ def test_lightning_clips_by_the_norm_alone():
     module = example("lightning").Distillation(teacher(), student())
     with pytest.raises(ValueError, match="pass gradient_clip_algorithm='norm'"):
         module.configure_gradient_clipping(None, 1.0, "value")
+
+
+def test_two_processes_are_one_on_the_whole_batch(tmp_path):
+    """Each trainer's own DDP, as torchrun starts it."""
+    for package in ("lightning", "accelerate", "transformers"):
+        pytest.importorskip(package)
+    pool = Pool(2, 120)
+    try:
+        answers = {
+            name: pool.run(trainers.on_ranks, name, str(tmp_path))
+            for name in ("lightning", "accelerate", "transformers")
+        }
+    finally:
+        pool.close()
+    for name, ((first, norms), (second, others)) in answers.items():
+        alone = {"lightning": plain_sets, "accelerate": plain_one_loss, "transformers": plain_one_loss}[name]
+        expected, found = alone(1, **({"fused": True} if name == "transformers" else {}))
+        assert all(map(torch.equal, first, second)), name
+        assert norms == pytest.approx(found, rel=1e-5), name
+        assert name == "transformers" or others == norms  # it logs in the first process
+        for p, q in zip(first, expected.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
