@@ -7,6 +7,9 @@ import pytest
 import torch
 import transformers
 from dtokd.cli import main
+from dtokd.detect import build
+from dtokd.objectives.cache import TeacherCache
+from dtokd.objectives.teacher import Teacher
 from dtokd.train.checkpoint import load_checkpoint
 from dtokd.train.rundir import RunDir
 from safetensors.torch import load_file, save_file
@@ -199,3 +202,58 @@ def test_run_names_its_classes(coco, tmp_path):
     assert (card["architecture"], card["num_classes"]) == ("fcos:test_resnet", len(ids))
     assert card["input"]["img_size"] == 48
     assert len(card["input"]["mean"]) == 3
+
+
+CACHED = {
+    "dense": "fcos --square",
+    "surest places, padded batches": "fcos --kd-cache-topk 30 --crop --color-jitter 0.3",
+    "queries": "vidt --kd-balance dto --opt dtoadamw",
+    "surest queries": "vidt --kd-cache-topk 4 --workers 2",
+}
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("case", CACHED)
+def test_a_teacher_is_asked_for_the_same_numbers_or_not_at_all(coco, tmp_path, monkeypatch, capsys, request, case):
+    """While a cache is written and from it without a teacher the same bits; and live, where all is kept."""
+    kind, *more = CACHED[case].split()
+    options = [*common(coco, tmp_path), *distilling(kind, request.getfixturevalue(f"{kind}_teacher"))]
+    options += ["--val-split", "", "--pictures", "0", "--kd-distill-type", "prediction", *more]
+    options += ["--kd-cache-teacher", str(tmp_path / "cache"), "--kd-cache-views", "2"]
+
+    def student(name):
+        assert main(["detect", *options, "--experiment", name]) == 0
+        return load_file(tmp_path / name / "student-last.safetensors")
+
+    runs = []
+    if "--kd-cache-topk" not in more:
+        with monkeypatch.context() as patch:
+            live = lambda self, teacher, images, *_: (teacher(images, self.taps), None)  # noqa: E731
+            patch.setattr(TeacherCache, "__call__", live)
+            runs.append(student("live"))
+    runs.append(student("written"))
+    capsys.readouterr()
+
+    def refuse(*args, **keywords):
+        raise AssertionError("the teacher was loaded or ran though its outputs are on disk")
+
+    monkeypatch.setattr(build, "make_teacher", refuse)
+    monkeypatch.setattr(Teacher, "__call__", refuse)
+    runs.append(student("read"))
+    assert "16 of 16 rows are there; the teacher is not needed" in capsys.readouterr().out
+    for run in runs[1:]:
+        assert all(torch.equal(runs[0][key], run[key]) for key in run)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("", "feature maps and tokens take too much room"),
+        ("--kd-distill-type prediction", "as many as --kd-cache-topk says; pass it (1000, for example), or --square"),
+    ],
+)
+def test_what_a_cache_cannot_serve(coco, tmp_path, capsys, fcos_teacher, texts, message):
+    options = [*common(coco, tmp_path), *distilling("fcos", fcos_teacher), *texts.split()]
+    assert main(["detect", *options, "--kd-cache-teacher", str(tmp_path / "cache")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()

@@ -160,8 +160,8 @@ def test_a_teacher_is_asked_for_the_same_numbers_or_not_at_all(digits, teacher, 
     assert "128 of 128 rows are there; the teacher is not needed" in capsys.readouterr().out
     for other in (written, read):
         assert all(torch.equal(live[key], other[key]) for key in live)
-    student("half", "--kd-distill-type", "logit")  # reads less than there is
-    student("longer", "--epochs", "3")  # the third epoch is the first one's view
+    # reads less than there is; the third epoch is the first one's view
+    student("longer", "--kd-distill-type", "logit", "--epochs", "3")
 
 
 def test_killed_and_stopped_runs_go_on(digits, teacher, tmp_path, monkeypatch):

@@ -188,6 +188,11 @@ class OnDevice:
     def __init__(self, loader: DataLoader[Any] | Batches, device: torch.device) -> None:
         self.loader, self.device = loader, device
 
+    @property
+    def sampler(self) -> Any:
+        """Of the loader; it may be told the epoch."""
+        return self.loader.sampler
+
     def __len__(self) -> int:
         return len(self.loader)
 
