@@ -1,4 +1,4 @@
-"""The command line: `dtokd train`, `detect`, `eval`, `report`, `compare`, `demo`, `doctor`."""
+"""The command line: `dtokd train`, `detect`, `eval`, `predict`, `export`, `report`, `compare`, `demo`, `doctor`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .compare import options as compare_options
 from .detect import options as detect_options
 from .errors import Diverged, ToldElsewhere, UsageError
 from .train import options as train_options
-from .values import NATURAL, Parser, parser_of, path
+from .train.absent import ABSENT
+from .values import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, Parser, parser_of, path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,12 +33,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command in ("train", "compare", "detect"):
             options = train_options.parse(commands[command], argv[1:])
+        elif command is not None:
+            options = commands[command].parse_args(argv[1:])
         else:
             options = parser.parse_args(argv)
+        if command == "completion":
+            return _complete(parser, options.shell)
         from .files import writing
 
         option = "run_dir" if command in ("report", "eval") else "--output"
-        with writing(getattr(options, option.strip("-"), "a file"), option):
+        with writing(getattr(options, option.strip("-"), None) or "a file", option):
             return _run(command, options)
     except ToldElsewhere:
         return 2
@@ -78,10 +83,17 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
         evaluate(options, vars(parser_of(train_options).parse_args([])))
         return 0
     if command == "report":
-        from .report.page import write_report
+        from .report.several import run as report
 
-        print(write_report(options.run_dir))
-        return 0
+        return report(options)
+    if command == "predict":
+        from .predict import run as predict
+
+        return predict(options)
+    if command == "export":
+        from .export import run as export
+
+        return export(options)
     if command == "doctor":
         from .doctor import run as doctor
 
@@ -93,25 +105,32 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(prog="dtokd", description="Distillation with DTO-KD's balanced step.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="of this package, torch and timm")
     commands = parser.add_subparsers(dest="command", required=True)
-    shown: Any = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     for name, module, text in (
         ("train", train_options, "distil any timm student from any timm teacher"),
         ("detect", detect_options, "distil a detector on data in COCO's format"),
         ("compare", compare_options, "is distillation helping, with which rule, and is the difference real?"),
     ):
-        module.add_arguments(commands.add_parser(name, help=text, allow_abbrev=False, **shown))
-    evaluation = commands.add_parser("eval", help="a student's accuracy", argument_default=None, allow_abbrev=False)
+        usage = "%(prog)s [DIR] [OPTION ...]"  # instead of a page of options, which follow with their texts
+        module.add_arguments(commands.add_parser(name, help=text, absent=ABSENT, usage=usage))
+    # no defaults in its help, as the run has them
+    evaluation = commands.add_parser("eval", help="a student's accuracy", formatter_class=argparse.HelpFormatter)
     evaluation.add_argument("run_dir", nargs="?", type=path, help="of dtokd train: its student and its options")
     evaluation.add_argument("--checkpoint", type=path, metavar="FILE", help="other weights than the run's best")
     _add_evaluation(evaluation)
-    report = commands.add_parser("report", help="write a run directory's report.html anew")
-    report.add_argument("run_dir", type=path, help="of dtokd train")
+    _add_predict(commands.add_parser("predict", help="labels or boxes of images, by a run's student"))
+    _add_export(commands.add_parser("export", help="a run's student for timm, torch.export or ONNX"))
+    report = commands.add_parser("report", help="write a run's report.html anew, or one page on several runs")
+    report.add_argument("run_dir", type=path, nargs="+", help="of dtokd train or dtokd detect")
+    report.add_argument("--baseline", type=path, metavar="RUN", help="of the same student without a teacher")
+    report.add_argument("--output", type=path, metavar="FILE", help="of the page on several runs (default: runs.html)")
     commands.add_parser("doctor", help="what was built, what is chosen, and why")
+    completion = commands.add_parser("completion", help="a shell's completion of these commands and their options")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="whose script is printed")
     demo = commands.add_parser(
         "demo",
         help="distil a small student on real digits in a few minutes and compare the ways to combine its losses",
-        **shown,
     )
     demo.add_argument("--output", type=path, default=Path("runs/demo"), help="directory for the results")
     demo.add_argument("--seeds", type=NATURAL, nargs="+", default=[0], metavar="N", help="each student with each")
@@ -125,6 +144,68 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     return parser, commands.choices
 
 
+class _Version(argparse.Action):
+    """Without importing torch, which takes seconds."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        from importlib.metadata import PackageNotFoundError, version
+
+        def of(package: str) -> str:
+            try:
+                return version(package)
+            except PackageNotFoundError:
+                return "not installed"
+
+        print(f"dtokd {of('dtokd-kernels')}, torch {of('torch')}, timm {of('timm')}")
+        parser.exit()
+
+
+def _complete(parser: Parser, shell: str) -> int:
+    try:
+        import shtab
+    except ImportError:
+        raise UsageError(
+            "dtokd completion: the package shtab is not installed; pip install 'dtokd-kernels[completion]'"
+        ) from None
+    print(shtab.complete(parser, shell=shell))
+    return 0
+
+
+def _add_predict(parser: Parser) -> None:
+    add = parser.add_argument
+    add("run_dir", type=path, help="of dtokd train or dtokd detect")
+    add("paths", type=path, nargs="+", help="images, and folders of images")
+    add("--output", type=path, metavar="DIR", help="for predictions.json and pictures; default: neither")
+    add("--checkpoint", type=path, metavar="FILE", help="other weights than the run's best")
+    add("--top", type=COUNT, default=5, metavar="N", help="labels of each image, of a classifier")
+    add("--threshold", type=FRACTION, default=0.3, metavar="P", help="the lowest score of a box, of a detector")
+    add("-b", "--batch-size", type=COUNT, default=16, metavar="N")
+    add("-j", "--workers", type=NATURAL, default=0, metavar="N", help="processes that load images")
+    add("--device", default="cuda", help="falls back to cpu where torch has no GPU")
+
+
+def _add_export(parser: Parser) -> None:
+    add = parser.add_argument
+    add("run_dir", type=path, help="of dtokd train")
+    add(
+        "--format",
+        choices=["timm", "torch", "onnx"],
+        default="timm",
+        help="timm: a folder as timm's hub has it; torch: a program of torch.export; onnx: an ONNX model",
+    )
+    add("--output", type=path, metavar="DIR", help="default: export/FORMAT in the run's directory")
+    add("--checkpoint", type=path, metavar="FILE", help="other weights than the run's best")
+    add("--data-dir", type=path, metavar="DIR", help="where the run's validation images are now; default: as they were")
+    add("--images", type=COUNT, default=16, metavar="N", help="validation images to compare on")
+    add(
+        "--tolerance",
+        type=NOT_NEGATIVE,
+        default=1e-4,
+        metavar="X",
+        help="largest difference of an output to the run's own, in parts of the largest output",
+    )
+
+
 #: Options of `dtokd train` that `dtokd eval` has too.
 _OF_EVALUATION = (
     *("data_dir", "dataset", "val_split", "dataset_download", "class_map", "on_bad_image", "workers", "batch_size"),
@@ -136,6 +217,6 @@ _OF_EVALUATION = (
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     """What is not given comes from the run, or has the default of `dtokd train`."""
     for action in parser_of(train_options)._actions:
-        if action.dest in _OF_EVALUATION:
+        if action.dest in _OF_EVALUATION and action.option_strings:
             action.default = None
             parser._add_action(action)

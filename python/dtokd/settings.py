@@ -33,7 +33,7 @@ def settings_of(run: Path, command: str) -> dict[str, Any]:
         raise UsageError(f"{command}: {file} does not hold the options of dtokd train or dtokd detect")
     settings = {}
     for action in parser_of(detect_options if "annotations" in held else train_options)._actions:
-        if action.dest not in ("help", "config"):
+        if action.option_strings and action.dest not in ("help", "config"):
             where = f"{command}: {file}: {action.dest}"
             settings[action.dest] = (
                 train_options.read_value(action, held[action.dest], where) if action.dest in held else action.default

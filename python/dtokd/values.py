@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
+import difflib
 import math
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,12 +20,73 @@ LONGEST = 200
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the list of all options."""
+    """An argument parser whose errors are one line, without the list of all options, and whose help shows defaults.
+
+    Attributes:
+        absent: options of a program that users come from, and what to do instead, for the errors.
+    """
+
+    def __init__(self, *arguments: Any, absent: Mapping[str, str] | None = None, **more: Any) -> None:
+        super().__init__(*arguments, **{"formatter_class": Help, "allow_abbrev": False, **more})
+        self.absent = absent or {}
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; its error of an option that does not exist names the nearest one, or what stands for it."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self._refuse(unknown)
+        return options
+
+    def _refuse(self, words: Sequence[str]) -> NoReturn:
+        word = next((word for word in words if word.startswith("-")), words[0])
+        option = word.partition("=")[0]
+        if option in self.absent:
+            self.error(f"{option} is an option of timm's train.py that is not here: {self.absent[option]}")
+        known = [text for action in self._actions for text in action.option_strings]
+        close = difflib.get_close_matches(option.replace("_", "-"), known, n=1) if option.startswith("--") else []
+        hint = f"did you mean {close[0]}?" if close else f"{self.prog} --help lists the options"
+        self.error(f"unrecognized arguments: {' '.join(words)}; {hint}")
 
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""
-        hint = f"; {self.prog} --help lists the options" if message.startswith("unrecognized") else ""
-        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}{hint}\n")
+        found = re.fullmatch(r"argument (\w+): invalid choice: '(.*)' \(choose from (.*)\)", message)
+        if found:  # of a command
+            choices = [choice.strip(" '") for choice in found[3].split(",")]
+            close = difflib.get_close_matches(found[2], choices, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(choices)}"
+            message = f"there is no command {found[2]!r}; {hint}"
+        self.exit(2, f"{self.prog}: error: {message.removeprefix('argument ')}\n")
+
+
+class Help(argparse.HelpFormatter):
+    """Shows every option's default, unless its help does already, or it is required."""
+
+    def _format_action(self, action: argparse.Action) -> str:
+        if not action.help:
+            action = copy.copy(action)
+            action.help = "%(default)s"  # argparse shows nothing for an empty one
+            action.help = self._get_help_string(action)
+        return super()._format_action(action)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = "" if action.help == "%(default)s" else action.help or ""
+        shown = action.option_strings and (action.nargs != 0 or action.default is True)
+        if not shown or "default:" in text or "default)" in text or action.default is argparse.SUPPRESS:
+            return text
+        return f"{text} (default: {_shown(action.default)})".strip()
+
+
+def _shown(default: Any) -> str:
+    """A default as it would be written, without argparse's signs."""
+    if default is None or default == "" or default == {} or default == []:
+        return "none"
+    if default is True:
+        return "on"
+    many = isinstance(default, (list, tuple))
+    text = " ".join(
+        f"{value:.4g}" if isinstance(value, float) else str(value) for value in (default if many else [default])
+    )
+    return text.replace("%", "%%")
 
 
 class Number:

@@ -22,12 +22,14 @@ ARMS = (
     "dto",
 )
 #: Options of the comparison, which a run of it does not have.
-OWN = ("arms", "seeds", "schedule_share", "judge_split", "jobs", "dry_run")
+OWN = ("arms", "seeds", "schedule_share", "judge_split", "jobs")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all options of `dtokd compare`."""
     shared.add_arguments(parser)
+    dry_run = next(action for action in parser._actions if action.dest == "dry_run")
+    dry_run.help = "tell which runs there are and how long they take, and train none"
     group = parser.add_argument_group(
         "comparison", "--experiment names its folder (default: compare); --seed, --data-seed and --resume are set by it"
     )
@@ -57,4 +59,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a split that judges the arms, which --val-split chooses among; default: --val-split does both",
     )
     add("--jobs", type=COUNT, metavar="N", help="runs at a time, in processes of their own; default: one per GPU")
-    add("--dry-run", action="store_true", help="tell which runs there are and how long they take, and train none")

@@ -16,7 +16,7 @@ from .. import identity
 from ..errors import UsageError
 from ..files import as_json, write_text
 from ..objectives.teacher import as_list, resolve_teachers
-from ..report.page import read_columns
+from ..report.columns import read_columns
 from ..texts import parse_json
 from ..train import data, heldout, optimizer
 from ..train.options import OUTSIDE, flag, plain
@@ -228,6 +228,7 @@ def _change(kind: str, key: str, before: Any, now: Any) -> str:
 def _shortened(options: argparse.Namespace) -> argparse.Namespace:
     """Without the comparison's own options; epochs are those of the shorter schedule."""
     own = argparse.Namespace(**{key: value for key, value in vars(options).items() if key not in OWN})
+    own.dry_run = False  # of a run
     share = options.schedule_share
     if share < 1:
         own.epochs = max(1, round(share * own.epochs))

@@ -74,7 +74,7 @@ def compare_steps(options: argparse.Namespace, steps: int) -> Agreement:
     progress = Progress(options.epochs)
     progress.console.quiet = True
     with TemporaryDirectory() as folder:
-        task, loaders, device, _ = prepare(options, RunDir(Path(folder)), World(), progress)
+        task, loaders, device, *_ = prepare(options, RunDir(Path(folder)), World(), progress)
     twin = copy.deepcopy(task)
     sides = [(task, make_stepper(options, task, device)), (twin, make_stepper(options, twin, device))]
     fused = dk.backend_info()["chosen for cpu"].split()[0]

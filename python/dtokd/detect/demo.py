@@ -21,7 +21,8 @@ from torch import Tensor
 from ..compare.page import mean_curve
 from ..files import write_tensors, write_text
 from ..report.chart import line_chart
-from ..report.page import document, pictures, read_columns, table
+from ..report.columns import read_columns
+from ..report.page import document, pictures, table
 from ..train.options import parse
 from ..train.progress import Progress
 from ..train.rundir import write_rows

@@ -28,6 +28,7 @@ class CocoEvaluator:
         self._numbers = {image: number for number, image in enumerate(annotations.image_ids)}
         self._rows: list[np.ndarray[Any, Any]] = []
         self._seen: set[int | str] = set()
+        self._per_class: list[float | None] = []
 
     def update(self, detections: Detections, targets: list[Target]) -> None:
         """Boxes go back to the pixels of the files. An image that comes twice counts once.
@@ -60,8 +61,16 @@ class CocoEvaluator:
             judged.evaluate()
             judged.accumulate()
             judged.summarize()
+        precision = judged.eval["precision"][:, :, :, 0, -1]  # [thresholds, recalls, classes] of all sizes
+        self._per_class = [float(p[p > -1].mean()) if (p > -1).any() else None for p in np.moveaxis(precision, 2, 0)]
         values = {name: float(v) for name, v in zip(METRICS, judged.stats, strict=False)}
         return {name: v if v >= 0 else float("nan") for name, v in values.items()} | errors
+
+    def details(self) -> dict[str, Any]:
+        """For `classes.json`: AP in [0, 1] and objects of each class, in the order of the labels; after `compute`."""
+        categories = self._truth.getCatIds()
+        objects = [len(self._truth.getAnnIds(catIds=[category], iscrowd=False)) for category in categories]
+        return {"ap": self._per_class or [0.0 if count else None for count in objects], "objects": objects}
 
 
 def _numbers(x: Tensor) -> np.ndarray[Any, Any]:

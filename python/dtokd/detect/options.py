@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
+    shared.add_positional(group)
     add = group.add_argument
     add("--data-dir", type=path, metavar="DIR", help="folder with a folder of images per split, and the annotations")
     add("--annotations", default="annotations/instances_{split}.json", metavar="PATTERN", help="COCO's JSON, in it")

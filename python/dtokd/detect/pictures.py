@@ -1,22 +1,22 @@
-"""Validation images with boxes: what is there, and what was found."""
+"""Images with boxes: what is there, and what was found."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
-from torchvision.utils import draw_bounding_boxes
 
 #: Detections below are not drawn.
 SURE = 0.3
 TRUTH, FOUND = "#15c26b", "#ff8c00"
-#: Small images are enlarged to about this height, so that labels can be read.
-_HEIGHT = 256
+#: Smaller images are enlarged, so that their shorter side has about as many pixels, and labels can be read.
+_SIDE = 384
 
 
 @torch.no_grad()
@@ -45,22 +45,46 @@ def draw_pictures(folder: Path, detector: Any, loader: Any, names: Sequence[str]
                 return written
             height, width = target["size"]
             path = folder / f"{quote(str(target['image_id']), safe='')}.jpg"
-            image = _draw(pixels[:, :height, :width].cpu(), target, detections, names)
-            F.to_pil_image(image).save(path, quality=85)
+            image = F.to_pil_image((pixels[:, :height, :width].cpu() * 255).round().to(torch.uint8))
+            truth = [(box, names[label]) for box, label in zip(*_lists(target, "boxes", "labels"), strict=True)]
+            rows = zip(*_lists(detections, "boxes", "labels", "scores"), strict=True)
+            sure = [(box, f"{names[label]} {score:.2f}") for box, label, score in rows if score > SURE]
+            draw(image, truth, sure).save(path, quality=85)
             written.append(path)
     return written
 
 
-def _draw(pixels: Tensor, target: dict[str, Any], found: dict[str, Tensor], names: Sequence[str]) -> Tensor:
-    scale = max(1, round(_HEIGHT / pixels.shape[1]))
-    image = (pixels * 255).round().to(torch.uint8)
-    image = F.resize(image, [pixels.shape[1] * scale, pixels.shape[2] * scale], antialias=True)
-    sure = found["scores"] > SURE
-    labels = [f"{names[c]} {s:.2f}" for c, s in zip(found["labels"][sure].tolist(), found["scores"][sure], strict=True)]
-    for boxes, colour, text in ((target["boxes"], TRUTH, None), (found["boxes"][sure], FOUND, labels)):
-        boxes = boxes.detach().cpu() * scale
-        kept = (boxes[:, 2:] > boxes[:, :2] + 1).all(1)
-        if kept.any():
-            text = None if text is None else [t for t, k in zip(text, kept.tolist(), strict=True) if k]
-            image = draw_bounding_boxes(image, boxes[kept], labels=text, colors=colour, width=2)
+def _lists(tensors: Mapping[str, Tensor], *names: str) -> list[list[Any]]:
+    return [tensors[name].detach().cpu().tolist() for name in names]
+
+
+def draw_detections(image: Any, detections: Sequence[Mapping[str, Any]]) -> Any:
+    """A copy of a Pillow image with what `dtokd predict` has found in it."""
+    return draw(image, [], [(found["box"], f"{found['label']} {found['score']:.2f}") for found in detections])
+
+
+def draw(image: Any, truth: Sequence[tuple[Sequence[float], str]], found: Sequence[tuple[Sequence[float], str]]) -> Any:
+    """A copy of a Pillow image, enlarged if it is small, with boxes and their texts.
+
+    Args:
+        image: in RGB.
+        truth: pairs of a box [x0, y0, x1, y1] in pixels and a text, in green, the text at the bottom.
+        found: likewise, in orange, the text at the top.
+    """
+    scale = max(1, round(_SIDE / min(image.size)))
+    image = image.resize((image.width * scale, image.height * scale), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(image)
+    line, size = max(2, min(image.size) // 200), max(13, min(image.size) // 28)
+    font: Any = ImageFont.load_default(size)
+    for pairs, colour, below in ((truth, TRUTH, True), (found, FOUND, False)):
+        for box, text in pairs:
+            x0, y0, x1, y1 = (value * scale for value in box)
+            if x1 <= x0 + 1 or y1 <= y0 + 1:
+                continue
+            pen.rectangle((x0, y0, x1, y1), outline=colour, width=line)
+            _, _, width, height = pen.textbbox((0, 0), text, font=font)
+            x = min(max(x0, 0), max(image.width - width - 4, 0))
+            y = min(y1, image.height - height - 4) if below else max(y0 - height - 4, 0)
+            pen.rectangle((x, y, x + width + 4, y + height + 4), fill=colour)
+            pen.text((x + 2, y + 1), text, fill="black", font=font)
     return image

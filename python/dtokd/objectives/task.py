@@ -11,7 +11,9 @@ from timm.task import TrainingTask
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
+from ..confusion import ConfusionEvaluator
 from ..errors import reason_of
+from ..stopwatch import Stopwatch
 from .base import Objective, at_bound
 from .cache import Keyed, TeacherCache, is_absent
 from .phi import PhiS
@@ -115,6 +117,7 @@ class DistillationTask(TrainingTask):
         self.task_loss_weight = task_weight
         self.distill_loss_weights = dict(weights or {o.name: 1.0 for o in objectives})
         self.caches = list(caches) or [None] * len(self.lessons)
+        self.watch = Stopwatch(self.device)  # of the teachers
         for teacher, _ in self.lessons:
             teacher.to(self.device)
 
@@ -146,7 +149,8 @@ class DistillationTask(TrainingTask):
         for (teacher, objectives), cache in zip(self.lessons, self.caches, strict=True):
             taps = merge([o.teacher for o in objectives])
             # the index is that of the student's places or queries
-            taught, index = self._teach(teacher, cache, input, taps, keys)
+            with self.watch:
+                taught, index = self._teach(teacher, cache, input, taps, keys)
             if self.training:
                 with _exact(self.device):
                     for o in objectives:
@@ -218,7 +222,7 @@ class DistillationTask(TrainingTask):
 
     def create_evaluator(self, **options: Any) -> Any:
         """What judges the student, with timm's options."""
-        return super().create_evaluator(**options) if self._evaluator is None else self._evaluator()
+        return ConfusionEvaluator(device=self.device, **options) if self._evaluator is None else self._evaluator()
 
     @torch.no_grad()
     def check(self, images: Any) -> None:

@@ -12,8 +12,11 @@ from typing import Any
 from ..errors import UsageError
 from ..metric import best_of, is_lower_better
 from ..texts import parse_json
-from ..train.rundir import read_rows
+from ..train.about import read_about
 from .chart import COLOURS, line_chart
+from .classes import classes_part, read_classes
+from .columns import read_columns
+from .conclusion import Baseline, read_baseline, sentences
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --soft: #62666d; --back: #fff; --line: #dcdfe4;
@@ -43,11 +46,12 @@ td { overflow-wrap: anywhere; } summary { cursor: pointer; margin-top: 2rem; fon
               f".legend i.s{i} {{ background: var(--s{i}); }}\n" for i in range(COLOURS))  # fmt: skip
 
 
-def write_report(run: Path) -> Path:
+def write_report(run: Path, baseline: Path | None = None) -> Path:
     """Write the page of a run directory into it.
 
     Args:
         run: what `dtokd train` wrote.
+        baseline: a run of the same student without a teacher; default: the one that the run's options name.
 
     Returns:
         Its path.
@@ -65,10 +69,15 @@ def write_report(run: Path) -> Path:
     if not epochs:
         raise UsageError(f"dtokd report: {run} has no finished epoch yet")
     environment = _read_environment(run / "environment.json")
+    about = read_about(run)
+    named = baseline or settings.get("baseline")
+    base = None if named is None else read_baseline(Path(named), "dtokd report")
     parts = [
         f"<h1>{escape(run.name)}</h1>",
-        f"<p>{_headline(settings, epochs)}</p>",
-        f'<div class="grid-of">{"".join(_charts(epochs, steps))}</div>',
+        f"<p>{' '.join([_headline(settings, epochs), *map(escape, sentences(settings, epochs, about, base))])}</p>",
+        *(f"<p>{escape(line)}</p>" for line in _known(about)),
+        f'<div class="grid-of">{"".join(_charts(epochs, steps, _beside(settings, epochs, about, base)))}</div>',
+        classes_part(read_classes(run / "classes.json")),
         pictures(run / "pictures", "Validation images, best student"),
     ]
     if names := skipped(run / "bad_images.txt"):
@@ -108,26 +117,6 @@ def pictures(folder: Path, title: str, most: int | None = None) -> str:
     )
 
 
-def read_columns(path: Path, expected: Sequence[str] = ()) -> dict[str, list[float]]:
-    """A run's CSV file of numbers, by column; a cell that is empty is NaN. Empty if there is no file.
-
-    Args:
-        path: the file.
-        expected: columns that it has in any case.
-
-    Raises:
-        UsageError: it is damaged, or another file.
-    """
-    try:
-        rows = read_rows(path)
-        columns = {key: [float(row[key] or "nan") for row in rows] for key in (rows[0] if rows else {})}
-        if rows and (absent := [name for name in expected if name not in columns]):
-            raise ValueError(f"it has no column {absent[0]!r}")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} does not hold the numbers of a run: {error}; remove what is no number") from error
-    return columns
-
-
 def _read_environment(path: Path) -> dict[str, Any]:
     try:
         held = parse_json(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -155,10 +144,37 @@ def _headline(settings: Mapping[str, Any], epochs: Mapping[str, list[float]]) ->
     metric, value = name.removeprefix("eval_"), epochs[name][best]
     if math.isnan(value):
         return escape(f"{what}. {done}; {metric} is nan in all of them, so none is the best.")
-    return escape(f"{what}. {done}; best {metric} {value:.4g} in epoch {epochs['epoch'][best] + 1:.0f}")
+    return escape(f"{what}. {done}; best {metric} {value:.4g} in epoch {epochs['epoch'][best] + 1:.0f}.")
 
 
-def _charts(epochs: Mapping[str, list[float]], steps: Mapping[str, list[float]]) -> Iterable[str]:
+def _known(about: Mapping[str, Any]) -> list[str]:
+    """Data and models."""
+    models = [part["told"] for part in (about.get("student"), *about.get("teachers", ())) if part]
+    return [line for line in ("; ".join(about.get("data", ())), "; ".join(models)) if line]
+
+
+def _beside(
+    settings: Mapping[str, Any], epochs: Mapping[str, list[float]], about: Mapping[str, Any], base: Baseline | None
+) -> dict[str, list[tuple[float, float]]]:
+    """Lines to compare the student's metric with: the baseline's, and each teacher's, the same in all epochs."""
+    metric = settings["eval_metric"]
+    lines = {}
+    if base is not None and base.prefix + metric in base.epochs:
+        values = zip(base.epochs["epoch"], base.epochs[base.prefix + metric], strict=True)
+        lines[f"baseline {base.name}: {metric}"] = [(epoch + 1, value) for epoch, value in values]
+    ends = (epochs["epoch"][0] + 1, epochs["epoch"][-1] + 1)
+    for teacher in about.get("teachers", ()):
+        value = (teacher.get("metrics") or {}).get(metric)
+        if isinstance(value, (int, float)):
+            lines[f"teacher {teacher['name']}: {metric}"] = [(end, float(value)) for end in ends]
+    return lines
+
+
+def _charts(
+    epochs: Mapping[str, list[float]],
+    steps: Mapping[str, list[float]],
+    beside: Mapping[str, list[tuple[float, float]]],
+) -> Iterable[str]:
     numbers = [value + 1 for value in epochs["epoch"]]
 
     def over_epochs(pattern: str) -> dict[str, list[tuple[float, float]]]:
@@ -176,12 +192,15 @@ def _charts(epochs: Mapping[str, list[float]], steps: Mapping[str, list[float]])
         }
 
     accuracy = {name: points for name, points in over_epochs("eval_").items() if "top" in name}
-    yield line_chart("Accuracy, validation, percent", accuracy, "epoch")
+    compared = {name: points for name, points in beside.items() if ": top" in name}
+    yield line_chart("Accuracy, validation, percent", accuracy | compared, "epoch")
     precision = {n: p for n, p in over_epochs("eval_").items() if n.removeprefix("ema_").startswith("ap")}
-    yield line_chart("COCO's average precision, validation", precision, "epoch")
+    compared = {name: points for name, points in beside.items() if ": ap" in name}
+    yield line_chart("COCO's average precision, validation", precision | compared, "epoch")
     yield line_chart("Errors: points of AP50 each kind costs (paper: Fig. 4)", over_epochs("eval_error_"), "epoch")
     losses = {f"training: {name}": points for name, points in over_epochs("train_").items()}
     losses |= {f"validation: {name}": p for name, p in over_epochs("eval_").items() if name.endswith("loss")}
+    losses |= {name: points for name, points in beside.items() if name.endswith(": loss")}
     yield line_chart("Losses", losses, "epoch")
     yield line_chart("Weights, mean over the epoch (paper: Fig. 3)", over_epochs("weight_"), "epoch")
     if steps:
@@ -204,10 +223,15 @@ def _rows(columns: Mapping[str, list[float]]) -> list[tuple[str, ...]]:
 
 
 def _details(title: str, rows: list[tuple[str, ...]]) -> str:
-    return f"<details><summary>{escape(title)}</summary>{table(rows)}</details>"
+    return fold(title, table(rows))
 
 
-def table(rows: list[tuple[str, ...]]) -> str:
+def fold(title: str, inner: str) -> str:
+    """A part of a page that a reader may open."""
+    return f"<details><summary>{escape(title)}</summary>{inner}</details>"
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
     """The first row is the head."""
     head, *body = rows
     lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]

@@ -63,6 +63,8 @@ class Engine:
         world: the processes that train together.
         lopsided: of the balanced steps, where the weighting may give all to one objective.
         held_out: sets the weights by images that are not trained on, where the weighting asks for that.
+        judged: what the last evaluation has counted.
+        teacher_seconds: that the teachers have taken in the last epoch, on their device.
     """
 
     task: TrainingTask
@@ -82,6 +84,9 @@ class Engine:
     world: World = field(default_factory=World)
     lopsided: LopsidedWeights | None = None
     held_out: HeldOutImages | None = None
+    judged: Any = None
+    teacher_seconds: float = 0.0
+    _spoken: bool = False  # a line from the first seconds on, before --log-interval iterations are done
     _row: Tensor | None = None  # of batches that were not finite, at the end of the last epoch
 
     def train_epoch(
@@ -112,6 +117,7 @@ class Engine:
         last_group = count - (count % accumulate or accumulate)  # where the last, perhaps shorter, accumulation begins
         sums = Losses(self.world, means, self._row)
         statistics = Statistics(self.task)
+        images, self.teacher_seconds, watch = 0, 0.0, getattr(self.task, "watch", None)
         with self.progress.epoch(epoch, count, begin) as shown:
             for index, (input, target) in enumerate(loader, start=begin):
                 if self.options.channels_last:
@@ -128,12 +134,17 @@ class Engine:
                     self._step()
                 losses = {"loss": result["loss"], **result["objectives"]}
                 sums.add(losses, len(input), self._skipped() if steps else None, steps=steps)
-                if (index + 1) % self.options.log_interval == 0 or index + 1 == count:
-                    shown.line(index + 1, sums.compute(), self.stepper.optimizer.param_groups[0]["lr"])
+                images += len(input) * self.world.size
+                told = (index + 1) % self.options.log_interval == 0 or index + 1 == count
+                if told or not self._spoken:
+                    self._spoken = True
+                    shown.line(index + 1, sums.compute(), self.stepper.optimizer.param_groups[0]["lr"], images)
+                    self.teacher_seconds += watch.take() if watch is not None else 0.0
+                else:
+                    shown.advance(index + 1, images)
+                if told:
                     with self.world.agreed():
                         self._check(epoch, index + 1, count, sums, statistics)
-                else:
-                    shown.advance(index + 1)
                 if (signal := self.stopped()) and steps and index + 1 < count:
                     statistics.mend()
                     raise Stopped(signal, index + 1, sums.state_dict())
@@ -208,12 +219,16 @@ class Engine:
     def evaluate(self, loader: Any, ema: bool = False) -> dict[str, float]:
         """The student on the validation split: loss, top1, top5 (percent)."""
         model = self.task.get_eval_model(ema=ema)
+        self.judged = self.make_evaluator(loader)
+        return evaluate(
+            model, loader, self.judged, self.autocast, self.options.channels_last, distributed=self.world.joined
+        )
+
+    def make_evaluator(self, loader: Any) -> Any:
+        """What judges the student, or a teacher of the same classes, on this rank's share of a loader's samples."""
         # several ranks see a sample twice where their number does not divide that of the samples
         limit = evaluation_sample_limit(loader)
-        evaluator = self.task.create_evaluator(**({} if limit is None else {"max_samples": limit}))
-        return evaluate(
-            model, loader, evaluator, self.autocast, self.options.channels_last, distributed=self.world.joined
-        )
+        return self.task.create_evaluator(**({} if limit is None else {"max_samples": limit}))
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Around the student's forward passes."""

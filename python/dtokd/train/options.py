@@ -65,13 +65,17 @@ INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("rrc", "rkrc", "rkrr")
 ERASING_MODES = ("const", "rand", "pixel")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+#: The data directory without an option before it.
+POSITIONAL = "data"
 #: Options that have a default, and that a file may switch off with null.
 NULLABLE = ("clip_grad", "lr")
-#: What does not change a run's results, or only names it: not part of an experiment's name.
+#: What does not change a run's results, or only names it.
 OUTSIDE = (
-    *("config", "output", "experiment", "resume", "workers", "log_interval", "log_tensorboard", "checkpoint_hist"),
-    "dist_timeout",
+    *("config", "output", "experiment", "resume", "workers", "log_interval", "checkpoint_hist", "dist_timeout"),
+    *("log_tensorboard", "log_wandb", "log_mlflow", "kd_eval_teacher", "baseline", "dry_run"),
 )
+#: What is no part of an experiment's name: these, and what may be another when the run goes on.
+UNNAMED = (*OUTSIDE, "epochs", "device", "on_bad_image")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,6 +105,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Where images come from: also for `dtokd eval`."""
     group = parser.add_argument_group("data")
+    add_positional(group)
     group.add_argument("--data-dir", type=path, metavar="DIR", help="folder with a folder per split, of class folders")
     group.add_argument("--dataset", default="", metavar="NAME", help="type/name, such as torch/cifar100")
     group.add_argument("--train-split", type=not_empty, default="train", metavar="NAME")
@@ -110,13 +115,18 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     add_loading(group)
 
 
+def add_positional(group: argparse._ArgumentGroup) -> None:
+    """The data directory as timm's train.py takes it; `parse` makes it --data-dir."""
+    group.add_argument(POSITIONAL, nargs="?", type=path, metavar="DIR", help="the same as --data-dir")
+
+
 def add_loading(group: argparse._ArgumentGroup) -> None:
     """How images are read; also of `dtokd detect`."""
     group.add_argument(
         "--on-bad-image",
         choices=["error", "skip"],
-        default="error",
-        help="an image that cannot be read ends the run, or the next one stands in for it",
+        default="skip",
+        help="the next image stands in for one that cannot be read, or the run ends",
     )
     group.add_argument("-j", "--workers", type=NATURAL, default=4, metavar="N", help="processes that load images")
     group.add_argument("-b", "--batch-size", type=COUNT, default=128, metavar="N")
@@ -307,6 +317,22 @@ def add_run(parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "
     group.add_argument("--eval-metric", choices=list(metrics), default=metrics[0], help="what is best")
     group.add_argument("--log-interval", type=COUNT, default=50, metavar="N", help="iterations from line to line")
     group.add_argument("--log-tensorboard", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--log-wandb", action="store_true", help="also to Weights & Biases, as the project of --output")
+    group.add_argument("--log-mlflow", action="store_true", help="also to MLflow, as the experiment of --output")
+    group.add_argument(
+        "--kd-eval-teacher",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure the teacher on the validation split before training, and warn if it knows nothing",
+    )
+    group.add_argument(
+        "--baseline", type=path, metavar="RUN", help="a run of the same student without a teacher, for the report"
+    )
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check data and options, train some iterations, tell memory and time per epoch, and write nothing",
+    )
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
@@ -320,6 +346,13 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     if given.config is not None:
         parser.set_defaults(**read_config(parser, given.config))
     options = parser.parse_args(argv)
+    positional = vars(options).pop(POSITIONAL, None)
+    if positional is not None:
+        if options.data_dir not in (None, parser.get_default("data_dir"), positional):
+            raise UsageError(
+                f"--data-dir: {options.data_dir}, but the command also names {positional}; pass one of them"
+            )
+        options.data_dir = positional
     if "kd_held_out" in options and options.kd_held_out is None:
         options.kd_held_out = HELD_OUT if options.kd_balance in LOOKING else 0.0
     check(options)
@@ -381,7 +414,7 @@ def read_config(parser: argparse.ArgumentParser, path: str | Path) -> dict[str, 
         raise UsageError(f"--config: {path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UsageError(f"--config: {error}") from error
-    actions = {action.dest: action for action in parser._actions if action.dest != "help"}
+    actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
     checked = {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
@@ -448,10 +481,10 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def experiment_name(options: argparse.Namespace) -> str:
-    """The same for the same command, so that `--resume auto` finds its run."""
+    """The same for the same command, also on another device and with more epochs: `--resume auto` finds its run."""
     import hashlib
     import json
 
-    told = {key: value for key, value in plain(options).items() if key not in OUTSIDE}
+    told = {key: value for key, value in plain(options).items() if key not in UNNAMED}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
     return f"{options.model.replace('/', '_')}-{options.kd_balance}-{digest}"

@@ -7,9 +7,10 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,25 @@ from ..errors import UsageError, reason_of
 from ..files import as_json, read_weights, write_text, writing
 from ..lopsided import REMEDY, LopsidedWeights, may_be_lopsided
 from ..metric import chosen_by, is_lower_better, replaces
-from ..monitor import CSV, BalanceLogger, Row, Sink, TensorBoard, columns_of, means_of
+from ..monitor import CSV, BalanceLogger, Row, Sink, columns_of, means_of
 from ..objectives.build import build
 from ..objectives.cache import TeacherCache
 from ..objectives.task import DistillationTask
 from ..objectives.teacher import resolve_teachers
+from ..readme import write_readme
 from ..report.page import write_report
 from . import data, heldout, state
+from .about import ABOUT, Known, find_out, lines_of, read_about
 from .checkpoint import load_run
 from .engine import Engine, Stopped
 from .found import class_names, examine
 from .images import skipped
 from .optimizer import distribute, make_stepper
 from .options import experiment_name, flag
-from .progress import Progress
+from .progress import Progress, Seldom
 from .rundir import RunDir, chained
 from .state import Position
+from .trackers import Tracker, check_installed, open_trackers
 from .world import World, join, under_torchrun
 
 #: Keeps the seeds of the epochs of neighbouring `--data-seed`s apart.
@@ -92,22 +96,24 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
             run = RunDir(options.output / (options.experiment or experiment_name(options)))
         world.first_does(lambda: stack.enter_context(run.locked()))
         with world.agreed():
-            task, loaders, device, card = prepare(options, run, world, progress)
-        return fit(options, run, task, loaders, device, progress, world, card)
+            task, loaders, device, card, known = prepare(options, run, world, progress)
+        return fit(options, run, task, loaders, device, progress, world, card, known)
 
 
 def prepare(
     options: argparse.Namespace, run: RunDir, world: World, progress: Progress
-) -> tuple[TrainingTask, data.Data, torch.device, dict[str, Any]]:
-    """What `fit` trains: the task, the loaders, their device, and what the student is, for `config.json`.
+) -> tuple[TrainingTask, data.Data, torch.device, dict[str, Any], Known]:
+    """What `fit` trains: task, loaders, their device, what the student is for `config.json`, and what else is known.
 
     Raises, Effects: as `train`, but only skipped images are noted in the run's directory.
     """
     device = world.device(options.device)
     train_images, validation_images = _open(options, run, world)
+    lines = []
     for images, split in ((train_images, options.train_split), (validation_images, options.val_split)):
         if images is not None and world.first:
-            progress.say(examine(images, split))
+            lines.append(examine(images, split))
+            progress.say(lines[-1])
     classes = data.number_of_classes(options, train_images, validation_images)
     random_seed(options.seed, world.rank)
     student: Any = make_student(options, classes).to(device)
@@ -121,7 +127,9 @@ def prepare(
     loaders = data.make_loaders(
         options, train_images, validation_images, config, student.num_classes, device, world.joined, held_out
     )
-    return _make_task(options, student, loaders, device, config["input_size"], names), loaders, device, card
+    task = _make_task(options, student, loaders, device, config["input_size"], names)
+    example = torch.zeros(1, *config["input_size"], device=device)
+    return task, loaders, device, card, Known(lines, example)
 
 
 def _open(options: argparse.Namespace, run: RunDir, world: World) -> tuple[Any, Any]:
@@ -148,6 +156,7 @@ def fit(
     progress: Progress | None = None,
     world: World | None = None,
     card: dict[str, Any] | None = None,
+    known: Known | None = None,
 ) -> Outcome:
     """What all kinds of tasks have in common: optimizer, schedule, epochs, evaluation, checkpoints, report.
 
@@ -160,10 +169,12 @@ def fit(
         progress: what the user sees.
         world: the processes that train together; default: this one alone.
         card: what the student is, for `config.json`.
+        known: what else is known, for `about.json`.
 
     Raises, Effects: as `train`.
     """
     world = world or World()
+    check_installed(options)
     if options.channels_last:
         task.to(memory_format=torch.channels_last)
     with world.agreed():
@@ -222,28 +233,35 @@ def fit(
             at = state.restore(engine, loaders, *found) if found else Position(0)
             if not found:
                 engine.estimate(loaders.train)
+        about = find_out(engine, loaders, known or Known(), read_about(run.path))
+        for line in lines_of(about, options.eval_metric):
+            progress.say(line)
         columns = columns_of(("task", *task.distill_loss_weights))
         if not world.first_does(lambda: run.begin(options, found, columns, progress.say)):
             at = replace(at, best=None, history="", students={})
-        if card is not None:
-            text = as_json(card, indent=2) + "\n"
-            world.first_does(lambda: write_text(run.path / CARD, text))
+        if world.first:
+            progress.keep_in(run.log)
+        for name, held in ((CARD, card), (ABOUT, about)):
+            if held is not None:
+                text = as_json(held, indent=2) + "\n"
+                world.first_does(partial(write_text, run.path / name, text))
         anew, found = found is None, None  # its tensors need no room any more
         collected = _Collected()
-        board = None
-        if world.first and options.log_tensorboard:
-            board = _tensorboard(run, progress, engine.updates)
-            if board is not None:
-                stack.callback(board.close)
+        with world.agreed():
+            trackers = open_trackers(run.path, options, engine.updates, progress.say) if world.first else []
+        for tracker in trackers:
+            stack.callback(tracker.close)
         if options.kd_balance != "none":
             sinks: list[Sink] = [CSV(run.steps, append=True), collected] if world.first else []
-            sinks += [sink for sink in (board, engine.lopsided) if sink is not None and world.first]
+            sinks += trackers
+            sinks += [engine.lopsided] if engine.lopsided is not None and world.first else []
             engine.log = stack.enter_context(BalanceLogger(sinks, options.log_interval, step=engine.updates))
         collected.rows = list(at.rows)
         ranks = f" of {world.size} processes" if world.joined else ""
         progress.say(f"{run.path}: {options.model}, {max(epochs - at.epoch, 0)} of {epochs} epochs, on {device}{ranks}")
         if anew:
             _save(run, engine, loaders, at)
+        seldom = Seldom()
         try:
             while at.epoch < epochs:
                 if number := engine.stopped():
@@ -251,11 +269,13 @@ def fit(
                 if not at.batches:
                     lr = stepper.optimizer.param_groups[0]["lr"]
                     at = replace(at, updates=engine.updates, lr=lr)
-                at = _epoch(run, engine, loaders, collected, at, board)
+                at = _epoch(run, engine, loaders, collected, at, trackers)
+                seldom(partial(_report, run, progress, world))
         except Stopped as stop:
             return _stop(run, engine, loaders, collected, at, stop)
         finally:
             _report(run, progress, world)
+            _tell_skipped(run, progress, world)
     name = chosen_by(options)
     if at.best is not None and math.isnan(at.best[name]):
         progress.say(f"{name} is nan in all epochs, so none is the best; {run.student} is the last one's")
@@ -265,15 +285,19 @@ def fit(
 
 
 def _report(run: RunDir, progress: Progress, world: World) -> None:
-    """At the end of a run, however it ends: what goes wrong here is told, as it must not hide why the run has ended."""
+    """The page and the model card. What goes wrong here is told: it must not end a run, nor hide why one has ended."""
     try:
         if world.first and run.summary.exists():
             write_report(run.path)
-        for line in skipped(run.bad_images):
-            progress.say(f"skipped image: {line}")
+            write_readme(run.path)
     except Exception as error:  # the disk, a file that was changed by hand
         reason = str(error) or type(error).__name__
         progress.say(f"warning: {run.report} was not written: {reason}; dtokd report {run.path} writes it later")
+
+
+def _tell_skipped(run: RunDir, progress: Progress, world: World) -> None:
+    for line in skipped(run.bad_images) if world.first else ():
+        progress.say(f"skipped image: {line}")
 
 
 def _find(
@@ -397,14 +421,6 @@ def _compile(options: argparse.Namespace, task: TrainingTask) -> None:
     task.compile(backend=options.torchcompile, mode=options.torchcompile_mode)
 
 
-def _tensorboard(run: RunDir, progress: Progress, step: int) -> TensorBoard | None:
-    try:
-        return TensorBoard(run.path / "tensorboard", first=step)
-    except ImportError as error:
-        progress.say(f"--log-tensorboard: {error}")
-        return None
-
-
 class _Collected:
     """An epoch's balanced steps."""
 
@@ -430,7 +446,7 @@ def _epoch(
     loaders: data.Data,
     collected: _Collected,
     at: Position,
-    board: TensorBoard | None,
+    trackers: Sequence[Tracker],
 ) -> Position:
     """Train, evaluate, and have it all on disk: the checkpoint last, so that it vouches for the rest."""
     options, task, epoch = engine.options, engine.task, at.epoch
@@ -444,7 +460,8 @@ def _epoch(
     start = time.monotonic()
     losses = engine.train_epoch(loaders.train, epoch, at.batches, at.means)
     _flush(engine)
-    per_iteration = (time.monotonic() - start) / max(len(loaders.train) - at.batches, 1)
+    iterations = max(len(loaders.train) - at.batches, 1)
+    per_iteration = (time.monotonic() - start) / iterations
     if engine.world.size > 1 and options.dist_bn:
         for module in state.modules(task).values():
             distribute_bn(module, engine.world.size, options.dist_bn == "reduce")
@@ -461,7 +478,13 @@ def _epoch(
     row = {"epoch": epoch} | {f"train_{name}": value for name, value in losses.items()}
     row |= {f"eval_{name}": value for name, value in metrics.items()}
     row |= {"lr": at.lr, **collected.take(), "iteration_seconds": round(per_iteration, 6)}
+    row["teacher_seconds"] = round(engine.teacher_seconds / iterations, 6)
     row["seconds"] = round(time.monotonic() - start, 3)
+    if per_iteration and engine.teacher_seconds:
+        share = min(row["teacher_seconds"] / per_iteration, 1)
+        engine.progress.say(
+            f"epoch {epoch + 1}/{engine.progress.epochs}  {share:.0%} of an iteration's time is the teacher's"
+        )
     if metrics:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         engine.progress.say(f"epoch {epoch + 1}/{engine.progress.epochs}  evaluation  {shown}")
@@ -472,11 +495,13 @@ def _epoch(
 
     def write() -> dict[str, str]:
         run.add_summary(row)
-        if board is not None:
-            board.scalars(_scalars(row), engine.updates - 1)  # where the epoch's last step is
+        for tracker in trackers:
+            tracker.scalars(_scalars(row), engine.updates - 1)  # where the epoch's last step is
         exported = {run.last_student.name: run.export(run.last_student, weights)}
         if better or not metrics:
             exported[run.student.name] = run.export(run.student, weights)
+            details = engine.judged.details() if metrics and hasattr(engine.judged, "details") else {}
+            run.write_classes({"epoch": epoch, "names": engine.names, **details} if details else None)
         return exported
 
     students = {**at.students, **engine.world.first_does(write)}

@@ -50,6 +50,8 @@ class RunDir:
         self.student = path / "student.safetensors"
         self.last_student = path / "student-last.safetensors"
         self.pictures = path / "pictures"
+        self.classes = path / "classes.json"
+        self.log = path / "log.txt"
         self.report = path / "report.html"
         self.stopped = path / "checkpoints" / "stopped.safetensors"
         self._best: dict[Path, int | None] = {}
@@ -200,6 +202,7 @@ class RunDir:
                 aside.move(file)
                 if file == self.student:
                     aside.move(self.pictures)
+                    aside.move(self.classes)
                 if students is not None and file.name in students:
                     write_tensors(file, students[file.name], {"format": "pt"})
             if found is not None and not whole:
@@ -310,6 +313,13 @@ class RunDir:
         with writing(path, "--output"):
             write_tensors(path, student, {"format": "pt"})
         return digest_of(student)
+
+    def write_classes(self, told: Mapping[str, Any] | None) -> None:
+        """What the best epoch's evaluation has found class by class; None if it has not."""
+        if told is None:
+            self.classes.unlink(missing_ok=True)
+        else:
+            write_text(self.classes, as_json(told) + "\n")
 
     def add_summary(self, row: Mapping[str, Any]) -> None:
         """One epoch's line; the file is rewritten, as an epoch may have columns of its own."""
