@@ -33,16 +33,17 @@ NONSENSE = ("nan", "inf", "-1", "0", WIDE, HUGE, "foo", "")
 ACCEPTED = {
     ("0",): "workers hflip vflip drop drop_path model_ema_decay momentum warmup_epochs cooldown_epochs reprob pictures "
     "mixup_prob mixup_switch_prob mixup_off_epoch smoothing bce_target_thresh seed seeds kd_cache_views aug_repeats "
-    "cutmix_minmax data_seed kd_held_out",
+    "cutmix_minmax data_seed kd_held_out threshold",
     ("0", WIDE, HUGE): "lr weight_decay warmup_lr min_lr color_jitter mixup cutmix opt_eps kd_dkd_alpha kd_dkd_beta "
-    "task_loss_weight distill_loss_weight",
+    "task_loss_weight distill_loss_weight tolerance",
     (WIDE, HUGE): "lr_base clip_grad decay_epochs decay_rate scale ratio std kd_temperature",
     ("-1", "0", WIDE, HUGE): "mean",
     ("-1", "0"): "kd_student_stages kd_teacher_stages",
     ("",): "aa interpolation lr_base_scale dist_bn",
 }
 #: Texts that only the run can judge; `test_refused_by_the_run` has each but the last five, which are any text.
-NAMES = "model opt train_split kd_model_name kd_teacher_path data_dir kd_cache_teacher checkpoint run_dir output"
+NAMES = "model opt train_split kd_model_name kd_teacher_path data data_dir kd_cache_teacher checkpoint run_dir output "
+NAMES += "baseline paths"
 TEXTS = "annotations backbone_checkpoint arms class_map dataset device initial_checkpoint kd_balance_gram resume "
 TEXTS += "val_split experiment judge_split"
 
@@ -84,14 +85,23 @@ def refusal(call, *arguments):
     return None
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "detect", "eval", "report", "demo"])
+#: What a command needs besides its options.
+POSITIONAL = {"report": ["x"], "predict": ["x", "y"], "export": ["x"]}
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "detect", "eval", "report", "demo", "predict", "export"])
 def test_nonsense_on_the_command_line(command):
     """Each value is refused in one line that names the option, but those that are listed above."""
     parser = _parser()[1][command]
+    needed = POSITIONAL.get(command, [])
     for action in valued(parser):
         for value in NONSENSE:
             option = action.option_strings[-1:]
             argv = [*option, *[value] * (action.nargs if isinstance(action.nargs, int) else 1)]
+            if option:
+                argv = [*needed, *argv]
+            elif len(needed) > 1:  # the first, or the second of them
+                argv = [*argv, *needed[1:]] if action.dest == "run_dir" else [*needed[:1], *argv]
             told = refusal(read, command, parser, argv)
             if value in accepted(action.dest):
                 assert told is None, (argv, told)
@@ -108,7 +118,7 @@ def test_nonsense_in_a_file(command, tmp_path):
     others = ([], [[1]], {"a": {}}, True, float("nan"), float("inf"))
     parser = _parser()[1][command]
     for action in valued(parser):
-        if action.dest == "config":
+        if action.dest == "config" or not action.option_strings:
             continue
         many = action.nargs in ("+", "*") or isinstance(action.nargs, int)
         for value in (*NONSENSE, *others):

@@ -112,7 +112,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         ("detect", detect_options, "distil a detector on data in COCO's format"),
         ("compare", compare_options, "is distillation helping, with which rule, and is the difference real?"),
     ):
-        usage = "%(prog)s [DIR] [OPTION ...]"  # instead of a page of options, which follow with their texts
+        usage = "%(prog)s [data-dir] [OPTION ...]"  # instead of a page of options, which follow with their texts
         module.add_arguments(commands.add_parser(name, help=text, absent=ABSENT, usage=usage))
     # no defaults in its help, as the run has them
     evaluation = commands.add_parser("eval", help="a student's accuracy", formatter_class=argparse.HelpFormatter)

@@ -117,7 +117,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def add_positional(group: argparse._ArgumentGroup) -> None:
     """The data directory as timm's train.py takes it; `parse` makes it --data-dir."""
-    group.add_argument(POSITIONAL, nargs="?", type=path, metavar="DIR", help="the same as --data-dir")
+    group.add_argument(POSITIONAL, nargs="?", type=path, metavar="data-dir", help="as timm's: the same as --data-dir")
 
 
 def add_loading(group: argparse._ArgumentGroup) -> None:

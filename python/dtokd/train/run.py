@@ -44,6 +44,7 @@ from .images import skipped
 from .optimizer import distribute, make_stepper
 from .options import experiment_name, flag
 from .progress import Progress, Seldom
+from .rehearsal import rehearse
 from .rundir import RunDir, chained
 from .state import Position
 from .trackers import Tracker, check_installed, open_trackers
@@ -91,6 +92,8 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
         progress = progress or Progress(options.epochs)
         if not world.first:
             progress.console.quiet = True
+        if options.dry_run:
+            options.kd_cache_teacher = None  # it would be written
         with world.agreed():
             resolve_teachers(options)
             run = RunDir(options.output / (options.experiment or experiment_name(options)))
@@ -233,6 +236,9 @@ def fit(
             at = state.restore(engine, loaders, *found) if found else Position(0)
             if not found:
                 engine.estimate(loaders.train)
+        if options.dry_run:
+            rehearse(engine, loaders, run)
+            return Outcome(run.path, None)
         about = find_out(engine, loaders, known or Known(), read_about(run.path))
         for line in lines_of(about, options.eval_metric):
             progress.say(line)
