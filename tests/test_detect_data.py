@@ -493,11 +493,14 @@ def test_bad_image(coco, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(coco, data)
     (data / "train" / "0.png").write_bytes((coco / "train" / "1.png").read_bytes())
-    assert "it has (64, 48) pixels, the annotations say 48 x 64" in fails(capsys, *common(data, tmp_path / "r"), *FCOS)
+    assert "it has (64, 48) pixels, the annotations say 48 x 64" in fails(
+        capsys, *common(data, tmp_path / "r"), *FCOS, "--on-bad-image", "error"
+    )
     shutil.copy(coco / "train" / "0.png", data / "train" / "0.png")
     (data / "val" / "3.png").write_bytes(b"no picture")
-    assert "image 3.png of 'val' cannot be read" in fails(capsys, *common(data, tmp_path / "runs"), *FCOS)
-    options = [*common(data, tmp_path / "skip"), *FCOS, "--on-bad-image", "skip", "--epochs", "1"]
+    refused = [*common(data, tmp_path / "runs"), *FCOS, "--on-bad-image", "error"]
+    assert "image 3.png of 'val' cannot be read" in fails(capsys, *refused)
+    options = [*common(data, tmp_path / "skip"), *FCOS, "--epochs", "1"]
     assert main(["detect", *options]) == 0
     assert "skipped image: val: 3.png" in capsys.readouterr().out
     (run,) = (tmp_path / "skip").iterdir()
@@ -518,7 +521,7 @@ def test_more_than_eight_bits(coco, tmp_path, capsys, kind):
     Image.fromarray(deep).save(data / "train" / name)
     if name != "0.png":
         (data / "train" / name).replace(data / "train" / "0.png")  # Pillow looks at the contents
-    error = fails(capsys, *common(data, tmp_path / "runs"), *FCOS)
+    error = fails(capsys, *common(data, tmp_path / "runs"), *FCOS, "--on-bad-image", "error")
     assert "image 0.png of 'train' cannot be read" in error
     assert "more than 8 bits per value" in error
 

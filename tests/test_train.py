@@ -204,7 +204,7 @@ def test_losses_are_read_at_the_log_interval_only(digits, teacher, tmp_path, mon
 
     monkeypatch.setattr(torch.Tensor, "item", watched)
     run(digits, tmp_path, *distilling(teacher), "--epochs", 1, "--log-interval", 2, "--opt", "adamw", "--clip-grad", 1)
-    assert len(reads) == 3  # after two and four iterations, and for the summary
+    assert len(reads) == 4  # after the first, two and four iterations, and for the summary
 
 
 def test_fixed_balance_is_the_weighted_sum(digits, teacher, tmp_path):
@@ -346,11 +346,12 @@ def test_bad_images(capsys, digits, tmp_path, workers):
     first.write_bytes(b"")
     second.write_bytes(second.read_bytes()[:100])
     options = ["--workers", workers, "--epochs", 2]
-    error = fails(capsys, data, tmp_path / "a", *options)
+    error = fails(capsys, data, tmp_path / "a", *options, "--on-bad-image", "error")
     assert "pass --on-bad-image skip" in error
     assert "Traceback" not in error
-    path = run(data, tmp_path / "b", *options, "--on-bad-image", "skip")
+    path = run(data, tmp_path / "b", *options)
     told = capsys.readouterr().out
+    assert told.index("skipped image: train: ") < told.index("epoch 2/2")
     assert told.count("skipped image: train: ") == 2  # each once, though read in two epochs
     assert all(str(Path("3") / image.name) in told for image in (first, second))
     assert len(rows(path / "summary.csv")) == 2
@@ -371,7 +372,7 @@ def test_three_objectives_of_a_recipe(digits, teacher, tmp_path):
 def test_cached_teacher_gives_the_same_run(digits, teacher, tmp_path, monkeypatch):
     """A second run reads what the first has written, and its teacher is never asked."""
     shared = [*distilling(teacher), "--kd-cache-teacher", str(tmp_path / "cache"), "--kd-cache-views", "2"]
-    shared += ["--opt", "dtoadamw", "--kd-balance", "dto"]
+    shared += ["--opt", "dtoadamw", "--kd-balance", "dto", "--no-kd-eval-teacher"]
     first = run(digits, tmp_path / "first", *shared)
     with monkeypatch.context() as patch:
         patch.setattr(Teacher, "__call__", asked_once(Teacher.__call__))

@@ -135,7 +135,7 @@ def test_sixteen_bits(capsys, data, tmp_path, extension, more):
     folder = data / "train" / "3"
     deep = (np.arange(32 * 32, dtype=np.uint16) * 64).reshape(32, 32)
     Image.fromarray(deep).save(folder / f"deep.{extension}")
-    assert main(["train", *common(data, tmp_path), *more]) == 2
+    assert main(["train", *common(data, tmp_path), *more, "--on-bad-image", "error"]) == 2
     error = capsys.readouterr().err
     assert f"deep.{extension}" in error
     assert "more than 8 bits per value" in error

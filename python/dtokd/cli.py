@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         option = "run_dir" if command in ("report", "eval") else "--output"
         with writing(getattr(options, option.strip("-"), None) or "a file", option):
             return _run(command, options)
+    except BrokenPipeError:  # of the program that reads our output, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except ToldElsewhere:
         return 2
     except UsageError as error:

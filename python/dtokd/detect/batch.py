@@ -69,6 +69,14 @@ class Images:
         return replace(self, pixels=self.pixels.pin_memory(), mask=self.mask.pin_memory())
 
 
+def blank(side: int, device: torch.device) -> Images:
+    """One black image, square, with its padding."""
+    whole = padded(side)
+    mask = torch.zeros(1, whole, whole, dtype=torch.bool, device=device)
+    mask[:, :side, :side] = True
+    return Images(torch.zeros(1, 3, whole, whole, device=device), mask, [(side, side)])
+
+
 @dataclass
 class Detections:
     """Of one batch: per image "boxes" [n, 4] as in `Target`, "scores" [n], falling, and "labels" [n]."""

@@ -68,7 +68,7 @@ class CocoEvaluator:
 
     def details(self) -> dict[str, Any]:
         """For `classes.json`: AP in [0, 1] and objects of each class, in the order of the labels; after `compute`."""
-        categories = self._truth.getCatIds()
+        categories = sorted(self._truth.getCatIds())
         objects = [len(self._truth.getAnnIds(catIds=[category], iscrowd=False)) for category in categories]
         return {"ap": self._per_class or [0.0 if count else None for count in objects], "objects": objects}
 

@@ -11,6 +11,7 @@ from timm.utils import random_seed
 
 from ..files import read_weights
 from ..report.page import write_report
+from ..train.about import Known
 from ..train.batches import Batches
 from ..train.data import Data
 from ..train.options import experiment_name
@@ -19,6 +20,7 @@ from ..train.run import Outcome, fit
 from ..train.rundir import RunDir
 from ..train.world import World
 from .annotations import Annotations
+from .batch import blank
 from .build import build
 from .data import cached, make_loader, read_splits, small_boxes
 from .detectors.base import Detector
@@ -47,10 +49,12 @@ def _detect(options: argparse.Namespace, run: RunDir, progress: Progress | None)
     device = World().device(options.device)
     progress = progress or Progress(options.epochs)
     train, validation = read_splits(options)
+    lines = []
     for split in filter(None, (train, validation)):
         small = small_boxes(train, options) if split is train else 0
-        for line in _told(split, small, options.img_size):
-            progress.say(line)
+        lines += _told(split, small, options.img_size)
+    for line in lines:
+        progress.say(line)
     if validation is not None and not _judges(validation, options.eval_metric):
         progress.say(
             f"--eval-metric {options.eval_metric}: {validation.path.name} has no object of this size, so it is nan in "
@@ -64,7 +68,8 @@ def _detect(options: argparse.Namespace, run: RunDir, progress: Progress | None)
     assert isinstance(learned.loader, Batches)
     task = build(options, student, train, validation, device, cached(options, learned.loader))
     loaders = Data(learned, judged, None, batches=learned.loader)
-    outcome = fit(options, run, task, loaders, device, progress, card=_card(options, student, train))
+    known = Known(lines, blank(options.img_size, device))
+    outcome = fit(options, run, task, loaders, device, progress, card=_card(options, student, train), known=known)
     if options.pictures and loaders.validation is not None and run.student.exists() and not outcome.interrupted:
         student.load_state_dict(read_weights(run.student, "--output"))
         names = list(train.categories.values())

@@ -54,14 +54,10 @@ def _matrix(told: Mapping[str, Any]) -> str:
     names = _names(told, len(rows))
     heads = "".join(f"<th>{escape(name)}</th>" for name in names)
     lines = []
-    for name, row in zip(names, rows, strict=True):
+    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
         total = sum(row)
-        shades = (f"var(--s{int(column != name)}) {_part_of(n, total)}%" for column, n in zip(names, row, strict=True))
-        cells = "".join(
-            f'<td style="background: color-mix(in srgb, {shade}, transparent)">{int(count) or ""}</td>'
-            for shade, count in zip(shades, row, strict=True)
-        )
-        lines.append(f"<tr><th>{escape(name)}</th>{cells}<td>{_percent(row[names.index(name)], total)}</td></tr>")
+        cells = "".join(_cell(count, total, right=i == j) for j, count in enumerate(row))
+        lines.append(f"<tr><th>{escape(name)}</th>{cells}<td>{_percent(row[i], total)}</td></tr>")
     return (
         "<p>Rows are the true classes, columns what the student says; the last column is the percentage right.</p>"
         f'<div class="scroll"><table><thead><tr><th></th>{heads}<th>right</th></tr></thead>'
@@ -69,8 +65,11 @@ def _matrix(told: Mapping[str, Any]) -> str:
     )
 
 
-def _part_of(count: int, total: int) -> int:
-    return round(70 * count / total) if total else 0
+def _cell(count: int, total: int, right: bool) -> str:
+    if not count:
+        return "<td></td>"
+    shade = f"var(--s{int(not right)}) {round(70 * count / total)}%"
+    return f'<td style="background: color-mix(in srgb, {shade}, transparent)">{int(count)}</td>'
 
 
 def _percent(count: float, total: float) -> str:

@@ -74,7 +74,8 @@ def write_report(run: Path, baseline: Path | None = None) -> Path:
     base = None if named is None else read_baseline(Path(named), "dtokd report")
     parts = [
         f"<h1>{escape(run.name)}</h1>",
-        f"<p>{' '.join([_headline(settings, epochs), *map(escape, sentences(settings, epochs, about, base))])}</p>",
+        f"<p>{_headline(settings, epochs)}</p>",
+        *(f"<p>{escape(sentence)}</p>" for sentence in sentences(settings, epochs, about, base)),
         *(f"<p>{escape(line)}</p>" for line in _known(about)),
         f'<div class="grid-of">{"".join(_charts(epochs, steps, _beside(settings, epochs, about, base)))}</div>',
         classes_part(read_classes(run / "classes.json")),

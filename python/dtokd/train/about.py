@@ -26,6 +26,11 @@ from .randomness import random_state, set_random_state
 ABOUT = "about.json"
 #: AP (COCO's) up to which a detector is as good as untrained.
 NOTHING = 0.01
+#: Options on which a teacher's metrics depend.
+_JUDGED_WITH = (
+    *("kd_model_name", "kd_teacher_path", "kd_model_kwargs", "kd_teacher_img_size", "kd_teacher_dtype", "amp"),
+    *("data_dir", "dataset", "annotations", "val_split", "img_size", "input_size", "crop_pct", "interpolation"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,12 @@ def find_out(engine: Engine, loaders: Data, known: Known, before: Mapping[str, A
         engine: of the run; its random numbers stay where they are.
         loaders: of the run; without a validation split no teacher is judged.
         known: what else is known.
-        before: what the file holds already: teachers that it has are not judged again.
+        before: what the file holds already: teachers that it has, judged in the same way, are not judged again.
 
     Returns:
-        "data", "student" and "teachers": each with "name", "parameters", "macs" (multiplications and additions for one
-        image, or None), "told", and for a teacher that was judged "metrics" and, where it is as good as untrained,
-        "warning".
+        "data", "judged_with", "student" and "teachers": each with "name", "parameters", "macs" (multiplications and
+        additions for one image, or None), "told", and for a teacher that was judged "metrics" and, where it is as good
+        as untrained, "warning".
     """
     task: Any = engine.task
     lessons = list(getattr(task, "lessons", ()))
@@ -71,10 +76,12 @@ def find_out(engine: Engine, loaders: Data, known: Known, before: Mapping[str, A
     told: dict[str, Any] = {"data": list(known.data)}
     told["student"] = describe(engine.options.model, student, known.example)
     told["teachers"] = []
+    told["judged_with"] = {name: str(getattr(engine.options, name, None)) for name in _JUDGED_WITH}
+    known_already = before.get("teachers", ()) if before.get("judged_with") == told["judged_with"] else ()
     for teacher, objectives in lessons:
         example = None if known.example is None else teacher.view(known.example)
         part = describe(teacher.name, teacher.model, example)
-        earlier = [t for t in before.get("teachers", ()) if isinstance(t, dict) and t.get("told") == part["told"]]
+        earlier = [t for t in known_already if isinstance(t, dict) and t.get("told") == part["told"] and "metrics" in t]
         if earlier:
             part |= earlier[0]
         elif engine.options.kd_eval_teacher and loaders.validation is not None:

@@ -239,7 +239,8 @@ def fit(
         if options.dry_run:
             rehearse(engine, loaders, run)
             return Outcome(run.path, None)
-        about = find_out(engine, loaders, known or Known(), read_about(run.path))
+        before = world.first_does(lambda: read_about(run.path))
+        about = find_out(engine, loaders, known or Known(), before)
         for line in lines_of(about, options.eval_metric):
             progress.say(line)
         columns = columns_of(("task", *task.distill_loss_weights))
@@ -267,7 +268,7 @@ def fit(
         progress.say(f"{run.path}: {options.model}, {max(epochs - at.epoch, 0)} of {epochs} epochs, on {device}{ranks}")
         if anew:
             _save(run, engine, loaders, at)
-        seldom = Seldom()
+        seldom, skips = Seldom(), 0
         try:
             while at.epoch < epochs:
                 if number := engine.stopped():
@@ -276,12 +277,12 @@ def fit(
                     lr = stepper.optimizer.param_groups[0]["lr"]
                     at = replace(at, updates=engine.updates, lr=lr)
                 at = _epoch(run, engine, loaders, collected, at, trackers)
+                skips = _tell_skipped(run, progress, world, skips)
                 seldom(partial(_report, run, progress, world))
         except Stopped as stop:
             return _stop(run, engine, loaders, collected, at, stop)
         finally:
             _report(run, progress, world)
-            _tell_skipped(run, progress, world)
     name = chosen_by(options)
     if at.best is not None and math.isnan(at.best[name]):
         progress.say(f"{name} is nan in all epochs, so none is the best; {run.student} is the last one's")
@@ -301,9 +302,15 @@ def _report(run: RunDir, progress: Progress, world: World) -> None:
         progress.say(f"warning: {run.report} was not written: {reason}; dtokd report {run.path} writes it later")
 
 
-def _tell_skipped(run: RunDir, progress: Progress, world: World) -> None:
-    for line in skipped(run.bad_images) if world.first else ():
+def _tell_skipped(run: RunDir, progress: Progress, world: World, before: int) -> int:
+    """The images that no earlier epoch has skipped; how many there are now."""
+    lines = skipped(run.bad_images) if world.first else []
+    new = lines[before:]
+    for line in new[:10]:
         progress.say(f"skipped image: {line}")
+    if len(new) > 10:
+        progress.say(f"skipped image: {len(new) - 10} more, see {run.bad_images}")
+    return len(lines)
 
 
 def _find(
