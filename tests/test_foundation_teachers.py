@@ -208,7 +208,7 @@ def test_scales_of_teachers_are_comparable(weights):
             found = [task(batch, torch.zeros(16, dtype=torch.long))["objectives"] for batch in batches]
         losses[norm] = [sum(float(f[name]) for f in found) / 3 for name in found[0] if name != "task"]
     assert losses["phi-s"] == pytest.approx([1, 1], rel=1e-3)
-    assert losses["none"][1] / losses["none"][0] > 1000
+    assert losses["none"][1] / losses["none"][0] > 10
 
 
 # Detectors

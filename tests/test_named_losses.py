@@ -192,3 +192,19 @@ def test_a_resumed_run_is_the_undisturbed_one(digits, tmp_path, amp):
     assert whole["weights.memories.feature.known"]
     assert again.keys() == whole.keys()
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_stored_outputs_of_the_teacher_serve_them(digits, tmp_path, capsys):
+    """What the teacher has once told gives the same bits, statistics included, in a run that does not load it."""
+    data, teacher = digits
+    options = [*common(data, tmp_path), *distilling(teacher), "--kd-cache-teacher", str(tmp_path / "cache")]
+    options += ["--kd-distill-type", "logit-std", "dist", "rkd", "crd", "feature", "--kd-feature-norm", "phi-s"]
+    weights = []
+    for name in ("writes", "reads"):
+        assert main(["train", *options, "--experiment", name]) == 0
+        weights.append(load_file(tmp_path / name / "checkpoints" / "epoch-0002.safetensors"))
+    assert "the teacher is not needed" in capsys.readouterr().out
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
+    assert main(["train", *options, "--kd-distill-type", "pseudo-class", "--experiment", "x"]) == 2
+    assert "--kd-cache-teacher" in capsys.readouterr().err
