@@ -55,8 +55,9 @@ def test_the_tables_are_whole():
         assert told.pretrained == (told.model != "vidt_nano")
     for name in DISTILLED:
         told = options(name)
-        assert name.split("/")[1] == f"{told.kd_model_name}-{told.model}"
-        assert told.kd_teacher_path == f"runs/coco_teacher_{told.kd_model_name}/student.safetensors"
+        (teacher,), (path,) = told.kd_model_name, told.kd_teacher_path
+        assert name.split("/")[1] == f"{teacher}-{told.model}"
+        assert path == f"runs/coco_teacher_{teacher}/student.safetensors"
         assert (told.kd_balance == "dto") == name.endswith(("/dto", "/balance", "/unclipped"))
         assert (told.clip_grad is None) == name.endswith(("projector", "balance", "unclipped"))
 

@@ -8,6 +8,7 @@ import timm
 import torch
 import transformers
 from dtokd import recipes
+from dtokd.cli import main
 from dtokd.detect import options as detect_options
 from dtokd.detect.build import build as build_detection
 from dtokd.detect.build import pair_levels
@@ -21,10 +22,11 @@ from dtokd.objectives.taps import Taps
 from dtokd.objectives.teacher import Normalisation, Teacher, choose_size, patch_of
 from dtokd.train import options as train_options
 from dtokd.train.options import read_config
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm.models import register_model
 from torch import nn
 
+from .coco import FCOS, common, write_coco
 from .test_detect import KWARGS, configuration, images, targets, vidt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -231,6 +233,10 @@ RTDETR = {
 }
 
 
+#: Names and arguments of two teachers.
+PAIR = [("test_vit", {}), ("test_resnet", {})]
+
+
 def annotations():
     return argparse.Namespace(categories={1: "a", 2: "b", 3: "c"}, most=3, path="x.json")
 
@@ -327,6 +333,27 @@ def test_bad_teachers_of_detectors(texts, message, weights):
     paths = {"vit": weights("test_vit", {}), "resnet": weights("test_resnet", {})}
     with pytest.raises(UsageError, match=message):
         detection_task("fcos", *texts.format(**paths).split())
+
+
+def test_a_detectors_run_goes_on_to_the_same_bits(weights, tmp_path):
+    """With two models as teachers: their statistics are part of the checkpoint."""
+    data = write_coco(tmp_path / "coco")
+    options = [*common(data, tmp_path), *FCOS, "--pictures", "0", "--val-split", "", "--kd-feature-norm", "phi-s"]
+    options += [
+        "--kd-model-name",
+        "test_vit",
+        "test_resnet",
+        "--kd-teacher-path",
+        *map(weights, *zip(*PAIR, strict=True)),
+    ]
+    assert main(["detect", *options, "--experiment", "whole"]) == 0
+    first, second = (tmp_path / "whole" / "checkpoints" / f"epoch-000{n}.safetensors" for n in (1, 2))
+    assert main(["detect", *options, "--experiment", "again", "--resume", str(first)]) == 0
+    whole, again = load_file(second), load_file(tmp_path / "again" / "checkpoints" / second.name)
+    assert {n.split(".")[2] for n in whole if ".memories." in n} == {"feature_test_vit", "feature_test_resnet"}
+    assert whole["weights.memories.feature_test_vit.known"]
+    assert whole.keys() == again.keys()
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
 # Recipes

@@ -116,7 +116,7 @@ class PseudoClass(Objective):
     The queue has the features of all ranks, so it is the same on each; LightlyTrain's is each rank's own. The batch
     itself is in it before it is judged, as there. What is not filled yet is no class; there it is a class of logit 0.
 
-    Source: the method `distillationv3` of LightlyTrain 0.16 (Lightly AG, 2026), weights 1 and 1, temperatures 0.07.
+    Source: the method `distillationv3` of LightlyTrain 0.15 (Lightly AG, 2026), weights 1 and 1, temperatures 0.07.
 
     Args:
         name: in logs.
@@ -158,7 +158,7 @@ class PseudoClass(Objective):
         assert teacher.pooled is not None
         (found,), (pooled, own) = teacher.maps, projected
         s, t = (self.memory.logits(x.float(), self.temperature).log_softmax(-1) for x in (pooled, teacher.pooled))
-        own = F.interpolate(own, found.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
+        own = F.interpolate(own, found.shape[-2:], mode="bilinear", align_corners=False)
         return kl(s, t) + kl(self._places(own), self._places(found.float()))
 
     def _places(self, found: Tensor) -> Tensor:
