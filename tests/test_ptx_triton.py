@@ -21,7 +21,7 @@ from .ptx.parser import parse
 from .test_gram import assert_gram
 from .test_step import NEVER, Step, assert_step
 
-compiler = pytest.importorskip("benchmarks.triton_kernels", reason="triton is not installed")
+compiler = pytest.importorskip("tests.triton_kernels", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(compiler.INTERPRETED, reason="TRITON_INTERPRET=1 replaces the compiler")
 
 CHUNK = compiler.CHUNK

@@ -514,7 +514,7 @@ def wanted():
     """Kernels and compute capabilities: float32 and bfloat16 for every GPU, the rest and K = 8 for one."""
     if backends.interpreted():
         return []
-    from benchmarks import triton_kernels as compiler
+    from . import triton_kernels as compiler
 
     cases = []
     for K, dtypes, capabilities in (
@@ -536,7 +536,7 @@ TRAFFIC = {"gram": (0, 0), "combine": (0, 1), "adamw": (3, 3), "sgd": (2, 2), "l
 @pytest.mark.parametrize(("variant", "capability"), wanted())
 def test_compiles_without_spills_to_wide_accesses(variant, capability):
     """What ptxas makes of a kernel. It says nothing of speed, and nothing of what a GPU computes."""
-    from benchmarks import triton_kernels as compiler
+    from . import triton_kernels as compiler
 
     result = compiler.compile(variant, capability)
     code = compiler.sass(result)

@@ -145,61 +145,28 @@ def shufflenet_v2(**kwargs: Any) -> CifarNet:
     return CifarNet(conv_bn(kwargs.get("in_chans", 3), 24, 1), stages, conv_bn(chans, 1024, 1), 1024, **kwargs)
 
 
-@register_model
-def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ResNet-20."""
-    return _network(resnet, pretrained, kwargs, BasicBlock, (3, 3, 3), 16, (16, 32, 64))
+#: timm's names of the networks, what makes each, and of what.
+NETWORKS: dict[str, tuple[Any, ...]] = {
+    "cifar_resnet20": (resnet, BasicBlock, (3, 3, 3), 16, (16, 32, 64)),
+    "cifar_resnet56": (resnet, BasicBlock, (9, 9, 9), 16, (16, 32, 64)),
+    "cifar_resnet8x4": (resnet, BasicBlock, (1, 1, 1), 32, (64, 128, 256)),
+    "cifar_resnet32x4": (resnet, BasicBlock, (5, 5, 5), 32, (64, 128, 256)),
+    "cifar_resnet50": (resnet, Bottleneck, (3, 4, 6, 3), 64, (64, 128, 256, 512)),  # ImageNet's, with a CIFAR stem
+    "cifar_wrn_40_1": (wide_resnet, 40, 1),
+    "cifar_wrn_40_2": (wide_resnet, 40, 2),
+    "cifar_mobilenetv2": (mobilenet_v2,),
+    "cifar_shufflenetv1": (shufflenet_v1,),
+    "cifar_shufflenetv2": (shufflenet_v2,),
+}
 
 
-@register_model
-def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ResNet-56."""
-    return _network(resnet, pretrained, kwargs, BasicBlock, (9, 9, 9), 16, (16, 32, 64))
+def _register(name: str, make: Callable[..., CifarNet], *args: Any) -> None:
+    def entry(pretrained: bool = False, **kwargs: Any) -> CifarNet:
+        return _network(make, pretrained, kwargs, *args)
+
+    entry.__name__ = name
+    register_model(entry)
 
 
-@register_model
-def cifar_resnet8x4(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ResNet-8, four times as wide."""
-    return _network(resnet, pretrained, kwargs, BasicBlock, (1, 1, 1), 32, (64, 128, 256))
-
-
-@register_model
-def cifar_resnet32x4(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ResNet-32, four times as wide."""
-    return _network(resnet, pretrained, kwargs, BasicBlock, (5, 5, 5), 32, (64, 128, 256))
-
-
-@register_model
-def cifar_resnet50(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ImageNet's ResNet-50 with a CIFAR stem."""
-    return _network(resnet, pretrained, kwargs, Bottleneck, (3, 4, 6, 3), 64, (64, 128, 256, 512))
-
-
-@register_model
-def cifar_wrn_40_1(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """WRN-40-1."""
-    return _network(wide_resnet, pretrained, kwargs, 40, 1)
-
-
-@register_model
-def cifar_wrn_40_2(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """WRN-40-2."""
-    return _network(wide_resnet, pretrained, kwargs, 40, 2)
-
-
-@register_model
-def cifar_mobilenetv2(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """MobileNetV2 at half width."""
-    return _network(mobilenet_v2, pretrained, kwargs)
-
-
-@register_model
-def cifar_shufflenetv1(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ShuffleNetV1, 3 groups."""
-    return _network(shufflenet_v1, pretrained, kwargs)
-
-
-@register_model
-def cifar_shufflenetv2(pretrained: bool = False, **kwargs: Any) -> CifarNet:
-    """ShuffleNetV2, width 1."""
-    return _network(shufflenet_v2, pretrained, kwargs)
+for _name, _made_of in NETWORKS.items():
+    _register(_name, *_made_of)
