@@ -8,6 +8,7 @@ Vision Transformers*, ECCV 2022, Sec. 3.1), which stores the seed of each augmen
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -90,6 +91,10 @@ class Whole:
         values = {name: getattr(outputs, name) for name in _STORED}
         return {name: value.to(self.dtype) for name, value in values.items() if value is not None}
 
+    def trim(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The columns of a batch, still on the CPU, without what only fills rows up."""
+        return columns
+
     def decode(self, columns: dict[str, Tensor]) -> tuple[Outputs, Tensor | None]:
         """Outputs in float32, and [B, n] which places or queries they are of; None for all of them."""
         values: dict[str, Any] = {name: value.float() for name, value in columns.items()}
@@ -119,8 +124,7 @@ class TopClasses(Whole):
         assert outputs.logits is not None
         values, index = outputs.logits.topk(self.k)
         others = outputs.logits.scatter(-1, index, -torch.inf) / self.temperature
-        count = torch.tensor(self.classes - self.k, dtype=torch.float32)
-        rest = self.temperature * (others.logsumexp(-1) - count.log().to(others.device))
+        rest = self.temperature * (others.logsumexp(-1) - math.log(self.classes - self.k))
         small = torch.int16 if self.classes <= torch.iinfo(torch.int16).max else torch.int32
         columns = super().encode(outputs._replace(logits=values))
         return {**columns, "index": index.to(small), "rest": rest.float()}
@@ -154,12 +158,15 @@ class TopPlaces(Whole):
         filled = {n: F.pad(c, [0, 0] * (c.ndim - 2) + [0, short]) for n, c in columns.items()}
         return {**filled, "places": F.pad(index.int(), [0, short], value=-1)}
 
+    def trim(self, columns: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As many places as all images of the batch have."""
+        there = int((columns["places"] >= 0).sum(1).min())
+        return {name: column[:, :there].contiguous() for name, column in columns.items()}
+
     def decode(self, columns: dict[str, Tensor]) -> tuple[Outputs, Tensor | None]:
-        """The chosen ones, as many as all images of the batch have."""
+        """The chosen ones."""
         places = columns.pop("places").long()
-        there = int((places >= 0).sum(1).min())
-        outputs, _ = super().decode({name: column[:, :there] for name, column in columns.items()})
-        return outputs, places[:, :there]
+        return super().decode(columns)[0], places
 
 
 class _Layout:
@@ -413,7 +420,7 @@ class TeacherCache:
                     "--resume auto goes on with the teacher"
                 )
             rows = self._add(self._kept.encode(teacher(images, self.taps)), rows, there, keys)
-        columns = self._layout.unpack(rows)
+        columns = self._kept.trim(self._layout.unpack(rows))
         if device.type == "cuda":  # from pageable memory the host would wait for all that the device has to do
             columns = {name: column.pin_memory() for name, column in columns.items()}
         return self._kept.decode({name: column.to(device, non_blocking=True) for name, column in columns.items()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ..card import read_card
 from ..errors import reason_of
-from ..files import digest_of, read_weights
+from ..files import read_weights
 from .taps import NoGrid, Outputs, Taps, read
 
 
@@ -129,12 +128,6 @@ class Teacher:
                 f"--kd-model-name: teacher {self.name!r} does not take the student's images of {size}: "
                 f"{reason_of(error)}; choose --kd-teacher-img-size, --img-size, or another teacher"
             ) from error
-
-    def fingerprint(self) -> str:
-        """sha256 of the weights, their names, dtypes and shapes, the layers, and of how the images are prepared."""
-        view = f"{self.size} {self.multiple} {self.normalisation} {self._renormalise}"
-        told = f"{self.name} {view} {self.dtype} {self.model}"
-        return hashlib.sha256(f"{told} {digest_of(self.model.state_dict())}".encode()).hexdigest()
 
 
 def _nearest(side: int, multiple: int) -> int:

@@ -284,9 +284,9 @@ def make_loaders(
             )
     cached = None
     if keyed is not None:
-        cached = cached_images(options, order, _told(options, keyed, config, mixup is not None))
+        cached = cached_images(options, order, _told(options, keyed, config, mixup is not None, device))
         if options.reprob:
-            erasing = RandomErasing(options.reprob, mode=options.remode, max_count=options.recount, device="cpu")
+            erasing = RandomErasing(options.reprob, mode=options.remode, max_count=options.recount, device=device)
             loader = ErasedLoader(loader, erasing, keyed.seed)
     checked = None if validation is None else validation_loader(options, validation, config, device, distributed)
     held = (
@@ -304,11 +304,15 @@ def _order(options: argparse.Namespace, keyed: KeyedDataset, mixes: bool, distri
     )
 
 
-def _told(options: argparse.Namespace, keyed: KeyedDataset, config: dict[str, Any], mixes: bool) -> dict[str, Any]:
+def _told(
+    options: argparse.Namespace, keyed: KeyedDataset, config: dict[str, Any], mixes: bool, device: Any
+) -> dict[str, Any]:
     """What the images depend on, by the names that messages use."""
     names = [*_AUGMENTATION, *(_MIXING if mixes else ()), *(_ERASING if options.reprob else ())]
     told = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
     told |= {f"image {name}": config[name] for name in ("input_size", "mean", "std")}
+    if options.reprob and options.remode != "const":
+        told["device of the erasing's noise"] = device.type
     return {**told, "training data (sha256)": identity_of(options, keyed) or options.dataset}
 
 

@@ -148,7 +148,7 @@ class ErasedLoader:
 
     Args:
         loader: of normalised images and `Keyed` targets.
-        erasing: timm's; its noise is made on the CPU, where it is the same for all devices.
+        erasing: timm's; its noise is made on the images' device, and another one on another kind of device.
         seed: of the erasing.
     """
 
@@ -165,8 +165,9 @@ class ErasedLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Keyed]]:
         for images, target in self.loader:
-            for image, key in zip(images, target.keys.tolist(), strict=True):
-                with seeded(self._seed, "erasing", key):
+            with _kept(images.is_cuda):
+                for image, key in zip(images, target.keys.tolist(), strict=True):
+                    _seed(_number(self._seed, "erasing", key), images.is_cuda)
                     self._erasing(image)
             yield images, target
 
@@ -193,17 +194,32 @@ def cached_images(options: argparse.Namespace, order: KeyedOrder, told: Mapping[
 @contextmanager
 def seeded(*told: Any) -> Iterator[None]:
     """With the global generators of Python, numpy and torch seeded by values, and put back after."""
-    seed = _number(*told)
+    with _kept():
+        _seed(_number(*told))
+        yield
+
+
+@contextmanager
+def _kept(cuda: bool = False) -> Iterator[None]:
+    """Puts the global generators back after; also that of the current GPU, whose state is on the host."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
+    gpu = torch.cuda.get_rng_state() if cuda else None
     try:
         yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)
+
+
+def _seed(number: int, cuda: bool = False) -> None:
+    random.seed(number)
+    np.random.seed(number)
+    torch.default_generator.manual_seed(number)
+    if cuda:
+        torch.cuda.manual_seed(number)
 
 
 def _generator(*told: Any) -> torch.Generator:
