@@ -11,6 +11,7 @@ from torch import Tensor
 from . import kernels
 from .checks import check_options, check_params, check_share
 from .gradients import GradientSets, Losses
+from .ranks import Ranks
 from .reach import of_backward
 from .rows import GradientRows
 from .solve import commit, solve_sets
@@ -79,44 +80,58 @@ def backward(
             f"backward: gram is {gram!r}, but 'lag' measures while an optimizer's step updates; use DTOAdamW or "
             "DTOSGD, or another source, such as 'overlap'"
         )
-    params = [p for p in _check_once(check_params("backward", params)) if p.requires_grad]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        from .distributed.find import refuse_wrapped
-
-        refuse_wrapped(params, "backward")
     check_share("backward", share)
-    options = replace(options, limit=limit_of(p.dtype for p in params))
-    sets = GradientSets(of_backward(params))
-    sets.collect(losses, params, source, options, scaler=scaler, features=features, retain_graph=retain_graph)
-    sets.reach.look(sets.grads, None)
+    listed: Sequence[Tensor] = [p for p in _check_once(check_params("backward", params)) if p.requires_grad]
+    ranks: Ranks | None = None
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from .distributed.find import of_backward as ranks_of
+
+        listed, ranks = ranks_of(listed, source, "backward")
+    options = replace(options, limit=limit_of(p.dtype for p in listed))
+    sets = GradientSets(of_backward(listed))
+    sets.collect(losses, listed, source, options, ranks, scaler=scaler, features=features, retain_graph=retain_graph)
+    sets.reach.look(sets.grads, ranks)
     columns = list(zip(*sets.grads, strict=True))
     reached = [t for t, column in enumerate(columns) if any(g is not None for g in column)]
     roles = [options.role(True, sets.reach.of(t, columns[t]), len(columns[t])) for t in reached]
     rows = GradientRows.of([columns[t] for t in reached], roles)
+    combined = [column[0] for column in rows.columns()]
+    parts = combined
+    if ranks is not None and ranks.shards:
+        rows, parts = replace(rows, grads=ranks.local(rows.grads)), ranks.local(combined)
+    elif ranks is not None:  # in memory of its own: that of the averaged gradients is lent until the next call
+        combined = parts = [torch.empty_like(gradient) for gradient in combined]
     with torch.no_grad():
-        record, table = solve_sets(sets, rows, options, None, "backward")
+        record, table = solve_sets(sets, rows, options, ranks, "backward")
         record = replace(record, names=sets.names)
         # the sets stay scaled, as the optimizer's scaler expects `.grad`
         table = table * share
-        values = kernels.combine(rows, table, [column[0] for column in rows.columns()])
-        combined = list(zip(reached, values, strict=True))
+        kernels.combine(rows, table, parts)
         if sets.scale is None:  # else it is the scaler's to find
-            for _, value in combined:
-                if value.dtype is torch.float16:
-                    overflow = ~value.isfinite().all()
-                    record = replace(record, skipped=record.skipped | overflow.to(record.skipped.device))
+            overflow = _overflow(parts, ranks)
+            if overflow is not None:
+                record = replace(record, skipped=record.skipped | overflow.to(record.skipped.device))
         commit(sets, options, record)
         if sets.scale is None and record.skipped.device.type == "cpu" and record.skipped:
             return record
         in_place_of_skipped = torch.zeros_like(record.norm)
         if sets.scale is not None:
-            in_place_of_skipped = torch.where(sets.overflowed(record), torch.nan, torch.zeros_like(record.norm))
-        for t, value in combined:
+            in_place_of_skipped = torch.where(sets.overflowed(record, ranks), torch.nan, torch.zeros_like(record.norm))
+        for t, part, value in zip(reached, parts, combined, strict=True):
             if sets.scale is not None or record.skipped.device.type != "cpu":
-                value = torch.where(record.skipped.to(value.device), in_place_of_skipped.to(value), value)
-            p = params[t]
+                torch.where(record.skipped.to(part.device), in_place_of_skipped.to(part), part, out=part)
+            p = listed[t]
             p.grad = value if p.grad is None else p.grad.add_(value)
     return record
+
+
+def _overflow(parts: Sequence[Tensor], ranks: Ranks | None) -> Tensor | None:
+    """Scalar bool: whether a float16 number of what the optimizer would be given is not finite; None without any."""
+    found = [~part.isfinite().all() for part in parts if part.dtype is torch.float16]
+    if not found:
+        return None
+    overflow = torch.stack([flag.to(found[0].device) for flag in found]).any()
+    return overflow if ranks is None or not ranks.shards else ranks.sum(overflow.double()) > 0
 
 
 def _check_once(params: list[Tensor]) -> list[Tensor]:

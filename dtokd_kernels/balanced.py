@@ -283,7 +283,7 @@ class Balanced(torch.optim.Optimizer):
             # torch's scaler looks for overflows in `.grad`, where no gradient set is: this is where it keeps what it
             # has found, and `update` reads it
             found = self._sets.scaler._per_optimizer_states[id(self)]["found_inf_per_device"]
-            found[record.norm.device] = self._sets.overflowed(record).float()
+            found[record.norm.device] = self._sets.overflowed(record, self._ranks).float()
         commit(self._sets, self._options, record)
         return record
 

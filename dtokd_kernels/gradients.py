@@ -71,10 +71,18 @@ class GradientSets:
         if held:
             torch._foreach_zero_(held)
 
-    def overflowed(self, record: Balance) -> Tensor:
-        """Scalar bool: whether a loss or a gradient is not finite, as a GradScaler asks; by the balance of the step."""
+    def overflowed(self, record: Balance, ranks: Ranks | None) -> Tensor:
+        """Scalar bool: whether a loss or a gradient is not finite, as a GradScaler asks; the same on all ranks.
+
+        Args:
+            record: the balance of the step.
+            ranks: the other processes that train the same model; None if there are none.
+        """
         assert self.losses is not None
-        return ~(record.norm.isfinite() & self.losses.isfinite().all().to(record.norm.device))
+        lost = ~self.losses.isfinite().all()
+        if ranks is not None and ranks.shards:  # these are the losses of this rank's samples
+            lost = ranks.sum(lost.double()) > 0
+        return ~record.norm.isfinite() | lost.to(record.norm.device)
 
     def align(self, params: Sequence[Tensor]) -> bool:
         """Bring the sets to these parameters: those that are gone are forgotten, new ones have no gradient yet.

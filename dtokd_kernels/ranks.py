@@ -22,21 +22,23 @@ class Ranks:
         group: the process group; None for the default one.
         size: how many ranks it has.
         unsynced: whether the gradient sets hold gradients that the other ranks have not seen.
+        each_part: whether each part of an accumulated batch is reduced, inside a `no_sync` too: `backward` for other
+            optimizers weighs the parts one by one.
     """
 
     #: whether a rank's gradients are a part of the parameters, so that Gram matrices are sums over ranks
     shards = False
 
-    def __init__(self, group: dist.ProcessGroup | None, op: str) -> None:
-        self.group, self.op = group, op
+    def __init__(self, group: dist.ProcessGroup | None, op: str, each_part: bool = False) -> None:
+        self.group, self.op, self.each_part = group, op, each_part
         self.size = dist.get_world_size(group)
         self.unsynced = False
         self._closed = False
 
     @property
     def syncs(self) -> bool:
-        """Whether the next backward passes reduce gradients; not inside `no_sync`."""
-        return not self._closed
+        """Whether the next backward passes reduce gradients; not inside `no_sync`, unless each part is reduced."""
+        return self.each_part or not self._closed
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

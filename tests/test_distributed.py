@@ -10,7 +10,7 @@ import torch
 
 import dtokd_kernels as dk
 
-from .ranks import ddp, fsdp, one_loss
+from .ranks import ddp, filled, fsdp, one_loss
 from .ranks.pool import Pool
 
 ROOT = Path(__file__).parents[1]
@@ -112,10 +112,9 @@ def test_sharded_is_one_process_on_the_whole_batch(pools, name):
 
 
 def test_unattached_module_is_refused(pools):
-    for first, second in pools[2].run(ddp.not_attached):
-        assert "DTOAdamW.backward" in first
-        assert "distributed.attach(optimizer, module)" in first
-        assert "attach" in second
+    for message in pools[2].run(ddp.not_attached):
+        assert "DTOAdamW.backward" in message
+        assert "distributed.attach(optimizer, module)" in message
 
 
 def test_plain_backward_is_refused(pools):
@@ -166,9 +165,10 @@ def test_nan_on_one_rank_skips_the_step_on_all(pools, where, source, shard):
     assert all(same and skipped == 1 for same, skipped, _ in answers)
 
 
+@pytest.mark.parametrize("where", ["gradient", "loss"])
 @pytest.mark.parametrize("shard", [False, True])
-def test_overflow_on_one_rank_lowers_the_scale_on_all(pools, shard):
-    assert pools[2].run(ddp.overflow_on_one, shard) == [(True, 1, 512.0)] * 2
+def test_overflow_on_one_rank_lowers_the_scale_on_all(pools, shard, where):
+    assert pools[2].run(ddp.overflow_on_one, shard, where) == [(True, 1, 512.0)] * 2
 
 
 PRECISIONS = {
@@ -265,6 +265,78 @@ def test_two_replicas_of_two_shards_are_one_process_on_the_whole_batch(four, nam
     answers = four.run(fsdp.train, options)
     assert_same_bits(answers)
     assert_as_one(answers, options, fsdp.train)
+
+
+FILLED_CASES = {
+    "ddp": {"way": "ddp"},
+    "ddp_lamb": {"way": "ddp", "opt": "lamb", "size": 3},
+    "ddp_lion": {"way": "ddp", "opt": "lion"},
+    "ddp_adan": {"way": "ddp", "opt": "adan", "parts": 2},
+    "ddp_muon": {"way": "ddp", "opt": "muon", "size": 3},
+    "ddp_two": {"way": "ddp", "opt": "two"},
+    "ddp_lookahead": {"way": "ddp", "opt": "lookahead_sgd", "find_unused": True},
+    "ddp_kept": {"way": "ddp", "opt": "sgd", "parts": 3, "to_none": False, "max_norm": 0.1},
+    "ddp_scaled": {"way": "ddp", "opt": "sgd", "scaled": True, "max_norm": 0.1},
+    "ddp_feature": {"way": "ddp", "source": "feature", "size": 3},
+    "ddp_overlap": {"way": "ddp", "source": "overlap", "private": "balanced", "size": 3},
+    "ddp_probe": {"way": "ddp", "source": "probe", "parts": 2},
+    "ddp_every": {"way": "ddp", "source": "every", "weighting": "pcgrad"},
+    "ddp_amortized": {"way": "ddp", "source": "none", "weighting": "amortized"},
+    "attached": {"way": "attached", "static": True, "size": 3},
+    "attached_two": {"way": "attached", "opt": "two"},
+    "unwrapped": {"way": "unwrapped", "parts": 2, "size": 3},
+    "fsdp": {"way": "fsdp"},
+    "fsdp_lamb": {"way": "fsdp", "opt": "lamb"},
+    "fsdp_lion": {"way": "fsdp", "opt": "lion", "size": 3},
+    "fsdp_adan": {"way": "fsdp", "opt": "adan"},
+    "fsdp_muon": {"way": "fsdp", "opt": "muon"},
+    "fsdp_two": {"way": "fsdp", "opt": "two", "size": 3},
+    "fsdp_parts": {"way": "fsdp", "opt": "sgd", "parts": 2, "max_norm": 0.1, "to_none": False},
+    "fsdp_scaled": {"way": "fsdp", "opt": "sgd", "scaled": True, "max_norm": 0.1, "size": 3},
+    "fsdp_feature": {"way": "fsdp", "source": "feature"},
+    "fsdp_ema": {"way": "fsdp", "source": "ema", "private": "balanced", "size": 3},
+    "hsdp": {"way": "fsdp", "size": 4},
+    "fsdp_amortized": {"way": "fsdp", "source": "none", "weighting": "amortized"},
+}
+
+
+@pytest.mark.parametrize("name", FILLED_CASES)
+def test_any_optimizer_is_one_process_on_the_whole_batch(pools, request, name):
+    """Weights, balances and `.grad` of `dk.backward` with torch's and timm's optimizers."""
+    options = dict(FILLED_CASES[name])
+    size = options.pop("size", 2)
+    pool = request.getfixturevalue("four") if size == 4 else pools[size]
+    answers = pool.run(filled.train, {**options, "replicas": 2 if size == 4 else 1})
+    assert_same_bits(answers)
+    muon = options.get("opt") in ("muon", "two")  # which computes in bfloat16
+    close = {"rtol": 2**-6, "atol": 2**-8} if muon else {"rtol": 1e-9, "atol": 1e-10}
+    for mine, theirs in zip(answers[0], filled.train(0, 1, options), strict=True):
+        assert len(mine) == len(theirs) > 0
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, **close)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_any_optimizer_skips_on_all_ranks_what_one_has(pools, way):
+    assert pools[2].run(filled.spoiled, way, "nan") == [(True, True, True, 1.0)] * 2
+    assert pools[2].run(filled.spoiled, way, "scaled") == [(True, False, True, 512.0)] * 2
+
+
+def test_any_optimizer_refuses_what_would_drift_apart(pools):
+    for incomplete, beside, sharded, fewer, more, plain in pools[2].run(filled.refusals):
+        assert incomplete.startswith("backward: the module's parameter '2.weight' is not in params")
+        assert "params has a parameter (7,) beside" in beside
+        assert "distributed.attach(params, module)" in beside
+        assert "shard=True divides the state of DTOAdamW and DTOSGD" in sharded
+        assert fewer.startswith("backward: params lacks a parameter (4, 4)")
+        assert "params has a parameter (7,) beside" in more
+        assert "call dtokd_kernels.backward(losses, params)" in plain
+
+
+def test_any_optimizer_lets_its_model_go(pools):
+    answers = pools[2].run(filled.let_go)
+    assert [gone for gone, _ in answers] == [[True, True]] * 2
+    assert torch.equal(answers[0][1], answers[1][1])
 
 
 def test_two_replicas_of_two_shards_skip_together(four):

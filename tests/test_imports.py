@@ -20,14 +20,8 @@ FLOORS = (
     ("operations", "libraries", "implementations", "triton", "backends"),  # who computes
     ("checks", "kernels", "plan", "ops"),  # what is computed, for rows of gradients
     ("sources", "gradients", "solve"),  # from losses to what multiplies the gradients
-    (
-        "distributed.flat",
-        "distributed.replicas",
-        "distributed.averaged",
-        "distributed.sharded",
-        "distributed.shards",
-        "distributed.find",
-    ),
+    ("distributed.flat", "distributed.replicas", "distributed.averaged", "distributed.sharded", "distributed.shards"),
+    ("distributed.connect", "distributed.find"),
     ("balanced", "optim", "accumulate", "held_out", "one_loss", "probing"),
     ("distributed.attach", "distributed.state", "distributed"),
     ("", "__main__"),

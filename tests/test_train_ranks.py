@@ -80,6 +80,7 @@ WAYS = {
     "dto": "--opt dtosgd --kd-balance dto --clip-grad 1",
     "accumulated": "--opt dtosgd --kd-balance dto --grad-accum-steps 2 --kd-distill-type feature logit",
     "sharded": "--opt dtosgd --kd-balance amortized --kd-shard --grad-accum-steps 2",
+    "filled": "--opt lamb --kd-balance dto --clip-grad 1 --grad-accum-steps 2",
     "plain_accumulated": "--opt sgd --grad-accum-steps 2 --model-ema --model-ema-decay 0.5 --kd-distill-type logit crd "
     "pseudo-class --kd-queue-size 32",
 }
@@ -110,6 +111,7 @@ STOPPED = {
     "sum": "--opt sgd --mixup 0.2 --drop 0.2 --model-ema --reprob 0.5 --dist-bn broadcast --kd-distill-type crd "
     "pseudo-class feature --kd-queue-size 24 --kd-feature-norm phi-s",
     "dto": "--opt dtoadamw --kd-balance dto --kd-balance-gram ema:0.9 --drop 0.2 --amp --no-ddp-bb --dist-bn ",
+    "filled": "--opt lookahead_lion --kd-balance amortized --drop 0.2",
     "sharded": "--opt dtoadamw --kd-balance dto --kd-shard --aa rand-m5 --model-ema --kd-distill-type feature logit",
 }
 
@@ -192,7 +194,6 @@ def test_ranks_share_the_teachers_outputs(pools, digits, teacher, tmp_path):
 
 
 REFUSED = {
-    "--opt: adamw with --kd-balance dto": "--opt adamw --kd-balance dto",
     "--kd-shard: --opt adamw": "--opt adamw --kd-shard",
     "--kd-shard: attach: gram='lag'": "--opt dtoadamw --kd-balance dto --kd-balance-gram lag --kd-shard",
     "is not contiguous": "--opt dtoadamw --kd-balance dto --channels-last --kd-shard",

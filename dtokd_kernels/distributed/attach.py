@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..balanced import Balanced
-from ..checks import check_flag, is_number
+from ..checks import check_flag, check_params, is_number
+from .connect import check_complete, connect, group_of
+from .find import remember
 from .replicas import BUCKET_BYTES, Replicas
 
 
 def attach(
-    optimizer: Balanced,
+    optimizer: torch.optim.Optimizer | Iterable[Tensor],
     *modules: DistributedDataParallel,
     process_group: dist.ProcessGroup | None = None,
     bucket_bytes: int = BUCKET_BYTES,
@@ -27,27 +33,37 @@ def attach(
     optimizer that belong to none of the modules (a projector, a plain module) are averaged as well, and are given rank
     0's values here, as `DistributedDataParallel` does with its own.
 
+    With another optimizer than those of this package, or with parameters alone, `dtokd_kernels.backward(losses,
+    params)` does the same. It finds wrapped modules by itself; only for the options below, and for parameters outside
+    of the modules, it needs this call.
+
     Args:
-        optimizer: `DTOAdamW` or `DTOSGD`.
-        modules: the models that are wrapped in `DistributedDataParallel`. Their `no_sync()` holds here too.
+        optimizer: `DTOAdamW` or `DTOSGD`; or, for `dtokd_kernels.backward`, any other optimizer or the parameters, such
+            as `model.parameters()`.
+        modules: the models that are wrapped in `DistributedDataParallel`. Their `no_sync()` holds here too, but not for
+            `dtokd_kernels.backward`, which weighs, and so reduces, each part of a batch.
         process_group: default: that of the modules, or torch's default.
         bucket_bytes: gradients that are reduced in one all-reduce.
         static_graph: the parameters that an objective reaches are the same in all steps and on all ranks. Then those
             that it does not reach are not sent, and on CUDA, after the first step, `backward` does not wait to learn
             which were reached; it does once a pass otherwise.
         shard: each rank keeps a share of the gradient sets and of the optimizer's state only, updates its share of the
-            parameters and gathers the rest (ZeRO-2); see `Sharded`. Not after steps were taken or a state was loaded.
+            parameters and gathers the rest (ZeRO-2); see `Sharded`. Not after steps were taken or a state was loaded;
+            `DTOAdamW` and `DTOSGD` only.
 
     Returns:
         The ranks, whose `no_sync()` is for models without a wrapper.
 
     Raises:
-        TypeError: something else than an optimizer of this package or a wrapped module.
+        TypeError: something else than an optimizer, parameters, or a wrapped module.
         ValueError: a module's parameter that requires a gradient is not in the optimizer: nobody would average it.
         RuntimeError: torch.distributed is not initialized.
     """
-    if not isinstance(optimizer, Balanced):
-        raise TypeError(f"attach: optimizer is a {type(optimizer).__name__}; pass a DTOAdamW or DTOSGD")
+    if isinstance(optimizer, torch.optim.Optimizer):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        holder = "the optimizer"
+    else:
+        params, holder = check_params("attach", optimizer), "params"
     for module in modules:
         if not isinstance(module, DistributedDataParallel):
             raise TypeError(
@@ -60,26 +76,20 @@ def attach(
         raise ValueError(f"attach: bucket_bytes is {bucket_bytes!r}; pass a positive number, such as {BUCKET_BYTES}")
     check_flag("attach: static_graph", static_graph)
     check_flag("attach: shard", shard)
-    params = [p for group in optimizer.param_groups for p in group["params"]]
     if any(isinstance(p, DTensor) for p in params):
-        raise ValueError("attach: the optimizer's parameters are sharded; it finds that out by itself, without attach")
-    known = {id(p) for p in params}
-    for module in modules:
-        for name, p in module.module.named_parameters():
-            if p.requires_grad and id(p) not in known and name not in module.parameters_to_ignore:
-                raise ValueError(
-                    f"attach: the module's parameter {name!r} is not in the optimizer, so nobody would average its "
-                    "gradient; add it to a parameter group, or freeze it with requires_grad_(False)"
-                )
-    wrapped = {id(p) for module in modules for p in module.module.parameters()}
-    groups = {id(m.process_group): m.process_group for m in modules}
-    if process_group is None and groups:
-        if len(groups) > 1:
-            raise ValueError("attach: the modules have different process groups; attach an optimizer to each")
-        process_group = next(iter(groups.values()))
+        raise ValueError("attach: the parameters are sharded, which the first backward finds out; leave attach out")
+    check_complete(params, modules, "attach", holder)
+    if process_group is None:
+        process_group = group_of(modules, "attach")
     static_graph = static_graph or any(m.static_graph for m in modules)
-    op = f"{type(optimizer).__name__}.backward"
+    balanced = isinstance(optimizer, Balanced)
+    op = f"{type(optimizer).__name__}.backward" if balanced else "backward"
     if shard:
+        if not isinstance(optimizer, Balanced):
+            raise ValueError(
+                f"attach: shard=True divides the state of DTOAdamW and DTOSGD, this is a {type(optimizer).__name__}; "
+                "leave it out, or shard the model with FSDP2"
+            )
         from .sharded import Sharded
 
         for p in params:
@@ -101,13 +111,17 @@ def attach(
         sharded.check(optimizer._source, "attach")
         ranks: Replicas = sharded
     else:
-        ranks = Replicas(process_group, modules, op=op, bucket_bytes=bucket_bytes, static_graph=static_graph)
-    for p in params:
-        if id(p) not in wrapped:
-            dist.broadcast(p.detach(), group_src=0, group=process_group)
-    ranks.hook(params)
-    for module in modules:
-        module._remove_autograd_hooks()
-        module._static_graph_delay_allreduce_enqueued = True  # else a static graph's first pass reduces on its own
-    optimizer._ranks = ranks
+        ranks = Replicas(
+            process_group,
+            modules,
+            op=op,
+            bucket_bytes=bucket_bytes,
+            static_graph=static_graph,
+            each_part=not balanced,
+        )
+    connect(ranks, params, modules)
+    if isinstance(optimizer, Balanced):
+        optimizer._ranks = ranks
+    else:
+        remember(params, ranks)
     return ranks

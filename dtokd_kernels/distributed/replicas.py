@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from ..ranks import Ranks
 from ..watch import Watch
@@ -78,6 +80,9 @@ class Replicas(Ranks):
 
     The first step learns what each objective reaches (a head, a projector): what it does not comes last from then on,
     so that no bucket waits for it.
+
+    Attributes:
+        hooked: the parameters whose gradients it sees, by their ids, with what lets go of each.
     """
 
     def __init__(
@@ -88,21 +93,30 @@ class Replicas(Ranks):
         op: str,
         bucket_bytes: int = BUCKET_BYTES,
         static_graph: bool = False,
+        each_part: bool = False,
     ) -> None:
-        super().__init__(group, op)
-        self._modules = tuple(modules)
+        super().__init__(group, op, each_part)
+        # weakly: torch's garbage collector does not see the module's hold on its parameters, which hold their hooks
+        self._modules = tuple(map(weakref.ref, modules))
         self._bucket_bytes = bucket_bytes
         self._static = static_graph
         self._slots: dict[_Key, list[Slot]] = {}
         self._reached: dict[_Key, frozenset[int]] = {}
         self._running: Pass | None = None
-        self._hooked: dict[int, Tensor] = {}
+        self.hooked: dict[int, tuple[Tensor, RemovableHandle]] = {}
         self._params: list[Tensor] = []  # that the positions in slots and reach count
 
     @property
+    def modules(self) -> list[DistributedDataParallel]:
+        """The models that are wrapped, as far as they are still there."""
+        return [module for held in self._modules if (module := held()) is not None]
+
+    @property
     def syncs(self) -> bool:
-        """Whether the next backward passes reduce gradients; not inside a `no_sync`, ours or a module's."""
-        open_ = [module.require_backward_grad_sync for module in self._modules]
+        """Whether the next backward passes reduce gradients; see `Ranks`. A module's `no_sync` counts as ours."""
+        if self.each_part:
+            return True
+        open_ = [module.require_backward_grad_sync for module in self.modules]
         if any(open_) and not all(open_):
             raise RuntimeError(
                 f"{self.op}: some of the attached modules are inside no_sync() and some are not; enter it for all"
@@ -150,9 +164,19 @@ class Replicas(Ranks):
     def hook(self, params: Sequence[Tensor]) -> None:
         """Be told of each gradient that autograd writes, in passes of `optimizer.backward` and outside of them."""
         for p in params:
-            if p.requires_grad and id(p) not in self._hooked:
-                p.register_post_accumulate_grad_hook(self._written)
-                self._hooked[id(p)] = p
+            if p.requires_grad and id(p) not in self.hooked:
+                self.hooked[id(p)] = p, p.register_post_accumulate_grad_hook(self._written)
+
+    def unhook(self) -> None:
+        """Let go of the parameters: other ranks take their place."""
+        for _, handle in self.hooked.values():
+            handle.remove()
+        self.hooked = {}
+
+    def missing(self, params: Sequence[Tensor]) -> Tensor | None:
+        """A trained parameter that is not among these, so that nobody would average its gradient."""
+        known = set(map(id, params))
+        return next((p for i, (p, _) in self.hooked.items() if i not in known and p.requires_grad), None)
 
     def _number(self, params: Sequence[Tensor]) -> None:
         """Learn anew what is reached, if the optimizer's groups have changed, as positions mean others then."""
@@ -190,9 +214,10 @@ class Replicas(Ranks):
         """Autograd has written the gradient of a parameter."""
         running = self._running
         if running is None:
+            call = "dtokd_kernels.backward(losses, params)" if self.each_part else "optimizer.backward(losses)"
             raise RuntimeError(
-                "loss.backward() reached a parameter whose optimizer is attached to several ranks: nobody would "
-                "average this gradient; call optimizer.backward(losses), with one loss if there is one"
+                "loss.backward() reached a parameter that is attached to several ranks: nobody would average this "
+                f"gradient; call {call}, with one loss if there is one"
             )
         t = running.position.get(id(p))
         if t is None:  # the optimizer has it no longer

@@ -8,13 +8,16 @@ the losses.
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ranks import Ranks
 from ..sources import Lag, Overlap, Probe
@@ -54,8 +57,8 @@ class Shards(Ranks):
         self._replicas = [mesh.get_group(d) for d, kind in enumerate(kinds) if kind is Replicate]
         self.size = mesh.size()
         known = {id(p) for p in params}
-        modules = [m for m in gc.get_objects() if issubclass(type(m), FSDPModule)]
-        self._modules = [m for m in modules if any(id(p) in known for p in m.parameters())]
+        # weakly: what is remembered by the parameters must not keep them alive
+        self._modules = [weakref.ref(m) for m in _modules() if any(id(p) in known for p, _ in _pairs(m))]
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -80,9 +83,8 @@ class Shards(Ranks):
         self, i: int, K: int, params: Sequence[Tensor], row: Sequence[Tensor | None], watch: Watch | None
     ) -> Iterator[None]:
         """FSDP reduces by itself; unless it was told not to, when it would add up the gradients of all objectives."""
-        for module in self._modules:
-            state = module._get_fsdp_state()
-            if any(not group.reduce_grads for group in getattr(state, "_fsdp_param_groups", ())):
+        for module in filter(None, (held() for held in self._modules)):
+            if any(not group.reduce_grads for group in _groups(module)):
                 raise RuntimeError(
                     f"{self.op}: set_requires_gradient_sync(False) makes FSDP add up the unreduced gradients of all "
                     "objectives; leave it True, each part of an accumulated batch is reduced"
@@ -109,3 +111,32 @@ class Shards(Ranks):
         """This rank's parts of parameters and state."""
         local = [dict(zip(state, self.local(list(state.values())), strict=True)) for state in states]
         return self.local(params), local
+
+
+def shard_of_whole() -> WeakIdKeyDictionary:
+    """From each whole parameter, which a model has between a forward pass and its backward pass, to its DTensor."""
+    found = WeakIdKeyDictionary()
+    for module in _modules():
+        for p, whole in _pairs(module):
+            if whole is not None:
+                found[whole] = weakref.ref(p)
+    return found
+
+
+def _modules() -> list[FSDPModule]:
+    return [m for m in gc.get_objects() if issubclass(type(m), FSDPModule)]
+
+
+def _groups(module: FSDPModule) -> list[Any]:
+    """What a module shards at once; torch before 2.14 has one group at most."""
+    state: Any = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+
+
+def _pairs(module: FSDPModule) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A module's own sharded parameters, each with the whole one once that was there."""
+    for group in _groups(module):
+        for held in group.fsdp_params:
+            yield held.sharded_param, getattr(held, "_unsharded_param", None)

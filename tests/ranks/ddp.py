@@ -148,12 +148,10 @@ def _error(kind, function, *args):
 
 
 def not_attached(rank, size):
-    """Both ways to forget it."""
+    """An optimizer of ours that is not told of the module."""
     model, optimizer = _linear(size)
     ddp = DistributedDataParallel(model)
-    first = _error(RuntimeError, optimizer.backward, _losses(ddp))
-    second = _error(RuntimeError, dk.backward, _losses(ddp), list(model.parameters()))
-    return first, second
+    return _error(RuntimeError, optimizer.backward, _losses(ddp))
 
 
 def changing_groups(rank, size, shard, source):
@@ -274,15 +272,18 @@ def nan_on_one(rank, size, where, source="exact", shard=False):
     return same, int(optimizer.skipped_steps), [p.detach().clone() for p in model.parameters()]
 
 
-def overflow_on_one(rank, size, shard):
-    """Rank 1 has an infinite gradient under a GradScaler: what changed, how many were skipped, and the scale."""
+def overflow_on_one(rank, size, shard, where):
+    """Rank 1 has an infinite gradient or loss under a GradScaler: what changed, how many were skipped, the scale."""
     model, optimizer = _linear(size)
     ddp, scaler = DistributedDataParallel(model), torch.amp.GradScaler("cpu", init_scale=1024)
     dk.distributed.attach(optimizer, ddp, bucket_bytes=64, shard=shard)
     before = [p.detach().clone() for p in model.parameters()]
-    if rank == 1:
+    losses = _losses(ddp)
+    if rank == 1 and where == "gradient":
         model[2].weight.register_hook(lambda g: g * float("inf"))
-    optimizer.backward(_losses(ddp), scaler=scaler)
+    if rank == 1 and where == "loss":
+        losses["task"] = losses["task"] + float("inf")
+    optimizer.backward(losses, scaler=scaler)
     scaler.step(optimizer)
     scaler.update()
     same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -23,7 +23,7 @@ from .. import timm_optim  # noqa: F401  registers dtoadamw and dtosgd
 from ..errors import UsageError
 from . import heldout
 from .options import flag
-from .steps import Filled, Fused, Stepper, WeightedSum, clipping
+from .steps import Averaged, Filled, Fused, Stepper, WeightedSum, clipping
 from .world import World
 
 #: How timm and torch refuse an optimizer's arguments.
@@ -59,7 +59,7 @@ def make_stepper(
     check(options)
     ours, balanced = _is_ours(options), options.kd_balance != "none"
     world = world or World()
-    _check_ranks(options, ours, balanced, device, world)
+    _check_ranks(options, ours, device, world)
     lr = learning_rate(options, world.size)
     keywords = {**optimizer_kwargs(argparse.Namespace(**{**vars(options), "lr": lr}))}
     keywords |= options.opt_kwargs
@@ -122,7 +122,7 @@ def check(options: argparse.Namespace) -> None:
             raise UsageError(f"--kd-balance-{name}: nothing is balanced; choose --kd-balance, such as dto")
 
 
-def _check_ranks(options: argparse.Namespace, ours: bool, balanced: bool, device: torch.device, world: World) -> None:
+def _check_ranks(options: argparse.Namespace, ours: bool, device: torch.device, world: World) -> None:
     shard = getattr(options, "kd_shard", False)
     if shard and not ours:
         raise UsageError(
@@ -133,17 +133,12 @@ def _check_ranks(options: argparse.Namespace, ours: bool, balanced: bool, device
         if shard:
             raise UsageError("--kd-shard: there is one process; start several with torchrun, or leave it out")
         return
-    if balanced and not ours:
-        raise UsageError(
-            f"--opt: {options.opt} with --kd-balance {options.kd_balance} balances the gradients of one rank alone, "
-            "and several would drift apart; choose dtoadamw or dtosgd"
-        )
     if options.sync_bn and device.type == "cpu":
         raise UsageError("--sync-bn: torch has it on GPUs only; leave it out, or keep --dist-bn reduce")
 
 
 def distribute(task: TrainingTask, stepper: Stepper, options: argparse.Namespace, device: torch.device) -> None:
-    """Wrap what is trained in DistributedDataParallel, and tell a balanced optimizer of it. All ranks call it.
+    """Wrap what is trained in DistributedDataParallel, and have a balance average over the ranks. All of them call it.
 
     Raises:
         UsageError: what the optimizer cannot do over ranks.
@@ -155,7 +150,7 @@ def distribute(task: TrainingTask, stepper: Stepper, options: argparse.Namespace
         names = inspect.signature(DistributedDataParallel).parameters
         keywords["forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"] = False
     task.prepare_distributed([device.index] if device.type == "cuda" else None, **keywords)
-    if isinstance(stepper, Fused):
+    if isinstance(stepper, Averaged):
         try:
             stepper.attach(task.get_trainable_module(), options.kd_shard)
         except ValueError as error:

@@ -101,7 +101,35 @@ class WeightedSum:
             self.scaler.load_state_dict(state["scaler"])
 
 
-class Filled(WeightedSum):
+class Averaged(WeightedSum):
+    """What balanced steps share: `attach` has the gradients of each objective averaged over ranks."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        clip: Callable[[], None] | None,
+    ) -> None:
+        super().__init__(optimizer, scaler, clip)
+        self._ranks: Replicas | None = None
+
+    def attach(self, module: DistributedDataParallel, shard: bool) -> None:
+        """Average gradient sets over ranks; with `shard` each keeps a part of them and of the state."""
+        self._ranks = dk.distributed.attach(self.optimizer, module, shard=shard)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also of the ranks."""
+        state = super().state_dict()
+        return state if self._ranks is None else {**state, "ranks": self._ranks.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Of one process or several."""
+        super().load_state_dict(state)
+        if self._ranks is not None and "ranks" in state:
+            self._ranks.load_state_dict(state["ranks"])
+
+
+class Filled(Averaged):
     """Any optimizer, on gradients that `dtokd_kernels.backward` has balanced."""
 
     def __init__(
@@ -162,14 +190,13 @@ class Filled(WeightedSum):
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
 
 
-class Fused(WeightedSum):
+class Fused(Averaged):
     """dtoadamw and dtosgd: gradient sets in, weights and update in the step; clipped by the Gram matrix."""
 
     optimizer: Balanced
 
     def __init__(self, optimizer: Balanced, scaler: torch.amp.GradScaler) -> None:
         super().__init__(optimizer, scaler, None)
-        self._ranks: Replicas | None = None
 
     @property
     def skips(self) -> bool:
@@ -186,10 +213,6 @@ class Fused(WeightedSum):
         """That of the optimizer."""
         return self.optimizer.weighting
 
-    def attach(self, module: DistributedDataParallel, shard: bool) -> None:
-        """Average gradient sets over ranks; with `shard` each keeps a part of them and of the state."""
-        self._ranks = dk.distributed.attach(self.optimizer, module, shard=shard)
-
     def backward(self, result: Result, parts: int) -> None:
         """One pass per objective, or what the Gram's source asks for."""
         self.optimizer.backward(losses_of(result), share=1 / parts, scaler=self.scaler)
@@ -200,12 +223,6 @@ class Fused(WeightedSum):
             return super().state_dict()
         optimizer = dk.distributed.whole_state(self.optimizer)
         return {"optimizer": optimizer, "scaler": self.scaler.state_dict(), "ranks": self._ranks.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of one process or several."""
-        super().load_state_dict(state)
-        if self._ranks is not None and "ranks" in state:
-            self._ranks.load_state_dict(state["ranks"])
 
 
 def losses_of(result: Result) -> dict[str, Tensor]:
