@@ -27,7 +27,7 @@ from dtokd.objectives.teacher import Normalisation, Teacher
 from PIL import Image
 from torch import Tensor, nn
 
-from .pair import Pair
+from .iterations import Pair
 from .record import machine
 from .timing import seconds_of
 

@@ -49,7 +49,7 @@ def _detect(options: argparse.Namespace, run: RunDir, progress: Progress | None)
     device = World().device(options.device)
     progress = progress or Progress(options.epochs)
     train, validation = read_splits(options)
-    lines = []
+    lines: list[str] = []
     for split in filter(None, (train, validation)):
         small = small_boxes(train, options) if split is train else 0
         lines += _told(split, small, options.img_size)
