@@ -1,6 +1,8 @@
-"""`dtokd train` on several ranks: one process on the whole batch, the same bits on all, written once, resumable."""
+"""`dtokd train` and `detect` on several ranks: one process on the whole batch, the same bits, written once, resumed."""
 
 import csv
+import json
+import math
 import os
 import subprocess
 import sys
@@ -12,10 +14,15 @@ import torch.distributed as dist
 from dtokd.cli import main
 from dtokd.train.checkpoint import load_checkpoint
 from dtokd.train.rundir import RunDir
+from safetensors.torch import save_file
 
+from .coco import VIDT, write_coco
+from .coco import common as coco_options
 from .digits import common, distilling, write_digits
 from .ranks import training
 from .ranks.pool import Pool, free_port
+from .test_detect import dense, vidt
+from .test_detect_run import distilling as taught
 from .test_train_resume import same_results
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +56,12 @@ def pools():
     pool = Pool(2)
     yield {1: Alone(), 2: pool}
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """Of which two ranks cannot have equal numbers."""
+    return write_coco(tmp_path_factory.mktemp("coco") / "data", train=15, val=5)
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +206,58 @@ def test_ranks_share_the_teachers_outputs(pools, digits, teacher, tmp_path):
     assert "64 of 64 rows are there; the teacher is not needed" in alone[0][1]
 
 
+DETECTING = {
+    "fcos": "--opt dtoadamw --kd-balance dto --kd-shard --clip-grad 1 --model-ema --crop --color-jitter 0.3",
+    "vidt": "--opt lion --kd-balance amortized --kd-feature-norm standardize",
+}
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("kind", DETECTING)
+def test_detectors_stopped_on_one_rank_and_resumed_on_all(pools, coco, tmp_path, capsys, kind):
+    """As classifiers; what is found in an epoch has the AP of one process."""
+    teacher = tmp_path / "teacher.safetensors"
+    model = dense(seed=7) if kind == "fcos" else vidt(seed=7)
+    save_file({name: value.clone() for name, value in model.state_dict().items()}, teacher)
+    options = ["detect", *coco_options(coco, tmp_path / "a"), *taught(kind, teacher)]
+    options += [*DETECTING[kind].split(), "--experiment", "x", "--pictures", "2"]
+    options += ["--log-interval", "1", "--resume", "auto"]
+    undisturbed = succeeded(pools[2].run(training.train, options))
+    same_weights(undisturbed)
+    assert len(list((tmp_path / "a" / "x" / "pictures").iterdir())) == 2
+    options[options.index(str(tmp_path / "a"))] = str(tmp_path / "b")
+    answers = pools[2].run(training.train, options, {1: 6})
+    assert [code for code, *_ in answers] == [143, 143]
+    assert load_checkpoint(RunDir(tmp_path / "b" / "x").stopped)["batches"] in (2, 3)
+    resumed = succeeded(pools[2].run(training.train, options))
+    for before, after in zip(undisturbed, resumed, strict=True):
+        assert all(torch.equal(before[2][name], after[2][name]) for name in before[2])
+        assert before[3] == after[3]
+    same_results(tmp_path / "a" / "x", tmp_path / "b" / "x")
+    capsys.readouterr()
+    last = tmp_path / "a" / "x" / "student-last.safetensors"
+    assert main(["eval", str(tmp_path / "a" / "x"), "--checkpoint", str(last)]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    prefix = "eval_ema_" if kind == "fcos" else "eval_"
+    together = rows(tmp_path / "a" / "x" / "summary.csv")[-1]
+    found = {name.removeprefix(prefix): value for name, value in together.items() if name.startswith(prefix)}
+    wanted = {name: math.nan if alone[name] is None else alone[name] for name in found}
+    assert found == pytest.approx(wanted, rel=0, abs=0, nan_ok=True)
+
+
+def test_detectors_without_balance_on_two_ranks(pools, coco, tmp_path):
+    """Plain DistributedDataParallel, of the seeds' one student; all images are seen in an epoch."""
+    options = ["detect", *coco_options(coco, tmp_path), *VIDT, "--experiment", "x", "--pictures", "0", "-b", "3"]
+    same_weights(succeeded(pools[2].run(training.train, options)))
+
+
+def test_detections_of_all_ranks_are_judged_as_those_of_one(pools, coco):
+    alone = training.judged(0, 1, coco)
+    assert 0.05 < alone["ap"] < 0.95
+    for found in pools[2].run(training.judged, coco):
+        assert found == pytest.approx(alone, rel=0, abs=0, nan_ok=True)
+
+
 REFUSED = {
     "--kd-shard: --opt adamw": "--opt adamw --kd-shard",
     "--kd-shard: attach: gram='lag'": "--opt dtoadamw --kd-balance dto --kd-balance-gram lag --kd-shard",
@@ -226,5 +291,8 @@ def test_other_commands_are_for_one_process(monkeypatch, capsys, rank):
     monkeypatch.setenv("RANK", rank)
     assert main(["doctor"]) == 2
     assert capsys.readouterr().err == (
-        "" if rank == "1" else "dtokd doctor: error: torchrun has started 2 processes, which only dtokd train needs\n"
+        ""
+        if rank == "1"
+        else "dtokd doctor: error: torchrun has started 2 processes, which only dtokd train and dtokd detect "
+        "need; start it without torchrun\n"
     )

@@ -58,8 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str | None, options: argparse.Namespace) -> int:
-    if command != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        message = f"torchrun has started {os.environ['WORLD_SIZE']} processes, which only dtokd train needs"
+    together = command == "train" or (command == "detect" and not options.demo)
+    if not together and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        message = (
+            f"torchrun has started {os.environ['WORLD_SIZE']} processes, which only dtokd train and dtokd detect need; "
+            "start it without torchrun"
+        )
         raise UsageError(message) if os.environ.get("RANK", "0") == "0" else ToldElsewhere(message)
     # imported only now: --help need not wait for timm and matplotlib
     if command == "train":

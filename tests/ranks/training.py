@@ -1,8 +1,9 @@
-"""What each rank does in the tests of `dtokd train` on several ranks.
+"""What each rank does in the tests of `dtokd train` and `dtokd detect` on several ranks.
 
 As a script, for torchrun: `dtokd`, whose rank 1 is killed in its sixth step, in its first life.
 """
 
+import argparse
 import contextlib
 import io
 import os
@@ -13,8 +14,11 @@ import sys
 import numpy as np
 import torch
 from dtokd.cli import main
+from dtokd.detect.batch import Detections
+from dtokd.detect.data import read_split
+from dtokd.detect.evaluate import CocoEvaluator
 from dtokd.train import run, state
-from timm.utils import unwrap_model
+from dtokd.train.world import join
 
 
 @contextlib.contextmanager
@@ -40,7 +44,7 @@ def each_step(work):
 
 
 def train(rank, size, argv, signals=None, spoils=None):
-    """`dtokd train` on this rank.
+    """`dtokd train` or `dtokd detect` on this rank.
 
     Args:
         rank: of this process.
@@ -50,7 +54,7 @@ def train(rank, size, argv, signals=None, spoils=None):
         spoils: {rank: the step in which its losses are NaN}
 
     Returns:
-        Exit code, what was said, student's state_dict, the next random numbers.
+        Exit code, what was said, the state_dict of the student, and of its average, the next random numbers.
     """
     engines, out, err = [], io.StringIO(), io.StringIO()
     collect = state.collect
@@ -73,10 +77,34 @@ def train(rank, size, argv, signals=None, spoils=None):
         code = main(argv)
     weights = {}
     if engines:
-        module = unwrap_model(engines[-1].task.get_trainable_module())
-        weights = {name: value.clone() for name, value in module.state_dict().items()}
+        for kind, module in state.modules(engines[-1].task).items():
+            prefix = "ema." if kind == "ema" else ""
+            weights |= {prefix + name: value.clone() for name, value in module.state_dict().items()}
     drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
     return code, out.getvalue() + err.getvalue(), weights, drawn
+
+
+def judged(rank, size, root):
+    """COCO's figures of made-up detections, of which each rank has seen a part, and an image of another rank's."""
+    options = argparse.Namespace(data_dir=root, annotations="annotations/instances_{split}.json")
+    split = read_split(options, "val")
+    with join("cpu", 60) as world:
+        evaluator = CocoEvaluator(split, world)
+        images = split.content["images"]
+        for image in [*images[rank::size], images[0]]:
+            generator = torch.Generator().manual_seed(image["id"])
+            known = [a for a in split.content["annotations"] if a["image_id"] == image["id"]] * 2
+            boxes = torch.tensor([a["bbox"] for a in known]).reshape(-1, 4)
+            boxes = boxes + torch.randn(boxes.shape, generator=generator)
+            boxes[:, 2:] += boxes[:, :2]
+            # few values, so that many are equal
+            scores = (torch.rand(len(known), generator=generator) * 4).round() / 4
+            labels = torch.tensor([a["category_id"] for a in known], dtype=torch.int64)
+            own = (image["height"], image["width"])
+            found = {"boxes": boxes, "scores": scores, "labels": labels}
+            target = {"image_id": split.image_ids[image["id"]], "size": own, "original": own}
+            evaluator.update(Detections([found]), [target])
+        return evaluator.compute(distributed=size > 1)
 
 
 def _spoiled(number):

@@ -20,6 +20,7 @@ from ..objectives.features import MultiScale
 from ..objectives.taps import Outputs, Taps, choose_stages
 from ..objectives.task import DistillationTask, Match
 from ..objectives.teacher import Normalisation, Teacher, as_list, choose_size
+from ..train.world import World
 from .annotations import Annotations
 from .batch import Images, padded
 from .cache import AbsentDetector, open_cache, prepare_cache
@@ -41,6 +42,7 @@ def build(
     validation: Annotations | None,
     device: torch.device,
     images: CachedImages | None = None,
+    world: World | None = None,
 ) -> DistillationTask:
     """The task that the options describe.
 
@@ -50,6 +52,7 @@ def build(
         train, validation: annotations of the splits.
         device: of student and teacher.
         images: that the teacher will be shown, for --kd-cache-teacher.
+        world: the processes that train together; default: this one alone.
 
     Raises:
         UsageError: options that contradict each other, or do not fit student, teacher or data.
@@ -58,7 +61,7 @@ def build(
 
     def evaluator() -> CocoEvaluator:
         assert validation is not None
-        return CocoEvaluator(validation)
+        return CocoEvaluator(validation, world)
 
     names, paths = as_list(options.kd_model_name), as_list(options.kd_teacher_path)
     options.kd_distill_type = _types(options, student, names)  # for args.yaml and the report

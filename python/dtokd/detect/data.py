@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, VisionDataset
 from torchvision.transforms import v2
@@ -27,6 +27,7 @@ from ..train.batches import Batches
 from ..train.images import CheckedImages, convert
 from ..train.keyed import Key, KeyedDataset, KeyedOrder, cached_images, seed_of
 from ..train.workers import worker_seed
+from ..train.world import World
 from .annotations import Annotations, read_annotations
 from .batch import Images, Target, padded
 from .boxes import NEARLY_ALL, count_small, usable
@@ -277,8 +278,12 @@ def make_loader(
     training: bool,
     device: torch.device,
     record: Path | None = None,
+    world: World | None = None,
 ) -> OnDevice:
     """A split's batches; random numbers are torch's own, so that a checkpoint of them resumes the order.
+
+    Of several processes each has a part: in training of an order that is drawn from seed and epoch, filled up so that
+    all have as many; in evaluation every image is in one part.
 
     Args:
         options: of `detect.options`.
@@ -287,27 +292,35 @@ def make_loader(
         training: augmented and shuffled, whole batches only.
         device: of the batches.
         record: where images that are skipped are noted.
+        world: the processes that train together; default: this one alone.
 
     Raises:
         UsageError: fewer images than one training batch takes.
     """
-    size = options.batch_size
-    if training and len(annotations.content["images"]) < size:
-        raise UsageError(
-            f"--batch-size: {size}, but {split!r} holds {len(annotations.content['images'])} images; pass a smaller one"
-        )
+    size, world = options.batch_size, world or World()
+    count = len(annotations.content["images"])
     checked: Any = CocoImages(options.data_dir / split, annotations, make_transforms(options, training))
     checked = CheckedImages(checked, split, options.on_bad_image == "skip", record)
-    order = None
+    order: KeyedOrder | None = None
+    sampler: Any = None
     if training and options.kd_cache_teacher:
         checked = KeyedDataset(checked, seed_of(options))
         # without --square the images of a batch share a padding, which the teacher sees
         group = 1 if options.square else size
-        order = KeyedOrder(len(checked), size, checked.seed, options.kd_cache_views, group)
+        order = KeyedOrder(count, size, checked.seed, options.kd_cache_views, group, rank=world.rank, size=world.size)
+    elif world.joined and training:
+        seed = options.seed if options.data_seed is None else options.data_seed
+        sampler = DistributedSampler(checked, world.size, world.rank, seed=seed)
+    elif world.joined:
+        sampler = range(world.rank, count, world.size)
+    if training and (count // world.size if order else -(-count // world.size)) < size:
+        part = ", of which each rank has a part" if world.joined else ""
+        raise UsageError(f"--batch-size: {size}, but {split!r} holds {count} images{part}; pass a smaller one")
     loader = DataLoader(
         checked,
         batch_size=size if training else options.validation_batch_size or size,
-        shuffle=training,
+        shuffle=training and sampler is None,
+        sampler=sampler,
         drop_last=training,
         num_workers=options.workers,
         collate_fn=collate if order is None else collate_keyed,
@@ -332,6 +345,12 @@ def cached(options: argparse.Namespace, loader: Batches) -> CachedImages | None:
     return cached_images(
         options, loader.batch_sampler, {**told, "training data (sha256)": identity.of_dataset(images.dataset)}
     )
+
+
+def first_images(loader: OnDevice) -> OnDevice:
+    """All images of a split in their order, whatever part of them the loader has."""
+    images: Any = loader.loader.dataset
+    return OnDevice(DataLoader(images, collate_fn=collate), loader.device)
 
 
 def _start_worker(number: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ..train.world import World
 from .annotations import Annotations
 from .batch import Detections, Target
 from .data import index
@@ -21,13 +23,13 @@ class CocoEvaluator:
 
     Args:
         annotations: of the split.
+        world: the processes that each judge a part of it; default: this one alone.
     """
 
-    def __init__(self, annotations: Annotations) -> None:
-        self._truth = index(annotations.content)
+    def __init__(self, annotations: Annotations, world: World | None = None) -> None:
+        self._truth, self._world = index(annotations.content), world or World()
         self._numbers = {image: number for number, image in enumerate(annotations.image_ids)}
-        self._rows: list[np.ndarray[Any, Any]] = []
-        self._seen: set[int | str] = set()
+        self._rows: dict[int, np.ndarray[Any, Any]] = {}
         self._per_class: list[float | None] = []
 
     def update(self, detections: Detections, targets: list[Target]) -> None:
@@ -38,19 +40,32 @@ class CocoEvaluator:
             targets: of its images: the file's "image_id", "size" and "original".
         """
         for found, target in zip(detections.images, targets, strict=True):
-            if target["image_id"] in self._seen:
+            number = self._numbers[target["image_id"]]
+            if number in self._rows:
                 continue
-            self._seen.add(target["image_id"])
             (h, w), (height, width) = target["size"], target["original"]
             boxes = _numbers(found["boxes"]) * np.array([width / w, height / h] * 2)
             boxes[:, 2:] -= boxes[:, :2]
-            image = np.full(len(boxes), self._numbers[target["image_id"]])
+            image = np.full(len(boxes), number)
             rows = np.column_stack([image, boxes, _numbers(found["scores"]), _numbers(found["labels"])])
-            self._rows.append(rows[np.isfinite(rows).all(1)])  # a box or a score of NaN finds nothing
+            self._rows[number] = rows[np.isfinite(rows).all(1)]  # a box or a score of NaN finds nothing
 
-    def compute(self) -> dict[str, float]:
-        """AP in [0, 1], as COCO prints it, -1 as NaN where there is nothing of that size; see `split_errors` too."""
-        rows = np.concatenate(self._rows) if self._rows else np.zeros((0, 7))
+    def compute(self, distributed: bool = False) -> dict[str, float]:
+        """AP in [0, 1], as COCO prints it, -1 as NaN where there is nothing of that size; see `split_errors` too.
+
+        Args:
+            distributed: judge what all processes have collected, on the first one; all call it, and all get its
+                numbers.
+        """
+        if not distributed:
+            return self._judge([self._rows])
+        parts = self._world.gather(self._rows)
+        return self._world.shared(self._judge(parts) if parts else {})
+
+    def _judge(self, parts: Sequence[dict[int, np.ndarray[Any, Any]]]) -> dict[str, float]:
+        """In the order of the images, whoever has seen them."""
+        found = {number: rows for part in reversed(parts) for number, rows in part.items()}
+        rows = np.concatenate([found[number] for number in sorted(found)]) if found else np.zeros((0, 7))
         errors = {f"error_{name}": value for name, value in split_errors(self._truth, rows).items()}
         if not len(rows):
             return dict.fromkeys(METRICS, 0.0) | errors

@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_optimization(parser)
     _add_distillation(parser)
     shared.add_balance(parser)
+    shared.add_ranks(parser)
     shared.add_run(parser, METRICS)
     pictures = "of the validation split, in the report"
     parser.add_argument("--pictures", type=NATURAL, default=12, metavar="N", help=pictures)

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from timm.utils import random_seed
 
 from ..files import read_weights
+from ..objectives.task import DistillationTask
 from ..report.page import write_report
 from ..train.about import Known
 from ..train.batches import Batches
 from ..train.data import Data
 from ..train.options import experiment_name
 from ..train.progress import Progress
-from ..train.run import Outcome, fit
+from ..train.run import Outcome, fit, opened
 from ..train.rundir import RunDir
 from ..train.world import World
 from .annotations import Annotations
 from .batch import blank
 from .build import build
-from .data import cached, make_loader, read_splits, small_boxes
+from .data import OnDevice, cached, first_images, make_loader, read_splits, small_boxes
 from .detectors.base import Detector
 from .detectors.build import make_student
 from .pictures import draw_pictures
@@ -32,7 +35,7 @@ AREAS = {"ap_small": (0.0, 32.0**2), "ap_medium": (32.0**2, 96.0**2), "ap_large"
 
 
 def detect(options: argparse.Namespace, progress: Progress | None = None) -> Outcome:
-    """Train a detector, or go on training, as the options say.
+    """Train a detector, or go on training, as the options say; under torchrun together with the other processes.
 
     Args:
         options: of `detect.options`.
@@ -40,14 +43,25 @@ def detect(options: argparse.Namespace, progress: Progress | None = None) -> Out
 
     Raises, Effects: as `dtokd.train.run.train`.
     """
-    run = RunDir(options.output / (options.experiment or experiment_name(options).replace(":", "-")))
-    with run.locked():
-        return _detect(options, run, progress)
-
-
-def _detect(options: argparse.Namespace, run: RunDir, progress: Progress | None) -> Outcome:
-    device = World().device(options.device)
     progress = progress or Progress(options.epochs)
+    with opened(options, lambda: experiment_name(options).replace(":", "-"), progress) as (run, world):
+        with world.agreed():
+            task, loaders, device, card, known = prepare(options, run, world, progress)
+        outcome = fit(options, run, task, loaders, device, progress, world, card, known)
+        judged = loaders.validation
+        if options.pictures and judged is not None and not outcome.interrupted:
+            world.first_does(lambda: _draw(options, run, task, judged, card["label_names"]))
+        return outcome
+
+
+def prepare(
+    options: argparse.Namespace, run: RunDir, world: World, progress: Progress
+) -> tuple[DistillationTask, Data, torch.device, dict[str, Any], Known]:
+    """What `fit` trains: task, loaders, their device, what the student is for `config.json`, and what else is known.
+
+    Raises, Effects: as `detect`, but only skipped images are noted in the run's directory.
+    """
+    device = world.device(options.device)
     train, validation = read_splits(options)
     lines: list[str] = []
     for split in filter(None, (train, validation)):
@@ -62,20 +76,25 @@ def _detect(options: argparse.Namespace, run: RunDir, progress: Progress | None)
         )
     random_seed(options.seed, 0)
     student = make_student(options, len(train.categories)).to(device)
-    shared: dict[str, Any] = {"device": device, "record": run.bad_images}
+    shared: dict[str, Any] = {"device": device, "record": run.bad_images, "world": world}
     learned = make_loader(options, train, options.train_split, training=True, **shared)
     judged = make_loader(options, validation, options.val_split, training=False, **shared) if validation else None
     assert isinstance(learned.loader, Batches)
-    task = build(options, student, train, validation, device, cached(options, learned.loader))
+    task = build(options, student, train, validation, device, cached(options, learned.loader), world)
+    world.apart(options.seed)
     loaders = Data(learned, judged, None, batches=learned.loader)
     known = Known(lines, blank(options.img_size, device))
-    outcome = fit(options, run, task, loaders, device, progress, card=_card(options, student, train), known=known)
-    if options.pictures and loaders.validation is not None and run.student.exists() and not outcome.interrupted:
-        student.load_state_dict(read_weights(run.student, "--output"))
-        names = list(train.categories.values())
-        draw_pictures(run.pictures, student, loaders.validation, names, options.pictures)
-        write_report(run.path)
-    return outcome
+    return task, loaders, device, _card(options, student, train), known
+
+
+def _draw(options: argparse.Namespace, run: RunDir, task: DistillationTask, judged: OnDevice, names: list[str]) -> None:
+    """Show what the best student finds in the first images of the validation split."""
+    if not run.student.exists():
+        return
+    student: Any = copy.deepcopy(task.get_eval_model())
+    student.load_state_dict(read_weights(run.student, "--output"))
+    draw_pictures(run.pictures, student, first_images(judged), names, options.pictures)
+    write_report(run.path)
 
 
 def _card(options: argparse.Namespace, student: Detector, train: Annotations) -> dict[str, Any]:

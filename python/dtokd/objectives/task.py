@@ -273,6 +273,8 @@ class DistillationTask(TrainingTask):
         nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             self.trainable_module, remembered
         )
+        if self.criterion is None:  # a detector may have layers that its own loss does not reach
+            ddp_kwargs.setdefault("find_unused_parameters", True)
         self.trainable_module = nn.parallel.DistributedDataParallel(
             self.trainable_module, device_ids=device_ids, **ddp_kwargs
         )

@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_augmentation(parser)
     objectives.add_arguments(parser)
     add_balance(parser)
-    _add_ranks(parser)
+    add_ranks(parser)
     add_run(parser)
 
 
@@ -275,7 +275,8 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_ranks(parser: argparse.ArgumentParser) -> None:
+def add_ranks(parser: argparse.ArgumentParser) -> None:
+    """How the processes that torchrun starts train one model."""
     group = parser.add_argument_group("several processes", "started with torchrun; --batch-size is that of each")
     group.add_argument(
         "--kd-shard", action="store_true", help="each rank keeps a part of the optimizer's state (dtoadamw, dtosgd)"

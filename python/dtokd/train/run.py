@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,19 +88,40 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
     Effects: seeds the random generators of Python, numpy and torch; writes the run's directory; while it runs,
         Ctrl-C and SIGTERM end it after the current step.
     """
+    progress = progress or Progress(options.epochs)
+
+    def name() -> str:
+        resolve_teachers(options)
+        return experiment_name(options)
+
+    with opened(options, name, progress) as (run, world):
+        with world.agreed():
+            task, loaders, device, card, known = prepare(options, run, world, progress)
+        return fit(options, run, task, loaders, device, progress, world, card, known)
+
+
+@contextmanager
+def opened(options: argparse.Namespace, name: Callable[[], str], progress: Progress) -> Iterator[tuple[RunDir, World]]:
+    """The run's directory, which is ours while this goes on, and the processes that train together.
+
+    Args:
+        options: of `train.options` or `detect.options`.
+        name: of the directory, where --experiment gives none.
+        progress: what the user sees: nothing but of the first process.
+
+    Raises:
+        UsageError: the directory is in use, or as `name`.
+    """
     with join(options.device, options.dist_timeout) as world, ExitStack() as stack:
-        progress = progress or Progress(options.epochs)
         if not world.first:
             progress.console.quiet = True
         if options.dry_run:
             options.kd_cache_teacher = None  # it would be written
         with world.agreed():
-            resolve_teachers(options)
-            run = RunDir(options.output / (options.experiment or experiment_name(options)))
+            named = name()
+            run = RunDir(options.output / (options.experiment or named))
         world.first_does(lambda: stack.enter_context(run.locked()))
-        with world.agreed():
-            task, loaders, device, card, known = prepare(options, run, world, progress)
-        return fit(options, run, task, loaders, device, progress, world, card, known)
+        yield run, world
 
 
 def prepare(
@@ -118,7 +139,7 @@ def prepare(
             lines.append(examine(images, split))
             progress.say(lines[-1])
     classes = data.number_of_classes(options, train_images, validation_images)
-    random_seed(options.seed, world.rank)
+    random_seed(options.seed, 0)  # the same student and heads on all ranks, as of their average (--model-ema) too
     student: Any = make_student(options, classes).to(device)
     config = input_config(options, student)
     check_size(student, config["input_size"], device)
@@ -131,6 +152,7 @@ def prepare(
         options, train_images, validation_images, config, student.num_classes, device, world.joined, held_out
     )
     task = _make_task(options, student, loaders, device, config["input_size"], names)
+    world.apart(options.seed)
     example = torch.zeros(1, *config["input_size"], device=device)
     return task, loaders, device, card, Known(lines, example)
 

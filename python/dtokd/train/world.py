@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from timm.utils import random_seed
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
@@ -66,6 +67,11 @@ class World:
             torch.zeros(1, device=device).cpu()  # meta has no numbers
         return device
 
+    def apart(self, seed: int) -> None:
+        """Seed this process's random generators as no other rank's: augmentation and dropout differ. No collective."""
+        if self.rank:
+            random_seed(seed, self.rank)
+
     def barrier(self) -> None:
         """Wait for all."""
         if self.joined:
@@ -101,9 +107,14 @@ class World:
             if self.first:
                 with writing("the run's folder", "--output"):
                     result[0] = work()
+        return self.shared(result[0])
+
+    def shared(self, value: T) -> T:
+        """The first rank's value."""
+        held: list[Any] = [value]
         if self.joined:
-            dist.broadcast_object_list(result, 0, group=self._control)
-        return result[0]
+            dist.broadcast_object_list(held, 0, group=self._control)
+        return held[0]
 
     def gather(self, value: T) -> list[T]:
         """The values of all ranks in order, on the first; on the others an empty list."""
