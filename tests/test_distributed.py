@@ -404,6 +404,13 @@ def test_one_loss_is_one_process_on_the_whole_batch(pools, rule, how):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+def test_audiocrafts_averages_are_those_of_all_items(pools):
+    first, second = pools[2].run(one_loss.audiocraft)
+    assert all(map(torch.equal, first, second))
+    for mine, theirs in zip(first, one_loss.audiocraft(0, 1), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=0)
+
+
 def test_one_loss_that_a_rank_refuses(pools):
     first, second = pools[2].run(one_loss.refused_by_one)
     assert first.startswith("BalancedLoss: losses['1'] needs no gradient")

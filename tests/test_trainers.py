@@ -139,6 +139,39 @@ def test_accelerate(precision, tmp_path):
     assert torch.equal(balanced.state_dict()["weighting"]["norms"], memory)
 
 
+def test_hugging_face_with_exact_gradients(tmp_path):
+    """`dk.backward` in `training_step`: K backward passes, and the Trainer's own clipping, log and clearing."""
+    pytest.importorskip("transformers")
+    _, trainer = trainers.hugging_face(tmp_path, exact=True)
+    trainer.train()
+    expected = student()
+    optimizer = torch.optim.AdamW(expected.parameters(), lr=LR, fused=True, weight_decay=0.0)
+
+    def backward(losses, logits, share):
+        dk.backward(losses, expected.parameters(), share=share)
+
+    norms = plain(backward, optimizer, expected)
+    assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-6)
+    assert_same(trainer.model.parameters(), expected.parameters())
+
+
+def test_accelerate_with_gradient_sets():
+    pytest.importorskip("accelerate")
+    _, model, _, norms = trainers.accelerated(sets=True)
+    expected, found = plain_sets()
+    assert norms == pytest.approx(found, rel=1e-6)
+    assert_same(model.parameters(), expected.parameters())
+
+
+def test_lightning_with_one_loss():
+    pytest.importorskip("lightning")
+    model, norms = trainers.fitted(one_loss=True)
+    expected, found = plain_one_loss(divide_by_all=True)
+    assert norms == pytest.approx(found, rel=1e-6)
+    model.zero_grad()  # Lightning clears before the next backward pass
+    assert_same(model.parameters(), expected.parameters())
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("precision", [None, torch.bfloat16, torch.float16], ids=["float32", "bf16", "fp16"])
 def test_lightning(precision, accumulate):

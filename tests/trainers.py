@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, TensorDataset
 
 import dtokd_kernels as dk
@@ -56,8 +57,8 @@ def shares():
     return dk.BalancedLoss(rule, gram=dk.sources.Feature())
 
 
-def hugging_face(folder, accumulate=2, batch=BATCH, **options):
-    """The example's Trainer, on samples in order; with its module."""
+def hugging_face(folder, accumulate=2, batch=BATCH, exact=False, **options):
+    """The example's Trainer, on samples in order; with its module. `exact` balances K gradients of each micro-batch."""
     import transformers
 
     module = example("transformers")
@@ -65,6 +66,18 @@ def hugging_face(folder, accumulate=2, batch=BATCH, **options):
     class InOrder(module.DistillationTrainer):
         def _get_train_sampler(self, *_):
             return SequentialSampler(self.train_dataset)
+
+    class Exact(InOrder):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            """As docs/trainers.md has it."""
+            model.train()
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                target = self.teacher(inputs["inputs"])
+                losses = module.losses_of(model(inputs["inputs"]), target, inputs["labels"])
+            parts = self.current_gradient_accumulation_steps
+            dk.backward(losses, model.parameters(), share=1 / parts, scaler=self.accelerator.scaler)
+            return sum(losses.values()).detach() / parts
 
     settings = {
         "num_train_epochs": EPOCHS,
@@ -85,22 +98,25 @@ def hugging_face(folder, accumulate=2, batch=BATCH, **options):
     arguments = transformers.TrainingArguments(str(folder), **{**settings, **options})
     points = module.Points(*data())
     more = {"teacher": teacher(), "balanced": shares()}
-    return module, InOrder(student(), arguments, train_dataset=points, eval_dataset=points, **more)
+    kind = Exact if exact else InOrder
+    return module, kind(student(), arguments, train_dataset=points, eval_dataset=points, **more)
 
 
 def logged(trainer, name):
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
-def accelerated(precision="no", batch=BATCH, accumulate=2):
-    """A loop with Accelerate; the accelerator, the student, the balance and the norms."""
+def accelerated(precision="no", batch=BATCH, accumulate=2, sets=False):
+    """A loop with Accelerate; the accelerator, the student, the balance and the norms. `sets`: with DTOAdamW."""
     import accelerate
 
     module = example("accelerate")
     accelerate.state.AcceleratorState._reset_state(True)
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision)
     model, balanced, taught, norms = student(), shares(), teacher(), []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    optimizer = (
+        dk.DTOAdamW(model.parameters(), lr=LR, max_norm=CLIP) if sets else torch.optim.AdamW(model.parameters(), lr=LR)
+    )
     loader = DataLoader(TensorDataset(*data()), batch_size=batch)
     accelerator.register_for_checkpointing(balanced)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -109,19 +125,46 @@ def accelerated(precision="no", batch=BATCH, accumulate=2):
             with accelerator.accumulate(model):
                 logits = model(inputs)
                 losses = module.losses_of(logits, taught(inputs), labels)
-                accelerator.backward(balanced(losses, features=logits, scaler=accelerator.scaler))
-                if accelerator.sync_gradients:
+                if sets:
+                    optimizer.optimizer.backward(losses, share=1 / accumulate, scaler=accelerator.scaler)
+                else:
+                    accelerator.backward(balanced(losses, features=logits, scaler=accelerator.scaler))
+                if accelerator.sync_gradients and not sets:
                     norms.append(accelerator.clip_grad_norm_(model.parameters(), CLIP).item())
                 optimizer.step()
+                if accelerator.sync_gradients and sets:
+                    norms.append(optimizer.optimizer.balance.norm.item())
                 optimizer.zero_grad()
     return accelerator, accelerator.unwrap_model(model), balanced, norms
 
 
-def fitted(accumulate=2, batch=BATCH, **options):
-    """Lightning's Trainer on the example's module; the student, and the norms that it has logged."""
+def fitted(accumulate=2, batch=BATCH, one_loss=False, **options):
+    """Lightning's Trainer on the example's module; the student, and the norms that it has logged.
+
+    With `one_loss` the module takes a `BalancedLoss` and AdamW instead, and overrides no hook.
+    """
     import lightning
 
     norms = []
+
+    class OneLoss(lightning.LightningModule):
+        def __init__(self, teacher, student):
+            super().__init__()
+            self.teacher, self.student, self.balanced = teacher, student, shares()
+
+        def training_step(self, batch, index):
+            logits = self.student(batch[0])
+            losses = example("pytorch").losses_of(logits, self.teacher(batch[0]), batch[1])
+            return self.balanced(losses, features=logits)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.AdamW(self.student.parameters(), lr=LR)
+            self.balanced.save_with(optimizer)
+            return optimizer
+
+        def configure_gradient_clipping(self, optimizer, **options):
+            norms.append(clip_grad_norm_(self.student.parameters(), torch.inf).item())
+            super().configure_gradient_clipping(optimizer, **options)
 
     class Observed(example("lightning").Distillation):
         def configure_optimizers(self):
@@ -132,7 +175,7 @@ def fitted(accumulate=2, batch=BATCH, **options):
             if len(norms) < self.trainer.global_step:
                 norms.append(self.trainer.callback_metrics["grad_norm"].item())
 
-    module, samples = Observed(teacher(), student()), TensorDataset(*data())
+    module, samples = (OneLoss if one_loss else Observed)(teacher(), student()), TensorDataset(*data())
     # Lightning's own sampler of ranks would shuffle
     sampler = DistributedSampler(samples, shuffle=False) if "devices" in options else None
     lightning.Trainer(
