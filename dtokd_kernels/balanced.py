@@ -37,7 +37,7 @@ class Balanced(torch.optim.Optimizer):
     #: torch's protocol: a GradScaler calls `step` with attributes `grad_scale` and `found_inf`, overflow or not
     _step_supports_amp_scaling = True
 
-    def _set_options(
+    def _set(
         self,
         weighting: Weighting | None,
         max_norm: float | None,
@@ -46,20 +46,21 @@ class Balanced(torch.optim.Optimizer):
         loss_floor: float,
         gram: Source | str | None,
         backend: str | None,
+        state_dtype: torch.dtype | None,
+        master_weights: bool,
     ) -> None:
+        """Check and take what all constructors have in common."""
         op = type(self).__name__
         self._options = check_options(op, weighting, max_norm, rescale, loss_floor, private, backend)
         self._source = choose(op, gram, self._options).begin()
-        self._forget()
-
-    def _set_precision(self, state_dtype: torch.dtype | None, master_weights: bool) -> None:
         if state_dtype not in (None, torch.float32, torch.bfloat16):
             raise ValueError(
-                f"{type(self).__name__}: state_dtype is {state_dtype}; choose torch.float32 or torch.bfloat16, or None "
-                "for the parameters' dtype"
+                f"{op}: state_dtype is {state_dtype}; choose torch.float32 or torch.bfloat16, or None for the "
+                "parameters' dtype"
             )
-        check_flag(f"{type(self).__name__}: master_weights", master_weights)
+        check_flag(f"{op}: master_weights", master_weights)
         self._precision = state_dtype, master_weights
+        self._forget()
 
     def _state_of(self, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """What the rule needs of a parameter's state; made where there is none."""

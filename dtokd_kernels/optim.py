@@ -86,8 +86,7 @@ class DTOAdamW(Balanced, torch.optim.AdamW):  # noqa: D101
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
-        self._set_precision(state_dtype, master_weights)
+        self._set(weighting, max_norm, rescale, private, loss_floor, gram, backend, state_dtype, master_weights)
         torch.optim.AdamW.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable
         )
@@ -143,8 +142,7 @@ class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
-        self._set_precision(state_dtype, master_weights)
+        self._set(weighting, max_norm, rescale, private, loss_floor, gram, backend, state_dtype, master_weights)
         torch.optim.SGD.__init__(self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
 
 
@@ -202,8 +200,7 @@ class DTOLion(Balanced):  # noqa: D101
             if not isinstance(value, Tensor) and not (value >= 0 and (below is None or value < below)):
                 bound = "at least 0" if below is None else f"from 0 to less than {below}"
                 raise ValueError(f"DTOLion: {name} is {value!r}; pass a number {bound}")
-        self._set_options(weighting, max_norm, rescale, private, loss_floor, gram, backend)
-        self._set_precision(state_dtype, master_weights)
+        self._set(weighting, max_norm, rescale, private, loss_floor, gram, backend, state_dtype, master_weights)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         torch.optim.Optimizer.__init__(self, params, defaults)
 

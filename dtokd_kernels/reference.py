@@ -88,7 +88,7 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
     squares = gram.diagonal()
     floor = EQUAL * (squares[:, None] + squares[None, :])
 
-    corners = faces(K, gram.device)
+    corners = subsets(K, gram.device)[1:]
     base = torch.where(corners, squares, torch.inf).argmin(1)  # [F]
     weights, solvable = _project_on_affine_hulls(gram, floor, corners, base)
     allowed = solvable & (present | ~corners).all(1)
@@ -120,10 +120,10 @@ def share_equally(gram: Tensor, weights: Tensor, present: Tensor) -> Tensor:
     return torch.where(present, group @ weights / group.sum(1).clamp(min=1), 0.0)
 
 
-def faces(K: int, device: torch.device | None = None) -> Tensor:
-    """Faces of the simplex with K corners: [2^K - 1, K] bool, whether corner i is in the face with bit mask m + 1."""
-    masks = torch.arange(1, 1 << K, device=device)
-    return (masks[:, None] >> torch.arange(K, device=device)) & 1 > 0
+def subsets(K: int, device: torch.device) -> Tensor:
+    """Sets of K objectives, or faces of the simplex: [2^K, K] bool, whether objective i is in the set number m."""
+    numbers = torch.arange(1 << K, device=device)
+    return (numbers[:, None] >> torch.arange(K, device=device)) & 1 > 0
 
 
 def _project_on_affine_hulls(gram: Tensor, floor: Tensor, corners: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:

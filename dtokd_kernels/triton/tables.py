@@ -70,9 +70,6 @@ class Table:
     numbers: Tensor  # [3 + rows, T] int64
     tensors: int
     chunks: int
-    elements: int
-    counted: bool  # whether the last row of addresses is one of scalars
-    grouped: bool  # whether the last row is one of groups
 
 
 class _Contents(NamedTuple):
@@ -178,10 +175,8 @@ def _numbers(contents: _Contents) -> list[int]:
 
 
 def _tabulated(numbers: Tensor, contents: _Contents) -> Table:
-    sizes = contents.sizes
-    chunks = sum(_chunks(size) for size in sizes)
-    counted, grouped = bool(contents.scalars), bool(contents.groups)
-    return Table(numbers.view(-1, len(sizes)), len(sizes), chunks, sum(sizes), counted, grouped)
+    T = len(contents.sizes)
+    return Table(numbers.view(-1, T), T, sum(map(_chunks, contents.sizes)))
 
 
 def _chunks(size: int) -> int:

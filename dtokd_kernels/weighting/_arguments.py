@@ -1,10 +1,14 @@
-"""Refusals of the weightings' constructors."""
+"""Refusals of the weightings' constructors, and the numbers that they take as tensors."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def check_number(op: str, name: str, value: Any, low: float, expected: str, *, below: float = math.inf) -> None:
@@ -43,3 +47,8 @@ def check_steps(op: str, name: str, steps: Any) -> None:
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"{op}: {name} is {steps!r}; pass a positive number of steps, or None")
+
+
+def filled(values: Sequence[float], like: Tensor) -> Tensor:
+    """[K] float64 of K numbers, filled on the device: a tensor made of a list would be copied there, which waits."""
+    return torch.stack([like.new_full((), value, dtype=torch.float64) for value in values])

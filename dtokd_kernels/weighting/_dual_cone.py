@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._faces import sets_of, solve_on_faces
+from ..reference import subsets
+from ._faces import solve_on_faces
 from ._units import in_any_order, unit_gram
 
 
@@ -47,7 +48,7 @@ def _project(gram: Tensor, lower: Tensor) -> Tensor:
     x, solvable = solve_on_faces(gram, -gram @ lower.T)
     v = lower.T + x  # [2^K, K, R]
     products = (gram[:, :, None] * v[:, None]).sum(2)
-    missed = torch.where(sets_of(len(gram), gram.device)[:, :, None], products.abs(), -products).amax(1)  # [2^K, R]
+    missed = torch.where(subsets(len(gram), gram.device)[:, :, None], products.abs(), -products).amax(1)  # [2^K, R]
     allowed = solvable[:, None] & (x >= 0).all(1)
     best = missed.clamp(min=0).where(allowed, torch.inf).argmin(0)  # [R]
     return v[best, :, torch.arange(len(lower), device=gram.device)]

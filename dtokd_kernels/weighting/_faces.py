@@ -5,13 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference import EQUAL, solve_systems
-
-
-def sets_of(K: int, device: torch.device) -> Tensor:
-    """[2^K, K] bool: whether objective i is in the set with number m."""
-    numbers = torch.arange(1 << K, device=device)
-    return (numbers[:, None] >> torch.arange(K, device=device)) & 1 > 0
+from ..reference import EQUAL, solve_systems, subsets
 
 
 def solve_on_faces(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,7 +24,7 @@ def solve_on_faces(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         the objectives whose bits are set in m; row 0, the empty set, has the solution 0.
     """
     K = len(matrix)
-    inside = sets_of(K, matrix.device)
+    inside = subsets(K, matrix.device)
     identity = torch.eye(K, dtype=matrix.dtype, device=matrix.device)
     systems = torch.where(inside[:, :, None] & inside[:, None, :], matrix, identity)
     return solve_systems(systems, torch.where(inside[:, :, None], right, 0.0), EQUAL)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class Observing(Stateful):
     _look: ClassVar[str]
     _steps = 0  # taken before the first look
     _measurements = 0
+    _saved = ("measurements",)
 
     def expect(self, names: tuple[str, ...]) -> None:
         """Take the names of the objectives whose losses come next.
@@ -62,20 +63,6 @@ class Observing(Stateful):
                 f"objective alone was trained; call {self._look} every few steps",
                 stacklevel=2,
             )
-
-    def state_dict(self) -> dict[str, Any]:
-        """The memory, and how many looks it is of."""
-        state = super().state_dict()
-        return {**state, "measurements": self._measurements} if state else state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; from an empty one, start anew.
-
-        Raises:
-            ValueError: it is another weighting's state. Nothing has changed then.
-        """
-        super().load_state_dict({name: value for name, value in state.items() if name != "measurements"})
-        self._steps, self._measurements = 0, int(state.get("measurements", 0))
 
 
 class Measured(Observing):

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from ._arguments import check_number
+from ._arguments import check_number, filled
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ class Preferred:
             raise ValueError(
                 f"{type(self).__name__}: preference has {len(values)} numbers for {K} objectives; give one each"
             )
-        # filled on the device: a tensor made of a list would be copied there, which waits for it
-        return self._weights(gram, torch.stack([gram.new_full((), value, dtype=torch.float64) for value in values]))
+        return self._weights(gram, filled(values, gram))
 
     def _weights(self, gram: Tensor, preference: Tensor) -> Tensor:
         """[K] float64, from the Gram matrix and the preference [K] float64."""

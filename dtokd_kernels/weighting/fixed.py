@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ._arguments import check_number
+from ._arguments import check_number, filled
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ class Fixed:
             return gram.new_full((K,), 1 / K, dtype=torch.float64)
         if len(self.weights) != K:
             raise ValueError(f"Fixed: weights has {len(self.weights)} numbers for {K} objectives; give one each")
-        # filled on the device: a tensor made of a list would be copied there, which stalls
-        return torch.stack([gram.new_full((), weight, dtype=torch.float64) for weight in self.weights])
+        return filled(self.weights, gram)
 
 
 def LogSum() -> Fixed:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._arguments import check_number
+from ._arguments import check_number, filled
 from ._names import ordered
 from .stateful import Memory, Stateful
 
@@ -104,9 +104,7 @@ class Reachable(Stateful):
         return reference.min_norm_weights(scale[:, None] * gram * scale, True, present) * scale, new
 
     def _of(self, argument: str, values: Sequence[float] | Mapping[str, float], gram: Tensor) -> Tensor:
-        numbers = ordered("Reachable", argument, values, self._expected, len(gram))
-        # filled on the device: a tensor made of a list would be copied there, which waits for it
-        return torch.stack([gram.new_full((), number, dtype=torch.float64) for number in numbers])
+        return filled(ordered("Reachable", argument, values, self._expected, len(gram)), gram)
 
 
 def _items(argument: str, values: Sequence[float] | Mapping[str, float]) -> Iterable[tuple[object, object]]:

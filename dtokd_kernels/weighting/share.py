@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._arguments import check_number, check_steps
+from ._arguments import check_number, check_steps, filled
 from ._names import check_primary, ordered, position_of
 from .stateful import Memory, Stateful
 
@@ -76,6 +75,7 @@ class Share(Stateful):
     log_gradients: bool = False
     _steps: int = field(default=0, init=False, repr=False)
     _frozen: bool = field(default=False, init=False, repr=False)
+    _saved = ("steps", "frozen")
 
     def __post_init__(self) -> None:
         given = [1.0] if self.shares is None else self.shares
@@ -150,25 +150,9 @@ class Share(Stateful):
             capturing = counts.is_cuda and torch.cuda.is_current_stream_capturing()
             self._frozen = not capturing and bool((counts > 0).all())
 
-    def state_dict(self) -> dict[str, Any]:
-        """The memory, and how many steps were taken."""
-        state = super().state_dict()
-        return {**state, "steps": self._steps, "frozen": self._frozen} if state and self.freeze_after else state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned; from an empty one, start anew.
-
-        Raises:
-            ValueError: it is another weighting's state. Nothing has changed then.
-        """
-        own = ("steps", "frozen")
-        super().load_state_dict({name: value for name, value in state.items() if name not in own})
-        self._steps, self._frozen = int(state.get("steps", 0)), bool(state.get("frozen", False))
-
     def _of(self, K: int, like: Tensor) -> tuple[Tensor, int | None]:
         """The shares [K] on the device, in the objectives' order, and the position of the primary one."""
         names = self._expected
         values = [1 / K] * K if self.shares is None else ordered("Share", "shares", self.shares, names, K)
         primary = None if self.primary is None else position_of("Share", self.primary, names, K)
-        # filled on the device: a tensor made of a list would be copied there, which waits for it
-        return torch.stack([like.new_full((), value, dtype=torch.float64) for value in values]), primary
+        return filled(values, like), primary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ class Stateful(ABC):
     _next: tuple[Memory, Memory] | None = None  # what the last call found, and what it proposed
     _names: tuple[str, ...] = ()  # of the memory's objectives, where they are known
     _expected: tuple[str, ...] = ()
+    #: numbers of the host that are saved beside the memory, by their attributes without the underscore
+    _saved: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def initial(self, gram: Tensor) -> Memory:
@@ -109,11 +111,12 @@ class Stateful(ABC):
         return type(self).__name__
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of the memory, under "rule" whose it is, and under "objectives" of which; empty before a step."""
+        """A copy of the memory; under "rule" whose it is, and under "objectives" of which; empty before a step."""
         if self._memory is None:
             return {}
         memory = {name: value.clone() for name, value in self._memory.items()}
-        return {**memory, "rule": self.rule, "objectives": list(self._names)}
+        numbers = {name: getattr(self, f"_{name}") for name in self._saved}
+        return {**memory, **numbers, "rule": self.rule, "objectives": list(self._names)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` returned; from an empty one, start anew.
@@ -122,7 +125,7 @@ class Stateful(ABC):
             ValueError: it is another weighting's state. Nothing has changed then.
         """
         expected = self.initial(torch.eye(1, dtype=torch.float64))
-        memory = {name: value for name, value in state.items() if name not in ("rule", "objectives")}
+        memory = {name: value for name, value in state.items() if name not in ("rule", "objectives", *self._saved)}
         rule = state.get("rule", self.rule)
         if memory and (memory.keys() != expected.keys() or rule != self.rule):
             raise ValueError(
@@ -133,6 +136,9 @@ class Stateful(ABC):
         self._memory = loaded or None
         self._names = tuple(state.get("objectives", ()))
         self._next = None
+        for name in self._saved:
+            start = getattr(type(self), f"_{name}")
+            setattr(self, f"_{name}", type(start)(state.get(name, start)))
 
 
 def choose(keep: Tensor, old: Memory, new: Memory) -> Memory:
