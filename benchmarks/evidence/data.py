@@ -329,5 +329,8 @@ VARIANTS: dict[str, Callable[[Load], DataSet]] = {
     "animals, random teacher": lambda load: weak_teacher(load("animals"), 0),
     "animals, weak teacher": lambda load: weak_teacher(load("animals"), 40),
     "digits, few images": lambda load: few_images(load("digits"), 50, of=500),
+    "animals, few images": lambda load: few_images(load("animals"), 100, of=1000),
+    "digits, weak teacher": lambda load: weak_teacher(load("digits"), 40),
+    "photos, wrong teacher": lambda load: wrong_teacher(load("photos")),
     "digits, long": lambda load: load("digits"),
 }
