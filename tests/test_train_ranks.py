@@ -23,7 +23,7 @@ from .ranks import training
 from .ranks.pool import Pool, free_port
 from .test_detect import dense, vidt
 from .test_detect_run import distilling as taught
-from .test_train_resume import same_results
+from .test_train_resume import TIMES, same_results
 
 ROOT = Path(__file__).parents[1]
 #: timm's reader leaves files to the garbage collector
@@ -116,7 +116,7 @@ def test_two_ranks_with_half_the_batch_are_one_with_the_whole(pools, uneven, tea
     compared = ["summary.csv", "steps.csv"] if "--kd-balance" in WAYS[way] else ["summary.csv"]
     for name in compared:
         for one, two in zip(rows(alone / name), rows(together / name), strict=True):
-            [row.pop(key, None) for row in (one, two) for key in ("seconds", "iteration_seconds")]
+            [row.pop(key, None) for row in (one, two) for key in TIMES]
             assert two == pytest.approx(one, rel=1e-3, abs=1e-5, nan_ok=True)
 
 
