@@ -17,6 +17,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..objectives.cache import is_absent
 from ..objectives.taps import Taps
 from ..texts import parse_json
 from .data import Data
@@ -67,7 +68,7 @@ def find_out(engine: Engine, loaders: Data, known: Known, before: Mapping[str, A
     Returns:
         "data", "judged_with", "student" and "teachers": each with "name", "parameters", "macs" (multiplications and
         additions for one image, or None), "told", and for a teacher that was judged "metrics" and, where it is as good
-        as untrained, "warning".
+        as untrained, "warning". Of a teacher that is not loaded, as its outputs are stored, what was known before.
     """
     task: Any = engine.task
     lessons = list(getattr(task, "lessons", ()))
@@ -78,7 +79,13 @@ def find_out(engine: Engine, loaders: Data, known: Known, before: Mapping[str, A
     told["teachers"] = []
     told["judged_with"] = {name: str(getattr(engine.options, name, None)) for name in _JUDGED_WITH}
     known_already = before.get("teachers", ()) if before.get("judged_with") == told["judged_with"] else ()
-    for teacher, objectives in lessons:
+    for number, (teacher, objectives) in enumerate(lessons):
+        if is_absent(teacher.model):
+            held = known_already[number] if number < len(known_already) else {}
+            there = isinstance(held, dict) and held.get("name") == teacher.name
+            stored = {"name": teacher.name, "told": f"{teacher.name}: not loaded, as all of its outputs are stored"}
+            told["teachers"].append(held if there else stored)
+            continue
         example = None if known.example is None else teacher.view(known.example)
         part = describe(teacher.name, teacher.model, example)
         earlier = [t for t in known_already if isinstance(t, dict) and t.get("told") == part["told"] and "metrics" in t]
