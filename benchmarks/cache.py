@@ -1,32 +1,39 @@
-"""What the teacher cache saves, and what keeping a part of the logits costs.
+"""What the teacher cache saves of an iteration, and what keeping a part of the logits costs.
 
 Time: a timm deit_tiny learns from a deit_small, both untrained; the teacher's forward pass against a look into a
-complete cache of 1000 classes. Accuracy: 100 classes, two MNIST digits side by side; a teacher that has seen many of
-them, students that see few, by `dtokd train` without a cache and with the k most probable classes of each image. Prints
-two tables.
+complete cache of 1000 classes. Accuracy: 100 classes, two distorted MNIST digits side by side, from a teacher of single
+digits whose logits add up; a student learns from labels and from what a cache gives back. Prints two tables.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import tempfile
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import median
 
-import numpy as np
+import timm
 import torch
-from dtokd.cli import main as dtokd
-from dtokd.demo.data import distort, mnist_5k
+import torch.nn.functional as F
 from dtokd.objectives.cache import CachedImages, TeacherCache, TopClasses, Whole
+from dtokd.objectives.logits import soft_kl
 from dtokd.objectives.taps import Outputs, Taps
 from dtokd.objectives.teacher import Normalisation, Teacher
-from PIL import Image
 from torch import Tensor, nn
 
+from .digits import (
+    LEARNING_RATE,
+    ROLES,
+    WEIGHT_DECAY,
+    Images,
+    accuracy,
+    load_digits,
+    make_model,
+    one_cycle,
+    seeded,
+    train_teacher,
+)
 from .iterations import Pair
 from .record import machine
 from .timing import seconds_of
@@ -34,8 +41,13 @@ from .timing import seconds_of
 #: Of the classes of an image.
 KEPT = (10, 50, None)
 CLASSES, ROWS, TEMPERATURE = 1000, 4096, 4.0
-#: Images per split of the two folders.
-TEACHER, STUDENT, JUDGED = 4000, 1000, 1000
+#: Pairs of digits.
+LEARNED, JUDGED = 4000, 2000
+
+
+def kept_of(k: int | None, classes: int) -> Whole:
+    """How a cache stores logits: all in float32, or the greatest in float16."""
+    return Whole(torch.float32) if k is None else TopClasses(torch.float16, k, classes, TEMPERATURE)
 
 
 class _Random(nn.Module):
@@ -48,28 +60,24 @@ class _Random(nn.Module):
 def lookup(k: int | None, batch: int, folder: Path, repeats: int = 30) -> tuple[float, int]:
     """Seconds of a look into a complete cache, the median; and bytes of a row."""
     cache = TeacherCache(folder / str(k), CachedImages(ROWS, {0: torch.arange(ROWS)}, 0, {}), {})
-    dtype = torch.float32 if k is None else torch.float16
-    cache.keep(Whole(dtype) if k is None else TopClasses(dtype, k, CLASSES, TEMPERATURE), Taps(logits=True), {})
+    cache.keep(kept_of(k, CLASSES), Taps(logits=True), {})
     cache.lay_out(Outputs(logits=torch.zeros(1, CLASSES)))
     told: list[str] = []
     cache.reserve(told.append)
-    teacher = Teacher(_Random(), "random", Normalisation())
-    device = torch.device("cpu")
+    teacher, device = Teacher(_Random(), "random", Normalisation()), torch.device("cpu")
 
-    def keys(samples: Tensor) -> Tensor:
-        return torch.stack([samples, torch.zeros_like(samples)], 1)
+    def look(samples: Tensor) -> None:
+        keys = torch.stack([samples, torch.zeros_like(samples)], 1)
+        cache(teacher, torch.zeros(len(samples), 1), keys, device)
 
     for samples in torch.arange(ROWS).split(512):
-        cache(teacher, torch.zeros(len(samples), 1), keys(samples), device)
-    images = torch.zeros(batch, 1)
-    times = [
-        seconds_of(lambda: cache(teacher, images, keys(torch.randint(ROWS, (batch,))), device)) for _ in range(repeats)
-    ]
+        look(samples)
+    times = [seconds_of(lambda: look(torch.randint(ROWS, (batch,)))) for _ in range(repeats)]
     return median(times), int(told[0].split(" bytes a row")[0].rsplit(" ", 1)[1])
 
 
 def time_table(batch: int, size: int, iterations: int) -> str:
-    """Markdown: per k the time of an iteration, and the share of it that the cache saves."""
+    """Markdown: per k the time of a look, and the share of an iteration that the cache saves."""
     torch.set_num_threads(1)
     pair = Pair("deit_tiny", "deit_small", batch, size)
     optimizer = torch.optim.AdamW(pair.student.parameters(), fused=True)
@@ -78,7 +86,7 @@ def time_table(batch: int, size: int, iterations: int) -> str:
     def learn() -> None:
         optimizer.zero_grad()
         losses = pair.losses(target)
-        (losses["task"] + losses["distill"]).backward()
+        torch.autograd.backward(losses["task"] + losses["distill"])
         optimizer.step()
 
     learn()
@@ -94,95 +102,91 @@ def time_table(batch: int, size: int, iterations: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         for k in KEPT:
             look, row = lookup(k, batch, Path(folder))
-            saved = (teacher - look) / whole
-            lines.append(f"| {k or 'all, float32'} | {row} | {1e3 * look:.2f} | {saved:.0%} |")
+            kept = "all, float32" if k is None else f"{k}, float16"
+            lines.append(f"| {kept} | {row} | {1e3 * look:.2f} | {(teacher - look) / whole:.0%} |")
     return "\n".join(lines)
 
 
-def write_pairs(folder: Path) -> None:
-    """`teacher` and `student`, each with `train` and `validation`, with a folder per two-digit number."""
-    images, labels = mnist_5k()
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(len(labels), generator=generator)
-    parts = {"train": order[:4000], "validation": order[4000:]}
-    for owner, split, count in (
-        ("teacher", "train", TEACHER),
-        ("student", "train", STUDENT),
-        ("teacher", "validation", JUDGED),
-        ("student", "validation", JUDGED),
-    ):
-        generator.manual_seed(1 if split == "train" else 2)
-        chosen = parts[split][torch.randint(len(parts[split]), (count, 2), generator=generator)]
-        for number, (left, right) in enumerate(chosen.tolist()):
-            both = distort(images[[left, right]], generator)
-            pixels = ((torch.cat([both[0, 0], both[1, 0]], 1) + 1) * 127.5).clamp(0, 255).to(torch.uint8)
-            place = folder / owner / split / f"{int(labels[left])}{int(labels[right])}"
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.asarray(pixels)).resize((64, 32)).save(place / f"{number}.png")
+def pairs_of(images: Images, count: int, generator: torch.Generator) -> tuple[Tensor, Images]:
+    """Numbers [count, 2] of the digits, and the pairs side by side [count, 1, 28, 56] with labels from 0 to 99."""
+    chosen = torch.randint(len(images), (count, 2), generator=generator)
+    left, right = chosen.T
+    both = torch.cat([images.images[left], images.images[right]], -1)
+    return chosen, Images(both, 10 * images.labels[left] + images.labels[right])
 
 
-def train(folder: Path, owner: str, name: str, epochs: int, *more: str) -> float:
-    """The best top1, in percent, of one run of `dtokd train`; one that was interrupted goes on."""
-    texts = f"--data-dir {folder / owner} --output {folder / 'runs'} --experiment {name} --epochs {epochs} -b 50 "
-    texts += "--model test_resnet --in-chans 1 --input-size 1 32 64 --mean 0.5 --std 0.5 --opt adamw --lr 3e-3 "
-    texts += "--warmup-epochs 1 --scale 0.8 1 --ratio 0.9 1.1 --hflip 0 --color-jitter 0 --workers 0 --device cpu "
-    texts += "--no-log-tensorboard --resume auto"
-    with redirect_stdout(io.StringIO()):
-        code = dtokd(["train", *texts.split(), *more])
-    if code:
-        raise SystemExit(code)
-    with (folder / "runs" / name / "summary.csv").open(newline="") as file:
-        return max(float(row["eval_top1"]) for row in csv.DictReader(file))
+def student_top1(learned: Images, logits: Tensor | None, judged: Images, iterations: int, seed: int) -> float:
+    """Percent, of a student that learns from labels and, if there are any, from a teacher's logits [N, 100]."""
+    with seeded(seed):
+        student = timm.create_model("test_resnet", in_chans=1, num_classes=100, **ROLES["student"])
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = one_cycle(optimizer, iterations)
+    numbers = Images(torch.arange(len(learned)), learned.labels)
+    for index, labels in numbers.batches(iterations, seed):
+        optimizer.zero_grad()
+        output = student(learned.images[index])
+        loss = F.cross_entropy(output, labels)
+        torch.autograd.backward(loss if logits is None else loss + soft_kl(output, logits[index], TEMPERATURE))
+        optimizer.step()
+        schedule.step()
+    return 100 * accuracy(student, judged)
 
 
-def accuracy_table(folder: Path, epochs: tuple[int, int], views: int, seeds: Sequence[int]) -> str:
-    """Markdown: the students' accuracy, by what is kept of the teacher's logits.
+@torch.no_grad()
+def _taught(digits: nn.Module, images: Images, chosen: Tensor) -> Tensor:
+    logits = torch.cat([digits(part) for part in images.images.split(500)])
+    left, right = (logits[numbers] for numbers in chosen.T)
+    return (left[:, :, None] + right[:, None, :]).flatten(1)
+
+
+def accuracy_table(iterations: tuple[int, int], seeds: Sequence[int]) -> str:
+    """Markdown: students' accuracy by what is kept of the teacher's logits.
 
     Args:
-        folder: for images, caches and runs.
-        epochs: of the teacher and of a student.
-        views: augmentations in a cache.
+        iterations: of the teacher of digits, and of a student.
         seeds: of the students.
     """
-    if not (folder / "student").exists():
-        write_pairs(folder)
-    taught = train(folder, "teacher", "teacher", epochs[0])
-    kd = ["--kd-teacher-path", str(folder / "runs" / "teacher"), "--kd-temperature", str(TEMPERATURE)]
-    mixed = ["--smoothing", "0", "--mixup", "0.2", "--reprob", "0.2"]
-    ways: dict[str, list[str]] = {"no teacher": mixed, "no cache": [*mixed, *kd]}
-    for k in KEPT:
-        chosen = [] if k is None else ["--kd-cache-topk", str(k), "--kd-cache-dtype", "float16"]
-        place = ["--kd-cache-teacher", str(folder / f"cache-{k}"), "--kd-cache-views", str(views)]
-        ways[f"cache, {f'k = {k}, float16' if k else 'all, float32'}"] = [*mixed, *kd, *place, *chosen]
+    data, generator = load_digits(0), torch.Generator().manual_seed(0)
+    with seeded(0):
+        teacher = make_model("teacher")
+    train_teacher(teacher, data.teacher, iterations=iterations[0], seed=0)
+    chosen, learned = pairs_of(data.student, LEARNED, generator)
+    logits = _taught(teacher, data.student, chosen)
+    chosen, judged = pairs_of(data.test, JUDGED, generator)
+    found = _taught(teacher, data.test, chosen).argmax(1) == judged.labels
+    top = (logits / TEMPERATURE).softmax(1).sort(descending=True).values.cumsum(1)
+    right, ten, fifty = found.double().mean(), top[:, 9].mean(), top[:, 49].mean()
     lines = [
-        f"{STUDENT} images of 100 classes, {epochs[1]} epochs, {views} augmentations; the teacher has {taught:.1f} %",
+        f"{LEARNED} pairs of distorted digits, {iterations[1]} iterations; the teacher has {100 * right:.1f} %, and at T "
+        f"= {TEMPERATURE:g} gives its 10 greatest classes {ten:.0%}, its 50 greatest {fifty:.0%}",
         "",
-        f"| student | top1, % (seeds {', '.join(map(str, seeds))}) |",
+        f"| kept of 100 classes | top1, % (seeds {', '.join(map(str, seeds))}) |",
         "|---|---:|",
     ]
-    for way, options in ways.items():
-        name = way.replace(" ", "").replace(",", "-")
-        tops = [train(folder, "student", f"{name}-{s}", epochs[1], "--seed", str(s), *options) for s in seeds]
-        lines.append(f"| {way} | {', '.join(f'{top:.1f}' for top in tops)} |")
+    ways: dict[str, Tensor | None] = {"no teacher": None, "no cache": logits}
+    for k in KEPT:
+        kept = kept_of(k, 100)
+        ways[f"cache: {f'{k}, float16' if k else 'all, float32'}"] = kept.decode(kept.encode(Outputs(logits=logits)))[
+            0
+        ].logits
+    for way, given in ways.items():
+        tops = ", ".join(f"{student_top1(learned, given, judged, iterations[1], seed):.1f}" for seed in seeds)
+        lines.append(f"| {way} | {tops} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cache", description=__doc__)
-    parser.add_argument(
-        "--epochs", type=int, nargs=2, default=[10, 20], metavar="N", help="of the teacher, of a student"
-    )
-    parser.add_argument("--views", type=int, default=10, metavar="N", help="augmentations in a cache")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224, metavar="PIXELS")
-    parser.add_argument("--iterations", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("runs/cache"), help="for images, caches and runs")
+    parser.add_argument("--iterations", type=int, default=5, help="that are timed")
+    parser.add_argument("--learning", type=int, nargs=2, default=[400, 500], help="iterations of teacher and student")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N")
     options = parser.parse_args()
     print(machine()["cpu"])
     print(time_table(options.batch, options.size, options.iterations), end="\n\n", flush=True)
-    print(accuracy_table(options.folder, (options.epochs[0], options.epochs[1]), options.views, options.seeds))
+    print(accuracy_table((options.learning[0], options.learning[1]), options.seeds))
 
 
 if __name__ == "__main__":
