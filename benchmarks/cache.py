@@ -157,8 +157,8 @@ def accuracy_table(iterations: tuple[int, int], seeds: Sequence[int]) -> str:
     top = (logits / TEMPERATURE).softmax(1).sort(descending=True).values.cumsum(1)
     right, ten, fifty = found.double().mean(), top[:, 9].mean(), top[:, 49].mean()
     lines = [
-        f"{LEARNED} pairs of distorted digits, {iterations[1]} iterations; the teacher has {100 * right:.1f} %, and at T "
-        f"= {TEMPERATURE:g} gives its 10 greatest classes {ten:.0%}, its 50 greatest {fifty:.0%}",
+        f"{LEARNED} pairs of distorted digits, {iterations[1]} iterations; the teacher has {100 * right:.1f} %; at T = "
+        f"{TEMPERATURE:g} it gives its 10 greatest classes {ten:.0%}, its 50 greatest {fifty:.0%}",
         "",
         f"| kept of 100 classes | top1, % (seeds {', '.join(map(str, seeds))}) |",
         "|---|---:|",
