@@ -56,6 +56,14 @@ def tokens_without_grid(pretrained=False, **kwargs):
     return model
 
 
+@register_model
+def other_widths(pretrained=False, **kwargs):
+    """A model whose maps have other channels than it says."""
+    model = timm.create_model("test_vit", **kwargs)
+    model.feature_info = [{**info, "num_chs": 48} for info in model.feature_info]
+    return model
+
+
 @pytest.fixture
 def weights(tmp_path):
     """Writes random weights of a model without classes where --kd-teacher-path reads them."""
@@ -147,6 +155,8 @@ def test_teachers_of_several_kinds(weights):
          "logit: no teacher has the student's 5 classes"),
         (["--kd-model-name", "tokens_without_grid", "--kd-teacher-path", weights("tokens_without_grid", {})],
          ["multiscale"], "are on no grid; take --kd-distill-type feature"),
+        (["--kd-model-name", "other_widths", "--kd-teacher-path", weights("other_widths", {})],
+         ["multiscale"], "features of teacher 'other_widths' cannot be brought to the student's for multiscale"),
     ]  # fmt: skip
     for names, types, message in cases:
         with pytest.raises(ValueError, match=message):

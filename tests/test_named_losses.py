@@ -5,13 +5,14 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 from dtokd.cli import main
 from dtokd.objectives.logits import Dist, Standardised
 from dtokd.objectives.memory import Queue
 from dtokd.objectives.relations import Contrastive, PseudoClass, Relational
 from dtokd.objectives.taps import Outputs
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from .digits import common, distilling, write_digits, write_teacher
 
@@ -208,3 +209,27 @@ def test_stored_outputs_of_the_teacher_serve_them(digits, tmp_path, capsys):
     assert all(torch.equal(weights[1][name], value) for name, value in weights[0].items())
     assert main(["train", *options, "--kd-distill-type", "pseudo-class", "--experiment", "x"]) == 2
     assert "--kd-cache-teacher" in capsys.readouterr().err
+
+
+def test_stored_outputs_for_images_of_another_size(digits, tmp_path, capsys):
+    """A transformer that is read for its features alone sees its own size; with its logits it had the student's."""
+    data, _ = digits
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_vit", num_classes=10).state_dict(), tmp_path / "vit.safetensors")
+    options = [
+        *common(data, tmp_path),
+        "--kd-model-name",
+        "test_vit",
+        "--kd-teacher-path",
+        tmp_path / "vit.safetensors",
+    ]
+    options += ["--kd-cache-teacher", tmp_path / "cache", "--epochs", "1", "--kd-distill-type", "feature"]
+    options = ["train", *map(str, options)]
+    assert main([*options, "logit"]) == 0
+    assert main(options) == 2
+    assert (
+        "for images of the student's size, and a run that reads this of it shows it 160 x 160"
+        in capsys.readouterr().err
+    )
+    assert main([*options, "--kd-teacher-img-size", "student"]) == 2
+    assert "--kd-teacher-img-size was None, is now student" in capsys.readouterr().err

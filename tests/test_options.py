@@ -36,7 +36,7 @@ ACCEPTED = {
     "cutmix_minmax data_seed kd_held_out threshold",
     ("0", WIDE, HUGE): "lr weight_decay warmup_lr min_lr color_jitter mixup cutmix opt_eps kd_dkd_alpha kd_dkd_beta "
     "task_loss_weight distill_loss_weight tolerance",
-    (WIDE, HUGE): "lr_base clip_grad decay_epochs decay_rate scale ratio std kd_temperature",
+    (WIDE, HUGE): "lr_base clip_grad decay_epochs decay_rate scale ratio std kd_temperature kd_contrast_temperature",
     ("-1", "0", WIDE, HUGE): "mean",
     ("-1", "0"): "kd_student_stages kd_teacher_stages",
     ("",): "aa interpolation lr_base_scale dist_bn",

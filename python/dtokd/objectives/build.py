@@ -97,12 +97,17 @@ def build(
         objectives = _teachable(objectives, student, model, name, names_of_classes, alone=len(names) == 1)
         features = not any(o.teacher.logits for o in objectives.values())
         trained = path is not None and os.path.isdir(path)
-        size = teachers.choose_size(model, options.kd_teacher_img_size, trained, features)
-        lessons.append((make_teacher(options, model, name, Normalisation.of(student), size), [*objectives.values()]))
+        sizes = [teachers.choose_size(model, options.kd_teacher_img_size, trained, alone) for alone in (False, True)]
+        made = make_teacher(options, model, name, Normalisation.of(student), sizes[features])
+        lessons.append((made, [*objectives.values()]))
         taught |= objectives.keys()
         caches.append(cache)
         if cache is not None:
-            cache.keep(_kept(options, model), merge([o.teacher for o in objectives.values()]), facts_of(model))
+            seen = {"features": features, "sizes": sizes}
+            _check_size(cache, name, seen)
+            cache.keep(
+                _kept(options, model), merge([o.teacher for o in objectives.values()]), {**facts_of(model), **seen}
+            )
     if untaught := [kind for kind in types if kind not in taught]:
         raise ValueError(
             f"--kd-distill-type {' '.join(untaught)}: no teacher has the student's {_classes(student)} classes; pass "
@@ -123,8 +128,6 @@ def _cache(options: argparse.Namespace, images: CachedImages, number: int, name:
         "weights (sha256)": "pretrained" if path is None else identity.of_path(Path(path)),
         "--kd-teacher-dtype": options.kd_teacher_dtype,
         "--kd-teacher-img-size": options.kd_teacher_img_size,
-        # which decides about that option's default
-        "logits are read": bool(set(types) & set(OF_LOGITS)),
         "autocast": options.amp_dtype if getattr(options, "amp", False) else None,
         **cache_told(options, ("--kd-temperature",) if set(types) & set(OF_LOGITS) else ()),
     }
@@ -153,6 +156,28 @@ def _kept(options: argparse.Namespace, model: nn.Module) -> Whole:
     dtype, k = getattr(torch, options.kd_cache_dtype), options.kd_cache_topk
     classes = getattr(unwrap_model(model), "num_classes", 0)
     return TopClasses(dtype, k, classes, options.kd_temperature) if k and k < classes else Whole(dtype)
+
+
+def _check_size(cache: TeacherCache, name: str, seen: dict[str, Any]) -> None:
+    """Refuse stored outputs of images of another size, which depends on what is read of the teacher.
+
+    Args:
+        cache: with the facts of the run that made it, if there was one.
+        name: of the teacher.
+        seen: whether this run reads features alone, and its sizes without and with that.
+
+    Raises:
+        ValueError: names the option that says which size.
+    """
+    if "sizes" not in cache.facts:
+        return
+    before, now = (cache.facts["sizes"][flag] for flag in (cache.facts["features"], seen["features"]))
+    if before != now:
+        told = ["the student's" if size is None else f"{size[0]} x {size[1]}" for size in (before, now)]
+        raise ValueError(
+            f"--kd-cache-teacher: {cache.folder} holds outputs of {name!r} for images of {told[0]} size, and a run "
+            f"that reads this of it shows it {told[1]}; pass --kd-teacher-img-size to both, or another folder"
+        )
 
 
 def facts_of(model: nn.Module) -> dict[str, Any]:
