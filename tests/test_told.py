@@ -1,6 +1,5 @@
 """What a run tells: before its first step, while it runs, and in its report; and what the command line tells."""
 
-import argparse
 import io
 import json
 import re
@@ -15,20 +14,18 @@ from dtokd import cli, values
 from dtokd.cli import main
 from dtokd.confusion import ConfusionEvaluator
 from dtokd.errors import UsageError
-from dtokd.objectives.teacher import Teacher
 from dtokd.report.classes import classes_part
 from dtokd.report.conclusion import Baseline, sentences
 from dtokd.train import about, absent, progress
 from dtokd.train import options as train_options
 from dtokd.train.options import parse
-from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from timm.task import ClassificationEvaluator
 
 from .coco import FCOS, write_coco
 from .coco import common as coco_options
-from .digits import common, distilling, write_digits
+from .digits import common, distilling
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
@@ -41,12 +38,13 @@ def runs(digits, teacher, tmp_path_factory):
     """A run without a teacher and one with; and what the second one has printed."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("runs")
-    options = ["train", *common(digits, folder), "--log-interval", "2", "--opt", "dtoadamw"]
+    options = ["train", *common(digits, folder), "--log-interval", "2"]
     with pytest.MonkeyPatch.context() as patch:
         told = io.StringIO()
         assert main([*options, "--experiment", "alone"]) == 0
         patch.setattr(progress, "Console", lambda **_: Console(file=told, width=400))
-        taught = [*distilling(teacher), "--kd-balance", "dto", "--baseline", str(folder / "alone")]
+        taught = [*distilling(teacher), "--kd-balance", "dto", "--opt", "dtoadamw"]
+        taught += ["--baseline", str(folder / "alone")]
         assert main([*options, *taught, "--experiment", "taught"]) == 0
     return folder, told.getvalue()
 
@@ -84,8 +82,9 @@ def test_a_line_comes_though_iterations_are_slow(monkeypatch):
         for done in range(1, 5):
             clock[0] += 20
             epoch.advance(done, 8 * done)
-    (line, _) = told.getvalue().splitlines() + [""] * (told.getvalue().count("\n") < 2)
-    assert line.split() == "epoch 1/3 2/10 0.05 it/s 0.4 img/s 2 min 40 s left 9 min 20 s to the end".split()
+    (line, _) = told.getvalue().splitlines()
+    expected = "epoch 1/3 2/10 0.05 it/s 0.4 img/s 2 min 40 s left 9 min 20 s to the end"
+    assert " ".join(line.split()) == expected
 
 
 def test_macs_are_counted():
@@ -121,16 +120,12 @@ class _Oracle(torch.nn.Module):
 @pytest.mark.parametrize(("wrong", "warned"), [(0, False), (1.0, True)])
 def test_only_a_teacher_that_knows_nothing_is_told(wrong, warned):
     """The limit is what guessing the most frequent class gives, with its luck."""
-    task = types.SimpleNamespace(
-        get_eval_model=lambda: _Oracle(), lessons=[(types.SimpleNamespace(), [])], create_evaluator=ConfusionEvaluator
-    )
     target = torch.arange(200) % 10
     images = torch.zeros(200, 1, 1, 1) + ((target + wrong) % 10)[:, None, None, None] / 10
     evaluator = ConfusionEvaluator()
     evaluator.update(_Oracle()(images), target)
     told = about._untrained("t", evaluator.compute(), evaluator, imitated=True)
     assert bool(told) == warned
-    assert task.lessons
 
 
 def test_the_teachers_evaluation_changes_nothing(digits, teacher, tmp_path, monkeypatch):
@@ -214,7 +209,7 @@ def test_report_begins_with_a_conclusion(runs):
     for part in ("its baseline alone, trained without a teacher: top1", "the teacher test_resnet: top1",
                  "The objective", "The teacher takes", "64 images of 10 classes", "374 k parameters"):  # fmt: skip
         assert part in begin, part
-    assert "<span><i class=\"s2\"></i>baseline alone: top1</span>" in page
+    assert '<span><i class="s2"></i>baseline alone: top1</span>' in page
     assert "teacher test_resnet: top1</span>" in page
 
 
@@ -255,7 +250,9 @@ def test_conclusions(own, base, teacher, first, second):
     assert f"It is {second} t" in told
     assert "kl has the most weight, 99% in the mean over the last epoch; the others are hardly trained" in told
     lower = {"epoch": [0.0], "eval_loss": [0.5]}
-    assert "better than" in next(sentences({"eval_metric": "loss"}, lower, {}, Baseline("b", {"eval_loss": [0.7]}, "eval_")))
+    assert "better than" in next(
+        sentences({"eval_metric": "loss"}, lower, {}, Baseline("b", {"eval_loss": [0.7]}, "eval_"))
+    )
 
 
 def test_report_over_several_runs(runs, capsys, tmp_path):
@@ -282,7 +279,9 @@ def test_dry_run(digits, teacher, tmp_path, capsys):
     options += ["--kd-balance", "dto", "--kd-cache-teacher", str(tmp_path / "cache")]
     assert main(options) == 0
     told = capsys.readouterr().out
-    assert re.search(r"dry run: an iteration of 16 images takes \S+ s, of which the teacher takes \d+%; \S+ img/s", told)
+    assert re.search(
+        r"dry run: an iteration of 16 images takes \S+ s, of which the teacher takes \d+%; \S+ img/s", told
+    )
     assert re.search(r"an epoch \(4 iterations and 2 batches of validation\) takes about .*, 2 epochs ", told)
     assert "GiB of memory" in told
     assert "skipped image: train: " in told
@@ -347,7 +346,7 @@ def test_data_directory_stands_where_timm_has_it(capsys):
     options = parse(parser, ["--lr", "1", "imagenet", "--model", "resnet18"])
     assert (str(options.data_dir), "data" in vars(options)) == ("imagenet", False)
     assert str(parse(cli._parser()[1]["detect"], ["coco"]).data_dir) == "coco"
-    with pytest.raises(UsageError, match="--data-dir: a, but b stands there too"):
+    with pytest.raises(UsageError, match="--data-dir: a, but the command also names b"):
         parse(parser, ["b", "--data-dir", "a"])
 
 
@@ -391,7 +390,7 @@ def test_options_of_timm_that_are_absent():
 def test_help_shows_every_default(command):
     parser = cli._parser()[1][command]
     text = parser.format_help()
-    assert len(text[: text.index("\n\n")].splitlines()) == 1  # no page of usage
+    assert len(text[: text.index("\n\n")].splitlines()) < 5  # no page of usage
     formatter = values.Help("x")
     for action in parser._actions:
         if action.option_strings and action.nargs != 0:

@@ -43,13 +43,15 @@ def detect(options: argparse.Namespace, progress: Progress | None = None) -> Out
 
     Raises, Effects: as `dtokd.train.run.train`.
     """
+    if options.dry_run:
+        options.kd_cache_teacher = None  # it would be written
     progress = progress or Progress(options.epochs)
     with opened(options, lambda: experiment_name(options).replace(":", "-"), progress) as (run, world):
         with world.agreed():
             task, loaders, device, card, known = prepare(options, run, world, progress)
         outcome = fit(options, run, task, loaders, device, progress, world, card, known)
         judged = loaders.validation
-        if options.pictures and judged is not None and not outcome.interrupted:
+        if options.pictures and judged is not None and not (outcome.interrupted or options.dry_run):
             world.first_does(lambda: _draw(options, run, task, judged, card["label_names"]))
         return outcome
 

@@ -133,7 +133,7 @@ def prepare(
     """
     device = world.device(options.device)
     train_images, validation_images = _open(options, run, world)
-    lines = []
+    lines: list[str] = []
     for images, split in ((train_images, options.train_split), (validation_images, options.val_split)):
         if images is not None and world.first:
             lines.append(examine(images, split))
