@@ -43,8 +43,6 @@ def detect(options: argparse.Namespace, progress: Progress | None = None) -> Out
 
     Raises, Effects: as `dtokd.train.run.train`.
     """
-    if options.dry_run:
-        options.kd_cache_teacher = None  # it would be written
     progress = progress or Progress(options.epochs)
     with opened(options, lambda: experiment_name(options).replace(":", "-"), progress) as (run, world):
         with world.agreed():
