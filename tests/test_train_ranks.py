@@ -251,6 +251,19 @@ def test_detectors_without_balance_on_two_ranks(pools, coco, tmp_path):
     same_weights(succeeded(pools[2].run(training.train, options)))
 
 
+def test_detectors_share_the_teachers_predictions(pools, coco, tmp_path):
+    """Each rank stores its part of an epoch; the next run needs no teacher."""
+    teacher = tmp_path / "teacher.safetensors"
+    save_file({name: value.clone() for name, value in dense(seed=7).state_dict().items()}, teacher)
+    options = ["detect", *coco_options(coco, tmp_path), *taught("fcos", teacher), "--pictures", "0", "--square"]
+    options += ["--kd-distill-type", "prediction", "--kd-cache-teacher", str(tmp_path / "cache"), "--val-split", ""]
+    first = succeeded(pools[2].run(training.train, [*options, "--experiment", "first"]))
+    assert "0 of 12 rows are there" in first[0][1]
+    again = succeeded(pools[2].run(training.train, [*options, "--experiment", "again"]))
+    assert "12 of 12 rows are there; the teacher is not needed" in again[0][1]
+    same_weights([*first, *again])
+
+
 def test_detections_of_all_ranks_are_judged_as_those_of_one(pools, coco):
     alone = training.judged(0, 1, coco)
     assert 0.05 < alone["ap"] < 0.95

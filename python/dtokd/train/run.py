@@ -139,7 +139,7 @@ def prepare(
             lines.append(examine(images, split))
             progress.say(lines[-1])
     classes = data.number_of_classes(options, train_images, validation_images)
-    random_seed(options.seed, 0)  # the same student and heads on all ranks, as of their average (--model-ema) too
+    random_seed(options.seed, 0)  # student and heads begin alike on all ranks, also what DDP does not send
     student: Any = make_student(options, classes).to(device)
     config = input_config(options, student)
     check_size(student, config["input_size"], device)
