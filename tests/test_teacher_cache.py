@@ -219,7 +219,7 @@ REFUSED = {
     "--kd-cache-topk was None, is now 3": "--kd-cache-topk 3",
     "--kd-cache-dtype was float32, is now float16": "--kd-cache-dtype float16",
     "--kd-teacher-img-size was None, is now 64": "--kd-teacher-img-size 64",
-    "has logits, this run reads pooled features (head)": "--kd-distill-type feature",
+    "has logits, this run reads logits and pooled features (head)": "--kd-distill-type logit feature",
     "feature maps and tokens take too much room": "--kd-distill-type multiscale",
     "--aug-repeats: an image would not be": "--aug-repeats 2",
     "--kd-held-out: does not go together": "--kd-balance heldout --opt dtoadamw",
