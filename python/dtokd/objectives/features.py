@@ -174,8 +174,20 @@ class MultiScale(Standardising):
 def map_distances(
     student: Sequence[Tensor], teacher: Sequence[Tensor], norm: str, distance: Callable[[Tensor, Tensor], Tensor]
 ) -> list[Tensor]:
-    """The distances of pairs of maps [B, C, H, W], at the smaller size and normalised."""
-    return [distance(*normalise(*same_size(s, t.float()), norm)) for s, t in zip(student, teacher, strict=True)]
+    """The distances of pairs of maps [B, C, H, W], at the smaller size and normalised.
+
+    Raises:
+        ValueError: the teacher's have another width than the projectors were made for.
+    """
+    found = []
+    for s, t in zip(student, teacher, strict=True):
+        if s.shape[:2] != t.shape[:2]:
+            raise ValueError(
+                f"--kd-distill-type: the teacher's maps cannot be brought to the student's: it gives {t.shape[1]} "
+                f"channels where it names {s.shape[1]}; choose other --kd-teacher-stages, or another teacher"
+            )
+        found.append(distance(*normalise(*same_size(s, t.float()), norm)))
+    return found
 
 
 class Attention(Objective):
