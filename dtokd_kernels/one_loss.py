@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -122,7 +123,7 @@ class BalancedLoss:
             NaN if there is a scaler, so that it skips the step.
         """
         if not torch.is_grad_enabled():
-            return _sum(_listed(losses))
+            return torch.stack(_aligned(_listed(losses))).sum()
         ranks = self._ranks()
         try:
             names, values = checked_losses(losses, self._options, ranks, _OP)
@@ -151,7 +152,8 @@ class BalancedLoss:
                     self.weighting.commit(record.skipped)
         finally:
             self._source.release()
-        return _Weighted.apply(coefficients, *values)
+        aligned = _aligned(values)
+        return _Weighted.apply(coefficients.to(aligned[0].dtype), *aligned)
 
     def _ranks(self) -> Ranks | None:
         """The other processes; None if there are none."""
@@ -197,23 +199,23 @@ def _listed(losses: Losses) -> list[Tensor]:
     return list(losses.values() if isinstance(losses, Mapping) else losses)
 
 
-def _sum(values: Sequence[Tensor]) -> Tensor:
-    return torch.stack([v.reshape(()).to(values[0].device) for v in values]).sum()
+def _aligned(values: Sequence[Tensor]) -> list[Tensor]:
+    """Scalars of one dtype, float32 or float64, on the first one's device."""
+    dtype = functools.reduce(torch.promote_types, (v.dtype for v in values), torch.float32)
+    return [v.reshape(()).to(values[0].device, dtype) for v in values]
 
 
 class _Weighted(torch.autograd.Function):
-    """The sum of the losses, with the gradient of their weighted sum."""
+    """The sum of scalars, with the gradient of their weighted sum."""
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, *values: Tensor) -> Tensor:
         """The plain sum."""
         ctx.save_for_backward(coefficients)
-        ctx.likes = [(v.shape, v.device, v.dtype) for v in values]
-        return _sum(values)
+        return torch.stack(values).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """What each loss's own backward pass starts with."""
         (coefficients,) = ctx.saved_tensors
-        roots = coefficients * grads[0].to(torch.float64)
-        return None, *(r.to(d, t).reshape(s) for r, (s, d, t) in zip(roots, ctx.likes, strict=True))
+        return None, *(coefficients * grads[0]).unbind()

@@ -161,6 +161,23 @@ def test_audiocraft_refuses_losses():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_vqgan():
+    """The published code at the last layer, and the diff of docs/migration.md."""
+    model, plain = Student(), Student()
+    rule = dk.weighting.Share([1.0, 0.5], beta=0.0, primary=0)
+    balanced = dk.BalancedLoss(rule, gram=dk.sources.Probe(model.head.weight))
+    for step in range(3):
+        losses, _ = generator_losses(model, step)
+        balanced([losses["l1"], losses["feat"]]).backward()
+        losses, _ = generator_losses(plain, step)
+        first, second = (
+            torch.autograd.grad(losses[name], plain.head.weight, retain_graph=True)[0] for name in ("l1", "feat")
+        )
+        (losses["l1"] + 0.5 * (first.norm() / second.norm()).detach() * losses["feat"]).backward()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-15)
+
+
 # ---- Model Optimizer -------------------------------------------------------------------------------
 
 

@@ -5,12 +5,13 @@
 
 import pytest
 import torch
+from dtokd.audiocraft import Balancer
 from torch import nn
 
 import dtokd_kernels as dk
 from dtokd_kernels import reach
 from dtokd_kernels.distributed import replicas
-from dtokd_kernels.sources import Ema, Every, Probe
+from dtokd_kernels.sources import Ema, Every, Feature, Probe
 
 from . import emulated, pretended_ranks
 from .device import DEVICE
@@ -84,6 +85,38 @@ def test_a_weighting_does_not_wait(device, name):
     optimizer = dk.DTOAdamW(model.parameters(), lr=1e-2, weighting=weighting, gram="exact", backend="cuda")
     run(optimizer, model)
     assert optimizer.balance.weights.host.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: {"gram": Probe(model.trunk)},
+        lambda model: {"gram": Every(2, Feature(model.trunk))},
+        lambda model: {"weighting": dk.weighting.Share({"task": 0.5, "distill": 0.5}), "gram": Feature(model.trunk)},
+        lambda model: {"weighting": dk.weighting.Amortized()},
+    ],
+    ids=["probe", "every", "share", "amortized"],
+)
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+def test_one_loss_does_not_wait(device, make, scaled):
+    model = Model()
+    balanced = dk.BalancedLoss(**make(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
+    for step in range(3):
+        loss = balanced(model.losses(step), scaler=scaler)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+    assert not balanced.balance.skipped.host
+    assert all(p.grad.host.isfinite().all() for p in model.parameters())
+
+
+def test_audiocrafts_balancer_does_not_wait(device):
+    model = Model()
+    balancer = Balancer({"task": 1.0, "distill": 3.0}, monitor=True)
+    for step in range(2):
+        x = Pretended(torch.randn(4, 3, generator=torch.Generator().manual_seed(step)))
+        out = model.head(model.trunk(x).tanh())
+        balancer.backward({"task": out.square().mean(), "distill": (out - 1).square().mean()}, out)
+    assert balancer.metrics["ratio_task"].host > 0
 
 
 @pytest.mark.parametrize("source", ["exact", "lag", Every(2)], ids=["exact", "lag", "every"])

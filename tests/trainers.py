@@ -205,7 +205,7 @@ def on_ranks(rank, size, name, folder):
     elif name == "accelerate":
         _, model, _, norms = accelerated(batch=batch, accumulate=accumulate)
     else:
-        _, trainer = hugging_face(folder, accumulate, batch)
+        _, trainer = hugging_face(folder, accumulate, batch, exact=name == "exact")
         trainer.train()
         model, norms = trainer.accelerator.unwrap_model(trainer.model), logged(trainer, "grad_norm")
     return [p.detach() for p in model.parameters()], norms

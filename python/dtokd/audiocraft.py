@@ -153,8 +153,7 @@ class Balancer:
             norms = norms / count
         found = {}
         for name, norm in zip(names, norms, strict=True):
-            before = self._averages.get(name)
-            before = torch.zeros(2, dtype=torch.float64) if before is None else before
+            before = self._averages.get(name, norms.new_zeros(2))  # made on the device: a copy would wait
             self._averages[name] = before.to(norm.device) * self.ema_decay + torch.stack([norm, torch.ones_like(norm)])
             found[name] = self._averages[name][0] / self._averages[name][1]
         if self.monitor:
