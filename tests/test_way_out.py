@@ -11,6 +11,7 @@ import timm
 import torch
 from dtokd import export as exporting
 from dtokd.cli import main
+from dtokd.detect.batch import Images
 from dtokd.trained import load_trained
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -163,6 +164,25 @@ def test_program_of_torch(run, capsys):
         assert program(images[:1]).shape == (1, 10)
 
 
+def test_program_of_a_detector(detector, capsys):
+    """All predictions, for any number of images: its best ones are those that the detector chooses among."""
+    (told,) = lines(capsys, "export", detector / "x", "--format", "torch")
+    assert told["input"] == [3, 64, 64]
+    program = torch.export.load(detector / "x" / "export" / "torch" / "student.pt2").module()
+    images = torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        scores, boxes = program(images)
+        trained = load_trained(detector / "x", "test").model
+        found = trained(Images(images, torch.ones(3, 64, 64, dtype=torch.bool), [(64, 64)] * 3)).images
+    assert (scores.shape[0], boxes.shape[2], scores.shape[1]) == (3, 4, boxes.shape[1])
+    for i, each in enumerate(found):
+        place = scores[i].flatten().argmax()
+        assert scores[i].max() == pytest.approx(float(each["scores"][0]), rel=1e-4)
+        assert int(each["labels"][0]) == int(place) % scores.shape[2]
+        best = boxes[i, int(place) // scores.shape[2]].clamp(0, 64)
+        torch.testing.assert_close(each["boxes"][0], best, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore")  # of onnx and onnxscript
 def test_onnx(run, tmp_path, capsys):
     """Another program computes the run's outputs, for any number of images."""
@@ -183,7 +203,7 @@ def test_exports_that_are_refused(run, detector, digits, tmp_path, capsys, monke
         patch.setitem(sys.modules, "onnxruntime", None)
         assert "pip install 'dtokd-kernels[onnx]'" in refusal(capsys, "export", run, "--format", "onnx")
     assert "--data-dir: nowhere does not exist" in refusal(capsys, "export", run, "--data-dir", "nowhere")
-    assert "holds a detector" in refusal(capsys, "export", detector / "x")
+    assert "holds a detector, which timm does not load" in refusal(capsys, "export", detector / "x")
     other = load_trained(run, "test").model
     with torch.no_grad():
         other.get_classifier().bias += 1

@@ -194,7 +194,7 @@ def _add_predict(parser: Parser) -> None:
 
 def _add_export(parser: Parser) -> None:
     add = parser.add_argument
-    add("run_dir", type=path, help="of dtokd train")
+    add("run_dir", type=path, help="of dtokd train or dtokd detect")
     add(
         "--format",
         choices=["timm", "torch", "onnx"],

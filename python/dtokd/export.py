@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -14,7 +15,7 @@ from typing import Any
 import timm
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from .card import CARD
 from .errors import UsageError, reason_of
@@ -28,12 +29,37 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 #: Weights in a folder of timm's hub.
 WEIGHTS = "model.safetensors"
 
-#: From images [B, channels, H, W] to logits [B, classes].
-Model = Callable[[Tensor], Tensor]
+#: What `--format torch` and `onnx` return, by kind of model.
+OUTPUTS = {False: ["logits"], True: ["scores", "boxes"]}
+
+#: From images [B, channels, H, W] to one or several outputs.
+Model = Callable[[Tensor], Any]
+
+
+class AllPredictions(nn.Module):
+    """A detector without its choice of boxes, whose number depends on the image: for formats that hold tensors only.
+
+    Args:
+        detector: a `detect.detectors.base.Detector`.
+    """
+
+    def __init__(self, detector: Any) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """From [B, 3, H, W] in [0, 1] to scores [B, N, classes], and boxes [B, N, 4] x0 y0 x1 y1 in pixels."""
+        from .detect.batch import Images
+
+        # one size for all: their number is not known when the program is made
+        size = (images.shape[2], images.shape[3])
+        given = Images(images, torch.ones_like(images[:, 0], dtype=torch.bool), [size])
+        scores, boxes = self.detector.decode(self.detector.observe(given), given)
+        return scores, boxes
 
 
 def run(options: argparse.Namespace) -> int:
-    """Export, compare, and print one line of JSON: format, path, images, largest difference and tolerance.
+    """Export, compare, and print one line of JSON: format, path, input, images, largest difference and tolerance.
 
     Args:
         options: of `dtokd export`.
@@ -45,21 +71,27 @@ def run(options: argparse.Namespace) -> int:
     if options.format == "onnx":
         _check_installed()
     trained = load_trained(options.run_dir, "dtokd export", options.checkpoint)
-    if trained.detects:
+    if trained.detects and options.format == "timm":
         raise UsageError(
-            f"dtokd export: {options.run_dir} holds a detector, which these formats cannot hold yet; "
-            "dtokd predict finds boxes, and student.safetensors holds the weights"
+            f"--format timm: {options.run_dir} holds a detector, which timm does not load; pass --format torch or onnx"
         )
-    batches = _validation_images(trained, options)
+    model = AllPredictions(trained.model).eval() if trained.detects else trained.model
+    input = _validation_images(trained, options)
+    if len(input) == 1:  # an export of one image may take their number for a constant
+        input = input.repeat(2, 1, 1, 1)
     target = options.output or options.run_dir / "export" / options.format
     with writing(target, "--output"):
         target.mkdir(parents=True, exist_ok=True)
-        made = {"timm": _timm, "torch": _torch, "onnx": _onnx}[options.format](trained, target, batches[0])
-    difference, count = _difference(trained.model, made, batches)
+        if options.format == "timm":
+            made = _timm(trained, target)
+        else:
+            made = (_torch if options.format == "torch" else _onnx)(trained, model, target, input)
+    difference = _difference(model, made, [input, input[:1]])
     result = {
         "format": options.format,
         "path": str(target),
-        "images": count,
+        "input": list(input.shape[1:]),
+        "images": len(input),
         "largest_difference": difference,
         "tolerance": options.tolerance,
     }
@@ -69,8 +101,8 @@ def run(options: argparse.Namespace) -> int:
                 file.unlink()
         raise UsageError(
             f"--tolerance: {options.tolerance:g}, but the exported model differs from the run's by {difference:.3g} of "
-            f"the largest output on {count} validation images; the files were removed; pass a larger one, or another "
-            "--format"
+            f"the largest output on {len(input)} validation images; the files were removed; pass a larger one, or "
+            "another --format"
         )
     print(as_json(result))
     return 0
@@ -90,8 +122,8 @@ def _check_installed() -> None:
         )
 
 
-def _validation_images(trained: Trained, options: argparse.Namespace) -> list[Tensor]:
-    """The first images of the run's validation split, as it was judged by them: batches of several sizes.
+def _validation_images(trained: Trained, options: argparse.Namespace) -> Tensor:
+    """The first images of the run's validation split, as it was judged by them; of a detector padded to one size.
 
     Raises:
         UsageError: the data is not there, or the run had no validation split.
@@ -101,96 +133,100 @@ def _validation_images(trained: Trained, options: argparse.Namespace) -> list[Te
         settings.data_dir = options.data_dir
     if not settings.val_split:
         raise UsageError("dtokd export: the run was trained with --val-split '', so it has no images to compare on")
-    settings.dataset_download, settings.workers, settings.pin_mem = False, 0, False
-    settings.batch_size, settings.validation_batch_size = options.images, options.images
+    settings.workers, settings.pin_mem = 0, False
+    settings.batch_size = settings.validation_batch_size = options.images
+    cpu = torch.device("cpu")
+    if trained.detects:
+        from .detect.data import make_loader, read_split
+
+        split = read_split(settings, settings.val_split)
+        batches: Any = make_loader(settings, split, settings.val_split, training=False, device=cpu)
+        pixels: Tensor = next(iter(batches))[0].pixels
+        return pixels
+    settings.dataset_download = False
     cfg = trained.model.pretrained_cfg
     config = {name: cfg[name] for name in ("input_size", "interpolation", "mean", "std", "crop_pct")}
     images = data.open_dataset(settings, settings.val_split)
-    input, _ = next(iter(data.validation_loader(settings, images, config, torch.device("cpu"))))
-    if len(input) == 1:  # an export of one image may take it for a constant
-        input = input.repeat(2, 1, 1, 1)
-    return [input, input[:1]]
+    input: Tensor = next(iter(data.validation_loader(settings, images, config, cpu)))[0]
+    return input
 
 
 @torch.no_grad()
-def _difference(model: Any, made: Model, batches: Sequence[Tensor]) -> tuple[float, int]:
-    """The largest difference of the outputs, in parts of the largest output; over all batches, and their images."""
+def _difference(model: Model, made: Model, batches: Sequence[Tensor]) -> float:
+    """The largest difference of any output, in parts of the largest value of that output; NaN for other shapes."""
     worst = 0.0
     for input in batches:
-        expected, got = _logits(model(input)), made(input)
-        if got.shape != expected.shape:
-            return float("nan"), len(batches[0])
-        difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-        worst = difference if difference != difference else max(worst, difference)
-    return worst, len(batches[0])
+        for got, expected in zip(_several(made(input)), _several(model(input)), strict=True):
+            if got.shape != expected.shape:
+                return float("nan")
+            difference = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+            worst = difference if math.isnan(difference) else max(worst, difference)
+            if math.isnan(worst):
+                return worst
+    return worst
 
 
-def _logits(output: Any) -> Tensor:
-    first: Tensor = output[0] if isinstance(output, (tuple, list)) else output
-    return first
+def _several(output: Any) -> list[Tensor]:
+    return list(output) if isinstance(output, (tuple, list)) else [output]
 
 
-def _timm(trained: Trained, target: Path, images: Tensor) -> Model:
+def _timm(trained: Trained, target: Path) -> Model:
     """A folder as timm's hub has it: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it."""
     write_text(target / CARD, as_json(trained.card, indent=2) + "\n")
     write_bytes(target / WEIGHTS, save(dict(trained.model.state_dict()), {"format": "pt"}))
     write_text(target / "README.md", make_readme(trained.run, folder=True))
     try:
-        return _first(timm.create_model(f"local-dir:{target}", pretrained=True).eval())
+        made: Model = timm.create_model(f"local-dir:{target}", pretrained=True).eval()
+        return made
     except Exception as error:  # what timm and its models raise is of every kind
         raise UsageError(f"--format timm: timm does not load {target}: {reason_of(error)}") from error
 
 
-def _first(model: Any) -> Model:
-    return lambda input: _logits(model(input))
-
-
-def _program(trained: Trained, images: Tensor, format: str) -> Any:
+def _program(trained: Trained, model: Any, images: Tensor, format: str) -> Any:
     batch = torch.export.Dim("batch", min=1)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's and the model's inside
-            return torch.export.export(trained.model, (images,), dynamic_shapes=({0: batch},))
+            return torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
     except Exception as error:  # of dynamo, of every kind
         raise UsageError(
             f"--format {format}: torch.export cannot express {trained.card['architecture']}: {reason_of(error)}; "
-            "pass --format timm, which keeps it as it is"
+            "student.safetensors of the run holds the weights, which dtokd predict uses"
         ) from error
 
 
-def _torch(trained: Trained, target: Path, images: Tensor) -> Model:
+def _torch(trained: Trained, model: Any, target: Path, images: Tensor) -> Model:
     """`torch.export.load("student.pt2").module()` is the model; any number of images at a time."""
     file = target / "student.pt2"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.export.save(_program(trained, images, "torch"), file)
-        return _first(torch.export.load(file).module())
+        torch.export.save(_program(trained, model, images, "torch"), file)
+        made: Model = torch.export.load(file).module()
+        return made
 
 
-def _onnx(trained: Trained, target: Path, images: Tensor) -> Model:
-    """Input "images" [batch, channels, H, W] float32, output "logits" [batch, classes]."""
+def _onnx(trained: Trained, model: Any, target: Path, images: Tensor) -> Model:
+    """Input "images" [batch, channels, H, W] float32, outputs `OUTPUTS`."""
     import onnxruntime
 
     file = target / "student.onnx"
+    program = _program(trained, model, images, "onnx")
     try:
         with warnings.catch_warnings(), redirect_stdout(StringIO()):
             warnings.simplefilter("ignore")
-            program: Any = torch.onnx.export(
-                _program(trained, images, "onnx"),
+            made: Any = torch.onnx.export(
+                program,
                 input_names=["images"],
-                output_names=["logits"],
+                output_names=OUTPUTS[trained.detects],
                 dynamo=True,
                 verbose=False,
                 external_data=False,
             )
-            program.save(str(file))
+            made.save(str(file))
         session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    except UsageError:
-        raise
     except Exception as error:  # of onnxscript and onnxruntime, of every kind
         raise UsageError(
             f"--format onnx: {trained.card['architecture']} cannot be expressed: {reason_of(error)}; pass "
             "--format torch"
         ) from error
-    (name,) = [each.name for each in session.get_inputs()]
-    return lambda input: torch.from_numpy(session.run(None, {name: input.numpy()})[0])
+    return lambda input: [torch.from_numpy(x) for x in session.run(None, {"images": input.numpy()})]

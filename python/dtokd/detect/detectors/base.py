@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from ...objectives.taps import Outputs
 from ..batch import Detections, Images, Target
@@ -71,6 +72,17 @@ class Detector(nn.Module):
     def detect(self, outputs: Outputs, images: Images) -> Detections:
         """At most 100 boxes per image, in pixels of the resized image."""
         raise NotImplementedError
+
+    def decode(self, outputs: Outputs, images: Images) -> tuple[Tensor, Tensor]:
+        """All predictions, before any choice among them.
+
+        Returns:
+            Scores [B, N, classes] in [0, 1], and boxes [B, N, 4] x0 y0 x1 y1 in pixels of the padded image.
+        """
+        assert outputs.boxes is not None
+        height, width = images.pixels.shape[-2:]
+        scale = outputs.boxes.new_tensor([width, height] * 2)
+        return self.probabilities(outputs), box_convert(outputs.boxes, "cxcywh", "xyxy") * scale
 
     def forward(self, images: Images) -> Detections:
         """In evaluation: what is found in an image does not depend on the images beside it.

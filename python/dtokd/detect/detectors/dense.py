@@ -138,6 +138,18 @@ class Dense(Detector):
         anchors = [list(a.split(counts)) for a in self._anchors(outputs, images)]
         return Detections(self.net.postprocess_detections(head, anchors, images.sizes))
 
+    def decode(self, outputs: Outputs, images: Images) -> tuple[Tensor, Tensor]:
+        """See `Detector`; of FCOS the root of class and centerness, as torchvision has it."""
+        assert outputs.boxes is not None
+        codes, anchors = outputs.boxes.float(), self._anchors(outputs, images)[0]
+        scores = self.probabilities(outputs)
+        if self.kind == "fcos":
+            assert outputs.quality is not None
+            quality = outputs.quality.float().sigmoid().unsqueeze(-1)
+            return (scores * quality).sqrt(), self.net.box_coder.decode(codes, anchors)
+        several = anchors.expand(len(codes), -1, -1).flatten(0, 1)
+        return scores, self.net.box_coder.decode_single(codes.flatten(0, 1), several).view_as(codes)
+
     def _head(self, outputs: Outputs) -> dict[str, Tensor]:
         assert outputs.logits is not None
         assert outputs.boxes is not None
