@@ -253,3 +253,16 @@ def test_refused_losses():
     with pytest.raises(ValueError, match="shares"):
         rule(losses, features=hidden)
     assert balanced.balance is None
+
+
+def test_losses_of_several_dtypes_and_shapes():
+    """The sum is of the widest type, at least float32; each loss's gradient is of its own."""
+    w = [torch.ones(3, dtype=t, requires_grad=True) for t in (torch.float16, torch.float64)]
+    values = [w[0].sum() * 2**-10, w[1].sum().reshape(1, 1)]
+    loss = dk.BalancedLoss(LogSum())(values)
+    assert loss.dtype is torch.float64
+    assert loss.shape == ()
+    loss.backward()
+    for p, value in zip(w, values, strict=True):
+        torch.testing.assert_close(p.grad, torch.full_like(p, value.item() / 3 / 2 / value.item()), rtol=1e-3, atol=0)
+    assert dk.BalancedLoss(LogSum())([w[0].sum()]).dtype is torch.float32
