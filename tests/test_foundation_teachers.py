@@ -419,10 +419,10 @@ def test_recipe_of_a_classifier_steps(name, weights):
     assert all(p.grad.isfinite().all() for p in own.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("name", ["dinov3_base-fcos_resnet50", "dinov3_small-rtdetr_resnet18"])
+@pytest.mark.parametrize("name", [n for n in RECIPES["detect"] if n.endswith("/dto")])
 def test_recipe_of_a_detector_steps(name, weights):
     """The true architectures with one block, the true detector on random weights, small images."""
-    options = recipe("detect", f"coco_dinov3/{name}/dto", img_size=128, pretrained=False)
+    options = recipe("detect", name, img_size=128, pretrained=False)
     (teacher,) = options.kd_model_name
     architecture = teacher.split(".")[0]
     arguments = {"depth": 1}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from dtokd import identity
 from dtokd.cli import main
 from dtokd.errors import UsageError
 from dtokd.objectives import cache as caches
@@ -60,6 +61,17 @@ def test_an_image_is_a_function_of_sample_and_view():
     assert not torch.equal(images[2, 0][0] - 1, first)
     assert not torch.equal(images[1, 1][0], first)
     assert not torch.equal(KeyedDataset(Noisy(), seed=4)[1, 0][0], first)
+
+
+def test_what_a_run_only_tells_is_no_part_of_its_teacher(tmp_path):
+    for name in ("student.safetensors", "config.json", "about.json"):
+        (tmp_path / name).write_text("{}")
+    before = identity.of_path(tmp_path)
+    (tmp_path / "about.json").write_text('{"anew": 1}')
+    (tmp_path / "classes.json").write_text("{}")
+    assert identity.of_path(tmp_path) == before
+    (tmp_path / "config.json").write_text('{"num_classes": 3}')
+    assert identity.of_path(tmp_path) != before
 
 
 def shown(order, epoch):

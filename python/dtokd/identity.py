@@ -14,6 +14,7 @@ import numpy as np
 READ = 256 * 2**20
 #: What is read of a teacher's directory.
 _WEIGHTS = (".safetensors", ".json", ".yaml", ".bin", ".pt", ".pth")
+_INFORMING = ("about.json", "classes.json")
 
 
 def of_dataset(images: Any) -> str | None:
@@ -58,11 +59,18 @@ def _is_named(sample: Any) -> bool:
 
 
 def of_path(path: Path) -> str:
-    """sha256 of a file's bytes, or of the weights and settings in a directory; "" if there is neither."""
+    """sha256 of a file's bytes, or of the weights and settings in a directory; "" if there is neither.
+
+    What a run's directory holds for readers alone does not count, as it may be written anew.
+    """
     if path.is_file():
         return of_files([(path, "")], read=True)
-    files = sorted(file for file in path.glob("*") if file.suffix in _WEIGHTS) if path.is_dir() else []
+    files = sorted(file for file in path.glob("*") if _decides(file)) if path.is_dir() else []
     return of_files([(file, file.name) for file in files], read=True) if files else ""
+
+
+def _decides(file: Path) -> bool:
+    return file.suffix in _WEIGHTS and file.name not in _INFORMING
 
 
 def of_folder(folder: Path) -> str:

@@ -238,7 +238,8 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
         choices=BALANCES,
         default="none",
         metavar="NAME",
-        help=f"none, timm's weighted sum, or a weighting: {', '.join(BALANCES[1:])}",
+        help=f"none, timm's weighted sum, or a weighting: {', '.join(BALANCES[1:])}; whilebetter is recommended where "
+        "the teacher has the student's classes, famo where it has not and is known to be good",
     )
     group.add_argument("--kd-balance-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
     group.add_argument(
