@@ -526,9 +526,9 @@ def test_more_than_eight_bits(coco, tmp_path, capsys, kind):
     assert "more than 8 bits per value" in error
 
 
-def test_one_process(coco, tmp_path, capsys, monkeypatch):
+def test_the_demo_is_one_process(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "only dtokd train needs" in fails(capsys, *common(coco, tmp_path), *FCOS)
+    assert "which only dtokd train and dtokd detect need; start it without torchrun" in fails(capsys, "--demo")
 
 
 def test_missing_packages(monkeypatch, capsys):
