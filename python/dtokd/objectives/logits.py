@@ -45,10 +45,14 @@ class Hinton(Objective):
         self.student = self.teacher = Taps(logits=True)
 
     def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
-        """See `soft_kl`."""
+        """Of the logits alone, see `compare`."""
         assert student.logits is not None
         assert teacher.logits is not None
-        return soft_kl(student.logits, teacher.logits, self.temperature)
+        return self.compare(student.logits, teacher.logits)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss, of logits [B, classes]."""
+        return soft_kl(student, teacher, self.temperature)
 
 
 class Standardised(Hinton):
@@ -59,11 +63,9 @@ class Standardised(Hinton):
     Algorithm 1; their base temperature is 2.
     """
 
-    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
-        """See `soft_kl`."""
-        assert student.logits is not None
-        assert teacher.logits is not None
-        return soft_kl(standardised(student.logits), standardised(teacher.logits), self.temperature)
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss, of logits [B, classes]."""
+        return super().compare(standardised(student), standardised(teacher))
 
 
 def standardised(logits: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ def standardised(logits: Tensor) -> Tensor:
     return centred * (centred.square().mean(-1, keepdim=True) + SMALL).rsqrt()
 
 
-class Dist(Objective):
+class Dist(Hinton):
     """T^2 (1 - mean correlation over samples + 1 - mean correlation over classes) of softened predictions. Infimum 0.
 
     Reached where student and teacher differ by a positive factor and a constant in each row and each column of the
@@ -82,15 +84,9 @@ class Dist(Objective):
     with the same weight, as there. Their temperature is 1 on ImageNet, 4 on CIFAR-100.
     """
 
-    def __init__(self, name: str, temperature: float) -> None:
-        self.name, self.temperature = name, temperature
-        self.student = self.teacher = Taps(logits=True)
-
-    def loss(self, student: Outputs, projected: object, teacher: Outputs, target: Any) -> Tensor:
-        """Both parts, as `Objective.loss`."""
-        assert student.logits is not None
-        assert teacher.logits is not None
-        s, t = ((o.float() / self.temperature).softmax(-1) for o in (student.logits, teacher.logits))
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Both parts, of logits [B, classes]."""
+        s, t = ((o.float() / self.temperature).softmax(-1) for o in (student, teacher))
         return (uncorrelated(s, t) + uncorrelated(s.mT, t.mT)) * self.temperature**2
 
 
