@@ -8,12 +8,14 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 from benchmarks.evidence import protocol, tables
 from benchmarks.evidence.data import (
     MAKERS,
+    SAME,
     TILE,
     VARIANTS,
     DataSet,
@@ -25,7 +27,7 @@ from benchmarks.evidence.data import (
 )
 from benchmarks.evidence.methods import METHODS, NONE, OBJECTIVES, SETTINGS, iterations_of, methods_of
 from benchmarks.evidence.protocol import Journal, Run, carry_out, outcomes, read, tune
-from benchmarks.evidence.students import Result, train
+from benchmarks.evidence.students import MODELS, RESNET, Result, train
 from benchmarks.evidence.trials import AdamMetric, OwnMomentum
 
 ROOT = Path(__file__).parents[1]
@@ -210,8 +212,15 @@ def test_documented_numbers_are_those_of_the_csv_file():
 
 
 def test_all_settings_can_be_made():
-    assert set(SETTINGS) == {*MAKERS, *VARIANTS}
-    assert {name: iterations_of(name) for name in SETTINGS if iterations_of(name) != 200} == {"digits, long": 2000}
+    assert set(SETTINGS) == {*MAKERS, *VARIANTS, *SAME}
+    long = {name: iterations_of(name) for name in SETTINGS if iterations_of(name) != 200}
+    assert long == {"digits, long": 2000, "photos, long": 2000}
+    assert {kind for _, _, kind in (name.partition(", ") for name in SETTINGS)} >= set(MODELS)
+    sizes = {
+        name: sum(p.numel() for p in timm.create_model(model, **options).parameters())
+        for name, (model, options) in {**MODELS, "": RESNET}.items()
+    }
+    assert sizes["smaller student"] < sizes[""] < sizes["larger student"]
 
 
 def test_bad_teachers_are_bad_and_few_images_are_few(data):

@@ -78,7 +78,7 @@ class DataSet:
 
 
 def load(name: str, folder: Path) -> DataSet:
-    """A data set of `MAKERS` or `VARIANTS`.
+    """A data set of `MAKERS`, `VARIANTS` or `SAME`.
 
     Args:
         name: which.
@@ -87,6 +87,7 @@ def load(name: str, folder: Path) -> DataSet:
     Raises:
         ModuleNotFoundError: a package with images is not installed.
     """
+    name = SAME.get(name, name)
     path = folder / f"{name}.safetensors"
     if not path.exists():
         made = VARIANTS[name](lambda base: load(base, folder)) if name in VARIANTS else MAKERS[name]()
@@ -332,5 +333,10 @@ VARIANTS: dict[str, Callable[[Load], DataSet]] = {
     "animals, few images": lambda load: few_images(load("animals"), 100, of=1000),
     "digits, weak teacher": lambda load: weak_teacher(load("digits"), 40),
     "photos, wrong teacher": lambda load: wrong_teacher(load("photos")),
-    "digits, long": lambda load: load("digits"),
+}
+#: The same images and teacher, for other students and for more iterations.
+SAME = {
+    **dict.fromkeys(("digits, long", "digits, smaller student"), "digits"),
+    **dict.fromkeys(("photos, long", "photos, another student"), "photos"),
+    "animals, larger student": "animals",
 }

@@ -32,9 +32,6 @@ from .trials import AdamMetric, OwnMomentum
 
 Losses = dict[str, Tensor]
 
-#: The student's and the teacher's pooled features have these widths; the second is the data set's.
-STUDENT_WIDTH = 32
-
 
 @dataclass(frozen=True)
 class Method:
@@ -86,16 +83,16 @@ def _logits(name: str, temperature: float) -> Objective:
     return Hinton(name, temperature)
 
 
-def _features(name: str, width: int) -> Objective:
-    return Pooled(name, "linear", (STUDENT_WIDTH, width), "head", "layernorm", "mse")
+def _features(name: str, widths: tuple[int, int]) -> Objective:
+    return Pooled(name, "linear", widths, "head", "layernorm", "mse")
 
 
-#: Kinds of distillation, and the objectives with the teacher's width.
-OBJECTIVES: dict[str, Callable[[int], list[Objective]]] = {
-    "logits, T = 4": lambda width: [_logits("distill", 4.0)],
-    "logits, T = 1": lambda width: [_logits("distill", 1.0)],
-    "features": lambda width: [_features("distill", width)],
-    "logits and features": lambda width: [_logits("logits", 4.0), _features("features", width)],
+#: Kinds of distillation, and the objectives for pooled features of these widths, the student's and the teacher's.
+OBJECTIVES: dict[str, Callable[[tuple[int, int]], list[Objective]]] = {
+    "logits, T = 4": lambda widths: [_logits("distill", 4.0)],
+    "logits, T = 1": lambda widths: [_logits("distill", 1.0)],
+    "features": lambda widths: [_features("distill", widths)],
+    "logits and features": lambda widths: [_logits("logits", 4.0), _features("features", widths)],
 }
 LOGITS = tuple(OBJECTIVES)[:2]
 _ONE_LOSS = tuple(OBJECTIVES)[:3]
@@ -113,6 +110,10 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "digits, weak teacher": ("logits, T = 4",),
     "photos, wrong teacher": ("logits, T = 1",),
     "digits, long": ("features",),
+    "photos, long": ("logits, T = 4",),
+    "digits, smaller student": ("features",),
+    "animals, larger student": ("logits, T = 4",),
+    "photos, another student": ("logits, T = 4",),
 }
 #: Whose teachers know less than a student that learns alone.
 BAD_TEACHERS = (

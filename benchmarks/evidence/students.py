@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -11,6 +12,7 @@ from dtokd.objectives.base import Objective
 from dtokd.objectives.taps import Outputs, Taps, in_float32
 from dtokd.objectives.task import Trainable
 from dtokd.train.heldout import frozen_statistics
+from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -48,7 +50,18 @@ class Result:
     skipped: int
 
 
-def train(data: DataSet, objective: str | None, method: Method, *, lr: float, seed: int, iterations: int) -> Result:
+#: timm models of the students that are not ResNets of 40 thousand parameters, by the setting's name.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "smaller student": ("test_resnet", {"block": BasicBlock, "channels": (4, 8, 16, 16), "stem_width": 4}),
+    "larger student": ("test_resnet", {"block": BasicBlock, "channels": (16, 32, 64, 64), "stem_width": 8}),
+    "another student": ("test_efficientnet", {}),
+}
+RESNET = ("test_resnet", ROLES["student"])
+
+
+def train(
+    data: DataSet, objective: str | None, method: Method, *, lr: float, seed: int, iterations: int, model: str = ""
+) -> Result:
     """Train a new student.
 
     Args:
@@ -58,27 +71,32 @@ def train(data: DataSet, objective: str | None, method: Method, *, lr: float, se
         lr: the largest learning rate of the schedule.
         seed: of the student's parameters, of the order of the images and of what the method draws.
         iterations: how many batches of 64.
+        model: of `MODELS`; "" for the ResNet.
     """
+    name, options = MODELS.get(model, RESNET)
     with seeded(seed):
-        student = _student(data)
+        student: Any = timm.create_model(
+            name, in_chans=data.images.shape[1], num_classes=data.logits.shape[1], **options
+        )
         # its projector is drawn from the seed too
-        lessons = [] if objective is None else OBJECTIVES[objective](data.features.shape[1])
+        widths = student.num_features, data.features.shape[1]
+        lessons = [] if objective is None else OBJECTIVES[objective](widths)
     heads = {lesson.name: lesson.head for lesson in lessons if lesson.head is not None}
     pooled = max((lesson.student.pooled for lesson in lessons), default="")
-    model = Trainable(student, heads, Taps(logits=True, pooled=pooled))
+    trained = Trainable(student, heads, Taps(logits=True, pooled=pooled))
     options = method.own(len(lessons))
-    optimizer = method.optimizer(model.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, max_norm=MAX_NORM, **options)
+    optimizer = method.optimizer(trained.parameters(), lr=lr, weight_decay=WEIGHT_DECAY, max_norm=MAX_NORM, **options)
     schedule = OneCycleLR(optimizer, lr, total_steps=iterations, cycle_momentum=False)
     balances: list[Balance] = []
     history: list[Tensor] = []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for index in _batches(len(data.labels), iterations, seed):
-            losses = _losses(model, data, lessons, index)
+            losses = _losses(trained, data, lessons, index)
             if method.held_out and len(balances) % method.held_out == 0:
-                measure_held_out(optimizer, losses, _held_out(model, data, seed, len(balances)))
+                measure_held_out(optimizer, losses, _held_out(trained, data, seed, len(balances)))
             if method.compared and len(balances) % method.compared == 0:
-                error = _error(model, data, seed, len(balances))
+                error = _error(trained, data, seed, len(balances))
                 optimizer.weighting.observe(student=error, teacher=1 - data.teacher_validation)
             optimizer.backward(method.combine(losses))
             optimizer.step()
@@ -93,11 +111,6 @@ def train(data: DataSet, objective: str | None, method: Method, *, lr: float, se
         skipped=sum(int(b.skipped) for b in balances),
         **_figures(balances, torch.stack(history).double()),
     )
-
-
-def _student(data: DataSet) -> nn.Module:
-    classes = data.logits.shape[1]
-    return timm.create_model("test_resnet", in_chans=data.images.shape[1], num_classes=classes, **ROLES["student"])
 
 
 def _batches(images: int, count: int, seed: int) -> Iterator[Tensor]:

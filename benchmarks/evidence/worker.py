@@ -25,8 +25,15 @@ def start(folder: Path) -> None:
 
 def carry_out(run: Run) -> Result:
     """Train one student."""
-    method = _BY_TITLE[run.method]
-    return train(_load(run.data), run.objective or None, method, lr=run.lr, seed=run.seed, iterations=run.iterations)
+    return train(
+        _load(run.data),
+        run.objective or None,
+        _BY_TITLE[run.method],
+        lr=run.lr,
+        seed=run.seed,
+        iterations=run.iterations,
+        model=run.data.partition(", ")[2],
+    )
 
 
 @cache
