@@ -2,12 +2,14 @@
 
 import copy
 import csv
+from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch
 from dtokd.cli import main
 from dtokd.errors import UsageError
-from dtokd.train.heldout import _classifiers
+from dtokd.train.heldout import Classifiers, HeldOutImages
 
 import dtokd_kernels as dk
 from dtokd_kernels.weighting import WhileBetter
@@ -184,5 +186,5 @@ def test_a_teacher_without_the_classes_is_refused_before_training():
         num_classes = 4
 
     task = DistillationTask(Student(2, 4), None)
-    with pytest.raises(UsageError, match="no teacher has a classifier for the student's 4 classes"):
-        _classifiers(task)
+    with pytest.raises(UsageError, match="no teacher predicts the student's classes"):
+        HeldOutImages([], 2, Classifiers(task), Namespace(weighting=WhileBetter("task")), nullcontext)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
 from ..texts import parse_json
-from .boxes import Counts, count_boxes, usable
+from .boxes import Counts, check_boxes, count_boxes, usable
 
 #: What a file calls an image or a category.
 Identity = int | str
@@ -49,6 +49,17 @@ class Annotations:
     most: int
     repeated: int
 
+    def part(self, numbers: Sequence[int]) -> Annotations:
+        """The images with these numbers alone, in this order, which are numbered anew, and so are their objects."""
+        place = {number: index for index, number in enumerate(numbers)}
+        images = [{**self.content["images"][number], "id": index} for number, index in place.items()]
+        objects = [
+            {**a, "image_id": place[a["image_id"]]} for a in self.content["annotations"] if a["image_id"] in place
+        ]
+        for index, a in enumerate(objects):
+            a["id"] = index + 1
+        return _annotations(self.path, images, objects, [self.image_ids[number] for number in numbers], self.categories)
+
 
 def read_annotations(path: Path, images: Path) -> Annotations:
     """Read and check one split.
@@ -79,19 +90,27 @@ def read_annotations(path: Path, images: Path) -> Annotations:
     _check_files(path, names, images)
     labels = {category: label for label, category in enumerate(categories)}
     objects = reader.annotations(content["annotations"], numbers, labels)
-    objects_of = [0] * len(found)
-    for a in objects:
-        objects_of[a["image_id"]] += usable(a, found[a["image_id"]])
-    boxes = count_boxes(path, objects, found)
-    if not any(objects_of):
+    whole = _annotations(path, found, objects, list(numbers), categories)
+    check_boxes(path, objects, found)
+    if whole.empty == len(found):
         raise UsageError(f"--annotations: {path} has no box to learn from or to judge by")
+    return whole
+
+
+def _annotations(
+    path: Path, images: list[Entry], objects: list[Entry], ids: list[Identity], categories: dict[Identity, str]
+) -> Annotations:
+    objects_of = [0] * len(images)
+    for a in objects:
+        objects_of[a["image_id"]] += usable(a, images[a["image_id"]])
+    names = [image["file_name"] for image in images]
     own = [{"id": label, "name": name} for label, name in enumerate(categories.values())]
     return Annotations(
         path,
-        {"images": found, "annotations": objects, "categories": own},
-        list(numbers),
+        {"images": images, "annotations": objects, "categories": own},
+        ids,
         categories,
-        boxes,
+        count_boxes(objects, images),
         empty=objects_of.count(0),
         most=max(objects_of),
         repeated=len(names) - len(set(names)),

@@ -46,20 +46,13 @@ def usable(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
     return not annotation["iscrowd"] and w > 0 and h > 0 and inside
 
 
-def count_boxes(path: Path, annotations: Sequence[dict[str, Any]], images: Sequence[dict[str, Any]]) -> Counts:
-    """Count the boxes of a file, as `annotations.Annotations` has its content.
-
-    Raises:
-        UsageError: they are fractions or corners, or nearly none has an area in its image.
-    """
+def count_boxes(annotations: Sequence[dict[str, Any]], images: Sequence[dict[str, Any]]) -> Counts:
+    """Count boxes, as `annotations.Annotations` has its content."""
     boxes, sides = _arrays(annotations, images)
     n = len(boxes)
-    (x, y, w, h), (width, height) = boxes.T, sides.T
-    flat = (w <= 0) | (h <= 0)
-    out = ~flat & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
-    beyond = ~flat & ((x + w > width + 1) | (y + h > height + 1) | (x < -1) | (y < -1))
+    flat, out, beyond = _useless(boxes, sides)
     different = {(a["image_id"], a["category_id"], *a["bbox"]) for a in annotations if not a["iscrowd"]}
-    counts = Counts(
+    return Counts(
         crowds=len(annotations) - n,
         objects=n,
         degenerate=int(flat.sum()),
@@ -67,8 +60,20 @@ def count_boxes(path: Path, annotations: Sequence[dict[str, Any]], images: Seque
         cut=int((beyond & ~out).sum()),
         repeated=n - len(different),
     )
+
+
+def check_boxes(path: Path, annotations: Sequence[dict[str, Any]], images: Sequence[dict[str, Any]]) -> None:
+    """Refuse the boxes of a file that are in another format than COCO's.
+
+    Raises:
+        UsageError: they are fractions or corners, or nearly none has an area in its image.
+    """
+    boxes, sides = _arrays(annotations, images)
+    n = len(boxes)
     if not n:
-        return counts
+        return
+    (x, y, w, h), (width, height) = boxes.T, sides.T
+    flat, out, beyond = _useless(boxes, sides)
     format = "COCO's bbox is x and y of the upper left corner, width and height, in pixels"
     fractions = ~flat & (boxes.max(1) <= 1) & (sides.min(1) > 1)
     if fractions.mean() >= NEARLY_ALL:
@@ -82,12 +87,20 @@ def count_boxes(path: Path, annotations: Sequence[dict[str, Any]], images: Seque
             f"--annotations: {path}: {beyond.sum()} of {n} boxes reach beyond their image, and would not if they were "
             f"two corners; {format}: subtract the first corner from the second"
         )
-    if counts.degenerate + counts.outside >= NEARLY_ALL * n:
+    if flat.sum() + out.sum() >= NEARLY_ALL * n:
         raise UsageError(
-            f"--annotations: {path}: {counts.degenerate} of {n} boxes have no area and {counts.outside} are outside "
-            f"their image, so there is next to nothing to learn from; {format}"
+            f"--annotations: {path}: {flat.sum()} of {n} boxes have no area and {out.sum()} are outside their image, "
+            f"so there is next to nothing to learn from; {format}"
         )
-    return counts
+
+
+def _useless(boxes: Array, sides: Array) -> tuple[Array, Array, Array]:
+    """[n] each: boxes without an area, outside their image, and partly beyond it by more than a pixel."""
+    (x, y, w, h), (width, height) = boxes.T, sides.T
+    flat = (w <= 0) | (h <= 0)
+    out = ~flat & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+    beyond = ~flat & ((x + w > width + 1) | (y + h > height + 1) | (x < -1) | (y < -1))
+    return flat, out, beyond
 
 
 def count_small(

@@ -17,6 +17,9 @@ from .data import index
 from .errors import split_errors
 from .options import METRICS
 
+#: Detections by the image's number.
+_Rows = dict[int, np.ndarray[Any, Any]]
+
 
 class CocoEvaluator:
     """Collects detections of a split, then judges them; timm's evaluators have the same two methods.
@@ -29,7 +32,7 @@ class CocoEvaluator:
     def __init__(self, annotations: Annotations, world: World | None = None) -> None:
         self._truth, self._world = index(annotations.content), world or World()
         self._numbers = {image: number for number, image in enumerate(annotations.image_ids)}
-        self._rows: dict[int, np.ndarray[Any, Any]] = {}
+        self._rows: _Rows = {}
         self._per_class: list[float | None] = []
 
     def update(self, detections: Detections, targets: list[Target]) -> None:
@@ -62,13 +65,25 @@ class CocoEvaluator:
         parts = self._world.gather(self._rows)
         return self._world.shared(self._judge(parts) if parts else {})
 
-    def _judge(self, parts: Sequence[dict[int, np.ndarray[Any, Any]]]) -> dict[str, float]:
-        """In the order of the images, whoever has seen them."""
-        found = {number: rows for part in reversed(parts) for number, rows in part.items()}
-        rows = np.concatenate([found[number] for number in sorted(found)]) if found else np.zeros((0, 7))
+    def average_precision(self, metric: str = METRICS[0]) -> float:
+        """One of `METRICS`, of what was collected here."""
+        return self._metrics(self._in_order([self._rows]))[metric]
+
+    def _judge(self, parts: Sequence[_Rows]) -> dict[str, float]:
+        """Metrics and errors."""
+        rows = self._in_order(parts)
         errors = {f"error_{name}": value for name, value in split_errors(self._truth, rows).items()}
+        return self._metrics(rows) | errors
+
+    @staticmethod
+    def _in_order(parts: Sequence[_Rows]) -> np.ndarray[Any, Any]:
+        """Rows in the order of the images, whoever has seen them."""
+        found = {number: rows for part in reversed(parts) for number, rows in part.items()}
+        return np.concatenate([found[number] for number in sorted(found)]) if found else np.zeros((0, 7))
+
+    def _metrics(self, rows: np.ndarray[Any, Any]) -> dict[str, float]:
         if not len(rows):
-            return dict.fromkeys(METRICS, 0.0) | errors
+            return dict.fromkeys(METRICS, 0.0)
         from pycocotools.cocoeval import COCOeval
 
         with redirect_stdout(StringIO()):
@@ -79,7 +94,7 @@ class CocoEvaluator:
         precision = judged.eval["precision"][:, :, :, 0, -1]  # [thresholds, recalls, classes] of all sizes
         self._per_class = [float(p[p > -1].mean()) if (p > -1).any() else None for p in np.moveaxis(precision, 2, 0)]
         values = {name: float(v) for name, v in zip(METRICS, judged.stats, strict=False)}
-        return {name: v if v >= 0 else float("nan") for name, v in values.items()} | errors
+        return {name: v if v >= 0 else float("nan") for name, v in values.items()}
 
     def details(self) -> dict[str, Any]:
         """For `classes.json`: AP in [0, 1] and objects of each class, in the order of the labels; after `compute`."""

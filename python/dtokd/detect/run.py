@@ -28,6 +28,7 @@ from .build import build
 from .data import OnDevice, cached, first_images, make_loader, read_splits, small_boxes
 from .detectors.base import Detector
 from .detectors.build import make_student
+from .heldout import Detectors, split
 from .pictures import draw_pictures
 
 #: In pixels, of the objects that COCO's metrics by size count.
@@ -64,9 +65,9 @@ def prepare(
     device = world.device(options.device)
     train, validation = read_splits(options)
     lines: list[str] = []
-    for split in filter(None, (train, validation)):
-        small = small_boxes(train, options) if split is train else 0
-        lines += _told(split, small, options.img_size)
+    for read in filter(None, (train, validation)):
+        small = small_boxes(train, options) if read is train else 0
+        lines += _told(read, small, options.img_size)
     for line in lines:
         progress.say(line)
     if validation is not None and not _judges(validation, options.eval_metric):
@@ -77,12 +78,16 @@ def prepare(
     random_seed(options.seed, 0)
     student = make_student(options, len(train.categories)).to(device)
     shared: dict[str, Any] = {"device": device, "record": run.bad_images, "world": world}
-    learned = make_loader(options, train, options.train_split, training=True, **shared)
+    trained, held = split(options, train, world)
+    learned = make_loader(options, trained, options.train_split, training=True, **shared)
     judged = make_loader(options, validation, options.val_split, training=False, **shared) if validation else None
+    looked_at = make_loader(options, held, options.train_split, training=False, **shared) if held else None
     assert isinstance(learned.loader, Batches)
     task = build(options, student, train, validation, device, cached(options, learned.loader), world)
     world.apart(options.seed)
-    loaders = Data(learned, judged, None, batches=learned.loader)
+    loaders = Data(learned, judged, None, batches=learned.loader, held_out=looked_at)
+    if held is not None:
+        loaders.judges = Detectors(task, list(train.categories.values()), held, options.eval_metric)
     known = Known(lines, blank(options.img_size, device))
     return task, loaders, device, _card(options, student, train), known
 

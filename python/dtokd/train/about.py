@@ -7,7 +7,7 @@ was never trained, is the worst that can happen to a distillation, and costs one
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..objectives.cache import is_absent
-from ..objectives.taps import Taps
+from ..objectives.judged import judged
 from ..texts import parse_json
 from .data import Data
 from .engine import Engine, evaluate
@@ -160,8 +160,8 @@ def count_macs(model: nn.Module, example: Any) -> int | None:
 
 def _judge(engine: Engine, loader: Any, teacher: Any, objectives: Sequence[Any], student: Any) -> dict[str, Any]:
     """A teacher's metrics on the validation split, where it has the student's classes; nothing else."""
-    model = _predictions(teacher, engine.names)
-    if model is None or not _same_classes(teacher.model, student):
+    model = judged(teacher, student, engine.names)
+    if model is None:
         return {}
     evaluator = engine.make_evaluator(loader)
     metrics = evaluate(
@@ -170,34 +170,6 @@ def _judge(engine: Engine, loader: Any, teacher: Any, objectives: Sequence[Any],
     found = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     warning = _untrained(teacher.name, metrics, evaluator, any(o.teacher.logits for o in objectives))
     return {"metrics": found, **({"warning": warning} if warning else {})}
-
-
-class _AsModel(nn.Module):
-    """A call, for `evaluate`."""
-
-    def __init__(self, call: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self._call = call
-
-    def forward(self, images: Any) -> Any:
-        return self._call(images)
-
-
-def _predictions(teacher: Any, names: Sequence[str] | None) -> nn.Module | None:
-    """From the student's images to logits or detections; None where the classes are others, or none are known."""
-    if not hasattr(teacher.model, "observe"):
-        return _AsModel(lambda images: teacher(images, Taps(logits=True)).logits)
-    own = getattr(teacher.model, "class_names", None)  # of a directory of transformers, by number
-    if own is not None and names is not None and [str(own[key]) for key in sorted(own)] != list(names):
-        return None
-    detector: nn.Module = teacher.model
-    return detector
-
-
-def _same_classes(teacher: Any, student: Any) -> bool:
-    name = "classes" if hasattr(student, "observe") else "num_classes"
-    own, theirs = getattr(student, name, None), getattr(unwrap_model(teacher), name, None)
-    return bool(own) and own == theirs
 
 
 def _untrained(name: str, metrics: Mapping[str, float], evaluator: Any, imitated: bool) -> str:

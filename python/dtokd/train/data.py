@@ -46,6 +46,7 @@ class Data:
         cached: the images that teachers are shown, where their outputs are cached.
         batches: under `train`, to go on in the middle of an epoch; None for a stream.
         held_out: images that are never trained on, prepared as for validation, if there are any.
+        judges: a `heldout.Judges` that computes on these.
     """
 
     train: Any
@@ -54,6 +55,7 @@ class Data:
     cached: CachedImages | None = None
     batches: Batches | None = None
     held_out: Any | None = None
+    judges: Any | None = None
 
 
 def identity_of(options: argparse.Namespace, images: Any) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -19,9 +20,8 @@ import dtokd_kernels as dk
 from dtokd_kernels.weighting import Auto, HeldOut, WhileBetter
 
 from ..errors import UsageError
-from ..objectives.taps import Taps
+from ..objectives.judged import judged
 from ..objectives.task import DistillationTask
-from ..objectives.teacher import Teacher
 from .options import HELD_OUT, LOOKING
 from .steps import Stepper, losses_of
 
@@ -67,10 +67,6 @@ def check(options: argparse.Namespace) -> None:
     """
     share = getattr(options, "kd_held_out", 0.0)
     looks = options.kd_balance in LOOKING
-    if looks and "kd_held_out" not in options:
-        raise UsageError(
-            f"--kd-balance {options.kd_balance}: dtokd detect has no held-out images yet; choose another rule"
-        )
     if looks and not share:
         raise UsageError(
             f"--kd-balance {options.kd_balance}: no images are held out; pass a --kd-held-out above 0, or leave it out "
@@ -99,13 +95,67 @@ def split(options: argparse.Namespace, images: Any) -> tuple[Any, Any | None]:
         return images, None
     if isinstance(images, IterableDataset):
         raise UsageError(f"--kd-held-out: --dataset {options.dataset} is a stream, whose samples have no number")
-    count = round(len(images) * options.kd_held_out)
-    if count < 2:
-        raise UsageError(
-            f"--kd-held-out: {options.kd_held_out:g} of {len(images)} images are {count}; hold out two at least"
-        )
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SEED)).tolist()
-    return Part(images, sorted(order[count:])), Part(images, order[:count])
+    trained, held = positions(options.kd_held_out, len(images))
+    return Part(images, trained), Part(images, held)
+
+
+def positions(share: float, count: int) -> tuple[list[int], list[int]]:
+    """Those of `count` images that are trained on, in their order, and those that are held out, in the order of looks.
+
+    Raises:
+        UsageError: fewer than two are held out.
+    """
+    held = round(count * share)
+    if held < 2:
+        raise UsageError(f"--kd-held-out: {share:g} of {count} images are {held}; hold out two at least")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).tolist()
+    return sorted(order[held:]), order[:held]
+
+
+class Judges(ABC):
+    """What is computed on a held-out batch: that depends on the kind of model.
+
+    Args:
+        task: holds the student and its teachers.
+        names: of the student's classes, in their order, where they are known.
+
+    Attributes:
+        student: as it is trained.
+        teachers: those that predict the student's classes, as models of the student's images.
+    """
+
+    def __init__(self, task: TrainingTask, names: Sequence[str] | None = None) -> None:
+        self.student: Any = task.get_eval_model()
+        lessons = task.lessons if isinstance(task, DistillationTask) else []
+        found = [judged(teacher, self.student, names) for teacher, _ in lessons]
+        self.teachers = [model for model in found if model is not None]
+
+    @abstractmethod
+    def loss(self, images: Any, target: Any) -> Tensor:
+        """The task's loss of the student, [] float32, with its graph."""
+
+    @abstractmethod
+    def errors(self, images: Any, target: Any) -> Tensor:
+        """The errors of the student and of each teacher, [1 + teachers] float64, 0 at best."""
+
+
+class Classifiers(Judges):
+    """Cross-entropy, and the rate of wrong classes; the student normalises by the batch, as in training."""
+
+    def loss(self, images: Tensor, target: Tensor) -> Tensor:
+        """See `Judges`."""
+        return F.cross_entropy(self._logits(images).float(), target)
+
+    def errors(self, images: Tensor, target: Tensor) -> Tensor:
+        """See `Judges`."""
+        logits = [self._logits(images), *(teacher(images) for teacher in self.teachers)]
+        return torch.stack([(of.argmax(1) != target).double().mean() for of in logits])
+
+    def _logits(self, images: Tensor) -> Tensor:
+        with frozen_statistics(self.student):
+            logits = self.student(images)
+        first: Tensor = logits[0] if isinstance(logits, (tuple, list)) else logits
+        return first
 
 
 class HeldOutImages:
@@ -114,21 +164,21 @@ class HeldOutImages:
     Args:
         loader: of the held-out images, in one order.
         every: steps from one measurement to the next.
-        task: holds the student and its teachers.
+        judges: computes the loss, or the errors, on a batch.
         stepper: holds optimizer and weighting.
         autocast: makes the context of the forward pass.
         channels_last: memory format of the input.
         say: takes the line on what `Auto` has chosen.
 
     Raises:
-        UsageError: student and teacher are to be compared, and no teacher has the student's classes.
+        UsageError: student and teacher are to be compared, and no teacher predicts the student's classes.
     """
 
     def __init__(
         self,
         loader: Any,
         every: int,
-        task: TrainingTask,
+        judges: Judges,
         stepper: Stepper,
         autocast: Callable[[], AbstractContextManager[Any]],
         channels_last: bool = False,
@@ -136,10 +186,13 @@ class HeldOutImages:
     ) -> None:
         self._say = say
         assert isinstance(stepper.weighting, (HeldOut, Auto, WhileBetter))
-        if isinstance(stepper.weighting, WhileBetter):
-            self._teachers = _classifiers(task)
+        if isinstance(stepper.weighting, WhileBetter) and not judges.teachers:
+            raise UsageError(
+                "--kd-balance whilebetter: no teacher predicts the student's classes, so that their errors cannot be "
+                "compared; choose another rule"
+            )
         self._loader, self._every, self._weighting = loader, every, stepper.weighting
-        self._task, self._stepper, self._autocast, self._channels_last = task, stepper, autocast, channels_last
+        self._judges, self._stepper, self._autocast, self._channels_last = judges, stepper, autocast, channels_last
         self._batches: Iterator[Any] = iter(())
         self._next = -1  # position of the batch that comes next
 
@@ -156,15 +209,12 @@ class HeldOutImages:
         images, target = self._batch(updates // self._every)
         if self._channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        student = self._task.get_eval_model()
-        compares = isinstance(weighting, WhileBetter)
-        with frozen_statistics(student), self._autocast(), torch.set_grad_enabled(not compares):
-            logits = student(images)
-            logits = logits[0] if isinstance(logits, (tuple, list)) else logits
-            loss = F.cross_entropy(logits.float(), target)
         if isinstance(weighting, WhileBetter):
-            weighting.observe(*self._errors(images, logits, target))
+            student, *teachers = self._errors(images, target)
+            weighting.observe(student, torch.stack(teachers).min())
             return
+        with self._autocast():
+            loss = self._judges.loss(images, target)
         if loss.device.type == "cpu" and not loss.isfinite():
             return  # as on a GPU, where the host does not know; training finds out by its own losses
         dk.measure_held_out(
@@ -174,15 +224,14 @@ class HeldOutImages:
             self._say(line)
 
     @torch.no_grad()
-    def _errors(self, images: Tensor, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Error rates of the student and of the best teacher, over all processes."""
+    def _errors(self, images: Any, target: Any) -> Tensor:
+        """Of `Judges`, the means over all processes."""
         with self._autocast():
-            taught = [teacher(images, Taps(logits=True)).logits for teacher in self._teachers]
-        rates = torch.stack([(of.argmax(1) != target).double().mean() for of in (logits, *taught) if of is not None])
+            errors = self._judges.errors(images, target)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(rates)
-            rates /= torch.distributed.get_world_size()
-        return rates[0], rates[1:].min()
+            torch.distributed.all_reduce(errors)
+            errors /= torch.distributed.get_world_size()
+        return errors
 
     def _batch(self, number: int) -> Any:
         """The batch of a measurement, whatever came before: a resumed run takes the same."""
@@ -193,24 +242,6 @@ class HeldOutImages:
                 next(self._batches)
         self._next = place + 1
         return next(self._batches)
-
-
-def _classifiers(task: TrainingTask) -> list[Teacher]:
-    """The teachers that have the student's classes.
-
-    Raises:
-        UsageError: none has.
-    """
-    assert isinstance(task, DistillationTask)
-    student: Any = task.get_eval_model()
-    teachers = [teacher for teacher, _ in task.lessons]
-    found = [t for t in teachers if getattr(t.model, "num_classes", None) == student.num_classes]
-    if not found:
-        raise UsageError(
-            f"--kd-balance whilebetter: no teacher has a classifier for the student's {student.num_classes} classes, "
-            "so that their errors cannot be compared; choose another rule"
-        )
-    return found
 
 
 @contextmanager

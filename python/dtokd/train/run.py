@@ -152,6 +152,7 @@ def prepare(
         options, train_images, validation_images, config, student.num_classes, device, world.joined, held_out
     )
     task = _make_task(options, student, loaders, device, config["input_size"], names)
+    loaders.judges = heldout.Classifiers(task, names)
     world.apart(options.seed)
     example = torch.zeros(1, *config["input_size"], device=device)
     return task, loaders, device, card, Known(lines, example)
@@ -240,11 +241,11 @@ def fit(
         if loaders.batches is not None:
             images = loaders.batches.dataset
             engine.data = world.first_does(lambda: data.identity_of(options, images))
-        if loaders.held_out is not None:
+        if loaders.held_out is not None and loaders.judges is not None:
             engine.held_out = heldout.HeldOutImages(
                 loaders.held_out,
                 options.kd_held_out_every,
-                task,
+                loaders.judges,
                 stepper,
                 engine.autocast,
                 options.channels_last,
