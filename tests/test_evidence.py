@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from dtokd.detect.batch import Detections
+from dtokd.detect.detectors.dense import Dense, make_backbone
+from dtokd.detect.scenes import Scenes, write_scenes
 from torch import nn
 
 from benchmarks.evidence import protocol, tables
+from benchmarks.evidence.classifiers import MODELS, RESNET
 from benchmarks.evidence.data import (
     MAKERS,
     SAME,
@@ -27,7 +31,8 @@ from benchmarks.evidence.data import (
 )
 from benchmarks.evidence.methods import METHODS, NONE, OBJECTIVES, SETTINGS, iterations_of, methods_of
 from benchmarks.evidence.protocol import Journal, Run, carry_out, outcomes, read, tune
-from benchmarks.evidence.students import MODELS, RESNET, Result, train
+from benchmarks.evidence.scenes import SceneSet, _outputs, _read
+from benchmarks.evidence.students import Result, train
 from benchmarks.evidence.trials import AdamMetric, OwnMomentum
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +54,7 @@ def data():
 
 @pytest.mark.parametrize(
     ("objective", "method"),
-    [(None, NONE), *((o, m) for o in ("logits, T = 4", "features", "logits and features") for m in methods_of(o))],
+    [("", NONE), *((o, m) for o in ("logits, T = 4", "features", "logits and features") for m in methods_of(o))],
     ids=lambda value: getattr(value, "title", value),
 )
 def test_every_method_trains(data, objective, method):
@@ -62,6 +67,47 @@ def test_every_method_trains(data, objective, method):
     assert result.task_loss > 0
     if method.fixed is not None:
         assert result.weight == pytest.approx(float(method.title.split()[1]), abs=1e-12)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = write_scenes(tmp_path_factory.mktemp("scenes"), Scenes(train=10, val=8))
+    train, judged = _read(folder, "train"), _read(folder, "val")
+    torch.manual_seed(0)
+    teacher = Dense("fcos", make_backbone("test_resnet", {}, None), 3, width=64)
+    return SceneSet(train, judged, judged, _outputs(teacher, train), 0.9, 0.8)
+
+
+@pytest.mark.parametrize("title", ["none", "fixed 0.5", "DTO", "held-out gain", "while better"])
+def test_detectors_train(scenes, title):
+    method = next(m for m in (NONE, *METHODS) if m.title == title)
+    objective = "" if method is NONE else "features and predictions"
+    result, again = (train(scenes, objective, method, lr=4e-3, seed=1, iterations=2) for _ in range(2))
+    assert repr(result) == repr(again)
+    assert result.task_loss > 0
+    if title == "fixed 0.5":
+        assert result.weight == pytest.approx(0.5)
+    if title == "while better":  # the student finds nothing yet: 1 - 0.2 / 1
+        assert result.weight == pytest.approx(0.8)
+
+
+def test_scenes_are_judged_as_dtokd_detect_judges(scenes):
+    """Objects found where they are give AP50 1, also on a part of the scenes, in any order."""
+
+    class Finds(nn.Module):
+        def __init__(self, numbers):
+            super().__init__()
+            self.numbers = numbers
+
+        def forward(self, images):
+            held = scenes.test.batch(self.numbers)[1]
+            return Detections(
+                [{k: t[k] for k in ("boxes", "labels")} | {"scores": torch.ones(len(t["labels"]))} for t in held]
+            )
+
+    assert scenes.test.score(Finds(torch.arange(8))) == 1
+    assert scenes.test.score(Finds(torch.tensor([1, 2, 5])), torch.tensor([5, 1, 2])) == 1
+    assert scenes.test.score(Finds(torch.tensor([2, 1, 5])), torch.tensor([5, 1, 2])) < 1
 
 
 def test_own_momentum_without_a_difference_is_adamw(data):
@@ -212,9 +258,9 @@ def test_documented_numbers_are_those_of_the_csv_file():
 
 
 def test_all_settings_can_be_made():
-    assert set(SETTINGS) == {*MAKERS, *VARIANTS, *SAME}
+    assert set(SETTINGS) == {*MAKERS, *VARIANTS, *SAME, "scenes"}
     long = {name: iterations_of(name) for name in SETTINGS if iterations_of(name) != 200}
-    assert long == {"digits, long": 2000, "photos, long": 2000}
+    assert long == {"digits, long": 2000, "photos, long": 2000, "scenes": 400}
     assert {kind for _, _, kind in (name.partition(", ") for name in SETTINGS)} >= set(MODELS)
     sizes = {
         name: sum(p.numel() for p in timm.create_model(model, **options).parameters())

@@ -11,16 +11,18 @@ from pathlib import Path
 
 import torch
 
-from . import data, tables, worker
-from .methods import METHODS, NONE, OBJECTIVES, SETTINGS
+from . import tables, worker
+from .methods import METHODS, NONE, SETTINGS
 from .protocol import Journal, carry_out, read
+
+KINDS = list(dict.fromkeys(kind for kinds in SETTINGS.values() for kind in kinds))
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
     parser.add_argument("--data", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    parser.add_argument("--objectives", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument(
         "--methods", nargs="+", choices=[m.title for m in (NONE, *METHODS)], default=[], help="default: all"
     )
@@ -30,7 +32,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.data:
-        print(f"{name}: teacher {100 * float(data.load(name, options.output).teacher_accuracy):.1f} %", file=sys.stderr)
+        print(
+            f"{name}: teacher {100 * float(worker.load(name, options.output).teacher_accuracy):.1f} %", file=sys.stderr
+        )
     path = options.output / "evidence.csv"
     with ProcessPoolExecutor(
         options.jobs, mp_context=get_context("spawn"), initializer=worker.start, initargs=(options.output,)

@@ -114,14 +114,15 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "digits, smaller student": ("features",),
     "animals, larger student": ("logits, T = 4",),
     "photos, another student": ("logits, T = 4",),
+    "scenes": ("features and predictions",),
 }
 #: Whose teachers know less than a student that learns alone.
 BAD_TEACHERS = (
     *("digits, wrong teacher", "animals, random teacher", "animals, weak teacher"),
     *("digits, weak teacher", "photos, wrong teacher"),
 )
-#: Batches of 64 that a student is trained with.
-ITERATIONS, LONG = 200, 2000
+#: Batches that a student is trained with.
+ITERATIONS, LONG, SCENES = 200, 2000, 400
 #: The student without a teacher.
 NONE = Method("none", combine=lambda losses: {"task": losses["task"]}, options={"weighting": Fixed()})
 #: Everything else. One loss under a logarithm, or equal weights on log-gradients, have the factor 1 / L of DTO's
@@ -153,7 +154,7 @@ METHODS = (
 
 def iterations_of(data: str) -> int:
     """How many batches a student is trained with."""
-    return LONG if data.endswith(", long") else ITERATIONS
+    return SCENES if data == "scenes" else LONG if data.endswith(", long") else ITERATIONS
 
 
 def methods_of(objective: str) -> list[Method]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from . import data
+from . import data, scenes
 from .methods import METHODS, NONE
 from .protocol import Run
 from .students import Result, train
@@ -26,8 +26,8 @@ def start(folder: Path) -> None:
 def carry_out(run: Run) -> Result:
     """Train one student."""
     return train(
-        _load(run.data),
-        run.objective or None,
+        load(run.data, _folder),
+        run.objective,
         _BY_TITLE[run.method],
         lr=run.lr,
         seed=run.seed,
@@ -37,5 +37,6 @@ def carry_out(run: Run) -> Result:
 
 
 @cache
-def _load(name: str) -> data.DataSet:
-    return data.load(name, _folder)
+def load(name: str, folder: Path) -> data.DataSet | scenes.SceneSet:
+    """One of `methods.SETTINGS`, from a folder where it is kept."""
+    return scenes.load(folder) if name == "scenes" else data.load(name, folder)
