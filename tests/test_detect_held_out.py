@@ -12,14 +12,17 @@ from dtokd.detect.batch import Detections
 from dtokd.detect.evaluate import CocoEvaluator
 from dtokd.detect.heldout import Detectors, split
 from dtokd.errors import UsageError
+from dtokd.objectives.judged import judged
+from dtokd.objectives.taps import Taps
 from dtokd.objectives.task import DistillationTask
+from dtokd.objectives.teacher import Normalisation, Teacher
 from dtokd.train.world import World
 from safetensors.torch import save_file
 
 from dtokd_kernels.weighting import HeldOut, WhileBetter
 
 from .coco import FCOS, common, write_coco
-from .test_detect import dense
+from .test_detect import dense, vidt
 from .test_train_resume import die_and_resume
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -179,6 +182,31 @@ def test_a_backbone_has_no_errors_to_compare(coco, tmp_path, capsys):
     options = [*common(coco, tmp_path), *FCOS, *teacher, "--kd-teacher-path", str(tmp_path / "t.safetensors"), *HELD]
     assert main(["detect", *options, "--experiment", "x"]) == 2
     assert "no teacher predicts the student's classes" in capsys.readouterr().err
+
+
+def test_a_teacher_is_judged_where_it_has_the_students_classes():
+    """One of transformers names its classes, also where it was trained here: by LABEL_ and a number."""
+
+    def of(model, student, names=None):
+        return judged(Teacher(model, "t", Normalisation()), student, names)
+
+    names = ["three", "seven", "ninety"]
+    own, other = vidt(), vidt(7)
+    assert of(other, own, names) is other
+    assert of(other, own) is other
+    for called, expected in ((["Three", "seven", "NINETY"], other), (["seven", "three", "ninety"], None)):
+        other.net.config.id2label = dict(enumerate(called))
+        assert of(other, own, names) is expected
+    dense_one = dense()
+    assert of(dense_one, own, names) is dense_one
+    classifier = timm.create_model("test_resnet", num_classes=3)
+    assert of(classifier, own, names) is None
+    assert of(own, classifier) is None
+    assert of(timm.create_model("test_resnet", num_classes=4), classifier) is None
+    images = torch.randn(2, 3, 32, 32)
+    frozen = Teacher(classifier.eval(), "t", Normalisation())
+    found = judged(frozen, timm.create_model("test_vit", num_classes=3))
+    assert torch.equal(found(images), frozen(images, Taps(logits=True)).logits)
 
 
 def test_processes_need_an_image_each(coco):

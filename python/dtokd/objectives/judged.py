@@ -42,7 +42,9 @@ def judged(teacher: Teacher, student: Any, names: Sequence[str] | None = None) -
         return None
     if not detects:
         return _AsModel(lambda images: teacher(images, Taps(logits=True)).logits)
-    called = getattr(model, "class_names", None)  # of a directory of transformers, by number
-    if called is not None and names is not None and [str(called[key]) for key in sorted(called)] != list(names):
-        return None
-    return model
+    called = getattr(model, "class_names", None)  # of transformers' detectors, by number
+    if called is None or names is None:
+        return model
+    # those that were trained here have no names of their own
+    known = [name.lower() for name in names], [f"label_{label}" for label in range(len(names))]
+    return model if [str(called[key]).lower() for key in sorted(called)] in known else None
