@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,7 +16,8 @@ from dtokd.cli import main
 from dtokd.confusion import ConfusionEvaluator
 from dtokd.errors import UsageError
 from dtokd.report.classes import classes_part
-from dtokd.report.conclusion import Baseline, sentences
+from dtokd.report.conclusion import sentences
+from dtokd.report.recorded import Recorded
 from dtokd.train import about, absent, progress
 from dtokd.train import options as train_options
 from dtokd.train.options import parse
@@ -240,19 +242,14 @@ def test_report_grows_while_the_run_goes_on(digits, tmp_path, monkeypatch):
 )
 def test_conclusions(own, base, teacher, first, second):
     epochs = {"epoch": [0.0, 1.0], "eval_top1": [1.0, own], "weight_task": [0.5, 0.01], "weight_kl": [0.5, 0.99]}
-    told = " ".join(
-        sentences(
-            {"eval_metric": "top1"}, epochs, {"teachers": [{"name": "t", "metrics": {"top1": teacher}}]},
-            Baseline("b", {"epoch": [0.0], "eval_top1": [base]}, "eval_"),
-        )
-    )  # fmt: skip
+    about = {"teachers": [{"name": "t", "metrics": {"top1": teacher}}]}
+    run = Recorded(Path("r"), {"eval_metric": "top1"}, epochs, about)
+    told = " ".join(sentences(run, Recorded(Path("b"), {}, {"epoch": [0.0], "eval_top1": [base]})))
     assert first in told
     assert f"It is {second} t" in told
     assert "kl has the most weight, 99% in the mean over the last epoch; the others are hardly trained" in told
-    lower = {"epoch": [0.0], "eval_loss": [0.5]}
-    assert "better than" in next(
-        sentences({"eval_metric": "loss"}, lower, {}, Baseline("b", {"eval_loss": [0.7]}, "eval_"))
-    )
+    lower = Recorded(Path("r"), {"eval_metric": "loss"}, {"eval_loss": [0.5]})
+    assert "better than" in next(sentences(lower, Recorded(Path("b"), {}, {"eval_loss": [0.7]})))
 
 
 def test_report_over_several_runs(runs, capsys, tmp_path):

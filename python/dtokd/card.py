@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +14,7 @@ from timm.data.model_config import resolve_input_data_config
 from timm.models._hub import save_config_for_hf
 
 from .errors import UsageError
-from .texts import parse_json
+from .texts import read_json
 
 CARD = "config.json"
 
@@ -56,29 +55,31 @@ def make_card(name: str, model: Any, config: dict[str, Any], names: list[str] | 
             save_config_for_hf(model, str(path), model_config=known, data_config=config)
         except ValueError as error:
             raise UsageError(f"--model-kwargs: {error}") from error
-        card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        card: dict[str, Any] = read_json(path)
     return card
 
 
-def read_card(folder: str | Path, option: str) -> dict[str, Any]:
-    """The `config.json` of a run of `dtokd train`: see `make_card`.
+def read_card(folder: str | Path, option: str, detects: bool = False) -> dict[str, Any]:
+    """The `config.json` of a run of `dtokd train`, see `make_card`, or of `dtokd detect`.
 
     Args:
         folder: of the run.
         option: by which the user gave it, for messages.
+        detects: whether it is a detector's.
 
     Raises:
         UsageError: there is none, or it is another file.
     """
-    path = Path(folder) / CARD
+    path, command = Path(folder) / CARD, "dtokd detect" if detects else "dtokd train"
     try:
-        card = parse_json(path.read_text(encoding="utf-8"))
+        card = read_json(path)
     except FileNotFoundError:
         raise UsageError(
-            f"{option}: {folder} is no run directory of dtokd train: it has no {CARD}; pass the file of the weights"
+            f"{option}: {folder} is no run directory of {command}: it has no {CARD}; pass the file of the weights"
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(f"{option}: {path} cannot be read: {error}") from error
-    if not isinstance(card, dict) or not isinstance(card.get("architecture"), str) or "pretrained_cfg" not in card:
-        raise UsageError(f"{option}: {path} does not describe a classifier of timm")
+    needed = ("label_names", "category_ids", "num_classes") if detects else ("pretrained_cfg",)
+    if not (isinstance(card, dict) and isinstance(card.get("architecture"), str) and card.keys() >= set(needed)):
+        raise UsageError(f"{option}: {path} does not describe a {'detector' if detects else 'classifier'} of {command}")
     return card

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .errors import reason_of
@@ -18,6 +20,25 @@ def parse_json(text: str) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: as `parse_json`.
+    """
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def read_notes(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file that only informs; nothing where there is none, or it is damaged."""
+    try:
+        held = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return dict(held) if isinstance(held, Mapping) else {}
 
 
 def parse_yaml(text: str) -> Any:

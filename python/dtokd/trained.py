@@ -16,7 +16,6 @@ from .card import CARD, read_card
 from .errors import UsageError, reason_of
 from .files import read_weights
 from .settings import settings_of
-from .texts import parse_json
 
 STUDENT = "student.safetensors"
 
@@ -75,7 +74,7 @@ def load_trained(run: Path, command: str, checkpoint: Path | None = None) -> Tra
     option = command if checkpoint is None else "--checkpoint"
     options = argparse.Namespace(**settings)
     if "annotations" in settings:
-        card = _detector_card(run, command)
+        card = read_card(run, command, detects=True)
         model: nn.Module = _detector(options, card, weights, option)
     else:
         card = read_card(run, command)
@@ -94,16 +93,6 @@ def _classifier(run: Path, weights: Path, command: str, option: str) -> nn.Modul
     except RuntimeError as error:
         raise UsageError(f"{option}: {weights} does not fit the model of {run}: {reason_of(error)}") from error
     return model
-
-
-def _detector_card(run: Path, command: str) -> dict[str, Any]:
-    try:
-        card = parse_json((run / CARD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{command}: {run / CARD} cannot be read: {error}") from error
-    if not isinstance(card, dict) or not all(key in card for key in ("label_names", "category_ids", "num_classes")):
-        raise UsageError(f"{command}: {run / CARD} does not describe a detector of dtokd detect")
-    return card
 
 
 def _detector(options: argparse.Namespace, card: dict[str, Any], weights: Path, option: str) -> nn.Module:

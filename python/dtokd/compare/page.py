@@ -10,7 +10,7 @@ from pathlib import Path
 from ..files import write_text
 from ..report.chart import line_chart
 from ..report.columns import read_columns
-from ..report.page import document, table
+from ..report.html import document, table
 from .arms import NONE
 from .verdict import Setting, Verdict, notes, rows_of
 

@@ -22,7 +22,7 @@ from ..compare.page import mean_curve
 from ..files import write_tensors, write_text
 from ..report.chart import line_chart
 from ..report.columns import read_columns
-from ..report.page import document, pictures, table
+from ..report.html import document, pictures, table
 from ..train.options import parse
 from ..train.progress import Progress
 from ..train.rundir import write_rows

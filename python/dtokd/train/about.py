@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..objectives.cache import is_absent
 from ..objectives.judged import judged
-from ..texts import parse_json
 from .data import Data
 from .engine import Engine, evaluate
 from .randomness import random_state, set_random_state
@@ -45,15 +43,6 @@ class Known:
 
     data: Sequence[str] = ()
     example: Any = None
-
-
-def read_about(run: Path) -> dict[str, Any]:
-    """What a run's `about.json` holds; nothing where there is none, or it is damaged: it only informs."""
-    try:
-        held = parse_json((run / ABOUT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return dict(held) if isinstance(held, Mapping) else {}
 
 
 def find_out(engine: Engine, loaders: Data, known: Known, before: Mapping[str, Any]) -> dict[str, Any]:

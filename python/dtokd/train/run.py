@@ -35,8 +35,9 @@ from ..objectives.task import DistillationTask
 from ..objectives.teacher import resolve_teachers
 from ..readme import write_readme
 from ..report.page import write_report
+from ..texts import read_notes
 from . import data, heldout, state
-from .about import ABOUT, Known, find_out, lines_of, read_about
+from .about import ABOUT, Known, find_out, lines_of
 from .checkpoint import load_run
 from .engine import Engine, Stopped
 from .found import class_names, examine
@@ -262,7 +263,7 @@ def fit(
         if options.dry_run:
             rehearse(engine, loaders, run)
             return Outcome(run.path, None)
-        before = world.first_does(lambda: read_about(run.path))
+        before = world.first_does(lambda: read_notes(run.path / ABOUT))
         about = find_out(engine, loaders, known or Known(), before)
         for line in lines_of(about, options.eval_metric):
             progress.say(line)
