@@ -20,7 +20,7 @@ from ..objectives.cache import is_absent
 from ..objectives.judged import judged
 from .data import Data
 from .engine import Engine, evaluate
-from .randomness import random_state, set_random_state
+from .randomness import kept
 
 ABOUT = "about.json"
 #: AP (COCO's) up to which a detector is as good as untrained.
@@ -45,6 +45,7 @@ class Known:
     example: Any = None
 
 
+@kept()
 def find_out(engine: Engine, loaders: Data, known: Known, before: Mapping[str, Any]) -> dict[str, Any]:
     """What `about.json` holds; all ranks call it, as they share the evaluation of the teachers.
 
@@ -62,7 +63,6 @@ def find_out(engine: Engine, loaders: Data, known: Known, before: Mapping[str, A
     task: Any = engine.task
     lessons = list(getattr(task, "lessons", ()))
     student = unwrap_model(task.get_eval_model())
-    state = random_state()
     told: dict[str, Any] = {"data": list(known.data)}
     told["student"] = describe(engine.options.model, student, known.example)
     told["teachers"] = []
@@ -83,7 +83,6 @@ def find_out(engine: Engine, loaders: Data, known: Known, before: Mapping[str, A
         elif engine.options.kd_eval_teacher and loaders.validation is not None:
             part |= _judge(engine, loaders.validation, teacher, objectives, student)
         told["teachers"].append(part)
-    set_random_state(state)
     return told
 
 

@@ -22,7 +22,7 @@ from ..objectives.task import DistillationTask
 from .divergence import Losses, Statistics, diverged
 from .heldout import HeldOutImages
 from .progress import Progress
-from .randomness import random_state, set_random_state
+from .randomness import kept
 from .steps import Stepper
 from .world import World
 
@@ -170,13 +170,12 @@ class Engine:
         """
         if not isinstance(self.task, DistillationTask) or self.task.settled:
             return
-        before = random_state()
-        for input, target in islice(loader, self.options.kd_statistics_batches):
-            if self.options.channels_last:
-                input = input.contiguous(memory_format=torch.channels_last)
-            with self.autocast():
-                self.task.observe(input, target)
-        set_random_state(before)
+        with kept():
+            for input, target in islice(loader, self.options.kd_statistics_batches):
+                if self.options.channels_last:
+                    input = input.contiguous(memory_format=torch.channels_last)
+                with self.autocast():
+                    self.task.observe(input, target)
         try:
             self.task.settle()
         except ValueError as error:

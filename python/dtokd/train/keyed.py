@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..objectives.cache import CachedImages, Keyed
+from .randomness import kept
 
 #: Sample and view.
 Key = tuple[int, int]
@@ -165,9 +166,12 @@ class ErasedLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Keyed]]:
         for images, target in self.loader:
-            with _kept(images.is_cuda):
+            with kept():
                 for image, key in zip(images, target.keys.tolist(), strict=True):
-                    _seed(_number(self._seed, "erasing", key), images.is_cuda)
+                    number = _number(self._seed, "erasing", key)
+                    _seed(number)
+                    if images.is_cuda:
+                        torch.cuda.manual_seed(number)  # of the noise
                     self._erasing(image)
             yield images, target
 
@@ -194,32 +198,15 @@ def cached_images(options: argparse.Namespace, order: KeyedOrder, told: Mapping[
 @contextmanager
 def seeded(*told: Any) -> Iterator[None]:
     """With the global generators of Python, numpy and torch seeded by values, and put back after."""
-    with _kept():
+    with kept():
         _seed(_number(*told))
         yield
 
 
-@contextmanager
-def _kept(cuda: bool = False) -> Iterator[None]:
-    """Puts the global generators back after; also that of the current GPU, whose state is on the host."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    gpu = torch.cuda.get_rng_state() if cuda else None
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if gpu is not None:
-            torch.cuda.set_rng_state(gpu)
-
-
-def _seed(number: int, cuda: bool = False) -> None:
+def _seed(number: int) -> None:
     random.seed(number)
     np.random.seed(number)
     torch.default_generator.manual_seed(number)
-    if cuda:
-        torch.cuda.manual_seed(number)
 
 
 def _generator(*told: Any) -> torch.Generator:

@@ -23,7 +23,7 @@ from .. import timm_optim  # noqa: F401  registers dtoadamw and dtosgd
 from ..errors import UsageError
 from . import heldout
 from .options import flag
-from .steps import Averaged, Filled, Fused, Stepper, WeightedSum, clipping
+from .steps import Averaged, Filled, Fused, Stepper, clipping
 from .world import World
 
 #: How timm and torch refuse an optimizer's arguments.
@@ -80,7 +80,7 @@ def make_stepper(
         return Fused(optimizer, scaler)
     clip = clipping(options.clip_grad, options.clip_mode, task.get_clip_parameters("agc" in options.clip_mode))
     if not balanced:
-        return WeightedSum(optimizer, scaler, clip)
+        return Stepper(optimizer, scaler, clip)
     return Filled(optimizer, scaler, clip, **balancing)
 
 

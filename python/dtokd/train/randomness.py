@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,21 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(_bytes(state["torch"]))
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Around what draws random numbers on which nothing after it may depend."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)
 
 
 def _words(state: torch.Tensor) -> list[int]:

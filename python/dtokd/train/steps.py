@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.utils import dispatch_clip_grad
@@ -21,68 +21,40 @@ from dtokd_kernels.weighting import Stateful
 Result = dict[str, Any]
 
 
-class Stepper(Protocol):
-    """One micro-batch after the other, then a step."""
+class Stepper:
+    """One micro-batch after another, then a step: with `--kd-balance none` one pass of timm's weighted sum each.
 
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """What the scheduler schedules."""
+    Args:
+        optimizer: what the scheduler schedules.
+        scaler: of the losses; disabled where nothing is scaled.
+        clip: clips `.grad`; None clips nothing.
 
-    @property
-    def balance(self) -> Balance | None:
-        """Of the last step, if it was balanced."""
-
-    @property
-    def weighting(self) -> Weighting | None:
-        """What balances."""
-
-    @property
-    def scaler(self) -> torch.amp.GradScaler:
-        """Of the losses; disabled where nothing is scaled."""
-
-    @property
-    def skips(self) -> bool:
-        """Whether a step with a loss that is not finite changes nothing; otherwise it spoils the parameters."""
-
-    def backward(self, result: Result, parts: int) -> None:
-        """Add the gradients of a micro-batch, which is one of `parts` in this step."""
-
-    def step(self) -> None:
-        """Clip, update, and forget the gradients."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that later steps depend on, besides the parameters; several ranks call it together."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-
-
-class WeightedSum:
-    """`--kd-balance none`: one backward pass of timm's weighted sum, as timm's train.py steps."""
+    Attributes:
+        optimizer, scaler: see above.
+        balance: of the last step, if it was balanced.
+        weighting: what balances, if anything does.
+    """
 
     balance: Balance | None = None
     weighting: Weighting | None = None
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        clip: Callable[[], None] | None,
+        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip: Callable[[], None] | None
     ) -> None:
         self.optimizer, self.scaler, self._clip = optimizer, scaler, clip
 
     @property
     def skips(self) -> bool:
-        """As torch: under a GradScaler alone."""
+        """Whether a step with a loss that is not finite changes nothing; otherwise it spoils the parameters."""
         return self.scaler.is_enabled()
 
     def backward(self, result: Result, parts: int) -> None:
-        """One pass."""
+        """Add the gradients of a micro-batch, which is one of `parts` in this step."""
         loss = result["loss"]
         self.scaler.scale(loss / parts if parts > 1 else loss).backward()
 
     def step(self) -> None:
-        """Unscale, clip, update."""
+        """Clip, update, and forget the gradients."""
         if self._clip is not None:
             self.scaler.unscale_(self.optimizer)
             self._clip()
@@ -91,27 +63,21 @@ class WeightedSum:
         self.optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """Of optimizer and scaler."""
+        """All that later steps depend on, besides the parameters; several ranks call it together."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of optimizer and scaler."""
+        """Go on from there."""
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
 
-class Averaged(WeightedSum):
-    """What balanced steps share: `attach` has the gradients of each objective averaged over ranks."""
+class Averaged(Stepper):
+    """What balanced steps share: they skip what is not finite, and average each objective's gradients over ranks."""
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        clip: Callable[[], None] | None,
-    ) -> None:
-        super().__init__(optimizer, scaler, clip)
-        self._ranks: Replicas | None = None
+    skips = True
+    _ranks: Replicas | None = None
 
     def attach(self, module: DistributedDataParallel, shard: bool) -> None:
         """Average gradient sets over ranks; with `shard` each keeps a part of them and of the state."""
@@ -145,11 +111,6 @@ class Filled(Averaged):
     ) -> None:
         super().__init__(optimizer, scaler, clip)
         self.weighting, self._gram, self._private, self._rescale = weighting, gram, private, rescale
-
-    @property
-    def skips(self) -> bool:
-        """`.grad` stays as it was, or becomes zero."""
-        return True
 
     def backward(self, result: Result, parts: int) -> None:
         """Balance this micro-batch."""
@@ -197,11 +158,6 @@ class Fused(Averaged):
 
     def __init__(self, optimizer: Balanced, scaler: torch.amp.GradScaler) -> None:
         super().__init__(optimizer, scaler, None)
-
-    @property
-    def skips(self) -> bool:
-        """And counts the step."""
-        return True
 
     @property
     def balance(self) -> Balance | None:  # type: ignore[override]
