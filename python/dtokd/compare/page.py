@@ -9,27 +9,27 @@ from pathlib import Path
 
 from ..files import write_text
 from ..report.chart import line_chart
-from ..report.columns import read_columns
 from ..report.html import document, table
 from .arms import NONE
+from .plan import Run
 from .verdict import Setting, Verdict, notes, rows_of
 
 Curve = list[tuple[float, float]]
 
 
-def write_page(folder: Path, verdict: Verdict, setting: Setting, runs: Mapping[str, Sequence[Path]]) -> Path:
+def write_page(folder: Path, verdict: Verdict, setting: Setting, runs: Sequence[Run]) -> Path:
     """Write the page into the comparison's folder.
 
     Args:
         folder: of the comparison.
         verdict, setting: what it found, and of what.
-        runs: by arm, the directories of its runs, the seeds in the same order.
+        runs: all of them.
 
     Returns:
         Its path.
     """
-    columns = {arm: [read_columns(path / "summary.csv") for path in paths] for arm, paths in runs.items()}
-    ordered = {line.arm.text: columns[line.arm.text] for line in verdict.lines}
+    arms = [line.arm.text for line in verdict.lines]
+    ordered = {arm: [run.columns for run in runs if run.arm == arm] for arm in arms}
     parts = [
         f"<h1>{escape(folder.name)}</h1>",
         *(f"<p>{escape(line)}</p>" for line in verdict.text),

@@ -6,10 +6,9 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from .. import identity
@@ -17,7 +16,7 @@ from ..errors import UsageError
 from ..files import as_json, write_text
 from ..objectives.teacher import as_list, resolve_teachers
 from ..report.columns import read_columns
-from ..texts import parse_json
+from ..texts import read_json
 from ..train import data, heldout, optimizer
 from ..train.options import OUTSIDE, flag, plain
 from ..train.rundir import environment
@@ -30,7 +29,7 @@ _EPOCHS = ("warmup_epochs", "cooldown_epochs", "mixup_off_epoch")
 _FILES = ("class_map", "initial_checkpoint", "kd_teacher_path")
 #: Options that name models, which may be in a directory.
 _MODELS = ("model", "kd_model_name")
-#: Options that say where something is: its contents count. And those that each run sets.
+#: Options that name a place, of which the contents count; and options that each run sets.
 _PLACES = (*OUTSIDE, "data_dir", "kd_cache_teacher", "device", "seed", "data_seed")
 
 
@@ -52,6 +51,11 @@ class Run:
     def path(self) -> Path:
         """The run's directory."""
         return Path(self.options.output) / str(self.options.experiment)
+
+    @property
+    def columns(self) -> dict[str, list[float]]:
+        """What its `summary.csv` holds now, an epoch per row."""
+        return read_columns(self.path / "summary.csv")
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Result:
         if not file.exists():
             return None
         try:
-            held = parse_json(file.read_text(encoding="utf-8"))
+            held = read_json(file)
             chosen, judged, seconds = (
                 math.nan if held[key] is None else float(held[key]) for key in ("chosen", "judged", "seconds")
             )
@@ -166,10 +170,9 @@ class Plan:
             names = as_list(told.get(key))
             folders = [name.partition(":")[2] for name in names if name.lower().startswith("local-dir:")]
             files[key] = [identity.of_path(Path(folder)) for folder in folders]
-        places = ("class_map", "initial_checkpoint", "kd_teacher_path")
         machine = {key: v for key, v in environment(self.options).items() if key not in ("cores", "threads")}
         return {
-            "options": {key: value for key, value in told.items() if key not in places},
+            "options": {key: value for key, value in told.items() if key not in _FILES},
             "files": files,
             "data": self._data,
             "environment": machine,
@@ -192,7 +195,7 @@ class Plan:
         if not file.exists():
             return False
         try:
-            before = parse_json(file.read_text(encoding="utf-8"))
+            before = read_json(file)
             changed = [
                 (kind, key, before[kind].get(key), now[kind].get(key))
                 for kind in now
@@ -237,38 +240,3 @@ def _shortened(options: argparse.Namespace) -> argparse.Namespace:
         own.decay_epochs = max(share * own.decay_epochs, 1e-3)
         own.decay_milestones = [max(1, round(share * value)) for value in own.decay_milestones]
     return own
-
-
-def seconds_of(path: Path) -> tuple[float, float]:
-    """Of a run: per iteration, as the median of the epochs after the first, which warms up; and of all of it.
-
-    NaN if the file does not tell.
-    """
-    return _median(_column(path, "iteration_seconds")), math.fsum(_column(path, "seconds"))
-
-
-def rates_of(paths: Sequence[Path]) -> Mapping[str, float]:
-    """Of several runs: the means over their epochs of conflict_rate, vertex_rate and each objective's share_."""
-    runs = [read_columns(path / "summary.csv") for path in paths]
-    names = dict.fromkeys(name for run in runs for name in run if name.startswith(("conflict_r", "vertex_r", "share_")))
-    means = {}
-    for name in names:
-        values = [value for run in runs for value in run.get(name, ()) if math.isfinite(value)]
-        if values:
-            means[name] = math.fsum(values) / len(values)
-    return means
-
-
-def last_of(path: Path, column: str) -> float:
-    """Of the last epoch: the best one would be chosen on the split that judges."""
-    values = _column(path, column)
-    return values[-1] if values else math.nan
-
-
-def _column(path: Path, name: str) -> list[float]:
-    return read_columns(path / "summary.csv").get(name, [])
-
-
-def _median(values: Sequence[float]) -> float:
-    kept = [value for value in values[1:] or values if math.isfinite(value)]
-    return median(kept) if kept else math.nan

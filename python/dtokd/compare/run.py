@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 from collections.abc import Sequence
 from statistics import fmean, median
@@ -15,11 +13,11 @@ from ..files import as_json, write_text
 from ..metric import chosen_by
 from ..train.progress import Progress
 from ..train.run import train
-from ..train.rundir import RunDir
+from ..train.rundir import RunDir, write_rows
 from . import processes
 from .arms import flags_of
 from .page import write_page
-from .plan import Plan, Result, Run, last_of, rates_of, seconds_of
+from .plan import Plan, Result, Run
 from .verdict import Arm, Setting, as_data, as_markdown, judge
 
 
@@ -65,9 +63,8 @@ def run(options: argparse.Namespace) -> int:
         text = as_markdown(verdict, setting)
         write_text(plan.folder / "compare.md", text)
         write_text(plan.folder / "compare.json", as_json(as_data(verdict, setting), indent=1) + "\n")
-        write_text(plan.folder / "compare.csv", _csv(runs, setting))
-        paths = {arm: [run.path for run in runs if run.arm == arm] for arm in plan.arms}
-        page = write_page(plan.folder, verdict, setting, paths)
+        write_rows(plan.folder / "compare.csv", [_row(run, setting) for run in runs])
+        page = write_page(plan.folder, verdict, setting, runs)
     progress.say(text)
     progress.say(f"curves side by side: {page}")
     return 1 if verdict.kind == "none" else 0
@@ -107,11 +104,12 @@ def _train(plan: Plan, jobs: int, devices: Sequence[str], progress: Progress) ->
 
 
 def _result(run: Run, plan: Plan, diverged: Diverged | None) -> Result:
-    _, seconds = seconds_of(run.path)
+    columns = run.columns
+    seconds = math.fsum(columns.get("seconds", ()))
     if diverged is not None:
         return Result(math.nan, math.nan, seconds, str(diverged))
-    name = chosen_by(plan.options)
-    chosen = last_of(run.path, f"eval_{name}")
+    # the last epoch's: the best one would be chosen on the split that judges
+    chosen = columns.get(f"eval_{chosen_by(plan.options)}", [math.nan])[-1]
     if plan.judges == plan.options.val_split:
         return Result(chosen, chosen, seconds)
     weights = run.path / "student-last.safetensors"
@@ -128,8 +126,11 @@ def _arm(text: str, plan: Plan, runs: Sequence[Run]) -> Arm:
         for run, result in zip(own, results, strict=True)
         if not (math.isfinite(result.chosen) and math.isfinite(result.judged))
     ]
-    whole = [run.path for run in own if run.seed not in failed]
-    seconds = [value for path in whole if math.isfinite(value := seconds_of(path)[0])]
+    whole = [run.columns for run in own if run.seed not in failed]
+    seconds = [value for columns in whole if math.isfinite(value := _typical(columns.get("iteration_seconds", [])))]
+    begins = ("conflict_r", "vertex_r", "share_")
+    names = dict.fromkeys(name for columns in whole for name in columns if name.startswith(begins))
+    known = {name: [v for columns in whole for v in columns.get(name, ()) if math.isfinite(v)] for name in names}
     return Arm(
         text,
         [result.chosen for result in results],
@@ -137,8 +138,14 @@ def _arm(text: str, plan: Plan, runs: Sequence[Run]) -> Arm:
         flags_of(text, plan.options),
         failed,
         median(seconds) if seconds else math.nan,
-        rates_of(whole),
+        {name: fmean(values) for name, values in known.items() if values},
     )
+
+
+def _typical(seconds: Sequence[float]) -> float:
+    """The median of the epochs after the first, which warms up; NaN if none is known."""
+    kept = [value for value in seconds[1:] or seconds if math.isfinite(value)]
+    return median(kept) if kept else math.nan
 
 
 def _preview(plan: Plan, jobs: int) -> str:
@@ -163,14 +170,11 @@ def _time_left(runs: Sequence[Run], jobs: int) -> str:
     return f"; about {f'{minutes / 60:.1f} h' if minutes > 90 else f'{math.ceil(minutes)} min'} are left"
 
 
-def _csv(runs: Sequence[Run], setting: Setting) -> str:
-    """A line per run."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["arm", "seed", f"{setting.metric}_chosen", f"{setting.metric}_judged", "seconds", "diverged"])
-    for run in runs:
-        result = Result.read(run)
-        assert result is not None
-        numbers = (result.chosen, result.judged, result.seconds)
-        writer.writerow([run.arm, run.seed, *("" if math.isnan(v) else repr(v) for v in numbers), result.diverged])
-    return text.getvalue()
+def _row(run: Run, setting: Setting) -> dict[str, str]:
+    """A run's line in `compare.csv`."""
+    result = Result.read(run)
+    assert result is not None
+    numbers = {f"{setting.metric}_chosen": result.chosen, f"{setting.metric}_judged": result.judged}
+    numbers["seconds"] = result.seconds
+    written = {name: "" if math.isnan(value) else repr(value) for name, value in numbers.items()}
+    return {"arm": run.arm, "seed": str(run.seed), **written, "diverged": result.diverged}
