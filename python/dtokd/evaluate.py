@@ -18,7 +18,7 @@ from .train.engine import autocast, evaluate
 from .train.found import class_names, some
 from .train.images import new_record, skipped
 from .train.options import check
-from .train.run import check_size, make_student
+from .train.student import check_size, make_student
 from .train.world import World
 
 
@@ -34,7 +34,7 @@ def measure(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, 
 
     Args:
         options: of the command line: `run_dir`, or `model` and `checkpoint`; where the data is.
-        defaults: of `dtokd train`, for what a run directory does not say.
+        defaults: of `dtokd train`, for options that a run directory does not hold.
 
     Returns:
         model, weights, the metrics, images, and skipped_images if there are any.

@@ -17,7 +17,7 @@ import yaml
 
 from ..errors import Diverged, UsageError
 from ..train.options import plain
-from ..train.run import signals
+from ..train.signals import signals
 from .plan import Run
 
 #: Between two looks at the processes, in seconds.
@@ -42,7 +42,7 @@ def train_in_processes(
         runs: those that are not finished.
         jobs: how many at a time.
         devices: of `gpus`.
-        done: is told of each run that has ended, and of its divergence.
+        done: called for each run that has ended, with its divergence.
 
     Returns:
         The number of the signal with which the user wants out, after which the processes have saved; or 0.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
@@ -22,10 +19,9 @@ from timm.task import TrainingTask, create_classification_loss
 from timm.utils import distribute_bn, random_seed, unwrap_model
 from torch import Tensor, nn
 
-from .. import networks as _networks  # noqa: F401  registers CIFAR's with timm
 from ..card import CARD, input_config, make_card
-from ..errors import UsageError, reason_of
-from ..files import as_json, read_weights, write_text, writing
+from ..errors import UsageError
+from ..files import as_json, write_text, writing
 from ..lopsided import REMEDY, LopsidedWeights, may_be_lopsided
 from ..metric import chosen_by, is_lower_better, replaces
 from ..monitor import CSV, BalanceLogger, Row, Sink, columns_of, means_of
@@ -43,13 +39,15 @@ from .engine import Engine, Stopped
 from .found import class_names, examine
 from .images import skipped
 from .optimizer import distribute, make_stepper
-from .options import experiment_name, flag
+from .options import experiment_name
 from .progress import Progress, Seldom
 from .rehearsal import rehearse
 from .rundir import RunDir, chained
+from .signals import signals
 from .state import Position
+from .student import check_size, make_student
 from .trackers import Tracker, check_installed, open_trackers
-from .world import World, join, under_torchrun
+from .world import World, join
 
 #: Keeps the seeds of the epochs of neighbouring `--data-seed`s apart.
 _PRIME = 1_000_003
@@ -76,7 +74,7 @@ class Outcome:
 
 
 def train(options: argparse.Namespace, progress: Progress | None = None) -> Outcome:
-    """Train, or go on training, as the options say; under torchrun together with the other processes.
+    """Train, or go on training, with these options; under torchrun together with the other processes.
 
     Args:
         options: of `train.options`.
@@ -316,7 +314,7 @@ def fit(
 
 
 def _report(run: RunDir, progress: Progress, world: World) -> None:
-    """The page and the model card. What goes wrong here is told: it must not end a run, nor hide why one has ended."""
+    """The page and the model card. An error here becomes a line: it must not end a run, nor hide why one has ended."""
     try:
         if world.first and run.summary.exists():
             write_report(run.path)
@@ -352,68 +350,6 @@ def _find(
         if path is not None and not found:
             found.append((path, load_run(path)))
     return found[0] if found else None
-
-
-def make_student(options: argparse.Namespace, classes: int | None) -> Any:
-    """The student that the options name: a timm model.
-
-    Raises:
-        UsageError: timm has no such model, it refuses an option, or its weights cannot be loaded.
-    """
-    if not timm.is_model(options.model.split("/")[-1]) and ":" not in options.model:
-        raise UsageError(f"--model: timm has no model {options.model!r}; timm.list_models('*part*') finds names")
-    keywords = {
-        "pretrained": options.pretrained,
-        "num_classes": classes,
-        "in_chans": options.in_chans,
-        "drop_rate": options.drop,
-        "drop_path_rate": options.drop_path,
-        "img_size": options.img_size,
-        **options.model_kwargs,
-    }
-    keywords = {key: value for key, value in keywords.items() if value is not None}
-    try:
-        try:
-            student = timm.create_model(options.model, **keywords)
-        except TypeError:
-            if "img_size" not in keywords:
-                raise
-            del keywords["img_size"]  # a convolutional model takes any
-            student = timm.create_model(options.model, **keywords)
-    except Exception as error:  # what timm and its models raise is of every kind
-        reason = reason_of(error)
-        names = ("in_chans", "drop", "drop_path", "img_size", "model_kwargs")
-        given = [f"{flag(name)} {value}" for name in names if (value := getattr(options, name))]
-        raise UsageError(f"{', '.join([f'--model {options.model}', *given])}: {reason}") from error
-    if options.initial_checkpoint:
-        weights = read_weights(options.initial_checkpoint, "--initial-checkpoint", use_ema=True)
-        try:
-            student.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UsageError(
-                f"--initial-checkpoint: {options.initial_checkpoint} does not fit {options.model}: {reason_of(error)}"
-            ) from error
-    if options.grad_checkpointing:
-        try:
-            student.set_grad_checkpointing(True)
-        except (AttributeError, AssertionError, ValueError, TypeError) as error:
-            raise UsageError(f"--grad-checkpointing: {options.model} has none; leave it out") from error
-    return student
-
-
-@torch.no_grad()
-def check_size(student: nn.Module, size: tuple[int, int, int], device: torch.device) -> None:
-    """Show the student one image, so that a size which it does not take is found before training.
-
-    Raises:
-        UsageError: it does not.
-    """
-    try:
-        student.eval()(torch.zeros(1, *size, device=device))
-    except Exception as error:
-        raise UsageError(
-            f"--img-size, --input-size, --in-chans: the model does not take images of {tuple(size)}: {reason_of(error)}"
-        ) from error
 
 
 def _make_task(
@@ -581,7 +517,7 @@ def _save(run: RunDir, engine: Engine, loaders: data.Data, at: Position) -> None
 def _stop(
     run: RunDir, engine: Engine, loaders: data.Data, collected: _Collected, at: Position, stop: Stopped
 ) -> Outcome:
-    """Save where the run is, and say how it goes on."""
+    """Save where the run is, and print how it goes on."""
     _flush(engine)
     saved = f"{at.epoch} finished epochs"
     if loaders.batches is not None and stop.batches:
@@ -595,30 +531,3 @@ def _student(task: TrainingTask, ema: bool) -> dict[str, Tensor]:
     """Without projector and teacher."""
     weights: dict[str, Tensor] = unwrap_model(task.get_eval_model(ema=ema)).state_dict()
     return weights
-
-
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """The first Ctrl-C or SIGTERM is noted in the list, a second one ends the process as usual.
-
-    Not under torchrun: it sends on the signal that a terminal gives to all, and ends us itself if we take too long.
-    """
-    noted = [0]
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: Any) -> None:
-        noted[0] = number
-        if not under_torchrun():
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
