@@ -65,7 +65,7 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
             "start it without torchrun"
         )
         raise UsageError(message) if os.environ.get("RANK", "0") == "0" else ToldElsewhere(message)
-    # imported only now: --help need not wait for timm and matplotlib
+    # imported only now: --help need not wait for torch and timm
     if command == "train":
         from .train.run import train
 
