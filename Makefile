@@ -86,8 +86,8 @@ lint: $(VENV)/lint
 		{ echo "only csrc/torch includes torch"; exit 1; }
 	@grep -nE '\.(item|tolist)\(\)' $(STEP_PATH); test $$? -eq 1 || { echo "no host sync on the step path"; exit 1; }
 # all files of it must be there: grep's status is 1 where it has read them and found nothing
-STEP_PATH = $(addprefix dtokd_kernels/,accumulate.py balanced.py implementations.py kernels.py ops.py optim.py plan.py \
-	reference.py solve.py) $(filter-out %/fixed.py %/auto.py,$(wildcard dtokd_kernels/sources/*.py dtokd_kernels/weighting/*.py dtokd_kernels/triton/*.py))
+STEP_PATH = $(addprefix dtokd_kernels/,accumulate.py balanced.py implementations.py kernels.py ops.py optim.py \
+	optim_state.py plan.py reference.py solve.py) $(filter-out %/fixed.py %/auto.py,$(wildcard dtokd_kernels/sources/*.py dtokd_kernels/weighting/*.py dtokd_kernels/triton/*.py))
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix .

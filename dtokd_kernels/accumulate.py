@@ -54,14 +54,14 @@ def backward(
         retain_graph: keep the graph after the last pass.
 
     Returns:
-        The `Balance`, in units of the unscaled losses. If it says `skipped`, `.grad` is as before (but on a GPU,
+        The `Balance`, in units of the unscaled losses. If it is `skipped`, `.grad` is as before (but on a GPU,
         where the host does not know, zeros in the place of None); with a scaler and an overflow it is NaN, so that
         the scaler sees it.
 
     Raises:
         TypeError, ValueError: bad losses, parameters or options; nothing has changed then.
 
-    Effects: one backward pass per loss, or what the source says; no host sync on CUDA but in the first call
+    Effects: one backward pass per loss, or the passes of the source; no host sync on CUDA but in the first call
         with these parameters and objectives (see `reach.Reach`).
 
     Example:

@@ -31,7 +31,7 @@ _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weigh
         master_weights: keep a float32 copy of each half-precision parameter in the state ("master"), of which the
             parameter is the rounding, so that small updates are not lost. A parameter that other code has written
             counts instead of its copy; what is written through `p.data` is not noticed.
-        foreach, fused: accepted as torch's, and nothing follows from them: `backend` says what runs.
+        foreach, fused: accepted as torch's, and without effect: `backend` chooses what runs.
 
     A parameter group takes `balance=False`: its gradient is the sum of the objectives' gradients."""
 

@@ -22,7 +22,7 @@ FLOORS = (
     ("sources", "gradients", "solve"),  # from losses to what multiplies the gradients
     ("distributed.flat", "distributed.replicas", "distributed.averaged", "distributed.sharded", "distributed.shards"),
     ("distributed.connect", "distributed.find"),
-    ("balanced", "optim", "accumulate", "held_out", "one_loss", "probing"),
+    ("optim_state", "balanced", "optim", "accumulate", "held_out", "one_loss", "probing"),
     ("distributed.attach", "distributed.state", "distributed"),
     ("", "__main__"),
 )
