@@ -319,8 +319,8 @@ def test_a_disk_that_is_too_small(digits, teacher, tmp_path, monkeypatch, capsys
     options = ["train", *common(digits, tmp_path), *distilling(teacher), "--experiment", "x"]
     assert main([*options, "--kd-cache-teacher", str(tmp_path / "cache"), "--kd-cache-views", "0"]) == 2
     told = capsys.readouterr()
-    assert "2 augmentations, 48 bytes a row: 6.14 kB; 0 of 128" in told.out
-    assert "needs 6.14 kB more, the disk has 1 kB" in told.err
+    assert "2 augmentations, 48 bytes a row: 6.1 kB; 0 of 128" in told.out
+    assert "needs 6.1 kB more, the disk has 1.0 kB" in told.err
     assert not list((tmp_path / "cache").rglob("*.rows"))
 
 

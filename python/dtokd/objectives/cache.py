@@ -11,7 +11,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.filesize import decimal
 from torch import Tensor, nn
 
 from .. import identity
 from ..errors import UsageError
 from ..files import write_text, writing
+from .rows import Layout
 from .taps import Outputs, Taps
 from .teacher import Teacher
 
@@ -36,8 +38,6 @@ TOO_LARGE = (
 )
 #: Rows of a file that are looked at together.
 _ROWS = 4096
-#: Bytes of the checksum, which is the first of a row; columns begin at multiples of it.
-_WORD = 8
 #: Of `Outputs`, what may be stored: the others are dense maps, or a detector's tokens.
 _STORED = ("logits", "pooled", "boxes", "quality")
 
@@ -169,52 +169,6 @@ class TopPlaces(Whole):
         return super().decode(columns)[0], places
 
 
-class _Layout:
-    """Where a row's bytes are: a checksum, then each column, filled up to whole words."""
-
-    def __init__(self, columns: Mapping[str, tuple[str, Sequence[int]]]) -> None:
-        self.columns = {name: (dtype, tuple(shape)) for name, (dtype, shape) in columns.items()}
-        self._ends: dict[str, tuple[int, int]] = {}
-        at = _WORD
-        for name, (dtype, shape) in self.columns.items():
-            size = getattr(torch, dtype).itemsize * int(np.prod(shape, dtype=np.int64))
-            self._ends[name] = at, at + size
-            at += -(-size // _WORD) * _WORD
-        self.size = at
-        words = torch.Generator().manual_seed(0)
-        # odd: a word that is another one changes the sum, whatever the others are
-        self._factors = torch.randint(-(2**62), 2**62, (at // _WORD + 1,), generator=words) * 2 + 1
-
-    @classmethod
-    def of(cls, columns: Mapping[str, Tensor]) -> _Layout:
-        """That of columns [B, ...]."""
-        return cls({name: (str(c.dtype).removeprefix("torch."), c.shape[1:]) for name, c in columns.items()})
-
-    def pack(self, columns: Mapping[str, Tensor], keys: Tensor) -> Tensor:
-        """[B, size] uint8, on the CPU."""
-        rows = torch.zeros(len(keys), self.size, dtype=torch.uint8)
-        for name, (begin, end) in self._ends.items():
-            rows[:, begin:end] = columns[name].detach().cpu().reshape(len(keys), -1).contiguous().view(torch.uint8)
-        rows[:, :_WORD] = self._sum(rows, keys)[:, None].contiguous().view(torch.uint8)
-        return rows
-
-    def unpack(self, rows: Tensor) -> dict[str, Tensor]:
-        """The columns of [B, size]."""
-        return {
-            name: rows[:, begin:end].contiguous().view(getattr(torch, self.columns[name][0]))
-            .reshape(len(rows), *self.columns[name][1])
-            for name, (begin, end) in self._ends.items()
-        }  # fmt: skip
-
-    def whole(self, rows: Tensor, keys: Tensor) -> Tensor:
-        """[B] bool, which rows are there, undamaged, and of these keys."""
-        return self._sum(rows, keys) == rows[:, :_WORD].contiguous().view(torch.int64)[:, 0]
-
-    def _sum(self, rows: Tensor, keys: Tensor) -> Tensor:
-        words = torch.cat([rows[:, _WORD:].contiguous().view(torch.int64), keys + 1], 1)
-        return (words * self._factors[: words.shape[1]]).sum(1)
-
-
 class TeacherCache:
     """Outputs of one teacher for all images of a data set, a file of rows for each view.
 
@@ -237,7 +191,7 @@ class TeacherCache:
         self._kept = Whole(torch.float32)
         self.facts: dict[str, Any] = {}
         self.taps: Taps | None = None
-        self._layout: _Layout | None = None
+        self._layout: Layout | None = None
         self._files: dict[int, tuple[int, Tensor]] = {}
         self._read()
         self._missing: int | None = None
@@ -249,7 +203,7 @@ class TeacherCache:
         try:
             found = json.loads(path.read_text())
             told, self.facts, self.taps = found["told"], found["facts"], _taps(found["taps"])
-            self._layout = _Layout(found["columns"])
+            self._layout = Layout(found["columns"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(f"{OPTION}: {path} cannot be read ({error}); remove {self.folder}") from error
         names = [*told, *(name for name in self._told if name not in told)]
@@ -286,7 +240,7 @@ class TeacherCache:
     def lay_out(self, outputs: Outputs) -> None:
         """Know the size of a row, from the teacher's outputs of some images."""
         if self._layout is None:
-            self._layout = _Layout.of(self._kept.encode(outputs))
+            self._layout = Layout.of(self._kept.encode(outputs))
 
     @property
     def complete(self) -> bool:
@@ -323,7 +277,7 @@ class TeacherCache:
         there = f"{rows - self.missing} of {rows} rows are there"
         say(
             f"teacher cache {self.folder}: {self._images.count} images, {views} augmentations, {size} bytes a row: "
-            f"{_bytes(total)}; {there}" + ("; the teacher is not needed" if self.complete else "")
+            f"{decimal(total)}; {there}" + ("; the teacher is not needed" if self.complete else "")
         )
         if self.complete:
             return
@@ -333,7 +287,7 @@ class TeacherCache:
             free = shutil.disk_usage(self.folder).free
             if wanted > free:
                 raise UsageError(
-                    f"{OPTION}: {self.folder} needs {_bytes(wanted)} more, the disk has {_bytes(free)}; pass fewer "
+                    f"{OPTION}: {self.folder} needs {decimal(wanted)} more, the disk has {decimal(free)}; pass fewer "
                     "--kd-cache-views, a smaller --kd-cache-topk, --kd-cache-dtype float16, or another folder"
                 )
             if not (self.folder / "cache.json").exists():
@@ -494,12 +448,3 @@ def _versions() -> dict[str, str]:
 def _plain(value: Any) -> Any:
     """As JSON holds it."""
     return json.loads(json.dumps(value, default=str))
-
-
-def _bytes(count: float) -> str:
-    """For people: 1.5 GB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
