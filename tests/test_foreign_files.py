@@ -18,6 +18,7 @@ from dtokd.train.rundir import RunDir
 from .coco import common as coco_options
 from .coco import write_coco
 from .digits import common, distilling, write_digits
+from .refused import refused
 from .test_train_resume import signal_at
 
 #: timm's reader leaves files to the garbage collector
@@ -26,18 +27,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 DEEP = "[" * 100_000
-
-
-def fails(capsys, *argv):
-    """The error's one line."""
-    try:
-        code = main([str(text) for text in argv])
-    except SystemExit as end:
-        code = end.code
-    error = capsys.readouterr().err
-    assert code == 2, error
-    assert error.count("\n") == 1
-    return error
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +55,7 @@ def test_options_of_a_run_that_are_none(finished, tmp_path, capsys, command, kin
     text, told = ARGS[kind]
     run = shutil.copytree(finished, tmp_path / "run")
     (run / "args.yaml").write_text(text)
-    error = fails(capsys, command, run)
+    error = refused(capsys, command, run)
     assert told in error
     assert f"dtokd {command}: " in error
 
@@ -84,9 +73,9 @@ NUMBERS = {
 def test_numbers_of_a_run_that_are_none(finished, tmp_path, capsys, name, text):
     run = shutil.copytree(finished, tmp_path / "run")
     (run / name).write_text(text)
-    assert NUMBERS[name, text] in fails(capsys, "report", run)
+    assert NUMBERS[name, text] in refused(capsys, "report", run)
     (run / name).write_bytes(b"\xff\xfe\x00")
-    assert name in fails(capsys, "report", run)
+    assert name in refused(capsys, "report", run)
 
 
 def test_a_comparison_over_a_damaged_run(digits, teacher, tmp_path, capsys):
@@ -96,7 +85,7 @@ def test_a_comparison_over_a_damaged_run(digits, teacher, tmp_path, capsys):
     capsys.readouterr()
     summary = tmp_path / "compare" / "none" / "seed-0" / "summary.csv"
     summary.write_text("epoch,eval_top1\n0,good\n")
-    assert "summary.csv does not hold the numbers of a run" in fails(capsys, *argv)
+    assert "summary.csv does not hold the numbers of a run" in refused(capsys, *argv)
 
 
 def full(monkeypatch, part, call="fsync"):
@@ -117,7 +106,7 @@ def test_a_full_disk(digits, tmp_path, monkeypatch, capsys, part):
     argv = ["train", *common(digits, tmp_path), "--experiment", "x", "--resume", "auto", "--epochs", "1"]
     with monkeypatch.context() as patch:
         full(patch, part)
-        error = fails(capsys, *argv)
+        error = refused(capsys, *argv)
     assert error.startswith("dtokd train: error: --output: ")
     assert "cannot be written: No space left on device" in error
     assert part in error
@@ -134,14 +123,14 @@ def test_a_log_that_cannot_be_written(digits, teacher, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(monitor.CSV, "write", refuse)
     argv = ["train", *common(digits, tmp_path), *distilling(teacher), "--opt", "adamw", "--kd-balance", "dto"]
-    assert "--output: " in fails(capsys, *argv)
+    assert "--output: " in refused(capsys, *argv)
 
 
 def test_a_report_that_cannot_be_written(finished, tmp_path, monkeypatch, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
     with monkeypatch.context() as patch:
         full(patch, "report.html")
-        assert "run_dir: " in fails(capsys, "report", run)
+        assert "run_dir: " in refused(capsys, "report", run)
     assert main(["report", str(run)]) == 0
 
 
@@ -174,7 +163,7 @@ def test_data_of_other_contents(stopped, tmp_path, capsys):
     images = sorted((data / "train").rglob("*.png"))
     held = images[0].read_bytes()
     shutil.copy(images[-1], images[0])
-    assert "in the middle of an epoch of other training data" in fails(capsys, *argv, "--resume", "auto")
+    assert "in the middle of an epoch of other training data" in refused(capsys, *argv, "--resume", "auto")
     first = RunDir(tmp_path / "x").checkpoints()[1]
     copied = shutil.copytree(tmp_path / "x", tmp_path / "copy")
     assert main([*argv, "--resume", str(first), "--output", str(tmp_path / "other")]) == 0
@@ -202,7 +191,7 @@ def test_options_that_stay_in_the_middle_of_an_epoch(stopped, tmp_path, capsys, 
     classes.write_text("".join(f"{i}\n" for i in range(10)))
     argv, _ = stopped
     more = [str(classes) if text == "CLASSES" else text for text in more]
-    assert f"in the middle of an epoch with {option} " in fails(capsys, *argv, "--resume", "auto", *more)
+    assert f"in the middle of an epoch with {option} " in refused(capsys, *argv, "--resume", "auto", *more)
 
 
 def test_annotations_of_other_contents(tmp_path, monkeypatch, capsys):
@@ -216,7 +205,7 @@ def test_annotations_of_other_contents(tmp_path, monkeypatch, capsys):
     content = parse_json(text)
     content["annotations"][0]["bbox"][2] += 1
     annotations.write_text(json.dumps(content))
-    error = fails(capsys, *argv, "--experiment", "x", "--resume", "auto")
+    error = refused(capsys, *argv, "--experiment", "x", "--resume", "auto")
     assert "in the middle of an epoch of other training data" in error
     annotations.write_text(text)
     assert main([*argv, "--experiment", "x", "--resume", "auto"]) == 0
@@ -243,21 +232,21 @@ def test_what_a_recipe_cannot_extend(tmp_path, capsys, extends):
     file.write_text(f"extends: {extends}\nlr: 1\n")
     with pytest.raises(ValueError, match="expected recipe:NAME or the name of a file"):
         load(file)
-    assert fails(capsys, "train", "-c", file).count("config") == 1
+    assert refused(capsys, "train", "-c", file).count("config") == 1
 
 
 def test_deep_files(digits, teacher, tmp_path, capsys):
     """Of options, of a teacher, of annotations."""
     (tmp_path / "deep.yaml").write_text(f"lr: {DEEP}")
-    assert "--config: " in fails(capsys, "train", "-c", tmp_path / "deep.yaml")
-    assert "--opt-kwargs" in fails(capsys, "train", *common(digits, tmp_path), "--opt-kwargs", f"a={DEEP}")
+    assert "--config: " in refused(capsys, "train", "-c", tmp_path / "deep.yaml")
+    assert "--opt-kwargs" in refused(capsys, "train", *common(digits, tmp_path), "--opt-kwargs", f"a={DEEP}")
     folder = tmp_path / "teacher"
     folder.mkdir()
     (folder / "config.json").write_text(DEEP)
-    assert "--kd-teacher-path: " in fails(capsys, "train", *common(digits, tmp_path), "--kd-teacher-path", folder)
+    assert "--kd-teacher-path: " in refused(capsys, "train", *common(digits, tmp_path), "--kd-teacher-path", folder)
     data = write_coco(tmp_path / "data")
     next((data / "annotations").glob("*train*.json")).write_text(DEEP)
-    assert "--annotations: " in fails(capsys, "detect", *coco_options(data, tmp_path), "--model", "fcos:test_resnet")
+    assert "--annotations: " in refused(capsys, "detect", *coco_options(data, tmp_path), "--model", "fcos:test_resnet")
 
 
 @pytest.mark.parametrize(
@@ -272,16 +261,16 @@ def test_deep_files(digits, teacher, tmp_path, capsys):
 def test_class_maps(digits, tmp_path, capsys, text, told):
     file = tmp_path / "classes.txt"
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    error = fails(capsys, "train", *common(digits, tmp_path), "--class-map", file)
+    error = refused(capsys, "train", *common(digits, tmp_path), "--class-map", file)
     assert "--class-map: " in error
     assert told in error
 
 
 def test_messages_that_name_what_is_wrong(finished, digits, tmp_path, capsys):
-    assert r"holds the character \0" in fails(capsys, "train", *common(digits, tmp_path), "--experiment", "a\0b")
-    error = fails(capsys, "train", *common(digits, tmp_path), "--experiment", "y", "--resume", finished)
+    assert r"holds the character \0" in refused(capsys, "train", *common(digits, tmp_path), "--experiment", "a\0b")
+    error = refused(capsys, "train", *common(digits, tmp_path), "--experiment", "y", "--resume", finished)
     assert f"{finished} is a folder; pass a checkpoint, such as {finished}/checkpoints/epoch-0001" in error
-    assert "--data-dir: missing" in fails(capsys, "detect", "--device", "cpu", "--model", "fcos:test_resnet")
+    assert "--data-dir: missing" in refused(capsys, "detect", "--device", "cpu", "--model", "fcos:test_resnet")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from dtokd import recipes
-from dtokd.cli import _parser, main
+from dtokd.cli import _parser
 from dtokd.errors import UsageError
 from dtokd.train import options as train_options
 from timm.data.transforms import _str_to_pil_interpolation
@@ -21,6 +21,7 @@ from timm.scheduler import create_scheduler_v2
 from .coco import common as coco_options
 from .coco import write_coco
 from .digits import common, distilling
+from .refused import refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
@@ -217,19 +218,6 @@ def coco(tmp_path_factory):
     return write_coco(tmp_path_factory.mktemp("coco") / "data")
 
 
-def fails(capsys, command, *arguments):
-    """The error's line."""
-    try:
-        code = main([command, *map(str, arguments)])
-    except SystemExit as end:
-        code = end.code
-    error = capsys.readouterr().err
-    assert code == 2, error
-    assert error.startswith(f"dtokd {command}: error: ")
-    assert error.count("\n") == 1
-    return error
-
-
 REFUSED = {
     "--data-dir": ["foo"],
     "--dataset": ["foo", "torch/foo", "torch/", "foo/bar"],
@@ -282,7 +270,7 @@ def test_refused_by_the_run(capsys, digits, teacher, tmp_path, option):
         more = [*distilling(teacher), "--kd-balance", "dto", "--opt", "adamw", *more]
     for value in REFUSED[option]:
         given = [option] if value is None else [option, value]
-        told = fails(capsys, "train", *common(digits, tmp_path), *more, *given)
+        told = refused(capsys, "train", *common(digits, tmp_path), *more, *given)
         assert option in told
     assert not list(tmp_path.rglob("summary.csv"))
 
@@ -314,7 +302,7 @@ def test_refused_by_detect(capsys, coco, tmp_path, option):
     model = ["--model", "fcos:test_resnet"]
     more = ["--kd-model-name", "fcos:test_resnet", "--kd-teacher-path", "foo"] if option.startswith("--kd") else []
     for value in DETECT_REFUSED[option]:
-        told = fails(capsys, "detect", *coco_options(coco, tmp_path), *model, *more, option, value)
+        told = refused(capsys, "detect", *coco_options(coco, tmp_path), *model, *more, option, value)
         assert option in told
     assert not list(tmp_path.rglob("summary.csv"))
 
@@ -322,15 +310,15 @@ def test_refused_by_detect(capsys, coco, tmp_path, option):
 def test_gpu_that_is_not_there(capsys, digits, tmp_path):
     """The default falls back to the CPU; a GPU that is asked for by number does not."""
     number = torch.cuda.device_count()
-    assert "--device" in fails(capsys, "train", *common(digits, tmp_path), "--device", f"cuda:{number}")
+    assert "--device" in refused(capsys, "train", *common(digits, tmp_path), "--device", f"cuda:{number}")
 
 
 def test_refused_by_eval_and_report(capsys, digits, tmp_path):
     where = ["--data-dir", digits, "--model", "test_resnet", "--device", "cpu"]
-    assert "--checkpoint" in fails(capsys, "eval", *where, "--checkpoint", tmp_path / "foo")
-    assert "foo" in fails(capsys, "eval", tmp_path / "foo")
-    assert "foo" in fails(capsys, "report", tmp_path / "foo")
-    assert "--mean" in fails(capsys, "eval", *where, "--pretrained", "--mean", 1, 2)
+    assert "--checkpoint" in refused(capsys, "eval", *where, "--checkpoint", tmp_path / "foo")
+    assert "foo" in refused(capsys, "eval", tmp_path / "foo")
+    assert "foo" in refused(capsys, "report", tmp_path / "foo")
+    assert "--mean" in refused(capsys, "eval", *where, "--pretrained", "--mean", 1, 2)
 
 
 class _Pwned:
@@ -358,13 +346,13 @@ def test_nothing_is_unpickled(capsys, digits, teacher, coco, tmp_path, kind):
         ("--resume", file),
         ("--class-map", classes),
     ):
-        assert option in fails(capsys, "train", *options, *distilling(teacher), option, value)
+        assert option in refused(capsys, "train", *options, *distilling(teacher), option, value)
     where = ["--data-dir", digits, "--model", "test_resnet", "--device", "cpu"]
-    assert "--checkpoint" in fails(capsys, "eval", *where, "--checkpoint", file)
+    assert "--checkpoint" in refused(capsys, "eval", *where, "--checkpoint", file)
     detector = [*coco_options(coco, tmp_path), "--model", "fcos:test_resnet"]
     teaching = ["--kd-model-name", "fcos:test_resnet", "--kd-teacher-path"]
     for options in (["--backbone-checkpoint"], ["--initial-checkpoint"], ["--resume"], teaching):
-        assert options[-1] in fails(capsys, "detect", *detector, *options, file)
+        assert options[-1] in refused(capsys, "detect", *detector, *options, file)
     assert not _Pwned.target.exists()
 
 
@@ -378,11 +366,11 @@ def test_recipes_without_data(capsys, command):
     names = recipes_of(command)
     assert len(names) > 10
     for name in names:
-        assert "--data-dir" in fails(capsys, command, "--config", f"recipe:{name}", "--device", "cpu"), name
+        assert "--data-dir" in refused(capsys, command, "--config", f"recipe:{name}", "--device", "cpu"), name
 
 
 @pytest.mark.parametrize("name", [n for n in recipes_of("train") if recipes.load(f"recipe:{n}").get("kd_teacher_path")])
 def test_recipes_without_a_teacher(capsys, digits, name):
     """The teacher's recipe was not run before."""
     where = ["--dataset", "", "--data-dir", digits, "--num-classes", "10", "--device", "cpu", "--workers", "0"]
-    assert "--kd-teacher-path: there is no file runs/" in fails(capsys, "train", "--config", f"recipe:{name}", *where)
+    assert "--kd-teacher-path: there is no file runs/" in refused(capsys, "train", "--config", f"recipe:{name}", *where)

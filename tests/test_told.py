@@ -28,6 +28,7 @@ from timm.task import ClassificationEvaluator
 from .coco import FCOS, write_coco
 from .coco import common as coco_options
 from .digits import common, distilling
+from .refused import refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
@@ -49,17 +50,6 @@ def runs(digits, teacher, tmp_path_factory):
         taught += ["--baseline", str(folder / "alone")]
         assert main([*options, *taught, "--experiment", "taught"]) == 0
     return folder, told.getvalue()
-
-
-def refusal(capsys, *arguments):
-    try:
-        code = main([str(a) for a in arguments])
-    except SystemExit as end:
-        code = end.code
-    error = capsys.readouterr().err
-    assert code == 2, error
-    assert error.count("\n") == 1
-    return error
 
 
 def test_lines_of_a_run(runs):
@@ -262,9 +252,9 @@ def test_report_over_several_runs(runs, capsys, tmp_path):
     for part in ("to the baseline", "kd_teacher_path", "Validation: top1", "baseline alone", "taught: data and models"):
         assert part in page, part
     assert main(["report", *paths, "--output", str(tmp_path / "p.html")]) == 0
-    assert "--baseline: " in refusal(capsys, "report", paths[0], "--baseline", paths[1])
-    assert "--output: the page of one run" in refusal(capsys, "report", paths[0], "--output", tmp_path / "p.html")
-    assert "is no run directory" in refusal(capsys, "report", paths[0], tmp_path)
+    assert "--baseline: " in refused(capsys, "report", paths[0], "--baseline", paths[1])
+    assert "--output: the page of one run" in refused(capsys, "report", paths[0], "--output", tmp_path / "p.html")
+    assert "is no run directory" in refused(capsys, "report", paths[0], tmp_path)
 
 
 def test_dry_run(digits, teacher, tmp_path, capsys):
@@ -333,7 +323,7 @@ def test_trackers(digits, teacher, tmp_path, monkeypatch, capsys):
     assert wandb.of("finish")
     assert mlflow.of("end_run")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    told = refusal(capsys, *options, "--experiment", "y")
+    told = refused(capsys, *options, "--experiment", "y")
     assert "--log-wandb: the package wandb cannot be imported" in told
     assert not (tmp_path / "study" / "y").exists()
 
@@ -371,7 +361,7 @@ def test_name_of_a_run_stays(digits):
     ],
 )
 def test_mistyped(capsys, words, told):
-    assert told in refusal(capsys, *words)
+    assert told in refused(capsys, *words)
 
 
 def test_options_of_timm_that_are_absent():
@@ -402,7 +392,7 @@ def test_version_and_completion(capsys, monkeypatch):
     assert f"timm {timm.__version__}" in capsys.readouterr().out
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "shtab", None)
-        assert "pip install 'dtokd-kernels[completion]'" in refusal(capsys, "completion", "bash")
+        assert "pip install 'dtokd-kernels[completion]'" in refused(capsys, "completion", "bash")
     pytest.importorskip("shtab", reason="no shtab")
     assert main(["completion", "bash"]) == 0
     assert "--kd-balance" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 
 from .digits import common, distilling, write_digits
+from .refused import refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
@@ -34,10 +35,7 @@ def run(data, output, *more):
 
 
 def fails(capsys, data, output, *more):
-    assert main(["train", *common(data, output), "--experiment", "x", *map(str, more)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("dtokd train: error: ")
-    assert error.count("\n") == 1
+    error = refused(capsys, "train", *common(data, output), "--experiment", "x", *more)
     assert not (output / "x").exists()
     return error
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from .coco import CATEGORIES, FCOS, write_coco
 from .coco import common as coco_options
 from .digits import common, distilling
+from .refused import refused
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
@@ -56,13 +57,6 @@ def lines(capsys, *arguments, code=0):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
-def refusal(capsys, *arguments):
-    assert main([str(a) for a in arguments]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    return error
-
-
 def test_predictions_are_those_that_the_run_was_judged_by(run, digits, capsys):
     """The share of right labels over the validation folder is the run's top1, whatever the batches."""
     folder = digits / "validation"
@@ -91,10 +85,10 @@ def test_predictions_as_files(run, digits, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == told
     with Image.open(told[0]["picture"]) as picture:
         assert min(picture.size) >= 224
-    assert "there is no nowhere" in refusal(capsys, "predict", run, "nowhere")
+    assert "there is no nowhere" in refused(capsys, "predict", run, "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "has no image" in refusal(capsys, "predict", run, tmp_path / "empty")
-    assert "is no run directory" in refusal(capsys, "predict", tmp_path, tmp_path / "a.png")
+    assert "has no image" in refused(capsys, "predict", run, tmp_path / "empty")
+    assert "is no run directory" in refused(capsys, "predict", tmp_path, tmp_path / "a.png")
 
 
 def test_boxes_are_in_the_pixels_of_the_file(detector, capsys, tmp_path, monkeypatch):
@@ -201,20 +195,20 @@ def test_exports_that_are_refused(run, detector, digits, tmp_path, capsys, monke
     """Packages that are not there, data that is gone, and a program that computes something else."""
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxruntime", None)
-        assert "pip install 'dtokd-kernels[onnx]'" in refusal(capsys, "export", run, "--format", "onnx")
-    assert "--data-dir: nowhere does not exist" in refusal(capsys, "export", run, "--data-dir", "nowhere")
-    assert "holds a detector, which timm does not load" in refusal(capsys, "export", detector / "x")
+        assert "pip install 'dtokd-kernels[onnx]'" in refused(capsys, "export", run, "--format", "onnx")
+    assert "--data-dir: nowhere does not exist" in refused(capsys, "export", run, "--data-dir", "nowhere")
+    assert "holds a detector, which timm does not load" in refused(capsys, "export", detector / "x")
     other = load_trained(run, "test").model
     with torch.no_grad():
         other.get_classifier().bias += 1
     save_file({name: value.clone() for name, value in other.state_dict().items()}, tmp_path / "other.safetensors")
     out = tmp_path / "out"
     monkeypatch.setattr(exporting, "_timm", lambda *_: (out / "model.safetensors").write_bytes(b"x") and other)
-    assert "--tolerance: 0.0001, but the exported model differs" in refusal(capsys, "export", run, "--output", out)
+    assert "--tolerance: 0.0001, but the exported model differs" in refused(capsys, "export", run, "--output", out)
     assert not (out / "model.safetensors").exists()
     bad = tmp_path / "bad.safetensors"
     save_file({"x": torch.zeros(1)}, bad)
-    assert "--checkpoint" in refusal(capsys, "export", run, "--checkpoint", bad)
+    assert "--checkpoint" in refused(capsys, "export", run, "--checkpoint", bad)
 
 
 def test_model_card_of_a_run(run, detector):
