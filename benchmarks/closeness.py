@@ -4,7 +4,7 @@ The student of `digits` learns real digits (MNIST-5k, distorted) from its teache
 the simplex) and with a logit loss (mostly at a vertex). Weights are compared on the same iterates, those of exact
 training: each source looks at every batch and its weights are put aside. "Shared" weights are compared with shared
 ones: private parameters stay out of the exact Gram matrix, as they do by default. The yardstick is a constant, the mean
-of the exact weights: what is no closer than that has told nothing about single iterations.
+of the exact weights: what is no closer than that has no information about single iterations.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def measure(
         seeds: one teacher and one student of each kind for each.
         iterations: of each student.
         teacher_iterations: of the teacher.
-        advance: told what was done.
+        advance: takes a line on what was done.
     """
     lessons = []
     for seed in seeds:

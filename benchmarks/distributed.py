@@ -223,12 +223,12 @@ def modelled(
 
 def model_table(parameters: float = 86e6, backward: float = 0.06) -> str:
     """Markdown: `modelled` for 8 to 1024 GPUs."""
-    lines = ["| GPUs | naive and `attach`, MB | ms | `shard=True`, MB | ms |", "|---|---|---|---|---|"]
+    lines = []
     for n in (8, 16, 32, 64, 128, 256, 512, 1024):
         ways = modelled(n, parameters, backward, Machine())
         cells = [f"{ways[w]['sent'] / 1e6:.0f} | {1e3 * ways[w]['exposed']:.1f}" for w in ("replicas", "sharded")]
-        lines.append(f"| {n} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([str(n), *cells])
+    return report.table("| GPUs | naive and `attach`, MB | ms | `shard=True`, MB | ms |", lines)
 
 
 def main() -> None:

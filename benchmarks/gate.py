@@ -50,7 +50,7 @@ def check(competitors: Mapping[str, Callable[[Case], Competitor]] = COMPETITORS,
     """Run every competitor on small inputs of both kinds.
 
     Raises:
-        AssertionError: one differs from the float64 reference; says which, and by how much.
+        AssertionError: one differs from the float64 reference; the text names it, and by how much it differs.
     """
     for kind in KINDS:
         case = Case.build(SHAPES, kind, device=device)

@@ -77,7 +77,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas says of a kernel, and its machine code."""
+    """What ptxas prints about a kernel, and its machine code."""
 
     symbol: str
     arch: int

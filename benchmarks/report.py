@@ -51,22 +51,21 @@ def gpu_tables(rows: Sequence[Row]) -> str:
                 shown = _ratio_cell if metric == "ratio" else (lambda row, spec=spec: _value(row, spec))
                 parts.append(f"### {title}: {unit}\n\n{_grid(found, shown)}")
     if found := _select(rows, kernel_name="kernel", metric_name="time"):
-        lines = ["| kernel | of | model | us | B/parameter | us by a copy's speed |", "|---|---|---|---|---|---|"]
+        lines = []
         for row in found:
             of = {key: row[key] for key in ("kernel_provider", "kernel_operation_mode", "x_value")}
             others = (_select(rows, kernel_name="kernel", metric_name=name, **of) for name in ("bytes", "model"))
-            cells = [*of.values(), _value(row, ".1f"), *(_value(o[0], ".4g") if o else "" for o in others)]
-            lines.append("| " + " | ".join(cells) + " |")
-        parts.append("### Kernels\n\n" + "\n".join(lines))
+            lines.append([*of.values(), _value(row, ".1f"), *(_value(o[0], ".4g") if o else "" for o in others)])
+        head = "| kernel | of | model | us | B/parameter | us by a copy's speed |"
+        parts.append("### Kernels\n\n" + table(head, lines))
     iterations = _select(rows, kernel_name="iteration")
     for mode in _distinct(iterations, "kernel_operation_mode"):
         found = _select(iterations, kernel_operation_mode=mode)
-        lines = ["| | ms | ratio to the weighted sum |", "|---|---|---|"]
-        for row in _select(found, metric_name="time"):
-            name = row["kernel_provider"]
-            ratio = _select(found, kernel_provider=name, metric_name="ratio")
-            lines.append(f"| {name} | {_value(row, '.2f')} | {_ratio_cell(ratio[0]) if ratio else ''} |")
-        parts.append(f"### Iterations, {mode}: {_config(found[0])}\n\n" + "\n".join(lines))
+        ratios = {row["kernel_provider"]: _ratio_cell(row) for row in _select(found, metric_name="ratio")}
+        times = {row["kernel_provider"]: _value(row, ".2f") for row in _select(found, metric_name="time")}
+        lines = [[name, time, ratios.get(name, "")] for name, time in times.items()]
+        head = "| | ms | ratio to the weighted sum |"
+        parts.append(f"### Iterations, {mode}: {_config(found[0])}\n\n{table(head, lines)}")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -83,27 +82,29 @@ def gpu_line(rows: Sequence[Row]) -> str:
     )
 
 
-def _ratio_cell(row: Row) -> str:
-    return f"{_value(row, '.2f')} ({_spread(row, '.2f')})"
+def _ratio_cell(row: Row, spec: str = ".2f") -> str:
+    return f"{_value(row, spec)} ({_spread(row, spec)})"
+
+
+def table(head: str, lines: Iterable[Sequence[str]]) -> str:
+    """Markdown: a line of cells each, below the line of heads."""
+    rule = "|" + "---|" * (head.count("|") - 1)
+    return "\n".join([head, rule, *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
 def ranks_table(rows: Sequence[Row]) -> str:
     """Markdown: bytes sent per rank and step beside the model's; times, where processes had a core each."""
     names = {"naive": "naive", "replicas": "`attach`", "sharded": "`attach(shard=True)`"}
-    lines = [
-        "| ranks | way | sent, MB | model, MB | difference | ms per step | of naive |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for mode in _distinct(rows, "kernel_operation_mode"):
         for way in _distinct(rows, "kernel_provider"):
             of = {r["metric_name"]: r for r in _select(rows, kernel_operation_mode=mode, kernel_provider=way)}
             sent, model = (float(of[metric]["y_value_50"]) for metric in ("sent", "model"))
             cells = [mode.split()[0], names[way], f"{sent:.2f}", f"{model:.2f}", f"{sent / model - 1:+.2%}"]
             cells += [_value(of["time"], ".0f"), _value(of["ratio"], ".2f")] if "time" in of else ["", ""]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(
-        [f"{_machine(rows[0])} {rows[0]['x_value']}; {rows[0]['extra_benchmark_config_str']}.", "", *lines]
-    )
+            lines.append(cells)
+    head = "| ranks | way | sent, MB | model, MB | difference | ms per step | of naive |"
+    return f"{_machine(rows[0])} {rows[0]['x_value']}; {_config(rows[0])}.\n\n{table(head, lines)}"
 
 
 def sources_tables(rows: Sequence[Row]) -> str:
@@ -124,7 +125,7 @@ def sources_parts(rows: Sequence[Row]) -> dict[str, str]:
         ],
         "steps": [
             "Times of torch's fused AdamW with one gradient: median, 20 and 80 % quantile.",
-            _grid(_select(steps, metric_name="ratio"), lambda r: f"{_value(r, '.2f')} ({_spread(r, '.2f')})"),
+            _grid(_select(steps, metric_name="ratio"), _ratio_cell),
         ],
         "closeness": [
             _closeness(_select(closeness, kernel_operation_mode=objective), objective)
@@ -136,32 +137,31 @@ def sources_parts(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _iterations(rows: Sequence[Row]) -> str:
-    lines = ["| | forward, ms | backward, ms | step, ms | ratio to the weighted sum |", "|---|---|---|---|---|"]
+    lines = []
     for name in _distinct(_select(rows, metric_name="iteration"), "kernel_provider"):
         found = {row["metric_name"]: row for row in _select(rows, kernel_provider=name)}
         cells = [_value(found[part], ".1f" if part == "step" else ".0f") for part in ("forward", "backward", "step")]
-        cells.append(f"{_value(found['ratio'], '.3f')} ({_spread(found['ratio'], '.3f')})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    text = [f"{_config(rows[0])}, {_counted(rows[0]['threads'])}.", "\n".join(lines)]
+        lines.append([name, *cells, _ratio_cell(found["ratio"], ".3f")])
+    head = "| | forward, ms | backward, ms | step, ms | ratio to the weighted sum |"
+    text = [f"{_config(rows[0])}, {_counted(rows[0]['threads'])}.", table(head, lines)]
     bounded = _select(rows, kernel_provider="exact", metric_name="ratio to sum and a second backward")
     if bounded:
         hooked = _select(rows, kernel_provider="overlap", metric_name="backward / exact's")[0]
         text.append(
             "Exact, over the weighted sum's iteration and one more of its backward passes: "
-            f"{_value(bounded[0], '.3f')} ({_spread(bounded[0], '.3f')}). Backward passes of overlap, products "
-            f"included, over those of exact: {_value(hooked, '.3f')} ({_spread(hooked, '.3f')})."
+            f"{_ratio_cell(bounded[0], '.3f')}. Backward passes of overlap, products included, over those of exact: "
+            f"{_ratio_cell(hooked, '.3f')}."
         )
     return "\n\n".join(text)
 
 
 def _closeness(rows: Sequence[Row], objective: str) -> str:
     head = "| | mean weight | mean error | correlation | accuracy, % | accuracy - exact, points |"
-    lines = [head, "|---|---|---|---|---|---|"]
+    lines = []
     for name in _distinct(rows, "kernel_provider"):
         found = {row["metric_name"]: row for row in _select(rows, kernel_provider=name)}
-        cells = [_number(found.get(metric), spec) for metric, spec in _CLOSENESS.items()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return f"### {objective.capitalize()} distillation\n\n{_config(rows[0])}.\n\n" + "\n".join(lines)
+        lines.append([name, *(_number(found.get(metric), spec) for metric, spec in _CLOSENESS.items())])
+    return f"### {objective.capitalize()} distillation\n\n{_config(rows[0])}.\n\n{table(head, lines)}"
 
 
 _CLOSENESS = {"mean weight": ".2f", "error": ".3f", "correlation": ".2f", "accuracy": ".1f", "accuracy - exact": "+.1f"}
@@ -172,7 +172,7 @@ def _number(row: Row | None, spec: str) -> str:
         return ""
     if float(row["y_value_50"]) != float(row["y_value_50"]):  # NaN
         return "-"
-    return f"{_value(row, spec)} ({_spread(row, spec)})"
+    return _ratio_cell(row, spec)
 
 
 def _config(row: Row) -> str:
@@ -205,7 +205,7 @@ def _ratios(rows: Sequence[Row]) -> str:
     return "\n\n".join(
         [
             "Ratio to the unit: median, 20 and 80 % quantile.",
-            _grid(_select(rows, metric_name="ratio"), lambda r: f"{_value(r, '.2f')} ({_spread(r, '.2f')})"),
+            _grid(_select(rows, metric_name="ratio"), _ratio_cell),
             f"dtokd moves {moved[0]} bytes per parameter, the unit {moved[1]}: {moved[0] / moved[1]:.2f}. "
             f"It reads {read[0]}, the unit {read[1]}: {read[0] / read[1]:.2f}.",
             "Milliseconds, and how often dtokd's fit in there.",
@@ -234,12 +234,11 @@ def byte_counts(rows: Iterable[Row], metrics: Sequence[str]) -> tuple[int, int]:
 def _grid(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
     """A line per competitor, a column per model; empty where there is no such row."""
     models = _distinct(rows, "x_value")
-    lines = ["| | " + " | ".join(models) + " |", "|---|" + "---|" * len(models)]
+    lines = []
     for name in _distinct(rows, "kernel_provider"):
         found = {row["x_value"]: row for row in _select(rows, kernel_provider=name)}
-        cells = [cell(found[model]) if model in found else "" for model in models]
-        lines.append(f"| {TITLES.get(name, name)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([TITLES.get(name, name), *(cell(found[model]) if model in found else "" for model in models)])
+    return table(f"| | {' | '.join(models)} |", lines)
 
 
 def plot_ratios(rows: Sequence[Row], path: Path) -> None:

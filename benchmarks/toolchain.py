@@ -26,7 +26,7 @@ def run(command: Sequence[str | Path]) -> str:
     """What a command prints, to either stream.
 
     Raises:
-        ToolError: it failed; with what it said.
+        ToolError: it failed; with what it printed.
     """
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
@@ -45,7 +45,7 @@ def nvcc() -> Path | None:
 
 @cache
 def toolkit() -> Path | None:
-    """The folder of nvcc's toolkit, as nvcc itself says it."""
+    """The folder of nvcc's toolkit, as nvcc itself prints it."""
     compiler = nvcc()
     if compiler is None:
         return None

@@ -38,7 +38,7 @@ def make_card(name: str, model: Any, config: dict[str, Any], names: list[str] | 
         name: of the architecture, as timm has it.
         model: the student, as timm has made it.
         config: of `input_config`.
-        names: of its classes, in their order, if the data says.
+        names: of its classes, in their order, if the data has names.
 
     Returns:
         architecture, num_classes, label_names, model_args, and pretrained_cfg with the preprocessing.

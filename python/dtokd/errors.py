@@ -1,8 +1,8 @@
-"""What the command line tells its user without a traceback."""
+"""Errors that the command line prints without a traceback."""
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of another library says, in one line of at most 300 characters; its type where it says nothing."""
+    """The text of another library's error in one line of at most 300 characters; its type where it has no text."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
@@ -15,4 +15,4 @@ class Diverged(UsageError):
 
 
 class ToldElsewhere(UsageError):
-    """As on another rank, which tells the user."""
+    """The error of another rank, which is printed there."""

@@ -1,4 +1,4 @@
-"""Which of two evaluations is better; one that is NaN says nothing, and is worse than any number."""
+"""Which of two evaluations is better; one that is NaN is worse than any number."""
 
 from __future__ import annotations
 

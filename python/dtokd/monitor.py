@@ -136,36 +136,10 @@ class BalanceLogger:
         values = torch.stack(self._kept).cpu().double().tolist()  # the one copy, and the one wait
         first = self._step - len(values)
         self._kept = []
-        rows = [{"step": first + i, **self._columns(row)} for i, row in enumerate(values)]
+        rows = [{"step": first + i, **dict(_named(row, self._names, self._extra))} for i, row in enumerate(values)]
         means = means_of(rows)
         for sink in self._sinks:
             sink.write(rows, means)
-
-    def _columns(self, values: list[float]) -> Row:
-        return dict(self._named(values, self._names, self._extra))
-
-    @staticmethod
-    def _named(values: list[float], names: tuple[str, ...], extra: tuple[str, ...]) -> Iterator[tuple[str, float]]:
-        """The columns of a kept step."""
-        K = len(names)
-        weights, norms, coefficients = values[:K], values[K : 2 * K], values[2 * K : 3 * K]
-        gram = values[3 * K : 3 * K + K * K]
-        norm, vertex, skipped, *scalars = values[3 * K + K * K :]
-        lengths = [abs(c) * n for c, n in zip(coefficients, norms, strict=True)]
-        pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
-        products = [gram[i * K + j] for i, j in pairs]
-        yield from zip([f"weight_{name}" for name in names], weights, strict=True)
-        yield from zip([f"norm_{name}" for name in names], norms, strict=True)
-        for name, length in zip(names, lengths, strict=True):
-            yield f"share_{name}", _ratio(length, sum(lengths))
-        for (i, j), product in zip(pairs, products, strict=True):
-            yield f"cosine_{names[i]}_{names[j]}", _ratio(product, norms[i] * norms[j])
-        unmeasured = any(math.isnan(product) for product in products)
-        yield "conflict", math.nan if unmeasured else float(any(product < 0 for product in products))
-        if K > 1:
-            yield "dominance", _ratio(norms[1], norms[0])
-        yield from (("vertex", vertex), ("norm", norm), ("skipped", skipped))
-        yield from zip(extra, scalars, strict=True)
 
     def close(self) -> None:
         """Write what is left and close the sinks; a second call does nothing."""
@@ -187,8 +161,30 @@ class BalanceLogger:
 def columns_of(names: Sequence[str]) -> list[str]:
     """The columns of a step with objectives of these names, without scalars of your own."""
     K = len(names)
-    columns = BalanceLogger._named([0.0] * (3 * K + K * K + 3), tuple(names), ())
-    return ["step", *(name for name, _ in columns)]
+    return ["step", *(name for name, _ in _named([0.0] * (3 * K + K * K + 3), names))]
+
+
+def _named(values: Sequence[float], names: Sequence[str], extra: Sequence[str] = ()) -> Iterator[tuple[str, float]]:
+    """The columns of a kept step."""
+    K = len(names)
+    weights, norms, coefficients = values[:K], values[K : 2 * K], values[2 * K : 3 * K]
+    gram = values[3 * K : 3 * K + K * K]
+    norm, vertex, skipped, *scalars = values[3 * K + K * K :]
+    lengths = [abs(c) * n for c, n in zip(coefficients, norms, strict=True)]
+    pairs = [(i, j) for i in range(K) for j in range(i + 1, K)]
+    products = [gram[i * K + j] for i, j in pairs]
+    yield from zip([f"weight_{name}" for name in names], weights, strict=True)
+    yield from zip([f"norm_{name}" for name in names], norms, strict=True)
+    for name, length in zip(names, lengths, strict=True):
+        yield f"share_{name}", _ratio(length, sum(lengths))
+    for (i, j), product in zip(pairs, products, strict=True):
+        yield f"cosine_{names[i]}_{names[j]}", _ratio(product, norms[i] * norms[j])
+    unmeasured = any(math.isnan(product) for product in products)
+    yield "conflict", math.nan if unmeasured else float(any(product < 0 for product in products))
+    if K > 1:
+        yield "dominance", _ratio(norms[1], norms[0])
+    yield from (("vertex", vertex), ("norm", norm), ("skipped", skipped))
+    yield from zip(extra, scalars, strict=True)
 
 
 def _ratio(a: float, b: float) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from .card import read_card
 from .files import write_text
-from .report.recorded import Recorded, judged, listed
+from .report.recorded import Recorded, listed, metric_of
 from .train.options import flag
 
 README = "README.md"
@@ -82,7 +82,7 @@ def _results(run: Recorded) -> Iterator[str]:
     yield "| | student |" + "".join(f" teacher {t['name']} |" for t in teachers)
     yield "|---|---|" + "---|" * len(teachers)
     for name, values in found.items():
-        theirs = ["" if (value := judged(t, name)) is None else f"{value:.4g}" for t in teachers]
+        theirs = ["" if (value := metric_of(t, name)) is None else f"{value:.4g}" for t in teachers]
         yield f"| {' | '.join([name, f'{values[best]:.4g}', *theirs])} |"
     yield ""
     yield f"The student is that of epoch {run.epochs['epoch'][best] + 1:.0f}, the best by {run.metric} on these images."

@@ -7,7 +7,7 @@ import argparse
 from ..train import options as shared
 from ..values import COUNT, NATURAL, Number
 
-#: What is compared unless `--arms` says otherwise.
+#: What is compared without `--arms`.
 ARMS = (
     "none",
     "fixed:0.3",

@@ -76,15 +76,6 @@ class CifarNet(nn.Module):
         """Layers for timm's layer decay."""
         return {"stem": r"^stem", "blocks": r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.(\d+)", None)]}
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Not needed at this size.
-
-        Raises:
-            ValueError: it is asked for.
-        """
-        if enable:
-            raise ValueError("--grad-checkpointing: the CIFAR networks have none; leave it out")
-
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, num_features, h, w]."""
         x = self.stem(x)

@@ -167,7 +167,7 @@ def _check_size(cache: TeacherCache, name: str, seen: dict[str, Any]) -> None:
         seen: whether this run reads features alone, and its sizes without and with that.
 
     Raises:
-        ValueError: names the option that says which size.
+        ValueError: the sizes differ; the text names the option that sets them.
     """
     if "sizes" not in cache.facts:
         return
@@ -311,8 +311,8 @@ def _objective(kind: str, label: str, options: argparse.Namespace, student: nn.M
         sizes = options.kd_queue_size, options.kd_contrast_temperature
         maps = (*width, *their_width), (*last, *their_last)
         return PseudoClass(name, options.kd_projector, widths, *maps, pool, *sizes)
-    own, own_widths = choose_stages(student, options.kd_stages, _stages(options.kd_student_stages), "student")
-    theirs, their_widths = choose_stages(teacher, options.kd_stages, _stages(options.kd_teacher_stages), "teacher")
+    own, own_widths = choose_stages(student, options.kd_stages, options.kd_student_stages, "student")
+    theirs, their_widths = choose_stages(teacher, options.kd_stages, options.kd_teacher_stages, "teacher")
     if len(own) != len(theirs):
         raise ValueError(
             f"--kd-student-stages, --kd-teacher-stages: {len(own)} stages against {len(theirs)}; pass as many of each"
@@ -323,10 +323,6 @@ def _objective(kind: str, label: str, options: argparse.Namespace, student: nn.M
     if kind == "review":
         return Review(name, stages, widths_of, options.kd_review_width)
     return MultiScale(name, options.kd_projector, stages, widths_of, norm, distance)
-
-
-def _stages(given: Any) -> list[int] | None:
-    return None if given is None else as_list(given)
 
 
 def weights_of(options: argparse.Namespace, names: Sequence[str]) -> tuple[float, dict[str, float]]:

@@ -40,7 +40,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def normalise(student: Tensor, teacher: Tensor, norm: str) -> tuple[Tensor, Tensor]:
-    """Student's and teacher's features, [B, C] or [B, C, H, W], as `norm` says.
+    """Student's and teacher's features, [B, C] or [B, C, H, W], normalised by the rule `norm`.
 
     "layernorm" sets each position's channels of the teacher to mean 0 and variance 1 (VkD, classification: the student
     stays as it is). "standardize" does so per channel over batch and positions, on both sides (VkD, detection; theirs

@@ -156,7 +156,7 @@ def pooled_width(model: nn.Module, pool: str) -> int:
     """Channels of the pooled features.
 
     Raises:
-        ValueError: the model does not say.
+        ValueError: the model has no such number.
     """
     bare = unwrap_model(model)
     names = ("head_hidden_size", "num_features") if pool == "head" else ("num_features",)

@@ -228,7 +228,7 @@ def choose_size(
 ) -> tuple[int, int] | None:
     """The size a teacher's images must have; None if it takes the student's.
 
-    A model that says it takes one size (a ViT without dynamic_img_size) gets it. One that takes any gets the student's
+    A model that takes one size only (a ViT without dynamic_img_size) gets it. One that takes any gets the student's
     images as they are, as in `timm.task`, unless the option names a size, or it is a transformer that is read for its
     features: these are best at the size that it was trained with.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..metric import is_lower_better
-from .recorded import Recorded, judged
+from .recorded import Recorded, metric_of
 
 #: Of the weight, from here on the sentence warns that the other objectives are hardly trained.
 NEARLY_ALL = 0.95
@@ -42,7 +42,7 @@ def sentences(run: Recorded, baseline: Recorded | None) -> Iterator[str]:
                 "tells whether it is more."
             )
         for teacher in run.teachers:
-            if (value := judged(teacher, metric)) is not None:
+            if (value := metric_of(teacher, metric)) is not None:
                 how = compared(value, "not as good as")
                 yield f"It is {how} the teacher {teacher['name']}: {metric} {own:.4g} against {value:.4g}."
             if warning := teacher.get("warning"):

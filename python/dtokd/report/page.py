@@ -17,7 +17,7 @@ from .classes import classes_part
 from .columns import read_columns
 from .conclusion import read_baseline, sentences
 from .html import document, fold, pictures, table
-from .recorded import Points, Recorded, judged, listed
+from .recorded import Points, Recorded, listed, metric_of
 
 
 def write_report(path: Path, baseline: Path | None = None) -> Path:
@@ -91,7 +91,7 @@ def _beside(run: Recorded, base: Recorded | None) -> dict[str, Points]:
         lines[f"baseline {base.name}: {metric}"] = base.curve(base.prefix + metric)
     ends = (run.epochs["epoch"][0] + 1, run.epochs["epoch"][-1] + 1)
     for teacher in run.teachers:
-        if (value := judged(teacher, metric)) is not None:
+        if (value := metric_of(teacher, metric)) is not None:
             lines[f"teacher {teacher['name']}: {metric}"] = [(end, value) for end in ends]
     return lines
 

@@ -96,7 +96,7 @@ def listed(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list) else [] if value in (None, "") else [str(value)]
 
 
-def judged(teacher: Mapping[str, Any], metric: str) -> float | None:
+def metric_of(teacher: Mapping[str, Any], metric: str) -> float | None:
     """A teacher's metric on the validation split, where it was measured."""
     value = (teacher.get("metrics") or {}).get(metric)
     return float(value) if isinstance(value, (int, float)) else None

@@ -19,7 +19,7 @@ from .html import document, fold, table
 from .page import write_report
 from .recorded import Recorded, listed
 
-#: Options that name a run, or say where something is: no difference between two runs.
+#: Options that name a run or a place: no difference between two runs.
 _SAME = (*OUTSIDE, "data_dir", "device", "workers")
 
 

@@ -130,7 +130,7 @@ class _Order(Sampler[list[Any]]):
 
 
 class _Noting:
-    """A collation that says where the generators are after it."""
+    """A collation that returns the state of the generators after it, too."""
 
     def __init__(self, inner: Callable[[Any], Any]) -> None:
         self._inner = inner

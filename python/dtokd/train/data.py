@@ -22,6 +22,7 @@ from .batches import Batches
 from .found import class_names, some
 from .images import CheckedImages
 from .keyed import ErasedLoader, KeyedCollate, KeyedDataset, KeyedOrder, cached_images, seed_of
+from .options import flag
 from .workers import worker_seed
 
 #: What the data sets of timm begin with that are no folder.
@@ -59,7 +60,7 @@ class Data:
 
 
 def identity_of(options: argparse.Namespace, images: Any) -> str | None:
-    """What tells a data set from others: `identity.of_dataset`, or of all that is in --data-dir; None if nothing does.
+    """What no other data set has: `identity.of_dataset`, or that of all that is in --data-dir; None without either.
 
     Args:
         options: of `add_data`.
@@ -156,7 +157,7 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def number_of_classes(options: argparse.Namespace, train: Any, validation: Any | None) -> int:
-    """--num-classes, or what the data says.
+    """--num-classes, or the number of classes in the data.
 
     Raises:
         UsageError: these two, or the two splits, do not agree; or there is neither.
@@ -311,7 +312,7 @@ def _told(
 ) -> dict[str, Any]:
     """What the images depend on, by the names that messages use."""
     names = [*_AUGMENTATION, *(_MIXING if mixes else ()), *(_ERASING if options.reprob else ())]
-    told = {f"--{name.replace('_', '-')}": getattr(options, name) for name in names}
+    told = {flag(name): getattr(options, name) for name in names}
     told |= {f"image {name}": config[name] for name in ("input_size", "mean", "std")}
     if options.reprob and options.remode != "const":
         told["device of the erasing's noise"] = device.type

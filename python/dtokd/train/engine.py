@@ -55,9 +55,9 @@ class Engine:
         progress: what the user sees.
         stopped: the number of the signal with which the user wants out, or 0.
         updates: optimizer steps so far.
-        names: of the classes, in their order, where the data says.
+        names: of the classes, in their order, where the data has names.
         data: of the training data, `identity.of_dataset`, where the data has one.
-        groups: what the options say of each of the optimizer's groups, see `state.told_of`.
+        groups: the options of each of the optimizer's groups, see `state.told_of`.
         per_epoch: optimizer steps in an epoch.
         ahead: steps that the schedule counts besides `updates`, where earlier epochs had another number of them.
         world: the processes that train together.
@@ -235,7 +235,7 @@ class Engine:
 
 
 def autocast(options: argparse.Namespace, device: torch.device) -> AbstractContextManager[Any]:
-    """Around forward passes: what `--amp` and `--amp-dtype` say."""
+    """Around forward passes: the precision of `--amp` and `--amp-dtype`."""
     if not options.amp:
         return nullcontext()
     return torch.autocast(device.type, getattr(torch, options.amp_dtype))

@@ -1,4 +1,4 @@
-"""What a split of the data holds, and what of it is passed over: told or refused before training."""
+"""What a split of the data holds, and what of it is passed over: a line or an error before training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ add_img_extensions([name for name in FORMATS if name not in get_img_extensions()
 
 
 def class_names(images: Any) -> list[str] | None:
-    """The classes in the order of their indices, where the data says."""
+    """The classes in the order of their indices, where the data has names."""
     inner = getattr(images, "images", images)
     for owner in (getattr(inner, "reader", None), inner):
         for name in ("class_to_idx", "class_name_to_idx"):  # the second of tar files

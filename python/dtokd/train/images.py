@@ -75,7 +75,7 @@ class CheckedImages(Dataset[Any]):
         return str(samples[index][0]) if samples else f"number {index}"
 
     def _reason(self, index: int, error: Exception) -> str:
-        """Why, in one line: timm's own error does not say."""
+        """The reason in one line: timm's own error does not have it."""
         if hasattr(self.images, "reader"):
             from PIL import Image
 

@@ -89,7 +89,7 @@ def _is_ours(options: argparse.Namespace) -> bool:
 
 
 def check(options: argparse.Namespace) -> None:
-    """What can be said of optimizer and balance before there is a model.
+    """Check optimizer and balance as far as that needs no model.
 
     Raises:
         UsageError: there is no such optimizer, or two options do not go together.

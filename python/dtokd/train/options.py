@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -484,9 +486,6 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
 
 def experiment_name(options: argparse.Namespace) -> str:
     """The same for the same command, also on another device and with more epochs: `--resume auto` finds its run."""
-    import hashlib
-    import json
-
     told = {key: value for key, value in plain(options).items() if key not in UNNAMED}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
     return f"{options.model.replace('/', '_')}-{options.kd_balance}-{digest}"

@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..monitor import Row
 from .data import Data
 from .engine import Engine
-from .options import OUTSIDE, plain
+from .options import OUTSIDE, flag, plain
 from .randomness import random_state, set_random_state
 
 #: What a run's files mean depends on these: which epoch is the best, what the optimizer remembers, the random numbers.
@@ -215,10 +215,6 @@ def _restore(engine: Engine, loaders: Data, path: Path, state: dict[str, Any]) -
     return at
 
 
-def _option(key: str) -> str:
-    return f"--{key.replace('_', '-')}"
-
-
 def _changed(state: dict[str, Any], options: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
     """From the option to what it was and is, of those that change the results."""
     now = plain(options)
@@ -232,7 +228,7 @@ def _changed(state: dict[str, Any], options: argparse.Namespace) -> dict[str, tu
 def _changes(state: dict[str, Any], options: argparse.Namespace) -> list[str]:
     none = ", which has no effect: the weights are the checkpoint's"
     return [
-        f"{_option(key)} was {before!r}, is now {now!r}{none if key in FIRST else ''}"
+        f"{flag(key)} was {before!r}, is now {now!r}{none if key in FIRST else ''}"
         for key, (before, now) in _changed(state, options).items()
     ]
 
@@ -245,8 +241,8 @@ def _check_options(path: Path, state: dict[str, Any], engine: Engine, loaders: D
         if key == "opt" and before.lower().removeprefix("dto") == now.lower().removeprefix("dto"):
             continue  # ours and the one it stands for have the same state
         raise UsageError(
-            f"--resume: {path} was written with {_option(key)} {before}, this run has {_option(key)} {now}: it stays "
-            f"the same for a whole run; give {_option(key)} {before}, or another --experiment"
+            f"--resume: {path} was written with {flag(key)} {before}, this run has {flag(key)} {now}: it stays "
+            f"the same for a whole run; give {flag(key)} {before}, or another --experiment"
         )
     if not state["batches"]:
         return
@@ -260,7 +256,7 @@ def _check_options(path: Path, state: dict[str, Any], engine: Engine, loaders: D
     moved = {"kd_cache_teacher"} if all(changed.get("kd_cache_teacher", ())) else set()
     for key in (key for key in changed if key in OF_AN_EPOCH or (key.startswith("kd_") and key not in moved)):
         raise UsageError(
-            f"{middle} with {_option(key)} {changed[key][0]}, this run has {changed[key][1]}; give that, {finished}"
+            f"{middle} with {flag(key)} {changed[key][0]}, this run has {changed[key][1]}; give that, {finished}"
         )
     samples = state["ranks"][0]["samples"]
     if samples != _samples(loaders):

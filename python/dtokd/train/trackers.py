@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +61,7 @@ class WandBRun(WandB):
 
 
 class MLflowRun:
-    """A run of MLflow, which a resumed run goes on with; where it is kept says MLFLOW_TRACKING_URI.
+    """A run of MLflow, which a resumed run goes on with; it is kept where MLFLOW_TRACKING_URI points.
 
     Args:
         run: the run's directory; its folder names the experiment.
@@ -143,8 +145,6 @@ def _load(package: str, option: str) -> Any:
 
 
 def _named_project(variable: str, run: Path) -> str:
-    import os
-
     return os.environ.get(variable) or run.absolute().parent.name or "dtokd"
 
 
@@ -152,7 +152,5 @@ def _id(run: Path) -> str:
     """The run's own: in a file, so that a resumed run has it, and another one of the same name has not."""
     note = run / "wandb.txt"
     if not note.exists():
-        import uuid
-
         note.write_text(f"{uuid.uuid4().hex[:12]}\n", encoding="utf-8")
     return note.read_text(encoding="utf-8").strip()

@@ -24,7 +24,7 @@ T = TypeVar("T")
 class World:
     """A process among others that train the same model, or alone.
 
-    What it offers is a collective operation, where it says nothing else: all ranks call it, in the same order.
+    Each method is a collective operation unless its text excludes that: all ranks call it, in the same order.
 
     Args:
         control: a gloo group, whose messages nothing on a device waits for; None: alone.
@@ -33,7 +33,7 @@ class World:
     Attributes:
         joined: whether there is a process group, be it of one rank.
         rank, size: of the process group.
-        first: whether this rank speaks and writes for all.
+        first: whether this rank prints and writes for all.
     """
 
     def __init__(self, control: dist.ProcessGroup | None = None, local_rank: int = 0) -> None:
@@ -79,7 +79,7 @@ class World:
 
     @contextmanager
     def agreed(self) -> Iterator[None]:
-        """What a UsageError on one rank says is an error on all, and the first one tells the user.
+        """A UsageError on one rank becomes an error on all, and the first rank prints it.
 
         Raises:
             UsageError: on the first rank, the message of the lowest rank that had one.
