@@ -22,9 +22,9 @@ import dtokd_kernels as dk
 from dtokd_kernels.sources import Every, Feature, Probe
 from dtokd_kernels.weighting import Amortized, Fixed
 
-from .cases import LR, MODELS, Case, Competitor, Shapes, dtokd, fused, lag_step, nothing, optimizer_of
+from .cases import LR, MODELS, Case, Competitor, dtokd, fused, lag_step, nothing, optimizer_of
 from .record import Measurement
-from .timing import Quiet, seconds_of, time_rounds
+from .timing import Quiet, seconds_of
 
 SUM = "weighted sum, torch's fused AdamW"
 #: As `weighting.Auto` goes on after its choice.
@@ -244,23 +244,3 @@ STEPS: Mapping[str, Callable[[Case], Competitor]] = {
     "overlap": overlap_step,
     "lag": lag_step,
 }
-
-
-def measure_steps(
-    models: Mapping[str, Shapes], *, rounds: int, quiet_limit: float | None = None, seed: int = 0
-) -> list[Measurement]:
-    """Ratios to torch's fused AdamW with one gradient, of what is left after the backward passes."""
-    results = []
-    for model, shapes in models.items():
-        case = Case.build(shapes, "interior", seed)
-        competitors = {name: make(case) for name, make in STEPS.items()}
-        quiet = Quiet(quiet_limit)
-        for name, samples in time_rounds(competitors, rounds, 0, seed, quiet).items():
-            config = f"K=2 float32 AdamW with clipping; {case.parameters} parameters; {rounds} rounds"
-            for metric, unit, values in (
-                ("time", "ms", [1e3 * s.seconds for s in samples]),
-                ("ratio", "1", [s.seconds / s.unit for s in samples]),
-            ):
-                threads = torch.get_num_threads()
-                results.append(Measurement("step left", name, "interior", metric, unit, model, values, threads, config))
-    return results

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import gate, memory, report
-from .cases import COMPETITORS, KINDS, MODELS, SLOW, Case, Kind, Shapes, shapes_of
+from .cases import COMPETITORS, KINDS, MODELS, SLOW, Case, Competitor, Kind, Shapes, shapes_of
 from .record import Measurement, Row, write
 from .timing import Quiet, read_bandwidth, time_rounds
 
@@ -34,20 +34,22 @@ def measure_step(
     threads: int,
     *,
     rounds: int,
-    slow_rounds: int,
+    slow_rounds: int = 0,
+    what: str = "step",
+    ways: Mapping[str, Callable[[Case], Competitor]] = COMPETITORS,
     quiet_limit: float | None = None,
     seed: int = 0,
 ) -> list[Measurement]:
     """Times, ratios to the unit and bandwidths of all competitors, and the bytes they move by count."""
     torch.set_num_threads(threads)
     case = Case.build(shapes, kind, seed)
-    competitors = {name: make(case) for name, make in COMPETITORS.items()}
+    competitors = {name: make(case) for name, make in ways.items()}
     quiet = Quiet(quiet_limit)
     samples = time_rounds(competitors, rounds, slow_rounds, seed, quiet)
-    results = [Measurement("probe", "other processes", kind, "load", "cores", model, [quiet.load], threads)]
+    results = [Measurement(what, "other processes", kind, "load", "cores", model, [quiet.load], threads)]
     for name, taken in samples.items():
         config = f"K=2 float32 AdamW with clipping; {case.parameters} parameters; {len(taken)} rounds"
-        entry = partial(Measurement, "step", name, kind, model=model, threads=threads, config=config)
+        entry = partial(Measurement, what, name, kind, model=model, threads=threads, config=config)
         results.append(entry("time", "ms", values=[1e3 * s.seconds for s in taken]))
         results.append(entry("ratio", "1", values=[s.seconds / s.unit for s in taken]))
         traffic = competitors[name].traffic

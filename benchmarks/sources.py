@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import closeness, iterations, report
+from . import closeness, iterations, report, run
 from .cases import shapes_of
 from .record import Measurement, Row, read, write
 
@@ -47,8 +47,17 @@ def main() -> None:
     if options.keep is not None:
         rows = [row for row in read(options.keep) if NAMED[row["kernel_name"]] not in options.parts]
     if "steps" in options.parts:
-        shapes = {model: shapes_of(model) for model in options.models}
-        results += iterations.measure_steps(shapes, rounds=10 * options.rounds, quiet_limit=options.quiet)
+        for model in options.models:
+            results += run.measure_step(
+                model,
+                shapes_of(model),
+                "interior",
+                options.threads,
+                rounds=10 * options.rounds,
+                what="step left",
+                ways=iterations.STEPS,
+                quiet_limit=options.quiet,
+            )
     if "iterations" in options.parts:
         for batch, names in zip(options.batches, (None, ONE_PASS), strict=True):
             results += iterations.measure_iterations(
