@@ -203,9 +203,9 @@ def test_eval_of_weights(trained, teacher, digits, capsys):
     assert main([*options, "--model", "test_resnet"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 30
     for more, message in (
-        (["--model", "test_vit"], "does not fit test_vit"),
+        (["--model", "test_vit"], "does not hold weights of test_vit"),
         (["--model", "test_resnet", "--val-split", "test"], "has no folder 'test'"),
-        (["--model", "test_resnet", "--num-classes", "11"], "does not fit test_resnet"),
+        (["--model", "test_resnet", "--num-classes", "11"], "does not hold weights of test_resnet"),
     ):
         assert main([*options, *more]) == 2
         assert message in capsys.readouterr().err

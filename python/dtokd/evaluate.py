@@ -11,7 +11,7 @@ from timm.task import ClassificationEvaluator
 
 from .card import CARD, input_config, read_card
 from .errors import UsageError
-from .files import as_json, read_weights
+from .files import as_json, load_weights
 from .settings import settings_of
 from .train import data
 from .train.engine import autocast, evaluate
@@ -61,15 +61,9 @@ def measure(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, 
     classes = settings.num_classes or (None if names is None else len(names))
     settings.initial_checkpoint, settings.grad_checkpointing = "", False
     settings.pretrained = settings.pretrained and weights is None
+    student = make_student(settings, settings.num_classes if weights is None else classes)
     if weights is not None:
-        held = read_weights(weights, "--checkpoint", use_ema=True)
-        student = make_student(settings, classes)
-        try:
-            student.load_state_dict(held)
-        except RuntimeError as error:
-            raise UsageError(f"--checkpoint: {weights} does not fit {settings.model}: {error}") from error
-    else:
-        student = make_student(settings, settings.num_classes)
+        load_weights(student, weights, "--checkpoint", settings.model)
     if names is not None and len(names) != student.num_classes:
         raise UsageError(
             f"dtokd eval: the model has {student.num_classes} classes, {settings.val_split!r} has {len(names)}; give "

@@ -138,6 +138,24 @@ def read_weights(path: str | Path, option: str, use_ema: bool = False) -> dict[s
     return dict(state)
 
 
+def load_weights(model: Any, path: str | Path, option: str, name: str) -> None:
+    """Load a file of weights into a model, the averaged ones of a file of timm's train.py that has both.
+
+    Args:
+        model: the model.
+        path, option: see `read_weights`.
+        name: of the model, for messages.
+
+    Raises:
+        UsageError: as `read_weights`, or they do not fit.
+    """
+    weights = read_weights(path, option, use_ema=True)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UsageError(f"{option}: {path} does not hold weights of {name}: {reason_of(error)}") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Have the names in a folder on disk."""
     handle = os.open(folder, os.O_RDONLY)

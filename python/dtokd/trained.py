@@ -14,7 +14,7 @@ from torch import nn
 from . import networks as _networks  # noqa: F401  registers CIFAR's with timm
 from .card import CARD, read_card
 from .errors import UsageError, reason_of
-from .files import read_weights
+from .files import load_weights
 from .settings import settings_of
 
 STUDENT = "student.safetensors"
@@ -83,24 +83,20 @@ def load_trained(run: Path, command: str, checkpoint: Path | None = None) -> Tra
 
 
 def _classifier(run: Path, weights: Path, command: str, option: str) -> nn.Module:
-    held = read_weights(weights, option, use_ema=True)
     try:
         model: nn.Module = timm.create_model(f"local-dir:{run}")
     except Exception as error:  # what timm and its models raise is of every kind
         raise UsageError(f"{command}: {run / CARD}: {reason_of(error)}") from error
-    try:
-        model.load_state_dict(held)
-    except RuntimeError as error:
-        raise UsageError(f"{option}: {weights} does not fit the model of {run}: {reason_of(error)}") from error
+    load_weights(model, weights, option, f"the model of {run}")
     return model
 
 
 def _detector(options: argparse.Namespace, card: dict[str, Any], weights: Path, option: str) -> nn.Module:
-    from .detect.detectors.build import load_weights, make_student
+    from .detect.detectors.build import make_student
 
     options.pretrained, options.backbone_checkpoint, options.initial_checkpoint = False, "", ""
     student = make_student(options, int(card["num_classes"]))
-    load_weights(student, str(weights), option, options.model)
+    load_weights(student, weights, option, options.model)
     # those that the run has used
     for name in ("mean", "std"):
         getattr(student, name).copy_(torch.tensor(card["input"][name]).view(3, 1, 1))

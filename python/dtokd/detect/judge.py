@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..files import load_weights
 from ..train.engine import autocast, evaluate
 from ..train.images import new_record, skipped
 from ..train.world import World
 from .data import make_loader, read_split
-from .detectors.build import load_weights, make_student
+from .detectors.build import make_student
 from .evaluate import CocoEvaluator
 
 
@@ -34,7 +35,7 @@ def judge(run: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     split = read_split(options, options.val_split)
     device = World().device(options.device)
     student = make_student(options, len(split.categories))
-    load_weights(student, str(weights), "--checkpoint", options.model)
+    load_weights(student, weights, "--checkpoint", options.model)
     record = new_record(Path(given["run_dir"]))
     loader = make_loader(options, split, options.val_split, training=False, device=device, record=record)
     metrics = evaluate(student.to(device), loader, CocoEvaluator(split), partial(autocast, options, device))

@@ -11,7 +11,7 @@ from torch import nn
 
 from .. import networks as _networks  # noqa: F401  registers CIFAR's with timm
 from ..errors import UsageError, reason_of
-from ..files import read_weights
+from ..files import load_weights
 from .options import flag
 
 
@@ -47,13 +47,7 @@ def make_student(options: argparse.Namespace, classes: int | None) -> Any:
         given = [f"{flag(name)} {value}" for name in names if (value := getattr(options, name))]
         raise UsageError(f"{', '.join([f'--model {options.model}', *given])}: {reason}") from error
     if options.initial_checkpoint:
-        weights = read_weights(options.initial_checkpoint, "--initial-checkpoint", use_ema=True)
-        try:
-            student.load_state_dict(weights)
-        except RuntimeError as error:
-            raise UsageError(
-                f"--initial-checkpoint: {options.initial_checkpoint} does not fit {options.model}: {reason_of(error)}"
-            ) from error
+        load_weights(student, options.initial_checkpoint, "--initial-checkpoint", options.model)
     if options.grad_checkpointing:
         try:
             student.set_grad_checkpointing(True)

@@ -12,7 +12,7 @@ from timm.layers import freeze_batch_norm_2d
 from torch import Tensor
 
 from ...errors import UsageError, reason_of
-from ...files import read_weights
+from ...files import load_weights, read_weights
 from . import deformable, rtdetr
 from .base import Detector
 from .dense import Dense, make_backbone
@@ -104,21 +104,6 @@ def _make(name: str, classes: int, changes: dict[str, Any], option: str, **more:
         f"{option}: {name!r} is neither {', '.join(deformable.SIZES)}, nor {': or '.join(ON_TIMM)}: and a timm "
         "backbone (fcos:resnet18), nor a checkpoint directory of transformers"
     )
-
-
-def load_weights(detector: Detector, path: str, option: str, name: str) -> None:
-    """Load a run's `student.safetensors`, or another file of the same weights; nothing pickled runs.
-
-    Raises:
-        UsageError: no such file, or it does not fit; `option` is what the user gave it by.
-    """
-    state = read_weights(path, option)
-    try:
-        detector.load_state_dict(state)
-    except RuntimeError as error:
-        raise UsageError(
-            f"{option}: {path} does not hold weights of {name} for these classes: {reason_of(error)}"
-        ) from error
 
 
 def columns(teacher: Detector, classes: Sequence[str]) -> Tensor | None:
