@@ -13,6 +13,6 @@ def refused(capsys, command, *arguments):
         code = end.code
     error = capsys.readouterr().err
     assert code == 2, error
-    assert error.startswith(f"dtokd {command}: error: ")
+    assert error.startswith((f"dtokd {command}: error: ", "dtokd: error: "))
     assert error.count("\n") == 1
     return error
