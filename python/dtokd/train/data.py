@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,16 @@ from .workers import worker_seed
 
 #: What the data sets of timm begin with that are no folder.
 KINDS = ("torch", "hfds", "hfids", "tfds", "wds")
-#: What an augmented image depends on, and what one that is mixed or erased depends on besides.
-_AUGMENTATION = (
-    *("dataset", "train_split", "on_bad_image", "no_aug", "train_crop_mode", "scale", "ratio", "hflip"),
-    *("vflip", "color_jitter", "aa", "train_interpolation"),
-)
-_MIXING = ("mixup", "cutmix", "cutmix_minmax", "mixup_prob", "mixup_switch_prob", "mixup_mode")
-_ERASING = ("reprob", "remode", "recount")
+#: Arguments of timm's loader by which images are augmented and erased, and of its Mixup; each with the option for it.
+_AUGMENTED = {
+    **{name: name for name in ("no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter")},
+    **{"auto_augment": "aa", "interpolation": "train_interpolation"},
+}
+_ERASED = {"re_prob": "reprob", "re_mode": "remode", "re_count": "recount"}
+_MIXED = {
+    **{"mixup_alpha": "mixup", "cutmix_alpha": "cutmix", "cutmix_minmax": "cutmix_minmax", "prob": "mixup_prob"},
+    **{"switch_prob": "mixup_switch_prob", "mode": "mixup_mode"},
+}
 
 
 @dataclass
@@ -218,27 +222,8 @@ def make_loaders(
     if options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None:
         if options.batch_size % 2:
             raise UsageError(f"--batch-size: {options.batch_size}; Mixup pairs images: pass an even one")
-        mixup = FastCollateMixup(
-            mixup_alpha=options.mixup,
-            cutmix_alpha=options.cutmix,
-            cutmix_minmax=options.cutmix_minmax,
-            prob=options.mixup_prob,
-            switch_prob=options.mixup_switch_prob,
-            mode=options.mixup_mode,
-            label_smoothing=options.smoothing,
-            num_classes=num_classes,
-        )
-    shared = {
-        "input_size": config["input_size"],
-        "mean": config["mean"],
-        "std": config["std"],
-        "num_workers": options.workers,
-        "pin_memory": options.pin_mem,
-        "device": device,
-        # a worker that lived on would keep its random state beyond the checkpoint
-        "persistent_workers": False,
-        "worker_seeding": worker_seed,
-    }
+        chosen = _given(options, _MIXED)
+        mixup = FastCollateMixup(**chosen, label_smoothing=options.smoothing, num_classes=num_classes)
     keyed = None
     if options.kd_cache_teacher:
         if stream or options.aug_repeats:
@@ -253,22 +238,11 @@ def make_loaders(
         train,
         batch_size=options.batch_size,
         is_training=True,
-        no_aug=options.no_aug,
-        re_prob=0.0 if keyed else options.reprob,
-        re_mode=options.remode,
-        re_count=options.recount,
-        train_crop_mode=options.train_crop_mode,
-        scale=options.scale,
-        ratio=options.ratio,
-        hflip=options.hflip,
-        vflip=options.vflip,
-        color_jitter=options.color_jitter,
-        auto_augment=options.aa,
-        interpolation=options.train_interpolation,
         collate_fn=mixup if keyed is None else KeyedCollate(mixup, keyed.seed),
-        distributed=distributed,
         num_aug_repeats=repeats if distributed else 0,
-        **shared,
+        **_given(options, _AUGMENTED),
+        **({} if keyed else _given(options, _ERASED)),
+        **_loading(options, config, device, distributed),
     )
     batches = None
     if not stream:
@@ -311,7 +285,8 @@ def _told(
     options: argparse.Namespace, keyed: KeyedDataset, config: dict[str, Any], mixes: bool, device: Any
 ) -> dict[str, Any]:
     """What the images depend on, by the names that messages use."""
-    names = [*_AUGMENTATION, *(_MIXING if mixes else ()), *(_ERASING if options.reprob else ())]
+    tables = [_AUGMENTED, *([_MIXED] if mixes else []), *([_ERASED] if options.reprob else [])]
+    names = ["dataset", "train_split", "on_bad_image", *(option for table in tables for option in table.values())]
     told = {flag(name): getattr(options, name) for name in names}
     told |= {f"image {name}": config[name] for name in ("input_size", "mean", "std")}
     if options.reprob and options.remode != "const":
@@ -337,20 +312,30 @@ def validation_loader(
         distributed: whether there are several ranks.
         training: with the batch size of training instead of --validation-batch-size.
     """
-    size = options.batch_size if training else options.validation_batch_size or options.batch_size
     return create_loader(
         images,
-        input_size=config["input_size"],
-        batch_size=size,
+        batch_size=options.batch_size if training else options.validation_batch_size or options.batch_size,
         is_training=False,
         interpolation=config["interpolation"],
-        mean=config["mean"],
-        std=config["std"],
         crop_pct=config["crop_pct"],
-        num_workers=options.workers,
-        pin_memory=options.pin_mem,
-        device=device,
-        distributed=distributed,
-        persistent_workers=False,
-        worker_seeding=worker_seed,
+        **_loading(options, config, device, distributed),
     )
+
+
+def _given(options: argparse.Namespace, table: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments of timm by a table from their names to options."""
+    return {argument: getattr(options, option) for argument, option in table.items()}
+
+
+def _loading(options: argparse.Namespace, config: Mapping[str, Any], device: Any, distributed: bool) -> dict[str, Any]:
+    """What timm's loaders of all splits take."""
+    return {
+        **{name: config[name] for name in ("input_size", "mean", "std")},
+        "num_workers": options.workers,
+        "pin_memory": options.pin_mem,
+        "device": device,
+        "distributed": distributed,
+        # a worker that lived on would keep its random state beyond the checkpoint
+        "persistent_workers": False,
+        "worker_seeding": worker_seed,
+    }
