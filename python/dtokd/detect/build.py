@@ -12,7 +12,7 @@ import torch
 
 from ..errors import UsageError
 from ..objectives.base import Objective
-from ..objectives.build import labels_of, load_teacher, weights_of
+from ..objectives.build import load_teacher, named_teachers, weights_of
 from ..objectives.build import make_teacher as reader
 from ..objectives.cache import TOO_LARGE, CachedImages, TeacherCache, kept_generators
 from ..objectives.detection import Predictions, Tokens
@@ -63,23 +63,14 @@ def build(
         assert validation is not None
         return CocoEvaluator(validation, world)
 
-    names, paths = as_list(options.kd_model_name), as_list(options.kd_teacher_path)
-    options.kd_distill_type = _types(options, student, names)  # for args.yaml and the report
-    if not names:
-        if paths or options.kd_share_queries or options.kd_cache_teacher:
-            raise UsageError(
-                "--kd-teacher-path, --kd-share-queries, --kd-cache-teacher: there is no teacher; pass --kd-model-name"
-            )
+    named = named_teachers(options, "--kd-share-queries")
+    options.kd_distill_type = _types(options, student, [name for name, _, _ in named])  # for args.yaml and the report
+    if not named:
         return DistillationTask(student, None, evaluator=evaluator, device=device)
-    if paths and len(paths) != len(names):
-        raise UsageError(
-            f"--kd-teacher-path: got {len(paths)} files for {len(names)} teachers; pass one each, or none; the word "
-            "pretrained stands for the weights that timm has"
-        )
     match: Match | None = None
     lessons: list[Lesson] = []
     blank = blank_images(options, device)
-    for name, path, label in zip(names, paths or [None] * len(names), labels_of(names), strict=True):
+    for name, path, label in named:
         if is_detector(name):
             lesson, match = _detector(options, student, list(train.categories.values()), name, path, device, images)
         else:
@@ -87,22 +78,19 @@ def build(
         for o in lesson[1]:
             o.name += label
         lessons.append(lesson)
-    try:
-        task_weight, weights = weights_of(options, [o.name for _, several, _ in lessons for o in several])
-        task = DistillationTask(
-            student,
-            None,
-            [(teacher, objectives) for teacher, objectives, _ in lessons],
-            caches=[cache for _, _, cache in lessons],
-            match=match,
-            evaluator=evaluator,
-            task_weight=task_weight,
-            weights=weights,
-            device=device,
-        )
-        task.check(blank)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    task_weight, weights = weights_of(options, [o.name for _, several, _ in lessons for o in several])
+    task = DistillationTask(
+        student,
+        None,
+        [(teacher, objectives) for teacher, objectives, _ in lessons],
+        caches=[cache for _, _, cache in lessons],
+        match=match,
+        evaluator=evaluator,
+        task_weight=task_weight,
+        weights=weights,
+        device=device,
+    )
+    task.check(blank)
     return task
 
 
@@ -229,15 +217,12 @@ def _features(
         raise UsageError(TOO_LARGE)
     if options.kd_share_queries:
         raise UsageError(f"--kd-share-queries: {name} is no detector and has none; leave it out")
-    try:
-        model = load_teacher(options, name, path, in_chans=3, device=blank.pixels.device, dtype=torch.float32)
-        their_stages, their_widths = choose_stages(model, None, as_list(options.kd_teacher_stages) or None, "teacher")
-        # pixels in [0, 1], not normalised yet
-        pixels = Normalisation((0.0,) * 3, (1.0,) * 3)
-        teacher = reader(options, model, name, pixels, choose_size(model, options.kd_teacher_img_size))
-        found = teacher.try_on(blank, Taps(stages=their_stages)).maps
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    model = load_teacher(options, name, path, in_chans=3, device=blank.pixels.device, dtype=torch.float32)
+    their_stages, their_widths = choose_stages(model, None, as_list(options.kd_teacher_stages) or None, "teacher")
+    # pixels in [0, 1], not normalised yet
+    pixels = Normalisation((0.0,) * 3, (1.0,) * 3)
+    teacher = reader(options, model, name, pixels, choose_size(model, options.kd_teacher_img_size))
+    found = teacher.try_on(blank, Taps(stages=their_stages)).maps
     was = student.training
     grids = [m.shape[-2:] for m in student.eval().observe(blank).maps]
     student.train(was)
@@ -245,17 +230,8 @@ def _features(
     own = tuple(level for level, _ in pairs)
     theirs = tuple(their_stages[k] for _, k in pairs)
     widths = [student.widths[level] for level in own], [their_widths[k] for _, k in pairs]
-    try:
-        objective = MultiScale(
-            "feature",
-            options.kd_projector,
-            (own, theirs),
-            widths,
-            options.kd_feature_norm,
-            options.kd_feature_loss,
-        )
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    norm, distance = options.kd_feature_norm, options.kd_feature_loss
+    objective = MultiScale("feature", options.kd_projector, (own, theirs), widths, norm, distance)
     return teacher, [objective], None
 
 
@@ -359,10 +335,7 @@ def _objective(
     widths = student.widths[-count:], teacher.widths[-count:]
     norm, projector = options.kd_feature_norm, options.kd_projector
     if kind == "feature":
-        try:
-            return MultiScale(kind, projector, (stages[0], stages[1]), widths, norm, options.kd_feature_loss)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        return MultiScale(kind, projector, (stages[0], stages[1]), widths, norm, options.kd_feature_loss)
     if kind == "token":
         if norm == "phi-s":
             raise UsageError(

@@ -15,6 +15,7 @@ from timm.utils.model import unwrap_model
 from torch import nn
 
 from .. import identity
+from ..errors import UsageError
 from . import teacher as teachers
 from .base import Objective
 from .cache import TOO_LARGE, Absent, CachedImages, TeacherCache, TopClasses, Whole, kept_generators
@@ -66,24 +67,18 @@ def build(
         See `DistillationTask`.
 
     Raises:
-        ValueError: options that contradict each other, or do not fit student or teacher.
+        UsageError: options that contradict each other, or do not fit student or teacher.
     """
-    names = as_list(options.kd_model_name)
-    paths = as_list(options.kd_teacher_path)
-    types = as_list(options.kd_distill_type)
-    if not names:
-        if paths or options.kd_cache_teacher:
-            raise ValueError(
-                "--kd-teacher-path, --kd-cache-teacher: there is no teacher; pass --kd-model-name, or run directories"
-            )
+    named, types = named_teachers(options), as_list(options.kd_distill_type)
+    if not named:
         return DistillationTask(student, criterion, device=device, dtype=dtype)
-    _check(options, names, paths, types, student)
+    _check(options, types, student)
     if "token" in types:
         unwrap_model(student).set_distilled_training(True)
     lessons: list[tuple[Teacher, list[Objective]]] = []
     caches: list[TeacherCache | None] = []
     taught = set[str]()
-    for name, path, label in zip(names, paths or [None] * len(names), labels_of(names), strict=True):
+    for name, path, label in named:
         in_chans = getattr(unwrap_model(student), "in_chans", 3)
         path = None if path == PRETRAINED else path
         cache = None if images is None else _cache(options, images, len(lessons), name, path)
@@ -94,7 +89,7 @@ def build(
             with nullcontext() if cache is None else kept_generators(device):
                 model = load_teacher(options, name, path, in_chans=in_chans, device=device, dtype=dtype)
         objectives = {kind: _objective(kind, label, options, student, model) for kind in types}
-        objectives = _teachable(objectives, student, model, name, names_of_classes, alone=len(names) == 1)
+        objectives = _teachable(objectives, student, model, name, names_of_classes, alone=len(named) == 1)
         features = not any(o.teacher.logits for o in objectives.values())
         trained = path is not None and os.path.isdir(path)
         sizes = [teachers.choose_size(model, options.kd_teacher_img_size, trained, alone) for alone in (False, True)]
@@ -109,7 +104,7 @@ def build(
                 _kept(options, model), merge([o.teacher for o in objectives.values()]), {**facts_of(model), **seen}
             )
     if untaught := [kind for kind in types if kind not in taught]:
-        raise ValueError(
+        raise UsageError(
             f"--kd-distill-type {' '.join(untaught)}: no teacher has the student's {_classes(student)} classes; pass "
             "one that was trained on your classes, or take types that read features, such as feature and multiscale"
         )
@@ -167,14 +162,14 @@ def _check_size(cache: TeacherCache, name: str, seen: dict[str, Any]) -> None:
         seen: whether this run reads features alone, and its sizes without and with that.
 
     Raises:
-        ValueError: the sizes differ; the text names the option that sets them.
+        UsageError: the sizes differ; the text names the option that sets them.
     """
     if "sizes" not in cache.facts:
         return
     before, now = (cache.facts["sizes"][flag] for flag in (cache.facts["features"], seen["features"]))
     if before != now:
         told = ["the student's" if size is None else f"{size[0]} x {size[1]}" for size in (before, now)]
-        raise ValueError(
+        raise UsageError(
             f"--kd-cache-teacher: {cache.folder} holds outputs of {name!r} for images of {told[0]} size, and a run "
             f"that reads this of it shows it {told[1]}; pass --kd-teacher-img-size to both, or another folder"
         )
@@ -189,26 +184,19 @@ def facts_of(model: nn.Module) -> dict[str, Any]:
     return {**facts, "pretrained_cfg": {name: cfg[name] for name in known if name in cfg}}
 
 
-def _check(
-    options: argparse.Namespace, names: Sequence[str], paths: Sequence[str], types: Sequence[str], student: nn.Module
-) -> None:
-    if paths and len(paths) != len(names):
-        raise ValueError(
-            f"--kd-teacher-path: got {len(paths)} files for {len(names)} teachers; pass one each, or none; the word "
-            "pretrained stands for the weights that timm has"
-        )
+def _check(options: argparse.Namespace, types: Sequence[str], student: nn.Module) -> None:
     unknown = [t for t in types if t not in DISTILL_TYPES]
     if unknown or len(set(types)) != len(types) or not types:
-        raise ValueError(f"--kd-distill-type: got {types}; pass different ones of {', '.join(DISTILL_TYPES)}")
+        raise UsageError(f"--kd-distill-type: got {types}; pass different ones of {', '.join(DISTILL_TYPES)}")
     if options.kd_cache_teacher and not set(types) <= set(WITHOUT_MAPS):
-        raise ValueError(TOO_LARGE)
+        raise UsageError(TOO_LARGE)
     if "dkd" in types and (mixed := [name for name in MIXUP if getattr(options, name, 0)]):
-        raise ValueError(
+        raise UsageError(
             f"--kd-distill-type dkd: with --{mixed[0].replace('_', '-')} an image has no target class; leave one out"
         )
     bare = unwrap_model(student)
     if "token" in types and not hasattr(bare, "set_distilled_training"):
-        raise ValueError(
+        raise UsageError(
             f"--kd-distill-type token: the student {type(bare).__name__} has no distillation head; pass a distilled "
             "model such as deit_tiny_distilled_patch16_224, or --kd-distill-type logit"
         )
@@ -250,13 +238,13 @@ def _teachable(
     """By its type, each objective that the teacher can serve: its logits only where it has the student's classes.
 
     Raises:
-        ValueError: it can serve none, or a single teacher not all; or its classes have other names than the data's.
+        UsageError: it can serve none, or a single teacher not all; or its classes have other names than the data's.
     """
     reading = [kind for kind, o in objectives.items() if o.teacher.logits]
     own, theirs = _classes(student), _classes(model)
     if reading and own != theirs:
         if alone or len(reading) == len(objectives):
-            raise ValueError(
+            raise UsageError(
                 f"--kd-distill-type {' '.join(reading)}: the student has {own} classes, the teacher {name!r} {theirs}; "
                 "pass --num-classes of the teacher, a teacher trained on your classes, or types that read features: "
                 "--kd-distill-type feature or multiscale"
@@ -265,19 +253,38 @@ def _teachable(
     known = (getattr(unwrap_model(model), "pretrained_cfg", None) or {}).get("label_names")
     if reading and names is not None and isinstance(known, list) and known != list(names):
         i = next(i for i, (a, b) in enumerate(zip(known, names, strict=True)) if a != b)
-        raise ValueError(
+        raise UsageError(
             f"--kd-distill-type {' '.join(reading)}: class {i} is {names[i]!r} in the data, but {known[i]!r} for the "
             f"teacher {name!r}; take a teacher of these classes, --class-map, or --kd-distill-type feature"
         )
     return objectives
 
 
-def labels_of(names: Sequence[str]) -> list[str]:
-    """Nothing for one teacher; for several each one's name, with a number where it occurs twice."""
-    if len(names) == 1:
-        return [""]
+def named_teachers(options: argparse.Namespace, more: str = "") -> list[tuple[str, str | None, str]]:
+    """Of each teacher its name, where its weights are, and what is added to the names of its objectives.
+
+    That is nothing for one teacher; for several each one's name, with a number where it occurs twice.
+
+    Args:
+        options: of a command that trains.
+        more: an option besides those of all commands that needs a teacher.
+
+    Raises:
+        UsageError: there are not as many weights as teachers, or an option needs a teacher and there is none.
+    """
+    names, paths = as_list(options.kd_model_name), as_list(options.kd_teacher_path)
+    needing = [option for option in ("--kd-teacher-path", more, "--kd-cache-teacher") if option]
+    if not names and any(getattr(options, option[2:].replace("-", "_")) for option in needing):
+        runs = "" if more else ", or run directories"
+        raise UsageError(f"{', '.join(needing)}: there is no teacher; pass --kd-model-name{runs}")
+    if paths and len(paths) != len(names):
+        raise UsageError(
+            f"--kd-teacher-path: got {len(paths)} files for {len(names)} teachers; pass one each, or none; the word "
+            "pretrained stands for the weights that timm has"
+        )
     short = [re.sub(r"\W+", "_", name.rsplit("/", 1)[-1].split(".")[0]) for name in names]
-    return [f"_{s}" if short.count(s) == 1 else f"_{s}_{short[:i].count(s) + 1}" for i, s in enumerate(short)]
+    labels = [f"_{s}" if short.count(s) == 1 else f"_{s}_{short[:i].count(s) + 1}" for i, s in enumerate(short)]
+    return list(zip(names, paths or [None] * len(names), labels if len(names) > 1 else [""] * len(names), strict=True))
 
 
 def _objective(kind: str, label: str, options: argparse.Namespace, student: nn.Module, teacher: nn.Module) -> Objective:
@@ -314,7 +321,7 @@ def _objective(kind: str, label: str, options: argparse.Namespace, student: nn.M
     own, own_widths = choose_stages(student, options.kd_stages, options.kd_student_stages, "student")
     theirs, their_widths = choose_stages(teacher, options.kd_stages, options.kd_teacher_stages, "teacher")
     if len(own) != len(theirs):
-        raise ValueError(
+        raise UsageError(
             f"--kd-student-stages, --kd-teacher-stages: {len(own)} stages against {len(theirs)}; pass as many of each"
         )
     stages, widths_of = (own, theirs), (own_widths, their_widths)
@@ -329,14 +336,14 @@ def weights_of(options: argparse.Namespace, names: Sequence[str]) -> tuple[float
     """The weights of the task and of each objective in the sum, as timm's train.py reads --task-loss-weight.
 
     Raises:
-        ValueError: weights for another number of objectives.
+        UsageError: weights for another number of objectives.
     """
     task, distill = options.task_loss_weight, as_list(options.distill_loss_weight)
     if not distill:
         shared = 1.0 if task is None else (1.0 - task) / len(names)
         return (1.0 if task is None else task), dict.fromkeys(names, shared)
     if len(distill) not in (1, len(names)):
-        raise ValueError(
+        raise UsageError(
             f"--distill-loss-weight: got {len(distill)} for the objectives {', '.join(names)}; pass one, or one each"
         )
     each = distill if len(distill) == len(names) else distill * len(names)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UsageError
 from .base import Objective
 from .phi import PhiS
 from .projectors import MapProjector, PooledProjector
@@ -47,14 +48,14 @@ def normalise(student: Tensor, teacher: Tensor, norm: str) -> tuple[Tensor, Tens
     has no epsilon and divides by 0 at a dead channel). "phi-s" leaves both: `PhiS` has changed the teacher's before.
 
     Raises:
-        ValueError: standardize of a single row: nothing would be left.
+        UsageError: standardize of a single row: nothing would be left.
     """
     if norm == "layernorm":
         last = teacher.movedim(1, -1)
         return student, F.layer_norm(last, last.shape[-1:]).movedim(-1, 1)
     if norm == "standardize":
         if teacher.numel() == teacher.shape[1]:
-            raise ValueError("--kd-feature-norm standardize: a batch of 1 has no spread; pass a larger --batch-size")
+            raise UsageError("--kd-feature-norm standardize: a batch of 1 has no spread; pass a larger --batch-size")
         return _standardise(student), _standardise(teacher)
     return student, teacher
 
@@ -117,12 +118,12 @@ class Pooled(Standardising):
         """The distance between the projected and the teacher's pooled features, as `Objective.loss`.
 
         Raises:
-            ValueError: the teacher's features have another width than the projector was made for.
+            UsageError: the teacher's features have another width than the projector was made for.
         """
         assert isinstance(projected, Tensor)
         assert teacher.pooled is not None
         if projected.shape != teacher.pooled.shape:
-            raise ValueError(
+            raise UsageError(
                 f"--kd-distill-type feature: the projected student's features are {tuple(projected.shape)}, the "
                 f"teacher's {tuple(teacher.pooled.shape)}; pass --kd-teacher-feature-dim {teacher.pooled.shape[-1]}"
             )
@@ -177,12 +178,12 @@ def map_distances(
     """The distances of pairs of maps [B, C, H, W], at the smaller size and normalised.
 
     Raises:
-        ValueError: the teacher's have another width than the projectors were made for.
+        UsageError: the teacher's have another width than the projectors were made for.
     """
     found = []
     for s, t in zip(student, teacher, strict=True):
         if s.shape[:2] != t.shape[:2]:
-            raise ValueError(
+            raise UsageError(
                 f"--kd-distill-type: the teacher's maps cannot be brought to the student's: it gives {t.shape[1]} "
                 f"channels where it names {s.shape[1]}; choose other --kd-teacher-stages, or another teacher"
             )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import UsageError
 from .base import Objective
 from .taps import Outputs, Taps
 
@@ -116,11 +117,11 @@ class Token(Objective):
         """Soft or hard.
 
         Raises:
-            ValueError: the student returned one output instead of two.
+            UsageError: the student returned one output instead of two.
         """
         assert teacher.logits is not None
         if student.token_logits is None:
-            raise ValueError(
+            raise UsageError(
                 "--kd-distill-type token: the student returned one output, not those of two heads; train mode is off, "
                 "or set_distilled_training(False) was called"
             )
@@ -144,12 +145,12 @@ class Decoupled(Objective):
         """The two parts with their factors, as `Objective.loss`.
 
         Raises:
-            ValueError: class probabilities as targets: there is no one target class to decouple.
+            UsageError: class probabilities as targets: there is no one target class to decouple.
         """
         assert student.logits is not None
         assert teacher.logits is not None
         if target.ndim != 1:
-            raise ValueError(
+            raise UsageError(
                 f"--kd-distill-type dkd: targets have shape {tuple(target.shape)}, but the loss needs one class each; "
                 "switch off --mixup and --cutmix, or take --kd-distill-type logit"
             )

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import UsageError
 from .memory import of_all_ranks
 
 
@@ -76,13 +77,13 @@ class Phi(nn.Module):
         width: channels.
 
     Raises:
-        ValueError: there is no Hadamard matrix of this width.
+        UsageError: there is no Hadamard matrix of this width.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         if hadamard(width) is None:
-            raise ValueError(
+            raise UsageError(
                 f"--kd-feature-norm phi-s: it needs a Hadamard matrix of the teacher's {width} channels, and none is "
                 "known here; take --kd-feature-norm standardize or layernorm, or other --kd-teacher-stages"
             )
@@ -108,7 +109,7 @@ class Phi(nn.Module):
         """Fix mean and matrix by what was observed on all ranks. All ranks call it.
 
         Raises:
-            ValueError: the features do not vary, or are not finite.
+            UsageError: the features do not vary, or are not finite.
         """
         count, total, products = (of_all_ranks(part[None]).sum(0).cpu() for part in self._sums)
         self._sums = []
@@ -116,7 +117,7 @@ class Phi(nn.Module):
         covariance = products / count - mean.outer(mean)
         scale = (covariance.trace() / len(mean)).clamp_min(0).sqrt()
         if not scale.isfinite() or scale <= 1e-6 * mean.abs().max():
-            raise ValueError(
+            raise UsageError(
                 "--kd-feature-norm phi-s: the teacher's features are the same for all images, or not finite; take "
                 "other --kd-teacher-stages, or another teacher"
             )

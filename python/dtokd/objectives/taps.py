@@ -10,8 +10,10 @@ import torch
 from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
+from ..errors import UsageError
 
-class NoGrid(ValueError):
+
+class NoGrid(UsageError):
     """A model's features are not maps, so that they have no place in an image."""
 
 
@@ -146,7 +148,7 @@ def _mean_over_positions(model: nn.Module, features: Tensor) -> Tensor:
         return features.mean((1, 2) if last else (2, 3))
     if features.ndim == 2:
         return features
-    raise ValueError(
+    raise UsageError(
         f"--kd-feature-pool mean: features of {type(unwrap_model(model)).__name__} have shape {tuple(features.shape)}; "
         "pass --kd-feature-pool head"
     )
@@ -156,14 +158,14 @@ def pooled_width(model: nn.Module, pool: str) -> int:
     """Channels of the pooled features.
 
     Raises:
-        ValueError: the model has no such number.
+        UsageError: the model has no such number.
     """
     bare = unwrap_model(model)
     names = ("head_hidden_size", "num_features") if pool == "head" else ("num_features",)
     for name in names:
         if isinstance(width := getattr(bare, name, None), int):
             return width
-    raise ValueError(
+    raise UsageError(
         f"feature distillation: {type(bare).__name__} has no {' or '.join(names)}; "
         "pass --kd-student-feature-dim and --kd-teacher-feature-dim"
     )
@@ -184,12 +186,12 @@ def choose_stages(
         who: "student" or "teacher", for messages.
 
     Raises:
-        ValueError: no `forward_intermediates`, too few stages, or an index that does not exist.
+        UsageError: no `forward_intermediates`, too few stages, or an index that does not exist.
     """
     bare: Any = unwrap_model(model)
     info = getattr(bare, "feature_info", None)
     if not hasattr(bare, "forward_intermediates") or not info:
-        raise ValueError(
+        raise UsageError(
             f"--kd-distill-type: the {who} {type(bare).__name__} has no maps (forward_intermediates); take another "
             "model, or --kd-distill-type feature of dtokd train, which reads pooled features"
         )
@@ -197,7 +199,7 @@ def choose_stages(
     total = len(stages)
     if given is not None:
         if any(not 0 <= index < total for index in given) or list(given) != sorted(set(given)):
-            raise ValueError(
+            raise UsageError(
                 f"--kd-{who}-stages: got {list(given)}, but {type(bare).__name__} has stages 0 to {total - 1}; "
                 "give rising indices of these"
             )
@@ -205,7 +207,7 @@ def choose_stages(
     elif count is None:
         chosen = list(range(total))
     elif not 1 <= count <= total:
-        raise ValueError(
+        raise UsageError(
             f"--kd-stages: got {count}, but the {who} {type(bare).__name__} has {total}; pass 1 to {total}"
         )
     elif len({stage.get("reduction") for stage in stages}) == 1:

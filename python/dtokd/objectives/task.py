@@ -12,7 +12,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from ..confusion import ConfusionEvaluator
-from ..errors import reason_of
+from ..errors import UsageError, reason_of
 from ..stopwatch import Stopwatch
 from .base import Objective, at_bound
 from .cache import Keyed, TeacherCache, is_absent
@@ -208,7 +208,7 @@ class DistillationTask(TrainingTask):
         """Fix the statistics by the batches of `observe`, of all ranks. All ranks call it.
 
         Raises:
-            ValueError: a teacher's features give none.
+            UsageError: a teacher's features give none.
         """
         for _, objectives in self.lessons:
             for o in objectives:
@@ -232,7 +232,7 @@ class DistillationTask(TrainingTask):
             images: as `forward` takes them; what is in them does not matter.
 
         Raises:
-            ValueError: a teacher does not take an image of this size, or its features do not fit the student's.
+            UsageError: a teacher does not take an image of this size, or its features do not fit the student's.
         """
         target = torch.zeros(len(images), dtype=torch.long, device=self.device)
         was = self.trainable_module.training
@@ -254,13 +254,13 @@ class DistillationTask(TrainingTask):
                     self._fits(teacher, o, outputs, projected, taught, taps, target)
 
     def _fits(self, teacher: Teacher, o: Objective, outputs: Outputs, *rest: Any) -> None:
-        """Raises ValueError: the loss cannot be computed."""
+        """Raises UsageError: the loss cannot be computed."""
         try:
             self._loss(o, outputs, *rest)
-        except ValueError:
+        except UsageError:
             raise
-        except (RuntimeError, IndexError, TypeError, AssertionError) as error:
-            raise ValueError(
+        except (RuntimeError, IndexError, ValueError, TypeError, AssertionError) as error:
+            raise UsageError(
                 f"--kd-model-name: the features of teacher {teacher.name!r} cannot be brought to the student's for "
                 f"{o.name}: {reason_of(error)}; choose --kd-student-stages and --kd-teacher-stages, another "
                 "--kd-distill-type, or another teacher"
@@ -355,11 +355,11 @@ def merge(taps: Sequence[Taps]) -> Taps:
     """What serves all of several objectives.
 
     Raises:
-        ValueError: they want different pooling.
+        UsageError: they want different pooling.
     """
     pools = {t.pooled for t in taps if t.pooled}
     if len(pools) > 1:
-        raise ValueError(f"objectives of one model want different pooled features: {sorted(pools)}; choose one")
+        raise UsageError(f"objectives of one model want different pooled features: {sorted(pools)}; choose one")
     stages = sorted({index for t in taps for index in t.stages})
     return Taps(any(t.logits for t in taps), pools.pop() if pools else "", tuple(stages))
 

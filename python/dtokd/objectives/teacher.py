@@ -17,7 +17,7 @@ from timm.utils.model import unwrap_model
 from torch import Tensor, nn
 
 from ..card import read_card
-from ..errors import reason_of
+from ..errors import UsageError, reason_of
 from ..files import read_weights
 from .taps import NoGrid, Outputs, Taps, read
 
@@ -116,7 +116,7 @@ class Teacher:
         """As a call, for images that show before training what does not fit.
 
         Raises:
-            ValueError: the teacher does not take images of this size, or has no maps.
+            UsageError: the teacher does not take images of this size, or has no maps.
         """
         try:
             return self(images, taps)
@@ -124,7 +124,7 @@ class Teacher:
             raise
         except Exception as error:  # what timm and its models raise is of every kind
             size = tuple(getattr(images, "pixels", images).shape[1:])
-            raise ValueError(
+            raise UsageError(
                 f"--kd-model-name: teacher {self.name!r} does not take the student's images of {size}: "
                 f"{reason_of(error)}; choose --kd-teacher-img-size, --img-size, or another teacher"
             ) from error
@@ -172,7 +172,7 @@ def load(
         arguments: more of `timm.create_model`.
 
     Raises:
-        ValueError: no such model, no pretrained weights, no such file, or weights of another model.
+        UsageError: no such model, no pretrained weights, no such file, or weights of another model.
     """
     where: dict[str, Any] = {"device": device, "dtype": dtype, **(arguments or {})}
     told = f"--kd-model-name {name}" + (f", --kd-model-kwargs {arguments}" if arguments else "")
@@ -180,13 +180,13 @@ def load(
         try:
             return timm.create_model(name, pretrained=True, in_chans=in_chans, **where)
         except Exception as error:  # what timm and its models raise is of every kind
-            raise ValueError(
+            raise UsageError(
                 f"{told}: cannot be made with pretrained weights ({reason_of(error)}); pass --kd-teacher-path"
             ) from error
     if os.path.isdir(path):
         card = read_card(path, "--kd-teacher-path")
         if name != card["architecture"]:
-            raise ValueError(
+            raise UsageError(
                 f"--kd-model-name: {name}, but {path} is a run of {card['architecture']}; leave the name out"
             )
         made, file = f"local-dir:{path}", os.path.join(path, "student.safetensors")
@@ -197,13 +197,13 @@ def load(
         more = {} if made != name else {"in_chans": in_chans, **_classes_in(name, state)}
         model: Any = timm.create_model(made, **{**more, **where})
     except Exception as error:
-        raise ValueError(f"{told}: {reason_of(error)}") from error
+        raise UsageError(f"{told}: {reason_of(error)}") from error
     if getattr(model, "in_chans", in_chans) != in_chans:
-        raise ValueError(f"--kd-teacher-path: {path} takes images of {model.in_chans} channels, not {in_chans}")
+        raise UsageError(f"--kd-teacher-path: {path} takes images of {model.in_chans} channels, not {in_chans}")
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"--kd-teacher-path: {path} does not hold weights of {name!r}: {reason_of(error)}") from error
+        raise UsageError(f"--kd-teacher-path: {path} does not hold weights of {name!r}: {reason_of(error)}") from error
     return model
 
 
@@ -239,7 +239,7 @@ def choose_size(
         features: whether it is read for its features alone, and prefers its own size.
 
     Raises:
-        ValueError: "own", but the model does not name its size.
+        UsageError: "own", but the model does not name its size.
     """
     if isinstance(option, int):
         return (option, option)
@@ -250,7 +250,7 @@ def choose_size(
     if getattr(patch_embed, "strict_img_size", False) and getattr(patch_embed, "img_size", None):
         return tuple(patch_embed.img_size)
     if option == "own" and own is None:
-        raise ValueError(
+        raise UsageError(
             f"--kd-teacher-img-size own: {type(bare).__name__} does not name the size of its images; pass a number"
         )
     if option == "own" or (trained and option is None):

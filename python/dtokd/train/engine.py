@@ -176,10 +176,7 @@ class Engine:
                     input = input.contiguous(memory_format=torch.channels_last)
                 with self.autocast():
                     self.task.observe(input, target)
-        try:
-            self.task.settle()
-        except ValueError as error:
-            raise UsageError(str(error)) from error
+        self.task.settle()
 
     def _backward(self, result: dict[str, Any], parts: int, epoch: int, index: int) -> None:
         try:

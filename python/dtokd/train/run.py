@@ -372,8 +372,8 @@ def _make_task(
             images=loaders.cached,
         )
         task.check(torch.zeros(2, *input_size, device=device))
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
+    except OSError as error:
+        raise UsageError(f"--kd-teacher-path, --kd-cache-teacher: {error}") from error
     return task
 
 
