@@ -295,8 +295,8 @@ def test_flags_make_the_arm(digits, teacher, tmp_path):
         "dto:rescale=sum,lr=0.002,opt=adamw",
         "taskfirst",
     ):
-        given = train_options.parse(_parser()[1]["train"], base + shlex.split(flags_of(text, options)))
         changes = parse_arm(text, 2)
+        given = train_options.parse(_parser()[1]["train"], base + shlex.split(flags_of(text, options, changes)))
         assert {key: getattr(given, key) for key in changes} == changes
         assert given.opt == ("adamw" if text.startswith(("fixed", "dto")) else "dtoadamw")
 

@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser, commands = _parser()
     command = argv[0] if argv and argv[0] in commands else None
     try:
-        if command in ("train", "compare", "detect"):
+        if command == "compare" and "--detect" in argv:
+            options = train_options.parse(_comparison_of_detectors(), argv[1:])
+        elif command in ("train", "compare", "detect"):
             options = train_options.parse(commands[command], argv[1:])
         elif command is not None:
             options = commands[command].parse_args(argv[1:])
@@ -150,6 +152,12 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         help="what the students imitate: the teacher's predictions, its features",
     )
     return parser, commands.choices
+
+
+def _comparison_of_detectors() -> Parser:
+    parser = Parser(prog="dtokd compare", absent=ABSENT, usage="%(prog)s --detect [data-dir] [OPTION ...]")
+    compare_options.add_arguments(parser, detect_options)
+    return parser
 
 
 class _Version(argparse.Action):

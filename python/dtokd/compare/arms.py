@@ -9,6 +9,7 @@ from typing import Any
 
 from dtokd_kernels import weighting
 
+from ..detect import options as detect_options
 from ..errors import UsageError
 from ..objectives.teacher import as_list
 from ..train import options as train_options
@@ -35,19 +36,20 @@ _TEACHER = ("kd_model_name", "kd_teacher_path", "kd_cache_teacher")
 _NO_RULE: dict[str, Any] = {"kd_balance_kwargs": {}, "kd_balance_gram": None, "kd_balance_rescale": None}
 
 
-def parse_arms(texts: list[str], objectives: int) -> dict[str, dict[str, Any]]:
+def parse_arms(texts: list[str], objectives: int, detects: bool = False) -> dict[str, dict[str, Any]]:
     """From each arm, the one without a teacher first, to the options that it changes.
 
     Args:
         texts: as `--arms` has them.
         objectives: number of distillation objectives.
+        detects: whether the runs are those of `dtokd detect`.
 
     Raises:
         UsageError: one is no arm, or two are the same.
     """
     arms: dict[str, dict[str, Any]] = {}
     for text in [NONE, *(text for text in texts if text != NONE)]:
-        changes = parse_arm(text, objectives)
+        changes = parse_arm(text, objectives, detects)
         for other, theirs in arms.items():
             if theirs == changes or folder_of(other) == folder_of(text):
                 raise UsageError(f"--arms: {other!r} and {text!r} are the same; leave one of them out")
@@ -57,12 +59,13 @@ def parse_arms(texts: list[str], objectives: int) -> dict[str, dict[str, Any]]:
     return arms
 
 
-def parse_arm(text: str, objectives: int = 1) -> dict[str, Any]:
+def parse_arm(text: str, objectives: int = 1, detects: bool = False) -> dict[str, Any]:
     """The options that an arm stands for.
 
     Args:
         text: NAME, NAME:NUMBER, or either with key=value pairs.
         objectives: number of distillation objectives.
+        detects: whether the runs are those of `dtokd detect`.
 
     Raises:
         UsageError: it is none.
@@ -86,12 +89,12 @@ def parse_arm(text: str, objectives: int = 1) -> dict[str, Any]:
         number = _number(text, name, pairs.pop(0))
     changes: dict[str, Any] = {"kd_balance": name}
     own: dict[str, Any] = {}
-    actions = {action.dest: action for action in parser_of(train_options)._actions}
+    actions = {action.dest: action for action in parser_of(detect_options if detects else train_options)._actions}
     for pair in pairs:
         key, mark, value = pair.partition("=")
         if not mark or not key:
             raise UsageError(f"--arms: {text!r}: {pair!r} is no key=value; such as dto:rescale=sum,lr=0.001")
-        if key in _OPTIONS:
+        if _OPTIONS.get(key) in actions:
             changes[_OPTIONS[key]] = read_value(actions[_OPTIONS[key]], value, f"--arms: {text!r}: {key}")
         else:
             try:
@@ -101,7 +104,7 @@ def parse_arm(text: str, objectives: int = 1) -> dict[str, Any]:
     if name == "fixed" and number is not None:
         if own:
             raise UsageError(f"--arms: {text!r}: a fixed sum has no option {', '.join(own)}; leave it out")
-        weights = {"task_loss_weight": number, "distill_loss_weight": [round(1 - number, 12)]}
+        weights = {"task_loss_weight": number, "distill_loss_weight": [round((1 - number) / objectives, 12)]}
         return changes | {"kd_balance": "none"} | weights
     if name in LOOKING:
         if number == 0:
@@ -116,7 +119,7 @@ def parse_arm(text: str, objectives: int = 1) -> dict[str, Any]:
         # of "fixed" the trainer knows the weights
         weighting.from_name(name, **({"weights": [1.0]} if name == "fixed" else {}), **own)
     except (TypeError, ValueError) as error:
-        keys = ", ".join(_OPTIONS)
+        keys = ", ".join(key for key, option in _OPTIONS.items() if option in actions)
         raise UsageError(f"--arms: {text!r}: {error}; besides the rule's own options there are {keys}") from error
     return changes
 
@@ -145,33 +148,28 @@ def apply(options: argparse.Namespace, changes: dict[str, Any]) -> argparse.Name
     return own
 
 
-def objectives_of(options: argparse.Namespace) -> int:
-    """How many distillation objectives these options make."""
-    return len(as_list(options.kd_model_name)) * len(as_list(options.kd_distill_type))
-
-
 def folder_of(text: str) -> str:
     """The name of an arm's folder."""
     return re.sub(r"[^\w.=-]+", "_", text)
 
 
-def flags_of(text: str, options: argparse.Namespace) -> str:
-    """What to give to `dtokd train` besides the options that all arms share.
+def flags_of(text: str, options: argparse.Namespace, changes: dict[str, Any]) -> str:
+    """What to give to `dtokd train` or `detect` besides the options that all arms share.
 
     Args:
         text: the arm.
         options: of the comparison.
+        changes: of `parse_arm`.
 
     Example:
-        >>> flags_of("fixed:0.3", argparse.Namespace(opt="adamw", kd_model_name=["a"], kd_distill_type=["logit"]))
+        >>> flags_of("fixed:0.3", argparse.Namespace(opt="adamw"), parse_arm("fixed:0.3"))
         '--kd-balance none --task-loss-weight 0.3 --distill-loss-weight 0.7'
     """
     if text == NONE:
         return "no --kd-model-name and no --kd-teacher-path: train without a teacher"
-    changes = parse_arm(text, objectives_of(options))
     opt = apply(options, changes).opt
     if opt != options.opt or "opt" in changes:
-        changes["opt"] = opt
+        changes = {**changes, "opt": opt}
     return " ".join(f"{flag(key)} {_written(value)}" for key, value in changes.items() if value != {})
 
 

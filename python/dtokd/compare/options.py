@@ -1,8 +1,9 @@
-"""The options of `dtokd compare`: those of `dtokd train`, and what it varies. Imports nothing heavy."""
+"""The options of `dtokd compare`: those of `dtokd train` or `detect`, and what it varies. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from ..train import options as shared
 from ..values import COUNT, NATURAL, Number
@@ -22,18 +23,24 @@ ARMS = (
     "dto",
 )
 #: Options of the comparison, which a run of it does not have.
-OWN = ("arms", "seeds", "schedule_share", "judge_split", "jobs")
+OWN = ("arms", "seeds", "schedule_share", "judge_split", "jobs", "detect")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add all options of `dtokd compare`."""
-    shared.add_arguments(parser)
+def add_arguments(parser: argparse.ArgumentParser, runs: Any = shared) -> None:
+    """Add all options of `dtokd compare`.
+
+    Args:
+        parser: takes them.
+        runs: the module with the options of its runs.
+    """
+    runs.add_arguments(parser)
     dry_run = next(action for action in parser._actions if action.dest == "dry_run")
     dry_run.help = "tell which runs there are and how long they take, and train none"
     group = parser.add_argument_group(
         "comparison", "--experiment names its folder (default: compare); --seed, --data-seed and --resume are set by it"
     )
     add = group.add_argument
+    add("--detect", action="store_true", help="compare detectors: all other options are those of dtokd detect")
     add(
         "--arms",
         nargs="+",

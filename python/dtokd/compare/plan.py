@@ -17,10 +17,11 @@ from ..files import as_json, write_text
 from ..objectives.teacher import as_list, resolve_teachers
 from ..report.columns import read_columns
 from ..texts import read_json
-from ..train import data, heldout, optimizer
+from ..train import optimizer
 from ..train.options import OUTSIDE, flag, plain
 from ..train.rundir import environment
-from .arms import apply, folder_of, objectives_of, parse_arms
+from .arms import apply, folder_of, parse_arms
+from .kinds import detects, kind_of
 from .options import OWN
 
 #: Options that count epochs, which a shorter schedule shortens.
@@ -107,6 +108,7 @@ class Plan:
     Attributes:
         folder: of the comparison.
         options: of the arms' runs before an arm changes them, with the shorter schedule.
+        kind: of its runs.
         seeds: see `--seeds`.
         arms: from each arm's text to the options that it changes.
         judges: the split that judges; the one that chooses if there is no other.
@@ -128,16 +130,18 @@ class Plan:
         self.folder = options.output / (options.experiment or "compare")
         self.seeds: Sequence[int] = options.seeds
         self.options = _shortened(options)
-        resolve_teachers(self.options)
+        self.kind = kind_of(self.options)
+        if not detects(self.options):
+            resolve_teachers(self.options)
         if not self.options.kd_model_name:
             raise UsageError("--kd-model-name: missing, but there is nothing to compare without a teacher")
-        self.arms = parse_arms(options.arms, objectives_of(self.options))
+        self.arms = parse_arms(options.arms, self.kind.objectives(self.options), detects(self.options))
         self.judges = options.judge_split or options.val_split
         self._data = {}
         for split in dict.fromkeys((options.train_split, options.val_split, self.judges)):
-            images = data.open_dataset(self.options, split)
-            self._data[split] = data.identity_of(options, images)  # None: not known
-            self.images = len(images) if hasattr(images, "__len__") else 0
+            images = self.kind.open(self.options, split)
+            self._data[split] = self.kind.identity(options, images, split)  # None: not known
+            self.images = self.kind.images(images)
             if split == options.train_split:
                 self._check_arms(images)
 
@@ -147,7 +151,7 @@ class Plan:
             own = apply(self.options, changes)
             try:
                 optimizer.check(own)
-                heldout.split(own, images)
+                self.kind.check_held_out(own, images)
             except UsageError as error:
                 raise UsageError(f"--arms: {arm!r}: {error}") from error
 
@@ -236,7 +240,8 @@ def _shortened(options: argparse.Namespace) -> argparse.Namespace:
     if share < 1:
         own.epochs = max(1, round(share * own.epochs))
         for key in _EPOCHS:
-            setattr(own, key, round(share * getattr(own, key)))
+            if key in own:
+                setattr(own, key, round(share * getattr(own, key)))
         own.decay_epochs = max(share * own.decay_epochs, 1e-3)
         own.decay_milestones = [max(1, round(share * value)) for value in own.decay_milestones]
     return own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,11 +19,12 @@ import yaml
 from ..errors import Diverged, UsageError
 from ..train.options import plain
 from ..train.signals import signals
+from .kinds import detects
 from .plan import Run
 
 #: Between two looks at the processes, in seconds.
 _PAUSE = 0.2
-_ERROR = "dtokd train: error: "
+_ERROR = re.compile(r"dtokd \w+: error: ")
 
 
 def gpus(options: argparse.Namespace) -> list[str]:
@@ -92,7 +94,7 @@ def _start(run: Run, jobs: int, device: str | None) -> tuple[Run, subprocess.Pop
     log_of(run).parent.mkdir(parents=True, exist_ok=True)
     log = log_of(run).open("wb")
     process = subprocess.Popen(
-        [sys.executable, "-m", "dtokd", "train", "--config", "/dev/stdin"],
+        [sys.executable, "-m", "dtokd", "detect" if detects(run.options) else "train", "--config", "/dev/stdin"],
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -116,7 +118,7 @@ def _outcome(run: Run, code: int) -> Diverged | None:
     if code == 0:
         return None
     lines = log_of(run).read_text(encoding="utf-8", errors="replace").splitlines()
-    told = next((line.removeprefix(_ERROR) for line in reversed(lines) if line.startswith(_ERROR)), None)
+    told = next((line[found.end() :] for line in reversed(lines) if (found := _ERROR.match(line))), None)
     if code == 1 and told is not None:
         return Diverged(told)
     if code == 2 and told is not None:

@@ -12,7 +12,6 @@ from ..evaluate import measure
 from ..files import as_json, write_text
 from ..metric import chosen_by
 from ..train.progress import Progress
-from ..train.run import train
 from ..train.rundir import RunDir, write_rows
 from . import processes
 from .arms import flags_of
@@ -93,7 +92,7 @@ def _train(plan: Plan, jobs: int, devices: Sequence[str], progress: Progress) ->
             progress.say(f"{each.arm}, seed {each.seed}")
         progress.epochs = plan.options.epochs
         try:
-            outcome = train(argparse.Namespace(**vars(each.options)), progress)
+            outcome = plan.kind.train(argparse.Namespace(**vars(each.options)), progress)
         except Diverged as error:  # the others go on
             done(each, error)
             continue
@@ -135,7 +134,7 @@ def _arm(text: str, plan: Plan, runs: Sequence[Run]) -> Arm:
         text,
         [result.chosen for result in results],
         [result.judged for result in results],
-        flags_of(text, plan.options),
+        flags_of(text, plan.options, plan.arms[text]),
         failed,
         median(seconds) if seconds else math.nan,
         {name: fmean(values) for name, values in known.items() if values},

@@ -230,12 +230,13 @@ def rows_of(verdict: Verdict, setting: Setting) -> list[tuple[str, ...]]:
     for line in verdict.lines:
         rates = line.arm.rates
         numbers = [_percent(rates.get(name, math.nan)) for name in ("conflict_rate", "vertex_rate", *shares)]
-        spread = "" if math.isnan(line.deviation) else f" ± {line.deviation:.2f}"
+        digits = 2 if "top" in setting.metric else 3
+        spread = "" if math.isnan(line.deviation) else f" ± {line.deviation:.{digits}f}"
         cost = [f"{line.arm.seconds:.3g}", f"{line.to_bare_time:.2f}x", f"{line.to_fixed_time:.2f}x"]
         rows.append(
             (
                 line.arm.text,
-                "diverged" if line.arm.failed else f"{line.mean:.2f}{spread}",
+                "diverged" if line.arm.failed else f"{line.mean:.{digits}f}{spread}",
                 _interval(line.to_none, line.arm.text == NONE, setting),
                 _interval(line.to_fixed, line.arm.text == verdict.fixed, setting),
                 *numbers,

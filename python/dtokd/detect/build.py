@@ -25,7 +25,7 @@ from .annotations import Annotations
 from .batch import Images, padded
 from .cache import AbsentDetector, open_cache, prepare_cache
 from .detectors.base import Detector
-from .detectors.build import columns, is_detector, make_teacher
+from .detectors.build import DENSE, columns, is_detector, make_teacher
 from .evaluate import CocoEvaluator
 from .matching import match_queries
 
@@ -64,7 +64,9 @@ def build(
         return CocoEvaluator(validation, world)
 
     named = named_teachers(options, "--kd-share-queries")
-    options.kd_distill_type = _types(options, student, [name for name, _, _ in named])  # for args.yaml and the report
+    options.kd_distill_type = _types(
+        options, student.dense, [name for name, _, _ in named]
+    )  # for args.yaml and the report
     if not named:
         return DistillationTask(student, None, evaluator=evaluator, device=device)
     match: Match | None = None
@@ -94,7 +96,18 @@ def build(
     return task
 
 
-def _types(options: argparse.Namespace, student: Detector, names: Sequence[str]) -> list[str] | None:
+def objectives_of(options: argparse.Namespace) -> int:
+    """How many distillation objectives these options make.
+
+    Raises:
+        UsageError: their types do not fit the teachers.
+    """
+    names = as_list(options.kd_model_name)
+    kinds = _types(options, options.model.partition(":")[0] in DENSE, names)
+    return sum(len(_kinds(kinds, name)) for name in names)
+
+
+def _types(options: argparse.Namespace, dense: bool, names: Sequence[str]) -> list[str] | None:
     """The types that are asked for, or the default ones.
 
     Raises:
@@ -109,7 +122,7 @@ def _types(options: argparse.Namespace, student: Detector, names: Sequence[str])
     if options.kd_distill_type is None:
         if not names:
             return None
-        own = [] if not detectors else ["feature", "prediction"] if student.dense else ["token"]
+        own = [] if not detectors else ["feature", "prediction"] if dense else ["token"]
         more = ["feature"] if len(names) > len(detectors) and "feature" not in own else []
         return own + more
     kinds = list(options.kd_distill_type)
