@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from abc import ABC, abstractmethod
 from typing import Any
 
 from ..objectives.teacher import as_list
@@ -13,74 +12,36 @@ from ..train.run import Outcome, train
 from ..train.world import World
 
 
-class Kind(ABC):
-    """One of the two.
-
-    Attributes:
-        command: its name.
-    """
-
-    command: str
-
-    @abstractmethod
-    def objectives(self, options: argparse.Namespace) -> int:
-        """How many distillation objectives these options make; raises UsageError."""
-
-    @abstractmethod
-    def open(self, options: argparse.Namespace, split: str) -> Any:
-        """A split; raises UsageError: there is none."""
-
-    @abstractmethod
-    def images(self, split: Any) -> int:
-        """How many it has; 0 for a stream."""
-
-    @abstractmethod
-    def identity(self, options: argparse.Namespace, split: Any, name: str) -> str | None:
-        """What tells it from others, if that is known."""
-
-    @abstractmethod
-    def check_held_out(self, options: argparse.Namespace, split: Any) -> None:
-        """Raises UsageError: so many training images cannot be held out."""
-
-    @abstractmethod
-    def train(self, options: argparse.Namespace, progress: Progress) -> Outcome:
-        """One run."""
-
-
-class Classifying(Kind):
-    """`dtokd train`."""
-
-    command = "train"
+class Classifying:
+    """Runs of `dtokd train`."""
 
     def objectives(self, options: argparse.Namespace) -> int:
-        """See `Kind`."""
+        """How many distillation objectives these options make; raises UsageError: they contradict each other."""
         return len(as_list(options.kd_model_name)) * len(as_list(options.kd_distill_type))
 
     def open(self, options: argparse.Namespace, split: str) -> Any:
-        """See `Kind`."""
+        """A split; raises UsageError: there is none."""
         return data.open_dataset(options, split)
 
     def images(self, split: Any) -> int:
-        """See `Kind`."""
+        """How many a split has; 0 for a stream."""
         return len(split) if hasattr(split, "__len__") else 0
 
     def identity(self, options: argparse.Namespace, split: Any, name: str) -> str | None:
-        """See `Kind`."""
+        """What tells a split from others, if that is known."""
         return data.identity_of(options, split)
 
     def check_held_out(self, options: argparse.Namespace, split: Any) -> None:
-        """See `Kind`."""
+        """Raises UsageError: so many training images cannot be held out."""
         heldout.split(options, split)
 
     def train(self, options: argparse.Namespace, progress: Progress) -> Outcome:
-        """See `Kind`."""
+        """One run."""
         return train(options, progress)
 
 
-class Detecting(Kind):
-    """`dtokd detect`, whose modules need packages that `dtokd train` does without."""
-
-    command = "detect"
+class Detecting:
+    """Runs of `dtokd detect`, whose modules need packages that `dtokd train` does without."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         from ..detect.install import check_installed
@@ -88,35 +49,35 @@ class Detecting(Kind):
         check_installed(options)
 
     def objectives(self, options: argparse.Namespace) -> int:
-        """See `Kind`."""
+        """See `Classifying`."""
         from ..detect.build import objectives_of
 
         return objectives_of(options)
 
     def open(self, options: argparse.Namespace, split: str) -> Any:
-        """See `Kind`."""
+        """See `Classifying`."""
         from ..detect.data import read_split
 
         return read_split(options, split)
 
     def images(self, split: Any) -> int:
-        """See `Kind`."""
+        """See `Classifying`."""
         return len(split.image_ids)
 
     def identity(self, options: argparse.Namespace, split: Any, name: str) -> str | None:
-        """See `Kind`."""
+        """See `Classifying`."""
         from ..detect.data import CocoImages
 
         return data.identity_of(options, CocoImages(options.data_dir / name, split, None))
 
     def check_held_out(self, options: argparse.Namespace, split: Any) -> None:
-        """See `Kind`."""
+        """See `Classifying`."""
         from ..detect.heldout import split as hold_out
 
         hold_out(options, split, World())
 
     def train(self, options: argparse.Namespace, progress: Progress) -> Outcome:
-        """See `Kind`."""
+        """See `Classifying`."""
         from ..detect.run import detect
 
         return detect(options, progress)
@@ -127,6 +88,6 @@ def detects(options: argparse.Namespace) -> bool:
     return "annotations" in options
 
 
-def kind_of(options: argparse.Namespace) -> Kind:
+def kind_of(options: argparse.Namespace) -> Classifying | Detecting:
     """Whose options these are."""
     return Detecting(options) if detects(options) else Classifying()
