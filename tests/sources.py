@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import dtokd_kernels as dk
+from dtokd_kernels.asking import takes_losses
 from dtokd_kernels.sources import Ema, Every, Feature, Probe
 
 from .oracle import batch, losses_of
@@ -15,7 +16,7 @@ def inverse_norm(gram):
 
 
 def weights_by(weighting, gram, losses):
-    return weighting(gram, losses) if dk.reference.takes_losses(weighting) else weighting(gram)
+    return weighting(gram, losses) if takes_losses(weighting) else weighting(gram)
 
 
 def by_loss(gram, losses):

@@ -15,7 +15,7 @@ PACKAGES = {"dtokd_kernels": ROOT / "dtokd_kernels", "dtokd": ROOT / "python" / 
 #: The library's floors, the lowest first: modules, or packages with all their modules. A file imports from its own
 #: floor and those below.
 FLOORS = (
-    ("_version", "_supported", "types", "debug", "rules", "rows", "reach", "watch", "ranks"),  # words
+    ("_version", "_supported", "types", "asking", "debug", "rules", "rows", "reach", "watch", "ranks"),  # words
     ("reference", "weighting"),  # formulas
     ("operations", "libraries", "implementations", "triton", "backends"),  # who computes
     ("checks", "kernels", "plan", "ops"),  # what is computed, for rows of gradients

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends
+from ..asking import ask
 from ..implementations import solves
 from ..types import Balance, Options
 from .names import measuring
@@ -127,4 +128,4 @@ class _Averaged:
         if solves(self._options):  # for which backends have a kernel
             backend = backends.select(gram.device, self._options.backend)
             return backend.min_norm_weights(average, getattr(weighting, "clamp", True), average.diagonal() > 0)
-        return reference.ask(weighting, average, losses)
+        return ask(weighting, average, losses)
