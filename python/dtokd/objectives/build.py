@@ -261,9 +261,9 @@ def _teachable(
 
 
 def named_teachers(options: argparse.Namespace, more: str = "") -> list[tuple[str, str | None, str]]:
-    """Of each teacher its name, where its weights are, and what is added to the names of its objectives.
+    """For each teacher its name, the path of its weights, and what is added to the names of its objectives.
 
-    That is nothing for one teacher; for several each one's name, with a number where it occurs twice.
+    Nothing is added for one teacher; for several it is each one's name, with a number where it occurs twice.
 
     Args:
         options: of a command that trains.

@@ -49,7 +49,7 @@ def document(title: str, parts: Iterable[str]) -> str:
 
 
 def pictures(folder: Path, title: str, most: int | None = None) -> str:
-    """Those that `dtokd detect` drew; the files are in the page."""
+    """The pictures that `dtokd detect` drew, as a part of the page itself."""
     files = sorted(folder.glob("*.jpg"))[:most]
     if not files:
         return ""
@@ -62,7 +62,7 @@ def pictures(folder: Path, title: str, most: int | None = None) -> str:
 
 
 def fold(title: str, inner: str, shown: bool = False) -> str:
-    """A part of a page that a reader may open, or is open already."""
+    """A part of a page that can be folded; it is open at first where `shown`."""
     return f"<details{' open' if shown else ''}><summary>{escape(title)}</summary>{inner}</details>"
 
 

@@ -36,11 +36,11 @@ class Recorded:
 
     @classmethod
     def read(cls, path: Path, command: str, columns: Sequence[str] = ("epoch",)) -> Recorded:
-        """Of a run's directory.
+        """Read a run's directory.
 
         Args:
             path: the directory.
-            command: or the option that names it, for messages.
+            command: that reads it, or the option that names it, for messages.
             columns: that `summary.csv` has in any case.
 
         Raises:
@@ -54,17 +54,17 @@ class Recorded:
 
     @property
     def name(self) -> str:
-        """Of the directory."""
+        """The directory's name."""
         return self.path.name
 
     @property
     def metric(self) -> str:
-        """By which the best epoch is chosen."""
+        """The metric by which the best epoch is chosen."""
         return str(self.settings["eval_metric"])
 
     @property
     def prefix(self) -> str:
-        """Of the columns of `summary.csv` that judge: of the average, where there is one."""
+        """The begin of the columns of `summary.csv` that judge the student, or its average where there is one."""
         return "eval_ema_" if self.settings.get("model_ema") else "eval_"
 
     def best(self, metric: str | None = None) -> tuple[int, float]:
@@ -82,7 +82,7 @@ class Recorded:
 
     @property
     def teachers(self) -> list[Mapping[str, Any]]:
-        """What is known of each."""
+        """What is known of each teacher."""
         return list(self.about.get("teachers", ()))
 
     @property
