@@ -49,9 +49,15 @@ class Implementation:
         """[K] float64 from [K, K]; see `reference.min_norm_weights`."""
         return reference.min_norm_weights(gram, clamp, present)
 
-    def balance(self, grams: Tensor, losses: Tensor, options: Options) -> Balance:
+    def balance(self, grams: Tensor, losses: Tensor, options: Options, weights: Tensor | None = None) -> Balance:
         """From Gram matrices [3, K, K] to coefficients; see `reference.balance`."""
-        return reference.balance(grams, losses, options)
+        return reference.balance(grams, losses, options, weights)
+
+    def balance_before(
+        self, grams: Tensor, losses_before: Tensor, losses: Tensor, squares: Tensor, roles: int, options: Options
+    ) -> Balance:
+        """The balance as an earlier step's Gram matrices give it; see `reference.balance_before`."""
+        return reference.balance_before(grams, losses_before, losses, squares, roles, options)
 
     def gram_balance(self, rows: GradientRows, losses: Tensor, options: Options) -> Balance:
         """`gram` and `balance`."""
@@ -145,12 +151,26 @@ class Kernels(Implementation):
         """See `Implementation`."""
         return self._ops.min_norm_weights.default(gram.double().contiguous(), clamp, present)
 
-    def balance(self, grams: Tensor, losses: Tensor, options: Options) -> Balance:
+    def balance(self, grams: Tensor, losses: Tensor, options: Options, weights: Tensor | None = None) -> Balance:
         """See `Implementation`."""
         grams = grams.double().contiguous()
         losses = losses.to(grams.device, torch.float64).contiguous()
-        weights = None if solves(options) else reference.weigh(grams[Role.SHARED], losses, options).contiguous()
-        values, flags = self._ops.balance.default(grams, losses, weights, *_options(options))
+        if weights is None and not solves(options):
+            weights = reference.weigh(grams[Role.SHARED], losses, options).contiguous()
+        values, flags = self._ops.balance.default(grams, losses, weights, None, None, 0, *_options(options))
+        return _record(grams, values, flags)
+
+    def balance_before(
+        self, grams: Tensor, losses_before: Tensor, losses: Tensor, squares: Tensor, roles: int, options: Options
+    ) -> Balance:
+        """See `Implementation`; one launch with DTO-KD's weights."""
+        weights = None
+        if not solves(options):
+            grams = reference.of_present(grams, squares)
+            weights = reference.weigh(grams[Role.SHARED], losses_before, options).contiguous()
+        values, flags = self._ops.balance.default(
+            grams, losses, weights, losses_before, squares, roles, *_options(options)
+        )
         return _record(grams, values, flags)
 
     def gram_balance(self, rows: GradientRows, losses: Tensor, options: Options) -> Balance:

@@ -54,9 +54,17 @@ def unscaled(grams: Tensor, scale: Tensor | None) -> Tensor:
     return grams if scale is None else grams / scale.to(grams.device).square()
 
 
-def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
-    """The balance of Gram matrices [3, K, K] by role; other arguments as `solve`."""
-    return backends.select(grams.device, options.backend).balance(grams, losses, options)
+def balance(grams: Tensor, losses: Tensor, options: Options, weights: Tensor | None = None) -> Balance:
+    """The balance of Gram matrices [3, K, K] by role; other arguments as `solve` and `reference.balance`."""
+    return backends.select(grams.device, options.backend).balance(grams, losses, options, weights)
+
+
+def balance_before(
+    grams: Tensor, losses_before: Tensor, losses: Tensor, squares: Tensor, roles: int, options: Options
+) -> Balance:
+    """The balance as an earlier step's Gram matrices give it; see `reference.balance_before`. All on one device."""
+    implementation = backends.select(grams.device, options.backend)
+    return implementation.balance_before(grams, losses_before, losses, squares, roles, options)
 
 
 def solve(

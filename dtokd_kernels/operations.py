@@ -5,8 +5,9 @@ the same schemas in `dtokd_triton`. `prepare` checks parameters and state once a
 them, until `release`: an update by that number writes to tensors that are not among its arguments.
 
 Rows are as in `rows`: grads row by row, `reach` and `role` a number for each row. coefficients: [3, K] float64, by
-role. numbers: of each group those of the rule, in the order of `rules`; lr_of: of each group the index in `lrs` of a
-tensor that is its learning rate, or -1. tickets: [4] int32 zeros, which launches on a GPU share.
+role. losses_before, squares and roles of `balance`: as `reference.balance_before` has them, where the Gram matrices are
+those of an earlier step. numbers: of each group those of the rule, in the order of `rules`; lr_of: of each group the
+index in `lrs` of a tensor that is its learning rate, or -1. tickets: [4] int32 zeros, which launches on a GPU share.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _TICKETS = "Tensor(a!)? tickets"
 SCHEMAS = {
     "gram": f"({_ROWS}, int K, {_TICKETS}) -> Tensor",
     "min_norm_weights": "(Tensor gram, bool clamp, Tensor? present) -> Tensor",
-    "balance": f"(Tensor grams, Tensor losses, Tensor? weights, {_OPTIONS}) -> (Tensor, Tensor)",
+    "balance": "(Tensor grams, Tensor losses, Tensor? weights, Tensor? losses_before, Tensor? squares, int roles, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
     "gram_balance": f"({_ROWS}, Tensor losses, {_OPTIONS}, {_TICKETS}) -> (Tensor, Tensor, Tensor)",
     "combine_": "(Tensor(a!)[] out, Tensor[] grads, int[] reach, int[] role, Tensor coefficients) -> ()",
     "prepare": "(int rule, Tensor[] params, Tensor[] state, int[] reach, int[] role, int[] group, int[] held) -> int",

@@ -205,9 +205,10 @@ class Step:
         """
         grams: list[Tensor] = []
         skipped = self._run(coefficients, skipped, grams)
-        K = coefficients.shape[1]
-        nothing = coefficients.new_zeros(coefficients.shape[0], K, K)
-        return functools.reduce(Tensor.add, grams or [nothing]), skipped
+        if not grams:
+            K = coefficients.shape[1]
+            grams.append(coefficients.new_zeros(coefficients.shape[0], K, K))
+        return functools.reduce(Tensor.add, grams), skipped
 
     def _run(self, coefficients: Tensor, skipped: Tensor, grams: list[Tensor] | None) -> Tensor:
         def run(part: Part, rows: Rows, grads: GradientRows, numbers: list[Numbers]) -> None:

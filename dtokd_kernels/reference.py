@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -187,7 +188,7 @@ def solve_systems(systems: Tensor, right: Tensor, smallest: Tensor | float) -> t
     return torch.where(solvable[:, None, None], x, 0.0), solvable
 
 
-def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
+def balance(grams: Tensor, losses: Tensor, options: Options, weights: Tensor | None = None) -> Balance:
     """From the Gram matrix to the numbers that multiply the raw gradients.
 
     Log-gradients are g_i / L_i (Eq. 8), so their Gram matrix is G_ij / (L_i L_j) and log L is never
@@ -206,6 +207,7 @@ def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
             "sum" divides the coefficients by the sum of their sizes, so that the direction stays and the step's size
             is that of a weighted sum of the losses; "none" is the paper. `loss_floor` is the smallest loss divided by.
             `limit` is the largest element that a direction may have, before its update might overflow.
+        weights: [K] float64, in place of those that the weighting would choose.
 
     Returns:
         The `Balance`.
@@ -217,7 +219,7 @@ def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
     scale = 1 / losses.clamp(min=options.loss_floor) if options.log_gradients else ones
 
     present = gram.diagonal() > 0
-    weights = torch.where(present, weigh(gram, losses, options), 0.0)
+    weights = torch.where(present, weigh(gram, losses, options) if weights is None else weights, 0.0)
 
     coefficients = weights * scale
     private_coefficients = scale
@@ -253,6 +255,41 @@ def balance(grams: Tensor, losses: Tensor, options: Options) -> Balance:
         vertex=(present & (weights == 0)).any(),
         skipped=skipped,
     )
+
+
+def balance_before(
+    grams: Tensor, losses_before: Tensor, losses: Tensor, squares: Tensor, roles: int, options: Options
+) -> Balance:
+    """The balance of gradients whose squares alone are known, as an earlier step's Gram matrices give it.
+
+    Args:
+        grams: [3, K, K] float64, of the earlier step.
+        losses_before: [K] float64, of the earlier step: by these and its matrices weights are made.
+        losses: [K] float64, of this step: by these they become coefficients.
+        squares: [K] float64, the sum of the squares of each objective's gradient of this step. Where it is 0 the
+            objective takes no part; where one is not finite, or all are 0, the step is skipped.
+        roles: which parameters are updated, bit r for those of role r.
+        options: as for `balance`; `limit` holds for any angles between the gradients.
+    """
+    grams = of_present(grams.double(), squares)
+    weights = weigh(grams[Role.SHARED], losses_before, options)
+    record = balance(grams, losses, options, weights)
+    bounded = is_bounded(squares, record.table, roles, options.limit)
+    return replace(record, skipped=record.skipped | ~bounded)
+
+
+def of_present(grams: Tensor, squares: Tensor) -> Tensor:
+    """Gram matrices [3, K, K], 0 for those objectives whose `squares` [K] are."""
+    present = squares != 0
+    return torch.where(present[:, None] & present[None, :], grams, 0.0)
+
+
+def is_bounded(squares: Tensor, table: Tensor, roles: int, limit: float) -> Tensor:
+    """Scalar bool: gradients of these squares are finite, not all 0, and no combination's element exceeds `limit`."""
+    total = squares.sum()
+    rows = [row for role, row in enumerate(table) if roles >> role & 1]
+    reach = torch.stack(rows).abs().amax() * (len(squares) * total).sqrt()
+    return (total > 0) & (total < torch.inf) & (reach <= limit)
 
 
 def weigh(gram: Tensor, losses: Tensor, options: Options) -> Tensor:

@@ -34,6 +34,11 @@ class Layout:
     role: list[int]
     device: torch.device | None
 
+    @functools.cached_property
+    def roles(self) -> int:
+        """Bit r is set if there are rows of role r."""
+        return sum(1 << role for role in set(self.role))
+
 
 @dataclass(eq=False)
 class GradientRows:

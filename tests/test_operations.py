@@ -85,7 +85,11 @@ def calls(ops):
     return {
         "gram": [(grads, *SHAPE, 2, tickets())],
         "gram_balance": [(grads, *SHAPE, losses, *OPTIONS, tickets())],
-        "balance": [(grams, losses, None, *OPTIONS), (grams, losses, losses, *OPTIONS)],
+        "balance": [
+            (grams, losses, None, None, None, 0, *OPTIONS),
+            (grams, losses, losses, None, None, 0, *OPTIONS),
+            (grams, losses, None, losses + 1, losses, 7, *OPTIONS),
+        ],
         "min_norm_weights": [(gram, True, torch.tensor([True, True])), (gram, False, None)],
         "combine_": [(tensors(2), grads, *SHAPE, table)],
         "prepare": [prepared(rule) for rule in RULES],

@@ -7,7 +7,7 @@ from torch import nn
 import dtokd_kernels as dk
 from dtokd_kernels import backends
 from dtokd_kernels.sources import Ema, Every
-from dtokd_kernels.types import Role
+from dtokd_kernels.types import Options, Role
 
 from . import tolerances
 from .inputs import CHUNK, each_dtype, gradients
@@ -112,6 +112,44 @@ def test_skipped_lag_reports_its_own_step(backend):
     assert (optimizer.balance.gram - exact.gram).abs().max() <= tolerances.REORDERED * exact.gram.max()
     assert (optimizer.balance.cosine - exact.cosine).abs().max() <= tolerances.REORDERED
     assert not optimizer.balance.norm.isfinite()  # the head is private
+
+
+@pytest.mark.parametrize("weighting", [dk.weighting.DTO(), dk.weighting.UPGrad()], ids=["dto", "upgrad"])
+@pytest.mark.parametrize("K", [1, 2, 3, 5])
+def test_balance_by_the_matrices_of_the_step_before(backend, K, weighting):
+    """The bits of three calls: weights by the former losses, the balance with these, and a look at the squares."""
+    module = backends.select(torch.device("cpu"))
+    generator = torch.Generator().manual_seed(K)
+    factors = torch.randn(3, K, 7, generator=generator, dtype=torch.float64)
+    grams, (before, losses) = factors @ factors.mT, 0.5 + torch.rand(2, K, generator=generator, dtype=torch.float64)
+    options = Options(weighting, max_norm=0.5, limit=2.0**60)
+    nan, inf, huge = float("nan"), float("inf"), 2.0**140
+    # all of the first are skipped; private gradients of a tiny loss are what is too long, where there are any
+    for first, roles, skipped in (
+        (2.0, 7, False), (nan, 7, True), (inf, 7, True), (huge, 7, True), (0.0, 7, K == 1), (2.0, 1, False),
+    ):  # fmt: skip
+        squares = torch.full((K,), 3.0, dtype=torch.float64)
+        squares[0] = first
+        masked = grams * ((squares != 0)[:, None] & (squares != 0)[None, :])
+        weights = module.balance(masked, before, options).weights
+        expected = module.balance(masked, losses, options, weights)
+        record = module.balance_before(grams, before, losses, squares, roles, options)
+        assert record.skipped == skipped
+        for name in ("weights", "table", "norms", "norm", "cosine", "vertex"):
+            assert torch.equal(getattr(record, name), getattr(expected, name)), (name, first)
+
+
+def test_only_roles_that_are_updated_bound_a_step(backend):
+    """A tiny loss makes the coefficient of private parameters large: that skips the step only if there are any."""
+    module = backends.select(torch.device("cpu"))
+    grams = torch.eye(2, dtype=torch.float64).repeat(3, 1, 1)
+    grams[Role.SHARED, 0, 0] = 0.0
+    losses = torch.tensor([1e-8, 1.0], dtype=torch.float64)
+    squares = torch.full((2,), 2.0**80, dtype=torch.float64)
+    options = Options(dk.weighting.DTO(), limit=2.0**60)
+    for roles, skipped in ((0b101, False), (0b010, True), (0b111, True)):
+        record = module.balance_before(grams, torch.ones(2).double(), losses, squares, roles, options)
+        assert record.skipped == skipped, roles
 
 
 def test_backward_refuses_lag():

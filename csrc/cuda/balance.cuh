@@ -6,17 +6,21 @@
 
 namespace dtokd::cuda {
 
-// One block: `block_balance` of Gram matrices that are in memory.
+// One block: `block_balance` of Gram matrices that are in memory, those of an earlier step as well.
 template <int P>
 __global__ void __launch_bounds__(kThreads)
-    balance_kernel(int K, const double* losses, const double* weights, BalanceOptions options,
-                   Record record) {
+    balance_kernel(int K, const double* losses, const double* weights, Earlier earlier,
+                   BalanceOptions options, Record record) {
   DTOKD_SHARED(grams, double[kRoles][kGramSize]);
   for (int i = threadIdx.x; i < kRoles * K * K; i += kThreads) {
-    grams[i / (K * K)][i % (K * K)] = record.grams[i];
+    const int entry = i % (K * K);
+    grams[i / (K * K)][entry] = entry_of_present(record.grams[i], earlier, entry / K, entry % K);
   }
   __syncthreads();
-  block_balance<P>(grams, losses, weights, K, options, record);
+  block_balance<P>(grams, losses, weights, K, options, record, earlier.losses);
+  if (threadIdx.x == 0 && earlier.squares) {  // which has written the record
+    record.flags[1] |= !is_bounded(earlier, record.values + K, K, options.limit);
+  }
 }
 
 // One block. gram: [K, K]; present: [K] or null for all; out: [K].

@@ -44,9 +44,10 @@ int launch_gram(const std::vector<Gradients>&, int K, const Scratch&, double* gr
 int launch_gram_balance(const std::vector<Gradients>&, int K, const double* losses,
                         const BalanceOptions&, const Scratch&, const Record&, Stream);
 
-// From the Gram matrices in record.grams. weights: device, [K], or null for DTO-KD's.
-int launch_balance(int K, const double* losses, const double* weights, const BalanceOptions&,
-                   const Record&, Stream);
+// From the Gram matrices in record.grams. weights: device, [K], or null for DTO-KD's. What
+// Earlier points to is on the device; {} if the matrices are this step's.
+int launch_balance(int K, const double* losses, const double* weights, const Earlier&,
+                   const BalanceOptions&, const Record&, Stream);
 
 // gram: device, [K, K]; present: device, [K], or null for all; weights: device, [K].
 int launch_min_norm_weights(const double* gram, int K, const bool* present, bool clamp,

@@ -82,11 +82,11 @@ int launch_gram_balance(const std::vector<Gradients>& tensors, int K, const doub
   return launch(tensors, {K, 0, {}, scratch, record, losses, options}, stream);
 }
 
-int launch_balance(int K, const double* losses, const double* weights,
+int launch_balance(int K, const double* losses, const double* weights, const Earlier& earlier,
                    const BalanceOptions& options, const Record& record, Stream stream) {
   return by_objectives(K, [&](auto P) {
-    return launch_kernel(balance_kernel<P>, 1, kThreads, stream, K, losses, weights, options,
-                         record);
+    return launch_kernel(balance_kernel<P>, 1, kThreads, stream, K, losses, weights, earlier,
+                         options, record);
   });
 }
 

@@ -48,7 +48,8 @@ DTOKD_OUT_OF_LINE void block_min_norm_weights(const double* gram, int objectives
 template <int P, int N>
 DTOKD_OUT_OF_LINE void balance_of(const double (*grams)[kGramSize], const double* losses,
                                   const double* given, int objectives,
-                                  const BalanceOptions& options, const Record& record) {
+                                  const BalanceOptions& options, const Record& record,
+                                  const double* weighed) {
   const int K = N ? N : objectives;
   DTOKD_SHARED(scaled, double[kGramSize]);
   DTOKD_SHARED(weights, double[kMaxObjectives]);
@@ -57,7 +58,7 @@ DTOKD_OUT_OF_LINE void balance_of(const double (*grams)[kGramSize], const double
     for (int i = threadIdx.x; i < K; i += kThreads) weights[i] = given[i];
   } else {
     for (int i = threadIdx.x; i < K * K; i += kThreads) {
-      scaled[i] = scaled_entry(grams[kShared], losses, K, options, i / K, i % K);
+      scaled[i] = scaled_entry(grams[kShared], weighed, K, options, i / K, i % K);
     }
     __syncthreads();
     block_min_norm_weights<P, N>(scaled, K, present_objectives(grams[kShared], K), options.clamp,
@@ -72,20 +73,22 @@ DTOKD_OUT_OF_LINE void balance_of(const double (*grams)[kGramSize], const double
   }
 }
 
-// dto_weights (unless weights are given) and finish_balance. grams: shared, [kRoles][K * K]; for
-// all threads of a block to call.
+// dto_weights (unless weights are given) and finish_balance. grams: shared, [kRoles][K * K];
+// weighed: the losses by which weights are made, null for `losses`; for all threads of a block to
+// call.
 template <int P>
 DTOKD_DEVICE void block_balance(const double (*grams)[kGramSize], const double* losses,
                                 const double* given, int K, const BalanceOptions& options,
-                                const Record& record) {
+                                const Record& record, const double* weighed = nullptr) {
+  if (!weighed) weighed = losses;
   if constexpr (P == 2) {
     if (K == 2) {
-      balance_of<P, 2>(grams, losses, given, K, options, record);
+      balance_of<P, 2>(grams, losses, given, K, options, record, weighed);
     } else {
-      balance_of<P, 1>(grams, losses, given, K, options, record);
+      balance_of<P, 1>(grams, losses, given, K, options, record, weighed);
     }
   } else {
-    balance_of<P, 0>(grams, losses, given, K, options, record);
+    balance_of<P, 0>(grams, losses, given, K, options, record, weighed);
   }
 }
 

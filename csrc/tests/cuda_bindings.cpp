@@ -154,7 +154,7 @@ PYBIND11_MODULE(dtokd_cuda_emulation, m) {
         });
   m.def("balance", [](int K, uintptr_t losses, uintptr_t weights, const OptionsTuple& o,
                       uintptr_t grams, uintptr_t values, uintptr_t flags) {
-    check(launch_balance(K, pointer<double>(losses), pointer<double>(weights), options(o),
+    check(launch_balance(K, pointer<double>(losses), pointer<double>(weights), {}, options(o),
                          record(grams, values, flags), nullptr));
   });
   m.def("min_norm_weights",

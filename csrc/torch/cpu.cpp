@@ -38,21 +38,33 @@ struct Cpu : Place {
   }
 
   // weights: [K], or null for DTO-KD's.
-  void balance(int K, const double* losses, const double* weights, const BalanceOptions& options,
-               const RecordTensors& record) const {
+  void balance(int K, const double* losses, const double* weights, const Earlier& earlier,
+               const BalanceOptions& options, const RecordTensors& record) const {
+    double entries[kRoles][kMaxObjectives * kMaxObjectives];
     const double* grams[kRoles];
-    for (int role = 0; role < kRoles; ++role) grams[role] = record.grams_pointer() + role * K * K;
+    for (int role = 0; role < kRoles; ++role) {
+      grams[role] = entries[role];
+      for (int i = 0; i < K * K; ++i) {
+        const double entry = record.grams_pointer()[role * K * K + i];
+        entries[role][i] = entry_of_present(entry, earlier, i / K, i % K);
+      }
+    }
     double chosen[kMaxObjectives];
-    if (!weights) dto_weights(grams[0], losses, K, options, chosen);
+    if (!weights) {
+      dto_weights(grams[0], earlier.losses ? earlier.losses : losses, K, options, chosen);
+    }
     Balance result;
     finish_balance(grams, losses, weights ? weights : chosen, K, options, result);
     write_record(result, K, record.values_pointer(), record.flags_pointer());
+    if (earlier.squares && !is_bounded(earlier, record.values_pointer() + K, K, options.limit)) {
+      record.flags_pointer()[1] = true;
+    }
   }
 
   void gram_balance(const Rows& rows, int K, const double* losses, const BalanceOptions& options,
                     const RecordTensors& record) const {
     gram(rows, K, record.grams_pointer());
-    balance(K, losses, nullptr, options, record);
+    balance(K, losses, nullptr, {}, options, record);
   }
 
   void update(const Operations<Cpu>::Update& update, int K, const double* table, const bool* skips,

@@ -75,9 +75,10 @@ struct Cuda : Place {
     launched(cuda::launch_min_norm_weights(gram, K, present, clamp, out, stream));
   }
 
-  void balance(int K, const double* losses, const double* weights, const BalanceOptions& options,
-               const RecordTensors& record) const {
-    launched(cuda::launch_balance(K, losses, weights, options, pointers_of(record), stream));
+  void balance(int K, const double* losses, const double* weights, const Earlier& earlier,
+               const BalanceOptions& options, const RecordTensors& record) const {
+    launched(
+        cuda::launch_balance(K, losses, weights, earlier, options, pointers_of(record), stream));
   }
 
   void gram_balance(const Rows& rows, int K, const double* losses, const BalanceOptions& options,

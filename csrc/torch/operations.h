@@ -69,19 +69,26 @@ struct Operations {
   }
 
   static std::tuple<Tensor, Tensor> balance(const Tensor& grams, const Tensor& losses,
-                                            const Maybe& weights, bool log_gradients, bool clamp,
-                                            bool rescale_sum, double max_norm, double loss_floor,
-                                            double limit) {
+                                            const Maybe& weights, const Maybe& losses_before,
+                                            const Maybe& squares, int64_t roles, bool log_gradients,
+                                            bool clamp, bool rescale_sum, double max_norm,
+                                            double loss_floor, double limit) {
     const char* op = "balance";
     const int K = checked_K(losses.numel(), op);
     const Backend backend(grams, op, {});
     doubles(grams, kRoles * K * K, op, "grams");
-    backend.check(losses, op, "losses");
-    if (weights) backend.check(*weights, op, "weights");
+    const auto numbers = [&](const Tensor& tensor, const char* name) {
+      backend.check(tensor, op, name);
+      return doubles(tensor, K, op, name);
+    };
+    const auto maybe = [&](const Maybe& tensor, const char* name) {
+      return tensor ? numbers(*tensor, name) : nullptr;
+    };
     const RecordTensors record(grams, K);
-    backend.balance(K, doubles(losses, K, op, "losses"),
-                    weights ? doubles(*weights, K, op, "weights") : nullptr,
-                    {log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit}, record);
+    backend.balance(
+        K, numbers(losses, "losses"), maybe(weights, "weights"),
+        {maybe(losses_before, "losses_before"), maybe(squares, "squares"), unsigned(roles)},
+        {log_gradients, clamp, rescale_sum, max_norm, loss_floor, limit}, record);
     return {record.values, record.flags};
   }
 

@@ -15,7 +15,7 @@ from ..reach import Reach
 from ..types import Balance, Options, Role
 from ..watch import Watch
 from .buckets import Buckets
-from .source import Gathered, Given, Source, remember
+from .source import Gathered, Source, remember
 
 
 @dataclass(eq=False)
@@ -61,27 +61,16 @@ class Lag(Source):
             return kernels.balance(grams, losses, options)
         assert self._kept is not None
         assert isinstance(gathered.watch, _Finite)
-        squares = gathered.watch.squares()
-        # an objective without a gradient has no share of this step; NaN is no absence
-        present = squares.to(losses.device) != 0
-        before = torch.where(present[:, None] & present[None, :], self._kept[0].to(losses.device), 0.0)
-        losses_before = self._kept[1].to(losses.device)
-        self._weights = kernels.balance(before, losses_before, options).weights
-        self._next = before, losses
-        given = replace(options, weighting=Given(self._weights, options.log_gradients))
-        record = kernels.balance(before, losses, given)
-        total = kernels.unscaled(squares.sum().to(record.norm.device), self._scale)  # not finite as a gradient is
-        roles = sorted(set(gathered.rows.layout.role))
-        table = record.table[roles[0]] if len(roles) == 1 else torch.stack([record.table[role] for role in roles])
-        coefficients = table.abs().amax()
-        reach = coefficients * (len(losses) * total).sqrt()  # no element of the direction is larger
-        skipped = record.skipped | ~((total > 0) & (total < torch.inf) & (reach <= options.limit))
-        record = replace(record, skipped=skipped)
-        if skipped.device.type == "cpu" and skipped:  # known on the host: no update follows
+        squares = kernels.unscaled(gathered.watch.squares().to(losses.device), self._scale)
+        before, losses_before = (kept.to(losses.device) for kept in self._kept)
+        roles = gathered.rows.layout.roles
+        record = kernels.balance_before(before, losses_before, losses, squares, roles, options)
+        self._weights, self._next = record.weights, (before, losses)
+        if record.skipped.device.type == "cpu" and record.skipped:  # known on the host: no update follows
             grams = kernels.unscaled(
                 kernels.gram(gathered.rows, len(losses), options.backend, losses.device), self._scale
             )
-            return self._measured(grams, losses, record, options)
+            return self._measured(grams, losses, record, record.skipped, options)
         return record
 
     def run(self, step: Step, balance: Balance, coefficients: Tensor) -> Balance:
@@ -90,18 +79,15 @@ class Lag(Source):
             return super().run(step, balance, coefficients)
         assert self._next is not None
         grams, skipped = step.measure_and_update(coefficients, balance.skipped)
-        grams = kernels.unscaled(grams, self._scale)
-        losses = self._next[1]
+        grams, losses = kernels.unscaled(grams, self._scale), self._next[1]
         self._next = grams, losses
-        return self._measured(grams, losses, replace(balance, skipped=skipped), step.options)
+        return self._measured(grams, losses, balance, skipped, step.options)
 
-    def _measured(self, grams: Tensor, losses: Tensor, balance: Balance, options: Options) -> Balance:
+    def _measured(self, grams: Tensor, losses: Tensor, balance: Balance, skipped: Tensor, options: Options) -> Balance:
         """The balance that the step was taken, or skipped, with, and what was measured in it."""
-        assert self._weights is not None
-        given = Given(self._weights, options.log_gradients)
-        unclipped = replace(options, weighting=given, max_norm=None)
-        record = kernels.balance(grams, losses, unclipped)
-        return replace(record, weights=balance.weights, table=balance.table, skipped=balance.skipped)
+        unclipped = options if options.max_norm is None else replace(options, max_norm=None)
+        record = kernels.balance(grams, losses, unclipped, self._weights)
+        return replace(record, weights=balance.weights, table=balance.table, skipped=skipped)
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
         """Keep this step's Gram matrices for the next."""
@@ -153,10 +139,9 @@ class _Finite:
 
     def squares(self) -> Tensor:
         """[K] float64, the sums."""
-        zero = next(iter(self._totals.values()), torch.zeros(1, 1, dtype=torch.float64)).new_zeros(())
-        return torch.stack(
-            [
-                self._totals[i].reshape(()).to(zero.device) if i in self._totals else zero
-                for i in range(self._objectives)
-            ]
-        )
+        first = next(iter(self._totals.values()), None)
+        if first is None:
+            return torch.zeros(self._objectives, dtype=torch.float64)
+        zero = first if len(self._totals) == self._objectives else torch.zeros_like(first)
+        totals = [self._totals.get(i, zero).to(first.device) for i in range(self._objectives)]
+        return torch.cat(totals).view(-1)

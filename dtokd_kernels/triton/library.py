@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import operations
+from .. import operations, reference
 from ..implementations import TICKETS, Kernels, is_dense
 from ..rules import RULES, Rule
 from . import solve, update
@@ -89,12 +89,29 @@ def min_norm_weights(gram: Tensor, clamp: bool, present: Tensor | None) -> Tenso
         return solve.min_norm_weights(gram, clamp, None if present is None else present.contiguous())
 
 
-def balance(grams: Tensor, losses: Tensor, weights: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    """One launch."""
+def balance(
+    grams: Tensor,
+    losses: Tensor,
+    weights: Tensor | None,
+    losses_before: Tensor | None,
+    squares: Tensor | None,
+    roles: int,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    """One launch; where weights are those of `losses_before` one more, and torch's for `squares`."""
     grams, losses = _doubles("balance", grams, grams), _doubles("balance", losses, grams)
     weights = None if weights is None else _doubles("balance", weights, grams)
     with torch.cuda.device_of(grams):
-        return solve.balance(grams, losses, weights, *options)
+        if squares is not None:
+            grams = reference.of_present(grams, squares)
+        if weights is None and losses_before is not None:
+            before = _doubles("balance", losses_before, grams)
+            weights = solve.balance(grams, before, None, *options)[0][: len(losses)]
+        values, flags = solve.balance(grams, losses, weights, *options)
+        if squares is not None:
+            K = len(losses)
+            flags[1] |= ~reference.is_bounded(squares, values[K : 4 * K].view(3, K), roles, options[-1])
+    return values, flags
 
 
 def combine_(

@@ -115,6 +115,36 @@ DTOKD_HD double scaled_entry(const double* gram, const double* losses, int K,
          objective_scale(losses[j], options);
 }
 
+// Gram matrices of an earlier step, which stand for those of gradients whose squares alone are
+// known. losses: [K], by which weights are made; null: those of the balance. squares: [K], the
+// sums of squares; null: the matrices are the gradients' own. roles: bit i set if parameters of
+// role i are updated.
+struct Earlier {
+  const double* losses;
+  const double* squares;
+  unsigned roles;
+};
+
+// An entry of a Gram matrix, 0 where a gradient is absent now.
+DTOKD_HD double entry_of_present(double entry, const Earlier& earlier, int i, int j) {
+  const double* squares = earlier.squares;
+  return squares && (squares[i] == 0 || squares[j] == 0) ? 0 : entry;
+}
+
+// Whether gradients of these squares are finite, not all zero, and their combination stays below
+// the limit, whatever their angles. coefficients: [kRoles, K].
+DTOKD_HD bool is_bounded(const Earlier& earlier, const double* coefficients, int K, double limit) {
+  double total = 0;
+  for (int i = 0; i < K; ++i) total += earlier.squares[i];
+  double largest = 0;
+  for (int i = 0; i < kRoles * K; ++i) {
+    if (!(earlier.roles >> (i / K) & 1)) continue;
+    const double size = coefficients[i] < 0 ? -coefficients[i] : coefficients[i];
+    largest = size > largest ? size : largest;
+  }
+  return total > 0 && is_finite(total) && largest * dtokd::sqrt(K * total) <= limit;
+}
+
 // DTO-KD's own weights: min-norm point of the gradients, scaled by 1 / L for log-gradients.
 DTOKD_HD void dto_weights(const double* gram, const double* losses, int K,
                           const BalanceOptions& options, double* weights) {
