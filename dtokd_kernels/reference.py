@@ -412,7 +412,8 @@ def sgd(
     Returns:
         What the parameter ("param") and its state become.
     """
-    g = g + weight_decay * p
+    if weight_decay != 0:  # 0 times an infinite parameter would be NaN
+        g = g + weight_decay * p
     new = {}
     if momentum != 0:
         buffer = g if first else momentum * state["momentum_buffer"] + (1 - dampening) * g

@@ -148,6 +148,21 @@ def test_float16_parameters_that_move_too_far(backend):
         assert (p < -55000).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_infinite_parameter_without_weight_decay_stays_so(backend, momentum, dtype):
+    """As torch's SGD leaves it: 0 times infinity would be NaN. A mask of attention is such a parameter."""
+    ours, theirs = (nn.Parameter(torch.tensor([torch.inf, -torch.inf, 1.0], dtype=dtype)) for _ in range(2))
+    optimizer = dk.DTOSGD([ours], lr=0.5, momentum=momentum, weighting=RAW, rescale="none")
+    plain = torch.optim.SGD([theirs], lr=0.5, momentum=momentum)
+    for _ in range(2):
+        step(optimizer, ours, [0.25, 0.25])
+        theirs.grad = torch.full_like(theirs, 0.5)
+        plain.step()
+    assert torch.equal(ours, theirs)
+    assert ours.isinf().tolist() == [True, True, False]
+
+
 @each_rule
 def test_random_scales(backend, make):
     """Whatever the scales, what is written is finite, and a step is skipped only if a number of it could not be."""

@@ -355,7 +355,7 @@ def _adamw(d, values, scalars, STATES: tl.constexpr, COMPUTE: tl.constexpr):
 def _sgd(d, values, scalars, STATES: tl.constexpr, NESTEROV: tl.constexpr, FIRST: tl.constexpr):
     """SGD as torch does it: momentum, dampening, Nesterov, L2 weight decay. FIRST: the buffer holds nothing yet."""
     weight_decay, momentum, one_minus_dampening, negative_lr = scalars
-    d = tl.fma(weight_decay, values[0], d)
+    d = tl.where(weight_decay != 0, tl.fma(weight_decay, values[0], d), d)  # 0 times infinity would be NaN
     states = ()
     if STATES == 1:
         buffer = d if FIRST else tl.fma(momentum, values[1], one_minus_dampening * d)

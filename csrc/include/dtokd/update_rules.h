@@ -129,17 +129,22 @@ struct SGD {
   V momentum;
   V one_minus_dampening;
   V negative_lr;
-  bool nesterov, first;
+  bool decays, nesterov, first;
 
   template <class Number>
   static DTOKD_HD SGD of(const Numbers& n, double lr, int64_t, const Number& number) {
-    return {number(n.weight_decay), number(n.momentum), number(1 - n.dampening), number(-lr),
-            n.nesterov != 0,        n.first != 0};
+    return {number(n.weight_decay),
+            number(n.momentum),
+            number(1 - n.dampening),
+            number(-lr),
+            n.weight_decay != 0,
+            n.nesterov != 0,
+            n.first != 0};
   }
 
   DTOKD_HD void operator()(V g, V& p, V* const (&state)[kStates]) const {
     V* const buffer = state[0];
-    g = fma(weight_decay, p, g);
+    if (decays) g = fma(weight_decay, p, g);  // 0 times an infinite parameter would be NaN
     if (buffer) {
       *buffer = first ? g : fma(momentum, *buffer, one_minus_dampening * g);
       g = nesterov ? fma(momentum, *buffer, g) : *buffer;
