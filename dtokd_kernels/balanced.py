@@ -198,10 +198,12 @@ class Balanced(Kept):
                 f"{type(self).__name__}.step: the gradients were gathered inside no_sync() and are those of this rank "
                 "alone; call backward outside of it for the last part of the batch"
             )
-        if self._sets.scaler is None and hasattr(self, "found_inf"):  # set by a scaler around step
+        # set by a scaler around step; the one whose it is has this optimizer among those of the iteration
+        if hasattr(self, "found_inf") and id(self) not in getattr(self._sets.scaler, "_per_optimizer_states", ()):
+            got = "did not get it" if self._sets.scaler is None else "got another one"
             raise RuntimeError(
-                f"{type(self).__name__}.step: a GradScaler takes this step, but backward did not get it; pass the "
-                "losses as they are, and the scaler: optimizer.backward(losses, scaler=scaler)"
+                f"{type(self).__name__}.step: a GradScaler takes this step, but backward {got}; pass the losses as "
+                "they are, and the scaler: optimizer.backward(losses, scaler=scaler)"
             )
         self._settle()
         if self._sets.align(self._params()) and self._sets.watch is not None:

@@ -255,6 +255,24 @@ def test_losses_scaled_by_hand_are_refused(backend):
     assert_same(parameters(model), before)
 
 
+def test_another_scaler_than_that_of_backward_is_refused(backend):
+    """Its step would take out a scale that is not in the gradients; the right one takes the step afterwards."""
+    model = Student()
+    optimizer = dk.DTOAdamW(model.parameters())
+    ours, other = (torch.amp.GradScaler("cpu", init_scale=scale) for scale in (64.0, 8.0))
+    other.scale(torch.ones(()))  # as for another model's loss
+    for _ in range(2):  # `ours` has taken a step before
+        before = parameters(model)
+        optimizer.zero_grad()
+        optimizer.backward(losses_of(model, batch()), scaler=ours)
+        with pytest.raises(RuntimeError, match=r"but backward got another one; .*optimizer\.backward\(losses, scaler="):
+            other.step(optimizer)
+        assert_same(parameters(model), before)
+        ours.step(optimizer)
+        ours.update()
+        assert any(not torch.equal(a, b) for a, b in zip(parameters(model), before, strict=True))
+
+
 def test_scaler_that_changes_within_a_step_is_refused(backend):
     model, scaler = Student(), torch.amp.GradScaler("cpu")
     optimizer = dk.DTOAdamW(model.parameters())
