@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -159,6 +160,15 @@ def test_share_of_an_objective_that_comes_and_goes():
 def test_bad_shares(arguments, message):
     with pytest.raises(ValueError, match=message):
         Share(*arguments)
+
+
+def test_a_position_may_be_a_number_of_numpy():
+    """A bool is none, though Python takes it for one."""
+    gram = torch.tensor([[4.0, -1.0], [-1.0, 9.0]], dtype=torch.float64)
+    for make in (TaskFirst, lambda primary: Share([1.0, 1.0], primary=primary)):
+        assert torch.equal(make(np.int64(1))(gram, torch.ones(2)), make(1)(gram, torch.ones(2)))
+        with pytest.raises(ValueError, match="primary is True, but the objectives are 2 without names"):
+            make(True)(gram, torch.ones(2))
 
 
 @pytest.mark.parametrize(

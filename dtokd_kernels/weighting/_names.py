@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 
 def check_primary(rule: str, primary: str | int, names: Sequence[str]) -> None:
@@ -27,7 +28,10 @@ def position_of(rule: str, objective: str | int, names: Sequence[str], K: int) -
     Raises:
         ValueError: there is no such objective.
     """
-    place = objective if isinstance(objective, int) else names.index(objective) if objective in names else -1
+    if isinstance(objective, Integral) and not isinstance(objective, bool):  # numpy's too
+        place = int(objective)
+    else:
+        place = names.index(objective) if objective in names else -1
     if not 0 <= place < K:
         have = list(names) or f"{K} without names: pass a position, or a dict of losses to an optimizer or to backward"
         raise ValueError(f"{rule}: primary is {objective!r}, but the objectives are {have}")
