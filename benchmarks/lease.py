@@ -34,6 +34,8 @@ ROOT = Path(__file__).parents[1]
 EMULATED = "build/emulated/dtokd_emulated.so"
 RESULTS = ROOT / "runs/gpu"
 SECONDS = 540
+#: What may travel to a machine that is lent, of which 64 MiB are the limit.
+CARRIED_MIB = 60
 #: Where the tables stand in a document.
 BEGIN, END = "<!-- GPU figures: `python -m benchmarks.lease --docs` -->", "<!-- end of the GPU figures -->"
 DOCUMENTS = {"docs/gpu.md": report.gpu_tables, "docs/benchmarks.md": report.gpu_line, "README.md": report.gpu_line}
@@ -48,12 +50,14 @@ class Stage:
         command: what it runs; "{folder}" stands for the folder of its rows.
         seconds: its time limit.
         environment: what it needs there.
+        optional: it needs what a machine may not allow; then it is left out, and is no failure.
     """
 
     name: str
     command: Sequence[str]
     seconds: float
     environment: Mapping[str, str] = field(default_factory=dict)
+    optional: bool = False
 
 
 def _measured(name: str, seconds: float, *arguments: str) -> Stage:
@@ -70,6 +74,15 @@ def _tested(name: str, seconds: float, *arguments: str, before: Sequence[str] = 
 
 def _sanitizer(*tool: str) -> list[str]:
     return ["compute-sanitizer", "--error-exitcode", "1", "--tool", *tool]
+
+
+def _profiled(name: str, seconds: float, *arguments: str) -> Stage:
+    """Bytes, cache hits, pipes and stalls of single launches, which the hardware counts; read them in the log."""
+    sections = ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "WarpStateStats", "LaunchStats")
+    ours = ["--kernel-name-base", "demangled", "--kernel-name", "regex:dtokd", "--launch-count", "24"]
+    command = ["ncu", "--target-processes", "all", *ours, *(f"--section={section}" for section in sections)]
+    measured = _measured(name, seconds, *arguments)
+    return Stage(name, [*command, *measured.command], seconds, optional=True)
 
 
 _NAMES = "step gram combine weights balance optim backward state drop_in errors long_run properties torchjd"
@@ -95,6 +108,7 @@ STAGES = (
     ),
     _measured("triton", 45, "gate", "steps", "kernels", "--only", "triton", "--models", "deit_tiny", "--rounds", "5"),
     # of a second run
+    _profiled("profile", 90, "steps", "--only", "cuda", "--models", "deit_tiny", "--rounds", "1", "--calls", "1"),
     _tested("triton_tests", 120, "tests/test_gpu.py", "-k", "triton"),
     _measured("12e6", 40, "steps", "--only", "cuda", "--models", "12e6"),
     _tested("tests", 300, *TESTS),
@@ -115,6 +129,16 @@ def build_stage() -> Stage | None:
     if not commands:
         return None
     return Stage("build", ["sh", "-c", " & ".join(commands) + " & wait"], 300)
+
+
+def carried() -> dict[str, float]:
+    """MiB of what travels to a machine that is lent: the files of the checkout, and what is built beside them."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    built = [*sorted((ROOT / "dtokd_kernels").glob("_*.abi3.so")), ROOT / EMULATED]
+    files = [path for name in listed.split("\0") if name and (path := ROOT / name).is_file()]
+    sizes = {"checkout": sum(path.stat().st_size for path in files)}
+    sizes |= {str(path.relative_to(ROOT)): path.stat().st_size for path in built if path.exists()}
+    return {name: size / 2**20 for name, size in sizes.items()}
 
 
 class Run:
@@ -189,6 +213,8 @@ class Run:
         shutil.rmtree(rows, ignore_errors=True)
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""]
         state = "passed" if code == 0 else f"cut off after {limit:.0f} s" if code is None else f"failed ({code})"
+        if code and stage.optional:
+            state = "left out"
         self._note(stage, state, time.monotonic() - start, lines[-1][:200] if code != 0 else "")
 
     def rows(self, stages: Sequence[Stage]) -> list[Row]:
@@ -242,7 +268,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all stages of this call")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results, and of those before")
     parser.add_argument("--docs", action="store_true", help="only write the tables of gpu.csv into the documents")
+    parser.add_argument("--carried", action="store_true", help="only say how much travels to a machine that is lent")
     options = parser.parse_args(arguments)
+    if options.carried:
+        sizes = carried()
+        parts = ", ".join(f"{name} {size:.1f}" for name, size in sizes.items())
+        total = f"{sum(sizes.values()):.1f} of {CARRIED_MIB} MiB: {parts}"
+        print(total)
+        parser.exit(0 if sum(sizes.values()) <= CARRIED_MIB else 1)
     if options.docs:
         path = options.output / "gpu.csv"
         if not path.exists():

@@ -1,6 +1,7 @@
 """`make gpu` rehearsed without a GPU: what fails, hangs or is killed at any stage loses nothing of the rest."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -213,6 +214,17 @@ def test_a_tool_that_is_not_there_is_left_out(tmp_path):
     assert "| sanitizer | left out | 0.0 | no-such-tool is not there |" in (tmp_path / "README.md").read_text()
 
 
+def test_what_a_machine_does_not_allow_is_left_out(tmp_path):
+    """A profiler without the right to count; it is no failure, and not tried again."""
+    refused = [sys.executable, "-c", "raise SystemExit('ERR_NVGPUCTRPERM')"]
+    stages = [lease.Stage("profile", refused, 30, optional=True)]
+    assert lease.Run(tmp_path, 30).go(stages)
+    assert "| profile | left out |" in (text := (tmp_path / "README.md").read_text())
+    assert "ERR_NVGPUCTRPERM" in text
+    [profile] = [stage for stage in lease.STAGES if stage.optional]
+    assert profile.command[0] == "ncu"
+
+
 def test_the_stages_of_the_first_run_take_less_than_nine_minutes():
     names = [s.name for s in lease.STAGES]
     first = lease.STAGES[: names.index("triton") + 1]
@@ -257,6 +269,23 @@ def test_nothing_that_travelled_is_built_again(tmp_path, monkeypatch):
     assert "setup.py" not in script
     extension.unlink()
     assert "setup.py" in lease.build_stage().command[-1]
+
+
+def test_what_is_carried_is_counted(tmp_path, monkeypatch, capsys):
+    """And with a CUDA extension for one architecture, of 16 MiB, this checkout is far below the limit."""
+    assert sum(size for name, size in lease.carried().items() if "_cuda" not in name) <= lease.CARRIED_MIB - 40
+    monkeypatch.setattr(lease, "ROOT", tmp_path)
+    for name in ("dtokd_kernels/_cuda.abi3.so", "build/emulated/dtokd_emulated.so", "listed.py", "not_listed"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    for command in (["init", "-q"], ["add", "listed.py"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    for limit, code in ((3, 0), (2.5, 1)):
+        monkeypatch.setattr(lease, "CARRIED_MIB", limit)
+        with pytest.raises(SystemExit) as exit_:
+            lease.main(["--carried"])
+        assert exit_.value.code == code
+        assert f"3.0 of {limit} MiB: checkout 1.0, dtokd_kernels/_cuda.abi3.so 1.0, build" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("document", lease.DOCUMENTS)
