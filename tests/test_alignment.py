@@ -3,6 +3,8 @@
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import dtokd_kernels as dk
@@ -43,3 +45,21 @@ def test_no_element_is_misaligned(shapes, shard, rank, size, dtype):
         for g, p, state in zip(optimizer._sets.grads[0], parts, held, strict=True):
             assert g.numel() == p.numel() == state["exp_avg"].numel()
         assert isinstance(states[0]["exp_avg"], DTensor) == shard
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "share"),
+    [(2, torch.float32, 0.0), (8, torch.float32, 0.0), (8, torch.bfloat16, 0.0), (3, torch.float32, 0.45)],
+    ids=str,
+)
+def test_fsdp_places_gradients_where_it_likes(size, dtype, share):
+    """Which docs/distributed.md tells: a rank's parts follow one another, aligned if widths divide by the ranks."""
+    with pretended_ranks.ranks(size, 1):
+        mesh = dist.init_device_mesh("cpu", (size,))
+        model = timm.create_model("resnet18", num_classes=37).to(dtype).eval()
+        for block in (model.layer1, model.layer2, model.layer3, model.layer4, model):
+            fully_shard(block, mesh=mesh)
+        model(torch.zeros(1, 3, 32, 32, dtype=dtype)).float().sum().backward()
+        gradients = [p.grad.to_local() for p in model.parameters()]
+        assert misaligned(p.to_local() for p in model.parameters()) == 0
+    assert abs(misaligned(gradients) / sum(g.numel() for g in gradients) - share) < 0.005
