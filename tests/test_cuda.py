@@ -1,5 +1,7 @@
 """The backend "cuda" on CPU tensors, through the emulation: what kernels take together, and steps in one launch."""
 
+import types
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from dtokd_kernels.types import Options, Role
 
 from . import emulated, tolerances
 from .device import DEVICE
+from .pretended import pretending
 from .updates import Update, flag, gradient_rows, measure_and_run, run, step_of
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the emulation takes CPU tensors")
@@ -188,6 +191,35 @@ def test_an_old_driver_or_gpu_is_no_place_for_the_cuda_kernels(monkeypatch):
             assert backends.best(torch.device("cuda")) != "cuda"  # and does not warn again: warnings are errors here
         finally:
             backends._unfit.cache_clear()
+
+
+def test_each_stream_and_each_graph_has_tickets_of_its_own(monkeypatch):
+    """Launches that run at the same time must not count each other's blocks; those of a stream run one by one."""
+    now = {"device_index": 0, "cuda_stream": 7}
+    capturing = False
+    monkeypatch.setattr(implementations, "_tickets", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(**now))
+
+    def tickets():
+        return implementations.tickets(torch.device("cuda", now["device_index"]))
+
+    with pretending():
+        first = tickets()
+        assert first.host.tolist() == [0] * implementations.TICKETS
+        assert tickets() is first
+        now["cuda_stream"] = 8
+        second = tickets()
+        now |= {"device_index": 1, "cuda_stream": 7}
+        third = tickets()
+        now["device_index"] = 0
+        assert tickets() is first
+        capturing = True  # on the first stream: the graph may be replayed on any
+        graphs = [tickets(), tickets()]
+        capturing = False
+        assert tickets() is first
+    assert len(set(map(id, (first, second, third, *graphs)))) == 5
+    assert implementations.tickets(torch.device("cpu")) is None
 
 
 def test_two_optimizers_in_turn_are_each_alone(cuda):
