@@ -3,8 +3,8 @@ and dtokd_kernels._cuda for GPUs.
 
 DTOKD_BUILD says what to build: "auto" (the default: what can be built; without a compiler or without torch at
 build time a pure-Python package), "cpu" (_C, or fail), "cuda" (both, or fail), "none" (pure Python). Building _cuda
-takes nvcc and no GPU; TORCH_CUDA_ARCH_LIST says for which, by default for those that are visible, else for 8.0, 9.0,
-10.0, 12.0 and, as PTX, later ones.
+takes nvcc and no GPU; TORCH_CUDA_ARCH_LIST says for which, by default for those that are visible, else for 8.0, 8.6,
+9.0, 10.0, 10.3, 12.0, as far as nvcc knows them, and, as PTX, later ones.
 """
 
 import os
@@ -20,7 +20,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 CHOICES = ("auto", "cpu", "cuda", "none")
-ARCHITECTURES = "8.0;9.0;10.0;12.0+PTX"
+ARCHITECTURES = ("8.0", "8.6", "9.0", "10.0", "10.3", "12.0")
 VERSION = runpy.run_path(str(ROOT / "dtokd_kernels/_version.py"))["built_from"](ROOT / "csrc")
 
 
@@ -49,6 +49,13 @@ def cuda_home() -> str | None:
     said = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
     where = re.search(r"_HERE_=(\S+)", said.stderr + said.stdout)
     return str(Path(where[1]).parent) if where else None
+
+
+def architectures() -> str:
+    """Those of ARCHITECTURES that nvcc knows, the last as PTX too, for TORCH_CUDA_ARCH_LIST."""
+    listed = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout.split()
+    known = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in listed]
+    return ";".join(known or ARCHITECTURES[:1]) + "+PTX"
 
 
 def use_ccache() -> None:
@@ -150,7 +157,7 @@ def extensions() -> dict:
     ]
     if wanted != "cpu" and not obstacle:
         if not torch.cuda.is_available():
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", architectures())
         modules.append(
             CUDAExtension(
                 "dtokd_kernels._cuda",

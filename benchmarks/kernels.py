@@ -1,8 +1,10 @@
 """What the compilers make of the GPU kernels, read without a GPU: `python -m benchmarks.kernels [--arch 80 90 ...]`.
 
 For each kernel and architecture: registers, spilled bytes, static shared memory, occupancy; and of the main loop its
-instructions, how many of its accesses to global memory move 16 bytes, and the bytes it moves per element, against what
-the tensors hold. Nothing here is a time.
+instructions and those in float64, how many of its accesses to global memory move 16 bytes, and the bytes it moves per
+element, against what the tensors hold. Nothing here is a time. `--model` makes one of the instructions, for GPUs that
+have little float64: how much longer than fused AdamW a step of two float32 gradients takes, with sums in float64 and
+with what is compiled for that GPU.
 """
 
 import argparse
@@ -34,16 +36,21 @@ class Kernel:
     name: str
     work: tuple[str, int]
     bytes: int | None
+    in_parts: tuple[str, int] | None = None  # `work`, where sums are taken in parts and that makes a difference
 
 
-#: DFMA: a pair's product. MUFU.RSQ: one square root. MUFU.RCP: one division. FFMA: a gradient's share.
+#: Where the sums of products are in float64, as csrc/cuda/parts.cuh has it; elsewhere they are in parts of float32.
+FLOAT64 = (80, 90, 100)
+
+#: DFMA: a pair's product. MUFU.RSQ: one square root. MUFU.RCP: one division. FFMA: a gradient's share; in parts what a
+#: product rounds off, or two for half types. LDG: four elements of one of four tensors.
 KERNELS = (
-    Kernel("gram_kernel<float, 2>", ("DFMA", 3), 8),
+    Kernel("gram_kernel<float, 2>", ("DFMA", 3), 8, ("FFMA", 3)),
     Kernel("gram_kernel<double, 2>", ("DFMA", 3), 16),
-    Kernel("gram_kernel<bf16, 2>", ("DFMA", 3), 4),
-    Kernel("gram_kernel<f16, 2>", ("DFMA", 3), 4),
-    Kernel("gram_kernel<float, 4>", ("DFMA", 10), 16),
-    Kernel("gram_kernel<float, 8>", ("DFMA", 36), 32),
+    Kernel("gram_kernel<bf16, 2>", ("DFMA", 3), 4, ("FFMA", 6)),
+    Kernel("gram_kernel<f16, 2>", ("DFMA", 3), 4, ("FFMA", 6)),
+    Kernel("gram_kernel<float, 4>", ("DFMA", 10), 16, ("FFMA", 10)),
+    Kernel("gram_kernel<float, 8>", ("DFMA", 36), 32, ("FFMA", 36)),
     Kernel("update_kernel<StepRule<AdamW, float, float, false>, 2>", ("MUFU.RSQ", 1), 8 + 12 + 12),
     Kernel("update_kernel<StepRule<AdamW, float, bf16, false>, 2>", ("MUFU.RSQ", 1), 8 + 8 + 8),
     Kernel("update_kernel<StepRule<AdamW, bf16, float, false>, 2>", ("MUFU.RSQ", 1), 4 + 10 + 10),
@@ -55,12 +62,12 @@ KERNELS = (
     Kernel("update_kernel<CombineRule<bf16>, 2>", ("FFMA", 2), 4 + 2),
     Kernel("gram_update_kernel<StepRule<AdamW, float, float, false>, 2>", ("MUFU.RSQ", 1), 8 + 12 + 12),
     Kernel("gram_update_kernel<StepRule<AdamW, float, float, false>, 4>", ("MUFU.RSQ", 1), 16 + 12 + 12),
-    Kernel("gram_update_kernel<StepRule<AdamW, float, float, false>, 8>", ("MUFU.RSQ", 1), 32 + 12 + 12),
+    Kernel("gram_update_kernel<StepRule<AdamW, float, float, false>, 8>", ("MUFU.RSQ", 1), 32 + 12 + 12, ("FFMA", 36)),
     Kernel("gram_update_kernel<StepRule<AdamW, float, bf16, false>, 2>", ("MUFU.RSQ", 1), 8 + 8 + 8),
     Kernel("gram_update_kernel<StepRule<AdamW, bf16, float, false>, 2>", ("MUFU.RSQ", 1), 4 + 10 + 10),
     Kernel("gram_update_kernel<StepRule<AdamW, bf16, bf16, false>, 2>", ("MUFU.RSQ", 1), 4 + 6 + 6),
     Kernel("gram_update_kernel<StepRule<AdamW, bf16, float, true>, 8>", ("MUFU.RSQ", 1), None),
-    Kernel("gram_update_kernel<StepRule<SGD, float, float, true>, 2>", ("DFMA", 3), 8 + 8 + 8),
+    Kernel("gram_update_kernel<StepRule<SGD, float, float, true>, 2>", ("DFMA", 3), 8 + 8 + 8, ("LDG", 1)),
     Kernel("resident_kernel<StepRule<AdamW, float, float, false>, 2>", ("MUFU.RSQ", 1), None),
     Kernel("resident_kernel<StepRule<AdamW, bf16, float, false>, 2>", ("MUFU.RSQ", 1), None),
 )
@@ -133,9 +140,13 @@ class Loop:
         """Instructions of this name, whatever modifiers follow."""
         return sum(f"{i.opcode}.".startswith(f"{opcode}.") for i in self.code)
 
-    def elements(self, kernel: Kernel) -> float:
+    def float64(self) -> int:
+        """Instructions that float64 units execute, conversions among them."""
+        return sum(i.opcode.split(".")[0] in ("DFMA", "DADD", "DMUL", "DSETP") or ".F64" in i.opcode for i in self.code)
+
+    def elements(self, kernel: Kernel, arch: int) -> float:
         """How many elements of a tensor a thread is through with after one pass."""
-        opcode, per_element = kernel.work
+        opcode, per_element = kernel.in_parts if kernel.in_parts and arch not in FLOAT64 else kernel.work
         return self.count(opcode) / per_element
 
 
@@ -177,9 +188,11 @@ def _tool(name: str) -> Path:
     return path
 
 
-def cuda_kernels(folder: Path, arch: int, kernels: Sequence[Kernel] = KERNELS) -> dict[Kernel, Compiled]:
-    """The project's CUDA kernels, compiled for an architecture (90: sm_90) in `folder`."""
-    compiled = assemble(toolchain.compile_kernels([k.name for k in kernels], folder, arch, "ptx"), arch)
+def cuda_kernels(
+    folder: Path, arch: int, kernels: Sequence[Kernel] = KERNELS, flags: Sequence[str] = ()
+) -> dict[Kernel, Compiled]:
+    """The project's CUDA kernels, compiled for an architecture (90: sm_90) in `folder`, with more flags for nvcc."""
+    compiled = assemble(toolchain.compile_kernels([k.name for k in kernels], folder, arch, "ptx", flags), arch)
     names = toolchain.run(["c++filt", *(c.symbol for c in compiled)]).splitlines()
     result = {}
     for kernel in kernels:
@@ -189,13 +202,16 @@ def cuda_kernels(folder: Path, arch: int, kernels: Sequence[Kernel] = KERNELS) -
     return result
 
 
-HEADER = "kernel", "sm", "regs", "spill", "smem", "occupancy", "loop", "/element", "16 byte", "bytes/element", "model"
+HEADER = (
+    *("kernel", "sm", "regs", "spill", "smem", "occupancy", "loop", "/element", "float64", "16 byte", "bytes/element"),
+    "model",
+)
 
 
 def row(kernel: Kernel, compiled: Compiled) -> tuple[str, ...]:
     """A line of the table."""
     loop = Loop(compiled.main_loop())
-    accesses, elements = loop.accesses(), loop.elements(kernel)
+    accesses, elements = loop.accesses(), loop.elements(kernel, compiled.arch)
     return (
         kernel.name,
         str(compiled.arch),
@@ -205,6 +221,7 @@ def row(kernel: Kernel, compiled: Compiled) -> tuple[str, ...]:
         f"{compiled.occupancy():.0%}",
         str(len(loop.code)),
         f"{len(loop.code) / elements:.1f}",
+        f"{loop.float64() / elements:.2f}",
         f"{loop.wide()} of {accesses.total()}",
         f"{loop.bytes() / elements:g}",
         "-" if kernel.bytes is None else str(kernel.bytes),
@@ -216,13 +233,85 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)).rstrip() for r in rows)
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What its maker says of a GPU, and the code it runs.
+
+    Attributes:
+        arch: 89 for 8.6 too.
+        multiprocessors: how many.
+        gigahertz: their clock.
+        bandwidth: terabytes a second.
+        float64: operations in a clock of a multiprocessor, a multiply-add being one.
+    """
+
+    name: str
+    arch: int
+    multiprocessors: int
+    gigahertz: float
+    bandwidth: float
+    float64: int = 2
+
+    def clocks(self, code: Compiled, elements: float, tensor_bytes: int) -> tuple[float, ...]:
+        """Of a multiprocessor per element of a kernel's main loop: for memory, all instructions, those in float64.
+
+        The longest is the model of its time: memory at 9 tenths of its bandwidth, 4 warps' instructions a clock.
+        """
+        loop = Loop(code.main_loop())
+        per_second = self.multiprocessors * self.gigahertz * 1e9
+        memory = tensor_bytes / (0.9 * self.bandwidth * 1e12) * per_second
+        return memory, len(loop.code) / elements / 128, loop.float64() / elements / self.float64
+
+
+GPUS = (
+    Gpu("B300", 103, 148, 1.92, 8.0),
+    Gpu("RTX 3090", 89, 82, 1.70, 0.936),
+    Gpu("RTX 4090", 89, 128, 2.52, 1.008),
+    Gpu("RTX 5090", 120, 170, 2.41, 1.792),
+)
+#: The launches of a step, and of one with the weights of the step before; bytes of fused AdamW with one gradient.
+STEP = ("gram_kernel<float, 2>", "update_kernel<StepRule<AdamW, float, float, false>, 2>")
+LAG = ("gram_update_kernel<StepRule<AdamW, float, float, false>, 2>",)
+FUSED_BYTES = 28
+
+
+def model_rows() -> list[tuple[str, ...]]:
+    """For each of GPUS: the limits of the Gram kernel, and the ratios of two kinds of step to fused AdamW."""
+    rows: list[tuple[str, ...]] = [
+        ("gpu", "sums", "gram: memory", "instructions", "float64", "step / fused AdamW", "lag / fused AdamW")
+    ]
+    chosen = [kernel for kernel in KERNELS if kernel.name in (*STEP, *LAG)]
+    for gpu in GPUS:
+        for sums, flags in (("float64", ["-DDTOKD_SUMS_IN_PARTS=0"]), ("in parts", [])):
+            with tempfile.TemporaryDirectory() as folder:
+                compiled = cuda_kernels(Path(folder), gpu.arch, chosen, flags)
+            clocks = {}
+            for kernel, code in compiled.items():
+                loop = Loop(code.main_loop())
+                elements = loop.elements(kernel, gpu.arch if not flags else FLOAT64[0])
+                assert kernel.bytes is not None
+                clocks[kernel.name] = gpu.clocks(code, elements, kernel.bytes)
+            if not flags:  # two loops: the sums, and the update that reads its gradients once more
+                sums_of, update = clocks[STEP[0]], clocks[LAG[0]]
+                clocks[LAG[0]] = (update[0], sums_of[1] + update[1], sums_of[2] + update[2])
+            gram = clocks[STEP[0]]
+            fused = gram[0] * FUSED_BYTES / 8
+            ratios = [sum(max(clocks[name]) for name in names) / fused for names in (STEP, LAG)]
+            rows.append((gpu.name, sums, *(f"{c:.2f}" for c in gram), *(f"{ratio:.2f}" for ratio in ratios)))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--model", action="store_true", help="the model for GPUs with little float64")
     options = parser.parse_args()
     reason = toolchain.missing()
     if reason is not None:
         parser.exit(1, f"{reason}\n")
+    if options.model:
+        print(table(model_rows()))
+        return
     rows: list[Sequence[str]] = [HEADER]
     for arch in options.arch:
         with tempfile.TemporaryDirectory() as folder:

@@ -76,7 +76,7 @@ def missing() -> str | None:
     return f"neither nvcc's toolkit nor triton has {' and '.join(absent)}" if absent else None
 
 
-def compile_kernels(kernels: Sequence[str], folder: Path, arch: int, kind: str) -> Path:
+def compile_kernels(kernels: Sequence[str], folder: Path, arch: int, kind: str, flags: Sequence[str] = ()) -> Path:
     """Compiles some instances of the kernel templates.
 
     Args:
@@ -84,6 +84,7 @@ def compile_kernels(kernels: Sequence[str], folder: Path, arch: int, kind: str) 
         folder: Where the files go.
         arch: Such as 90.
         kind: "ptx", or "cubin" for what ptxas makes of it.
+        flags: More of nvcc's.
 
     Returns:
         The file.
@@ -102,5 +103,5 @@ def compile_kernels(kernels: Sequence[str], folder: Path, arch: int, kind: str) 
         f"extern const void* const kernels[] = {{\n{addresses}}};\n"
     )
     target = f"compute_{arch}" if kind == "ptx" else f"sm_{arch}"
-    run([compiler, f"-{kind}", f"-arch={target}", *NVCC_FLAGS, source, "-o", output])
+    run([compiler, f"-{kind}", f"-arch={target}", *NVCC_FLAGS, *flags, source, "-o", output])
     return output

@@ -80,3 +80,11 @@ def test_kernels_give_the_same_bits_under_every_schedule(run):
         outputs.add(result.stdout)
     (output,) = outputs
     assert re.fullmatch(r"passed: [0-9a-f]{16}\n", output)
+
+
+def test_sums_in_parts(run):
+    """Where float64 is slow: against long double, for all sizes of numbers and for nearly parallel gradients."""
+    result = run("dtokd_parts_tests", "address,undefined")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout == "passed\n"
+    assert not result.stderr

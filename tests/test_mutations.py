@@ -21,6 +21,8 @@ OBJECTS = {
     "resident": "csrc/cuda/launch_resident.cu",
     "tests": "csrc/tests/cuda_tests.cpp",
 }
+# by itself: it has the kernels it needs in it
+PARTS = "csrc/tests/parts_tests.cpp"
 RACE = "ThreadSanitizer: data race"
 WRONG = "failed: "  # a result, in csrc/tests/cuda_tests.cpp
 
@@ -28,7 +30,7 @@ WRONG = "failed: "  # a result, in csrc/tests/cuda_tests.cpp
 class Mutation(NamedTuple):
     """A change of `old` in csrc/cuda/`file` to `new`, compiled into `object`; `check` fails and says `said`.
 
-    What device.h defines is linked from the first object, gram.
+    What device.h defines is linked from the first object, gram. `object` may be PARTS instead.
     """
 
     name: str
@@ -347,11 +349,65 @@ MUTATIONS = [
         "run",
         WRONG,
     ),
+    Mutation(
+        "what a product rounds off left out of sums in parts",
+        "parts.cuh",
+        PARTS,
+        "rest_of_low += add_leading(second, low);",
+        "",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "what the second part does not take left out",
+        "parts.cuh",
+        PARTS,
+        "rest += add_leading(second, add_leading(first, product));",
+        "add_leading(second, add_leading(first, product));",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "the largest numbers scaled to 0",
+        "parts.cuh",
+        PARTS,
+        "exponent <= 252",
+        "exponent <= 253",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "subnormal numbers in parts",
+        "parts.cuh",
+        PARTS,
+        "(exponent >= 1 || largest == 0)",
+        "exponent >= 0",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "NaN taken for a number of spacings",
+        "parts.cuh",
+        PARTS,
+        "uint64_t(x == x ? 1023 + n : 2047)",
+        "uint64_t(1023 + n)",
+        "run",
+        WRONG,
+    ),
+    Mutation(
+        "a group that parts cannot do left out",
+        "gram.cuh",
+        PARTS,
+        "sums = add_again<T, P>(grads, tile, first, end, sums);",
+        "",
+        "run",
+        WRONG,
+    ),
 ]
 
 
 def compile_object(folder: Path, name: str, check: str, output: Path) -> None:
-    command = ["g++", "-x", "c++", *FLAGS, *CHECKS[check], "-c", OBJECTS[name], "-o", output]
+    command = ["g++", "-x", "c++", *FLAGS, *CHECKS[check], "-c", OBJECTS.get(name, name), "-o", output]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 
@@ -389,7 +445,7 @@ def unchanged(tmp_path_factory):
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
 def test_broken_kernel_is_found(unchanged, tmp_path, mutation):
-    objects = unchanged(mutation.check)
+    objects = {} if mutation.object == PARTS else unchanged(mutation.check)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     file = tmp_path / "csrc/cuda" / mutation.file
     text = file.read_text()

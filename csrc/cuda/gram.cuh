@@ -1,21 +1,21 @@
 // The Gram matrices of K gradients, one for each role, in one read of the gradients.
 //
-// NOTE [Gram sums in float64 on a GPU]: products of float32, bf16 and f16 are exact in float64, so
-// that nearly parallel gradients keep their difference, as on the CPU. An element costs K
-// conversions and K (K + 1) / 2 multiply-adds in float64. A model, not a measurement, of K = 2 in
-// float32, which reads 8 bytes: an H100 has 64 multiply-adds and 16 conversions a clock and
-// multiprocessor, and memory feeds it 1.8 such elements a clock, so it uses a tenth of the one and
-// a quarter of the other; an A100 alike. Consumer GPUs, with 2 a clock, spend about as long
-// computing as reading in float32 and longer in half types: there memory is not the limit.
+// NOTE [Gram sums on a GPU]: products of float32, bf16 and f16 are exact in float64, so that nearly
+// parallel gradients keep their difference, as on the CPU. An element costs K conversions and
+// K (K + 1) / 2 multiply-adds in float64. A model, not a measurement, of K = 2 in float32, which
+// reads 8 bytes: an H100 has 64 multiply-adds and 16 conversions a clock and multiprocessor, and
+// memory feeds it 1.8 such elements a clock, so it uses a tenth of the one and a quarter of the
+// other; an A100 and a B200 alike. GPUs with 2 a clock take float32 for most of it, as exactly:
+// NOTE [Sums in parts].
 //
 // NOTE [Same bits]: element -> thread is fixed, each thread adds its elements in order, a warp its
 // lanes by butterfly, a block its warps in order, into the chunk's slot; the last block to finish
 // adds the slots the same way. No atomic operation touches a number.
 #pragma once
 
+#include "cuda/parts.cuh"
 #include "cuda/plan.h"
 #include "cuda/solve.cuh"
-#include "cuda/vector_io.cuh"
 
 namespace dtokd::cuda {
 
@@ -108,28 +108,11 @@ DTOKD_DEVICE void add_products(const Packed<T, N> (&packed)[P], double (&sums)[t
   }
 }
 
-// Words of each gradient that a thread has of a tile, and how many it loads before it computes.
+// Where a thread's element number q of a tile is.
 template <class T>
-constexpr int kTileWords = kTile / kThreads / kPerWord<T>;
-template <class T, int P>
-constexpr int kStageWords = kTileWords<T> < 8 / P ? kTileWords<T> : 8 / P;
-
-// Adds a tile's products, by words.
-template <class T, int P>
-DTOKD_DEVICE void add_tile(const T* const (&g)[P], int64_t tile, double (&sums)[triangle(P)]) {
+DTOKD_DEVICE int64_t place_in_tile(int64_t tile, int q) {
   constexpr int N = kPerWord<T>;
-  constexpr int kStage = kStageWords<T, P>;
-#pragma unroll 1
-  for (int first = 0; first < kTileWords<T>; first += kStage) {
-    Packed<T, N> packed[kStage][P];
-#pragma unroll
-    for (int u = 0; u < kStage; ++u) {
-      load_gradients<T, P, N>(g, tile + ((first + u) * kThreads + threadIdx.x % kThreads) * N,
-                              packed[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kStage; ++u) add_products<T, P, N>(packed[u], sums);
-  }
+  return tile + ((q / N) * kThreads + threadIdx.x % kThreads) * N + q % N;
 }
 
 template <int P>
@@ -137,31 +120,96 @@ struct Sums {
   double of[triangle(P)];
 };
 
-// A tile by single elements, because it is not whole or not aligned: the same elements in the same
-// order as add_tile, so the same bits, and about as many loads on their way. By value, as sums that
-// have an address are kept in memory.
+// A group that parts cannot do, in float64, read again. By value, as sums that have an address are
+// kept in memory.
 template <class T, int P>
-DTOKD_OUT_OF_LINE Sums<P> add_ragged_tile(const void* const* grads, int64_t tile, int64_t end,
-                                          Sums<P> sums) {
-  constexpr int N = kPerWord<T>;
-  constexpr int kStage = 16 / P;  // elements
+DTOKD_OUT_OF_LINE Sums<P> add_again(const void* const* grads, int64_t tile, int first, int64_t end,
+                                    Sums<P> sums) {
   const T* g[P];
 #pragma unroll
   for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(grads[k]);
 #pragma unroll 1
-  for (int first = 0; first < kTileWords<T> * N; first += kStage) {
-    Packed<T, 1> packed[kStage][P];
-    const auto at = [&](int e) {
-      const int q = first + e;
-      return tile + ((q / N) * kThreads + threadIdx.x % kThreads) * N + q % N;
-    };
-#pragma unroll
-    for (int e = 0; e < kStage; ++e) {
-      if (at(e) < end) load_gradients<T, P, 1>(g, at(e), packed[e]);
+  for (int q = first; q < first + kGroupElements<P> && place_in_tile<T>(tile, q) < end; ++q) {
+    Packed<T, 1> element[P];
+    load_gradients<T, P, 1>(g, place_in_tile<T>(tile, q), element);
+    add_products<T, P, 1>(element, sums.of);
+  }
+  return sums;
+}
+
+// Adds the products of W words of N elements, which are the calling thread's elements `first` and
+// after of a tile that ends at `end`.
+template <class T, int P, int N, int W>
+DTOKD_DEVICE void add_group(const Packed<T, N> (&packed)[W][P], const void* const* grads,
+                            int64_t tile, int first, int64_t end, Sums<P>& sums) {
+  if constexpr (kInParts<T>) {
+    if (!add_in_parts<T>(packed, sums.of)) {
+      sums = add_again<T, P>(grads, tile, first, end, sums);
     }
+  } else {
+#pragma unroll
+    for (int u = 0; u < W; ++u) add_products<T, P, N>(packed[u], sums.of);
+  }
+}
+
+// Words of each gradient that a thread has of a tile, and how many it loads before it computes.
+template <class T>
+constexpr int kTileWords = kTile / kThreads / kPerWord<T>;
+template <class T, int P>
+constexpr int kStageWords = kInParts<T>             ? kGroupElements<P> / kPerWord<T>
+                            : kTileWords<T> < 8 / P ? kTileWords<T>
+                                                    : 8 / P;
+
+// Adds a tile's products, by words.
+template <class T, int P>
+DTOKD_DEVICE void add_tile(const void* const* grads, int64_t tile, Sums<P>& sums) {
+  constexpr int N = kPerWord<T>;
+  constexpr int kStage = kStageWords<T, P>;
+  const T* g[P];
+#pragma unroll
+  for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(grads[k]);
+#pragma unroll 1
+  for (int first = 0; first < kTileWords<T>; first += kStage) {
+    Packed<T, N> packed[kStage][P];
+#pragma unroll
+    for (int u = 0; u < kStage; ++u) {
+      load_gradients<T, P, N>(g, place_in_tile<T>(tile, (first + u) * N), packed[u]);
+    }
+    add_group<T, P>(packed, grads, tile, first * N, tile + kTile, sums);
+  }
+}
+
+// A tile by single elements, because it is not whole or not aligned: the same elements in the same
+// order as add_tile, so the same bits, and about as many loads on their way. In parts, zeros stand
+// for elements of a group that are not there.
+template <class T, int P>
+DTOKD_OUT_OF_LINE Sums<P> add_ragged_tile(const void* const* grads, int64_t tile, int64_t end,
+                                          Sums<P> sums) {
+  constexpr int kStage = kInParts<T> ? kGroupElements<P> : 16 / P;  // elements
+  const T* g[P];
+#pragma unroll
+  for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(grads[k]);
+#pragma unroll 1
+  for (int first = 0; first < kTileWords<T> * kPerWord<T>; first += kStage) {
+    Packed<T, 1> packed[kStage][P];
+    const auto at = [&](int e) { return place_in_tile<T>(tile, first + e); };
+    if (kInParts<T> && at(0) >= end) break;
 #pragma unroll
     for (int e = 0; e < kStage; ++e) {
-      if (at(e) < end) add_products<T, P, 1>(packed[e], sums.of);
+      if (at(e) < end) {
+        load_gradients<T, P, 1>(g, at(e), packed[e]);
+      } else if (kInParts<T>) {
+#pragma unroll
+        for (int k = 0; k < P; ++k) packed[e][k].clear();
+      }
+    }
+    if constexpr (kInParts<T>) {
+      add_group<T, P>(packed, grads, tile, first, end, sums);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kStage; ++e) {
+        if (at(e) < end) add_products<T, P, 1>(packed[e], sums.of);
+      }
     }
   }
   return sums;
@@ -183,13 +231,10 @@ template <class T, int P>
 DTOKD_DEVICE void chunk_sums(const GramEntry<P>& entry, int64_t begin, int64_t end,
                              double (&sums)[triangle(P)]) {
   Sums<P> total{};
-  const T* g[P];
-#pragma unroll
-  for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(entry.grads[k]);
   int64_t tile = begin;
   if (entry.aligned) {
 #pragma unroll 1
-    for (; tile + kTile <= end; tile += kTile) add_tile<T, P>(g, tile, total.of);
+    for (; tile + kTile <= end; tile += kTile) add_tile<T, P>(entry.grads, tile, total);
   }
 #pragma unroll 1
   for (; tile < end; tile += kTile) {
@@ -261,7 +306,7 @@ DTOKD_DEVICE void finish_grams(const GramJob& job, double (*grams)[kGramSize]) {
 // One block per chunk; the last of all to finish makes the Gram matrices and, if there are losses,
 // the balance.
 template <class T, int P>
-__global__ void __launch_bounds__(kThreads, P == 2   ? 4
+__global__ void __launch_bounds__(kThreads, P == 2   ? 4 - kInParts<T>
                                             : P == 4 ? 2
                                                      : 1)
     gram_kernel(DTOKD_PARAMETER(Table<GramEntry<P>>) table, DTOKD_PARAMETER(GramJob) job) {

@@ -1,7 +1,7 @@
 // An update by coefficients that are known beforehand, and the Gram matrices of the gradients that
 // it reads: one pass over memory. The functions of gram.cuh and update.cuh in the same order, so
 // the same bits; but for bfloat16 state of float32 parameters, where a thread takes two words of
-// gradients at a time and its sums have another order.
+// gradients at a time and its sums have another order (not so in parts).
 #pragma once
 
 #include "cuda/gram.cuh"
@@ -51,6 +51,42 @@ DTOKD_OUT_OF_LINE Sums<P> update_and_sum_ragged(const UpdateEntry<P, Rule::kTens
   return sums;
 }
 
+// A whole tile's products. Out of line, as it is long and the same for all rules.
+template <class T, int P>
+DTOKD_OUT_OF_LINE Sums<P> add_whole_tile(const void* const* grads, int64_t tile, Sums<P> sums) {
+  add_tile<T, P>(grads, tile, sums);
+  return sums;
+}
+
+// A chunk's update and sums in parts, tile by tile: first the sums, then the update, which reads
+// the gradients again, from the L1 cache. Registers do not hold what both need.
+template <class Rule, int P>
+DTOKD_DEVICE Sums<P> update_and_sum_in_parts(const UpdateEntry<P, Rule::kTensors>& entry,
+                                             const Shared<Rule, P>& shared, int64_t begin,
+                                             int64_t end, bool stored) {
+  using T = typename Rule::T;
+  constexpr int N = Rule::kElements;
+  Sums<P> sums{};
+#pragma unroll 1
+  for (int64_t tile = begin; tile < end; tile += kTile) {
+    const int64_t tile_end = tile + kTile < end ? tile + kTile : end;
+    if (entry.aligned && tile_end - tile == kTile) {
+      sums = add_whole_tile<T, P>(entry.grads, tile, sums);
+    } else {
+      sums = add_ragged_tile<T, P>(entry.grads, tile, tile_end, sums);
+    }
+    if (!stored) continue;
+    const int64_t words_end = entry.aligned ? tile + (tile_end - tile) / N * N : tile;
+#pragma unroll 1
+    for (int64_t at = tile + threadIdx.x * N; at < words_end; at += kThreads * N) {
+      load_and_update<Rule, P, N>(shared.grads, shared.coefficients, entry.tensors, shared.numbers,
+                                  at);
+    }
+    if (words_end < tile_end) update_ragged<Rule, P>(entry, shared, words_end, tile_end);
+  }
+  return sums;
+}
+
 // A chunk's update, if `stored`, and the calling thread's part of its sums. All gradients are read,
 // those of coefficient 0 too.
 template <class Rule, int P>
@@ -58,6 +94,13 @@ DTOKD_DEVICE void update_and_sum(const UpdateEntry<P, Rule::kTensors>& entry,
                                  const Shared<Rule, P>& shared, int64_t begin, int64_t end,
                                  bool stored, double (&sums)[triangle(P)]) {
   using T = typename Rule::T;
+  if constexpr (kInParts<T>) {
+    const Sums<P> total = update_and_sum_in_parts<Rule, P>(entry, shared, begin, end, stored);
+#pragma unroll
+    for (int p = 0; p < triangle(P); ++p) sums[p] = total.of[p];
+    drop_absent<P>(entry.grads, sums);
+    return;
+  }
   constexpr int N = Rule::kElements;
   const typename Rule::Numbers numbers = shared.numbers;
   typename Rule::V coefficients[P];
@@ -89,9 +132,11 @@ DTOKD_DEVICE void update_and_sum(const UpdateEntry<P, Rule::kTensors>& entry,
   drop_absent<P>(entry.grads, sums);
 }
 
-// Fewer blocks than an update alone: sums take registers too.
+// Fewer blocks than an update alone: sums take registers too, in parts those of a group.
 template <class Rule, int P>
-constexpr int kMeasuringBlocks = std::max(P <= 4 ? 2 : 1, kUpdateBlocks<Rule, P> - 1);
+constexpr int kMeasuringBlocks =
+    kInParts<typename Rule::T> ? (P == 2 ? 2 : 1)
+                               : std::max(P <= 4 ? 2 : 1, kUpdateBlocks<Rule, P> - 1);
 
 // One block per chunk, the last chunk first. The last block of the launch counts up the table's
 // steps, the last of all launches makes the Gram matrices: in any case, also of a skipped step.

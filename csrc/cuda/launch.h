@@ -37,7 +37,8 @@ struct Record {
   bool* flags;
 };
 
-// grams: device, [kRoles, K, K]. The bits depend on K, types, sizes and order of the tensors only.
+// grams: device, [kRoles, K, K]. The bits depend on K, types, sizes and order of the tensors only,
+// and on whether the code for the GPU takes sums in parts (parts.cuh).
 int launch_gram(const std::vector<Gradients>&, int K, const Scratch&, double* grams, Stream);
 
 // The same, then DTO-KD's weights and all that follows from them. losses: device, [K].

@@ -99,12 +99,9 @@ class Resident {
     put_sums(sums, job.gram, at.slot);
   }
   DTOKD_DEVICE void put_whole(const Place& at, const Tile<T, P>& tile) const {
-    double sums[triangle(P)] = {0};
-#pragma unroll
-    for (int u = 0; u < kTileWords<T>; ++u) {
-      add_products<T, P, kPerWord<T>>(tile.packed[u], sums);
-    }
-    put(at, sums);
+    Sums<P> total{};
+    add_group<T, P>(tile.packed, table.entries[at.entry].grads, at.begin, 0, at.end, total);
+    put(at, total.of);
   }
   DTOKD_DEVICE void put_ragged(const Place& at) const {
     Sums<P> total{};
