@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from benchmarks.kernels import FLOAT64
 from dtokd_kernels import backends, implementations, operations
 from dtokd_kernels._version import built_from
 from dtokd_kernels.implementations import TICKETS, Kernels
@@ -26,8 +27,17 @@ FLAGS += [f'-DDTOKD_VERSION="{built_from(ROOT / "csrc")}"']
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-I", str(ROOT / "csrc"), "-I", str(ROOT / "csrc/include")]
 
 
+def sums_of_the_device() -> list[str]:
+    """The flag by which the emulation takes sums as code for the GPU here does, or none."""
+    if not torch.cuda.is_available():
+        return []
+    major, minor = torch.cuda.get_device_capability()
+    return [f"-DDTOKD_SUMS_IN_PARTS={int(10 * major + minor not in FLOAT64)}"]
+
+
 def build(folder: Path, *more: str) -> Path:
     """Compile the sources of the CUDA extension with a C++ compiler and more flags; the library's path."""
+    more = (*sums_of_the_device(), *more)
     folder.mkdir(parents=True, exist_ok=True)
     listed = (ROOT / "csrc/sources.txt").read_text().splitlines()
     lines = (line.split() for line in listed if line[:1] not in ("", "#"))
@@ -79,4 +89,4 @@ def emulated_cuda(library: Path, device: str = "cpu") -> Iterator[Kernels]:
 
 
 if __name__ == "__main__":
-    print(build(Path(sys.argv[1])))
+    print(build(Path(sys.argv[1]), *sys.argv[2:]))
