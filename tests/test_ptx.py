@@ -233,7 +233,6 @@ KERNELS = [
 IN_PARTS = [
     "gram_kernel<float, 2>",
     "gram_kernel<bf16, 2>",
-    "gram_kernel<float, 4>",
     "gram_update_kernel<StepRule<SGD, float, float, true>, 2>",
     "gram_update_kernel<StepRule<SGD, bf16, float, true>, 2>",
     "resident_kernel<StepRule<AdamW, float, float, false>, 2>",
