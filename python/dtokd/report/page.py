@@ -18,6 +18,7 @@ from .columns import read_columns
 from .conclusion import read_baseline, sentences
 from .html import document, fold, pictures, table
 from .recorded import Points, Recorded, listed, metric_of
+from .synthetic import synthetic_part
 
 
 def write_report(path: Path, baseline: Path | None = None) -> Path:
@@ -45,6 +46,7 @@ def write_report(path: Path, baseline: Path | None = None) -> Path:
         f'<div class="grid-of">{"".join(_charts(run, steps, _beside(run, base)))}</div>',
         classes_part(read_notes(path / "classes.json")),
         pictures(path / "pictures", "Validation images, best student"),
+        synthetic_part(path),
     ]
     if names := skipped(path / "bad_images.txt"):
         parts += [f"<h2>{len(names)} skipped images</h2>", table([("image",), *((name,) for name in names)])]

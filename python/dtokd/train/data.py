@@ -17,6 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import BatchSampler, IterableDataset
 
 from .. import identity
+from ..datafree.loader import SyntheticBatches
 from ..errors import UsageError, reason_of
 from ..objectives.cache import CachedImages
 from .batches import Batches
@@ -52,15 +53,17 @@ class Data:
         batches: under `train`, to go on in the middle of an epoch; None for a stream.
         held_out: images that are never trained on, prepared as for validation, if there are any.
         judges: a `heldout.Judges` that computes on these.
+        synthetic: `train` where its images are made from the teacher (--data-free).
     """
 
     train: Any
     validation: Any | None
     mixup: FastCollateMixup | None
     cached: CachedImages | None = None
-    batches: Batches | None = None
+    batches: Batches | SyntheticBatches | None = None
     held_out: Any | None = None
     judges: Any | None = None
+    synthetic: SyntheticBatches | None = None
 
 
 def identity_of(options: argparse.Namespace, images: Any) -> str | None:

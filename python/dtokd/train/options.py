@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..datafree import options as datafree
 from ..errors import UsageError
 from ..objectives import options as objectives
 from ..values import (
@@ -90,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_augmentation(parser)
     objectives.add_arguments(parser)
     add_balance(parser)
+    datafree.add_arguments(parser)
     add_ranks(parser)
     add_run(parser)
 
@@ -487,5 +489,7 @@ def plain(options: argparse.Namespace) -> dict[str, Any]:
 def experiment_name(options: argparse.Namespace) -> str:
     """The same for the same command, also on another device and with more epochs: `--resume auto` finds its run."""
     told = {key: value for key, value in plain(options).items() if key not in UNNAMED}
+    if told.get("data_free") is None:
+        told = {key: value for key, value in told.items() if not datafree.is_own(key)}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
     return f"{options.model.replace('/', '_')}-{options.kd_balance}-{digest}"

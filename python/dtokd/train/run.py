@@ -20,6 +20,7 @@ from timm.utils import distribute_bn, random_seed, unwrap_model
 from torch import Tensor, nn
 
 from ..card import CARD, input_config, make_card
+from ..datafree import build as datafree
 from ..errors import UsageError
 from ..files import as_json, write_text, writing
 from ..lopsided import REMEDY, LopsidedWeights, may_be_lopsided
@@ -91,6 +92,7 @@ def train(options: argparse.Namespace, progress: Progress | None = None) -> Outc
 
     def name() -> str:
         resolve_teachers(options)
+        datafree.resolve(options)
         return experiment_name(options)
 
     with opened(options, name, progress) as (run, world):
@@ -137,20 +139,33 @@ def prepare(
         if images is not None and world.first:
             lines.append(examine(images, split))
             progress.say(lines[-1])
-    classes = data.number_of_classes(options, train_images, validation_images)
+    if options.data_free:
+        classes, names = datafree.classes_of(options, world, validation_images)
+        lines.append(f"training: no images; they are made from the teacher (--data-free {options.data_free})")
+    else:
+        classes = data.number_of_classes(options, train_images, validation_images)
+        names = class_names(train_images)
     random_seed(options.seed, 0)  # student and heads begin alike on all ranks, also what DDP does not send
     student: Any = make_student(options, classes).to(device)
     config = input_config(options, student)
     check_size(student, config["input_size"], device)
-    names = class_names(train_images)
     card = make_card(options.model, student, config, names)
     # timm's tasks translate the student's normalization into the teacher's: it has to be the one in use
     student.pretrained_cfg = {**student.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
-    train_images, held_out = heldout.split(options, train_images)
-    loaders = data.make_loaders(
-        options, train_images, validation_images, config, student.num_classes, device, world.joined, held_out
-    )
+    if options.data_free:
+        judged = None
+        if validation_images is not None:
+            judged = data.validation_loader(options, validation_images, config, device)
+        loaders = data.Data(None, judged, None)
+    else:
+        train_images, held_out = heldout.split(options, train_images)
+        loaders = data.make_loaders(
+            options, train_images, validation_images, config, student.num_classes, device, world.joined, held_out
+        )
     task = _make_task(options, student, loaders, device, config["input_size"], names)
+    if options.data_free:
+        made = datafree.make_batches(options, task, config, device, progress.say)
+        loaders.train = loaders.batches = loaders.synthetic = made
     loaders.judges = heldout.Classifiers(task, names)
     world.apart(options.seed)
     example = torch.zeros(1, *config["input_size"], device=device)
@@ -162,11 +177,12 @@ def _open(options: argparse.Namespace, run: RunDir, world: World) -> tuple[Any, 
     waits = options.dataset_download and world.local_rank != 0
     if waits:
         world.barrier()
+    judges = options.val_split and not (options.data_free and options.data_dir is None and not options.dataset)
     try:
-        train_images = data.open_dataset(options, options.train_split, run.bad_images)
-        return train_images, data.open_dataset(
-            options, options.val_split, run.bad_images
-        ) if options.val_split else None
+        train_images = None
+        if not options.data_free:
+            train_images = data.open_dataset(options, options.train_split, run.bad_images)
+        return train_images, data.open_dataset(options, options.val_split, run.bad_images) if judges else None
     finally:
         if options.dataset_download and not waits:
             world.barrier()
@@ -276,6 +292,8 @@ def fit(
                 world.first_does(partial(write_text, run.path / name, text))
         anew, found = found is None, None  # its tensors need no room any more
         collected = _Collected()
+        if loaders.synthetic is not None:
+            stack.enter_context(loaders.synthetic.logged(run.path))
         with world.agreed():
             trackers = open_trackers(run.path, options, engine.updates, progress.say) if world.first else []
         for tracker in trackers:
@@ -451,6 +469,7 @@ def _epoch(
     row = {"epoch": epoch} | {f"train_{name}": value for name, value in losses.items()}
     row |= {f"eval_{name}": value for name, value in metrics.items()}
     row |= {"lr": at.lr, **collected.take(), "iteration_seconds": round(per_iteration, 6)}
+    row |= {} if loaders.synthetic is None else loaders.synthetic.take()
     row["teacher_seconds"] = round(engine.teacher_seconds / iterations, 6)
     row["seconds"] = round(time.monotonic() - start, 3)
     if per_iteration and engine.teacher_seconds:
@@ -468,6 +487,8 @@ def _epoch(
 
     def write() -> dict[str, str]:
         run.add_summary(row)
+        if loaders.synthetic is not None:
+            loaders.synthetic.draw(run.path, epoch)
         for tracker in trackers:
             tracker.scalars(_scalars(row), engine.updates - 1)  # where the epoch's last step is
         exported = {run.last_student.name: run.export(run.last_student, weights)}

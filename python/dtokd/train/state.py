@@ -21,11 +21,11 @@ from .options import OUTSIDE, flag, plain
 from .randomness import random_state, set_random_state
 
 #: What a run's files mean depends on these: which epoch is the best, what the optimizer remembers, the random numbers.
-FIXED = ("opt", "eval_metric", "model_ema", "val_split", "seed", "data_seed", "kd_held_out")
+FIXED = ("opt", "eval_metric", "model_ema", "val_split", "seed", "data_seed", "kd_held_out", "data_free")
 #: Of the beginning; the checkpoint has what came of them.
 FIRST = ("pretrained", "initial_checkpoint", "backbone_checkpoint")
 #: Which samples are left of an epoch depends on these, how they look, and what its means are of; so do the options of
-#: distillation and balance, whose names begin with kd_.
+#: distillation and balance, whose names begin with kd_, and of images that are made, with df_.
 OF_AN_EPOCH = (
     *("batch_size", "grad_accum_steps", "aug_repeats", "dataset", "train_split", "annotations", "class_map"),
     *("img_size", "input_size", "max_size", "square", "in_chans", "mean", "std"),
@@ -105,6 +105,8 @@ def collect(engine: Engine, loaders: Data, at: Position) -> dict[str, Any]:
         "scheduler": None if scheduler is None else _scheduler_state(scheduler),
         "ranks": engine.world.gather(own),
     }
+    if loaders.synthetic is not None:
+        state["synthetic"] = loaders.synthetic.whole_state()
     if engine.lopsided is not None:
         state["lopsided"] = engine.lopsided.state_dict()
     if task.has_ema():
@@ -194,6 +196,8 @@ def _restore(engine: Engine, loaders: Data, path: Path, state: dict[str, Any]) -
         ema._sr_generator.set_state(state["ema"]["random"])
     if engine.lopsided is not None and "lopsided" in state:
         engine.lopsided.load_state_dict(state["lopsided"])
+    if loaders.synthetic is not None:
+        loaders.synthetic.load_whole_state(state["synthetic"])
     engine.updates = state["updates"]
     _restore_options(engine, state)
     rows = _rows(state["rows"])
@@ -254,7 +258,7 @@ def _check_options(path: Path, state: dict[str, Any], engine: Engine, loaders: D
         )
     # a cache has an order of its own, in whatever folder it is
     moved = {"kd_cache_teacher"} if all(changed.get("kd_cache_teacher", ())) else set()
-    for key in (key for key in changed if key in OF_AN_EPOCH or (key.startswith("kd_") and key not in moved)):
+    for key in (key for key in changed if key in OF_AN_EPOCH or (key.startswith(("kd_", "df_")) and key not in moved)):
         raise UsageError(
             f"{middle} with {flag(key)} {changed[key][0]}, this run has {changed[key][1]}; give that, {finished}"
         )

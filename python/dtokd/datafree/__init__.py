@@ -1,0 +1,1 @@
+"""Distillation without images: what a student learns from is made from the teacher alone."""

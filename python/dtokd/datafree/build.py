@@ -1,0 +1,222 @@
+"""From the options of `dtokd train --data-free` to batches for the student."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.utils import unwrap_model
+
+from ..card import read_card
+from ..errors import UsageError
+from ..objectives.build import PRETRAINED
+from ..objectives.taps import Taps, read
+from ..objectives.task import DistillationTask
+from ..objectives.teacher import as_list
+from ..train.found import class_names, some
+from ..train.optimizer import parse_source
+from ..train.world import World
+from .augment import Augment
+from .balance import parse_balance
+from .bank import Bank, bytes_of
+from .generator import MULTIPLE, Generator
+from .loader import SyntheticBatches
+from .losses import ImageLosses, pixel_prior
+from .options import check, complete
+from .statistics import BatchStatistics, NoStatistics
+from .synthesis import Fast, Inversion, Settings
+
+
+def resolve(options: argparse.Namespace) -> None:
+    """Check the options of --data-free, and set those that were not given: the method's, and what the teacher says.
+
+    Number of classes, size and normalisation of the images are the teacher's where the options do not name them.
+
+    Args:
+        options: of `train.options`, whose teachers are resolved; without --data-free nothing happens.
+
+    Raises:
+        UsageError: options contradict each other, or classes or size cannot be known.
+    """
+    check(options)
+    if options.data_free is None:
+        return
+    complete(options)
+    parse_balance(options.df_balance)
+    names, paths = as_list(options.kd_model_name), as_list(options.kd_teacher_path)
+    if len(names) != 1:
+        raise UsageError(f"--data-free: images are made from one teacher; --kd-model-name names {len(names)}")
+    told = _told(names[0], paths[0] if paths else PRETRAINED)
+    if options.num_classes is None:
+        if not told.get("num_classes"):
+            raise UsageError(f"--num-classes: nothing tells how many classes the teacher {names[0]} has; pass it")
+        options.num_classes = told["num_classes"]
+    size = told.get("input_size")
+    if options.img_size is None and options.input_size is None:
+        if not size:
+            raise UsageError(
+                f"--img-size: nothing tells the size of the images that the teacher {names[0]} was trained with; pass "
+                "it, or --input-size, or the run's directory as --kd-teacher-path"
+            )
+        options.in_chans = size[0] if options.in_chans is None else options.in_chans
+        if size[1] == size[2]:
+            options.img_size = size[1]
+        else:
+            options.input_size = [options.in_chans, *size[1:]]
+    for name in ("mean", "std"):
+        if getattr(options, name) is None and told.get(name) is not None and len(told[name]) == (options.in_chans or 3):
+            setattr(options, name, list(told[name]))
+
+
+def _told(name: str, path: str) -> Mapping[str, Any]:
+    """Of a teacher that is not made yet: num_classes, input_size, mean, std; nothing of a file of weights."""
+    if path != PRETRAINED and os.path.isdir(path):
+        card = read_card(path, "--kd-teacher-path")
+        return {"num_classes": card.get("num_classes"), **card["pretrained_cfg"]}
+    if path != PRETRAINED:
+        return {}
+    cfg: Any = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return {} if cfg is None else cfg.to_dict()
+
+
+def classes_of(options: argparse.Namespace, world: World, images: Any | None) -> tuple[int, list[str] | None]:
+    """The number of classes, and their names where the images to be judged by, or the teacher's run, say.
+
+    Args:
+        options: of `resolve`.
+        world: the processes that train together.
+        images: the validation split; None without one.
+
+    Raises:
+        UsageError: the images have other classes, or several processes train.
+    """
+    if world.joined:
+        raise UsageError("--data-free: one process makes the images; start it without torchrun")
+    names = None if images is None else class_names(images)
+    if names is not None and len(names) != options.num_classes:
+        raise UsageError(
+            f"--val-split: {options.val_split!r} has {len(names)} classes ({some(names)}), the teacher "
+            f"{options.num_classes}; judge on images of the teacher's classes, or pass --val-split ''"
+        )
+    path = next(iter(as_list(options.kd_teacher_path)), PRETRAINED)
+    if names is None and os.path.isdir(path):
+        names = read_card(path, "--kd-teacher-path").get("label_names")
+    return options.num_classes, names
+
+
+def make_batches(
+    options: argparse.Namespace,
+    task: DistillationTask,
+    config: Mapping[str, Any],
+    device: torch.device,
+    say: Callable[[str], None],
+) -> SyntheticBatches:
+    """What the student of a task learns from.
+
+    Args:
+        options: of `resolve`.
+        task: with a teacher.
+        config: of `card.input_config`.
+        device: of student and images.
+        say: takes a line for the user.
+
+    Raises:
+        UsageError: the teacher has no statistics, the images have a size that cannot be made, or the bank does not fit
+            on the disk.
+    """
+    size = tuple(config["input_size"])
+    teacher, _ = task.lessons[0]
+    student = unwrap_model(task.get_trainable_module()).student
+    try:
+        statistics = BatchStatistics(teacher.model, options.df_momentum)
+    except NoStatistics as error:
+        raise UsageError(f"--data-free: the teacher {teacher.name!r}: {error}") from error
+    _check_size(options, size)
+    _check_room(options, size)
+    gram = None if options.df_balance_gram == "none" else parse_source(options.df_balance_gram, student)
+    rule = parse_balance(options.df_balance)
+    prior = pixel_prior(options.df_prior_tv, options.df_prior_l2) if options.data_free == "inversion" else None
+
+    def of_teacher(images: torch.Tensor) -> torch.Tensor:
+        view = teacher.view(images)
+        logits = read(
+            teacher.model, view if teacher.dtype is None else view.to(teacher.dtype), Taps(logits=True)
+        ).logits
+        assert logits is not None
+        return logits
+
+    def of_student(images: torch.Tensor) -> torch.Tensor:
+        logits = read(student, images, Taps(logits=True)).logits
+        assert logits is not None
+        return logits
+
+    logarithms = getattr(rule, "log_gradients", True)
+    losses = ImageLosses(of_teacher, of_student, statistics, options.df_disagreement, logarithms, prior)
+    shift = round(size[1] / 16) if options.df_shift is None else options.df_shift
+    flips = (0.0, 0.0) if options.no_aug else (options.hflip, options.vflip)
+    augment = Augment(0 if options.no_aug else shift, *flips)
+    settings = Settings(
+        size=size,
+        mean=config["mean"],
+        std=config["std"],
+        classes=options.num_classes,
+        batch=options.df_batch_size,
+        steps=options.df_steps,
+        lr=options.df_lr,
+        augment=augment,
+        device=device,
+    )
+    made: Any
+    try:
+        if options.data_free == "fast":
+            generator = Generator(size, options.df_latent_dim, options.df_width)
+            made = Fast(
+                settings, losses, rule, generator, latent_lr=options.df_latent_lr, rate=options.df_rate, gram=gram
+            )
+        else:
+            made = Inversion(settings, losses, rule, gram)
+    except ValueError as error:
+        raise UsageError(f"--df-balance-gram {options.df_balance_gram}: {error}") from error
+    return SyntheticBatches(
+        made,
+        settings,
+        Bank(options.df_bank, size, device),
+        student,
+        of_teacher,
+        augment,
+        count=options.df_iterations,
+        batch_size=options.batch_size,
+        every=options.df_every,
+        warmup=options.df_warmup,
+        balance=options.df_balance,
+        say=say,
+    )
+
+
+def _check_size(options: argparse.Namespace, size: tuple[int, ...]) -> None:
+    if options.data_free == "fast" and any(side % MULTIPLE for side in size[1:]):
+        raise UsageError(
+            f"--img-size: {size[1]} x {size[2]}, but the generator makes images whose sides are multiples of "
+            f"{MULTIPLE}; pass {math.ceil(size[1] / MULTIPLE) * MULTIPLE}, or --data-free inversion"
+        )
+
+
+def _check_room(options: argparse.Namespace, size: tuple[int, ...]) -> None:
+    """Raises UsageError: the checkpoints that are kept, each with a full bank, are larger than what is free."""
+    files = options.checkpoint_hist + 2  # one that is being written, and the best one
+    need = files * bytes_of(options.df_bank, size)  # type: ignore[arg-type]
+    folder = next(path for path in (options.output, *Path(options.output).absolute().parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if need > free and not options.dry_run:
+        raise UsageError(
+            f"--df-bank: {options.df_bank} images are a part of each checkpoint, and {files} of these need "
+            f"{need / 2**30:.3g} GiB, but {folder} has {free / 2**30:.3g} GiB free; pass a smaller --df-bank or "
+            "--checkpoint-hist, or another --output"
+        )

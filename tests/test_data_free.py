@@ -1,0 +1,318 @@
+"""`dtokd train --data-free`: images that are made from a teacher, and a student that learns from them."""
+
+import copy
+import math
+import shutil
+
+import pytest
+import timm
+import torch
+from dtokd.cli import main
+from dtokd.datafree.augment import Augment
+from dtokd.datafree.balance import parse_balance
+from dtokd.datafree.bank import Bank
+from dtokd.datafree.generator import Generator
+from dtokd.datafree.losses import NAMES, ImageLosses, disagreement, pixel_prior
+from dtokd.datafree.statistics import BatchStatistics, NoStatistics
+from dtokd.datafree.synthesis import Fast, Inversion, Settings, judging
+from dtokd.errors import Diverged, UsageError
+from dtokd.train.rundir import RunDir, read_rows
+from safetensors.torch import save_file
+from torch import nn
+
+from dtokd_kernels.weighting import Fixed
+
+from .digits import write_digits
+from .test_train_resume import die_and_resume, stop_and_resume
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
+SIZE = (3, 16, 16)
+
+
+def tiny(channels=3, seed=0):
+    """A network with batch normalisation that has seen some noise, and its classes' number, 4."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 4),
+    )  # fmt: skip
+    for _ in range(20):
+        model(torch.randn(16, channels, 16, 16) * 2 + 1)
+    return model.eval().requires_grad_(False)
+
+
+def made(method, weights=(1.0, 1.0, 1.0), steps=3, lr=0.05, **more):
+    """A method with a tiny teacher and student."""
+    teacher, student = tiny(), tiny(seed=1).train()
+    losses = ImageLosses(teacher, student, BatchStatistics(teacher, 0.5), prior=more.pop("prior", None))
+    settings = Settings(SIZE, [0.5] * 3, [0.25] * 3, 4, 8, steps, lr, Augment(1))
+    torch.manual_seed(3)
+    if method == "fast":
+        made = Fast(settings, losses, Fixed(weights), Generator(SIZE, 6, 4), latent_lr=0.02, rate=0.5, gram="exact")
+    else:
+        made = Inversion(settings, losses, Fixed(weights), "exact")
+    return made, student
+
+
+def test_statistics_are_those_of_the_layers_input():
+    model = tiny()
+    images = torch.randn(8, 3, 16, 16)
+    seen = model[0](images)
+    layer = model[1]
+    mean, variance = seen.mean((0, 2, 3)), seen.var((0, 2, 3), unbiased=False)
+    expected = (mean - layer.running_mean).norm() + (variance - layer.running_var).norm()
+    statistics = BatchStatistics(model, momentum=0.75)
+    with statistics:
+        model(images)
+        assert torch.allclose(statistics.take(), expected)
+        statistics.remember()
+        model(images + 1)
+        seen = model[0](images + 1)
+        mean = 0.25 * seen.mean((0, 2, 3)) + 0.75 * mean
+        variance = 0.25 * seen.var((0, 2, 3), unbiased=False) + 0.75 * variance
+        expected = (mean - layer.running_mean).norm() + (variance - layer.running_var).norm()
+        assert torch.allclose(statistics.take(), expected)
+    assert not model[1]._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: timm.create_model("test_vit"), "no batch normalisation"),
+        (lambda: timm.create_model("test_resnet"), "has seen no image"),
+    ],
+)
+def test_a_teacher_without_usable_statistics_is_refused(model, reason):
+    with pytest.raises(NoStatistics, match=reason):
+        BatchStatistics(model())
+
+
+def test_statistics_that_are_not_finite_are_refused():
+    model = tiny()
+    model[1].running_var[0] = math.nan
+    with pytest.raises(NoStatistics, match="not finite"):
+        BatchStatistics(model)
+
+
+def test_disagreement_falls_where_the_two_differ_more():
+    teacher = torch.tensor([[4.0, 0.0, 0.0]])
+    for kind in ("kl", "js"):
+        near, far = (disagreement(torch.tensor([[x, 0.0, 0.0]]), teacher, kind) for x in (3.5, 1.0))
+        assert far < near
+        assert disagreement(teacher, teacher, kind) == pytest.approx(0 if kind == "kl" else 1, abs=1e-6)
+    # other classes: "kl" has no more to win, "js" is near its bound
+    other = torch.tensor([[-9.0, 9.0, 0.0]])
+    assert disagreement(other, teacher, "kl") == 0
+    assert disagreement(other * 5, teacher * 5, "js") == pytest.approx(0, abs=1e-3)
+
+
+def test_the_log_gradient_of_the_bounded_form_is_the_gradient_of_the_other():
+    student = torch.tensor([[1.0, 0.5, 0.0], [2.0, 0.0, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[3.0, 0.0, 0.0], [5.0, 1.0, 0.0]])
+    (raw,) = torch.autograd.grad(disagreement(student, teacher, "kl"), student)
+    (log,) = torch.autograd.grad(disagreement(student, teacher, "kl", logarithms=True).log(), student)
+    torch.testing.assert_close(log, raw)
+
+
+def test_the_bank_keeps_the_newest():
+    bank = Bank(5, (1, 2, 2))
+    for first in (0, 3, 6, 9):
+        values = torch.arange(first, first + 3)
+        bank.add(values.view(3, 1, 1, 1).expand(3, 1, 2, 2) / 255, values)
+    assert len(bank) == 5
+    images, labels = bank.newest(5)
+    assert labels.tolist() == [7, 8, 9, 10, 11]
+    assert images[:, 0, 0, 0].tolist() == labels.tolist()
+    images, labels = bank.sample(64)
+    assert torch.equal((images[:, 0, 0, 0] * 255).round().long(), labels)
+    assert set(labels.tolist()) == {7, 8, 9, 10, 11}
+    bank.add(torch.zeros(12, 1, 2, 2), torch.arange(12))
+    assert sorted(bank.newest(9)[1].tolist()) == [7, 8, 9, 10, 11]
+
+
+def test_augment_shifts_and_flips():
+    image = torch.arange(12.0).view(1, 1, 3, 4)
+    assert torch.equal(Augment()(image), image)
+    assert torch.equal(Augment(hflip=1, vflip=1)(image), image.flip(-1, -2))
+    torch.manual_seed(0)
+    shifted = Augment(1)(image.expand(200, -1, -1, -1))
+    assert {float(corner) for corner in shifted[:, 0, 0, 0]} == {0.0, 1.0, 4.0, 5.0}
+    assert len(shifted.flatten(1).unique(dim=0)) == 9
+
+
+@pytest.mark.parametrize("sides", [(18, 16), (2, 4)])
+def test_a_generator_refuses_sizes_that_it_does_not_make(sides):
+    with pytest.raises(ValueError, match="multiples of 4"):
+        Generator((1, *sides))
+
+
+def test_a_generator_makes_images_of_the_size():
+    images = Generator((1, 12, 20), 5, 4)(torch.randn(3, 5))
+    assert images.shape == (3, 1, 12, 20)
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+@pytest.mark.parametrize("method", ["fast", "inversion"])
+def test_images_come_to_fit_the_teacher(method):
+    synthesis, student = made(method, steps=40)
+    seen = []
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    with judging(student):
+        images, _ = synthesis.make(lambda balance, losses: seen.append((balance, losses)))
+    assert images.shape == (8, *SIZE)
+    assert images.min() >= -1e-6
+    assert images.max() <= 1 + 1e-6
+    assert len(seen) == 40
+    assert seen[0][0].names == NAMES
+    assert seen[-1][1]["statistics"] < 0.7 * seen[0][1]["statistics"]
+    assert seen[-1][1]["confidence"] < seen[0][1]["confidence"]
+    # the student is as it was, and has no gradients
+    assert student.training
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_the_prior_is_a_part_of_the_statistics():
+    flat, rough = torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 4, 4)
+    rough[..., ::2] = 1.0
+    prior = pixel_prior(2.0, 0.5)
+    assert prior(flat) == 0
+    assert prior(rough) == pytest.approx(2.0 + 0.25)
+
+
+@pytest.mark.parametrize("method", ["fast", "inversion"])
+def test_a_batch_whose_losses_are_not_finite_is_an_error(method):
+    synthesis, student = made(method)
+    with torch.no_grad():
+        student[5].weight.fill_(math.nan)
+    with pytest.raises(Diverged, match="disagreement"):
+        synthesis.make(lambda *step: None)
+
+
+@pytest.mark.parametrize("method", ["fast", "inversion"])
+def test_a_method_goes_on_from_its_state(method):
+    first, _ = made(method)
+    first.make(lambda *step: None)
+    state, random = copy.deepcopy(first.state_dict()), torch.get_rng_state()
+    images, labels = first.make(lambda *step: None)
+    second, _ = made(method)
+    second.load_state_dict(state)
+    torch.set_rng_state(random)
+    again, same = second.make(lambda *step: None)
+    assert torch.equal(images, again)
+    assert torch.equal(labels, same)
+
+
+def test_balance_is_read_from_its_text():
+    assert parse_balance("fixed:10,0.4,1.1").weights == [10, 0.4, 1.1]
+    assert parse_balance("share:0.5,0.3,0.2").shares == [0.5, 0.3, 0.2]
+    assert parse_balance("cagrad:c=0.3").c == 0.3
+    for text in ("nothing", "fixed:1,2", "dto:1,2,3", "cagrad:d=3", "share:1,1,1", "heldout", "fixed:a,b,c", "dto:x"):
+        with pytest.raises(UsageError, match="--df-balance"):
+            parse_balance(text)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Images to be judged by, and a teacher that has seen them."""
+    root = write_digits(tmp_path_factory.mktemp("digits"))
+    torch.manual_seed(1)
+    teacher = timm.create_model("test_resnet", num_classes=10).train()
+    for _ in range(5):
+        teacher(torch.randn(16, 3, 32, 32))
+    save_file(teacher.state_dict(), root / "teacher.safetensors")
+    return root
+
+
+def options(digits, output, *more, method="fast"):
+    """A run of two epochs of four iterations."""
+    own = "--df-width 4 --df-latent-dim 8" if method == "fast" else ""
+    texts = f"""train --data-free {method} --kd-model-name test_resnet --kd-teacher-path {digits}/teacher.safetensors
+        --model test_resnet --model-kwargs channels=[8,8,8,8] stem_width=4 --num-classes 10 --img-size 32 -b 8
+        --epochs 2 --warmup-epochs 0 --lr 0.001 --workers 0 --device cpu --no-log-tensorboard --output {output}
+        --df-steps 2 --df-every 2 --df-warmup 2 --df-batch-size 8 --df-bank 20 --df-iterations 4 {own}"""
+    return [*texts.split(), *more]
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    """A run that is judged by real images."""
+    folder = tmp_path_factory.mktemp("run")
+    argv = options(digits, folder / "a", "--experiment", "x", "--data-dir", str(digits))
+    argv += ["--opt", "dtoadamw", "--kd-balance", "famo", "--df-balance", "famo"]
+    assert main(argv) == 0
+    return folder, argv
+
+
+def test_a_run_leaves_its_files(finished):
+    run = finished[0] / "a" / "x"
+    steps = read_rows(run / "generator.csv")
+    assert [int(float(row["step"])) for row in steps] == list(range(2 * (2 + 2 + 2)))
+    assert {"weight_statistics", "cosine_statistics_confidence", "loss_disagreement"} <= steps[0].keys()
+    epochs = read_rows(run / "summary.csv")
+    assert {"df_loss_statistics", "df_conflict_rate", "eval_top1", "weight_task"} <= epochs[0].keys()
+    assert sorted(path.name for path in (run / "synthetic").iterdir()) == ["epoch-0001.png", "epoch-0002.png"]
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+def test_a_run_goes_on_bit_for_bit(finished, how, monkeypatch):
+    folder, argv = finished
+    shutil.rmtree(folder / "b", ignore_errors=True)
+    if how == "killed":
+        die_and_resume(argv, folder, monkeypatch, 7)
+    else:
+        stop_and_resume(argv, folder, monkeypatch, [3, 6])
+    one, two = ((folder / part / "x" / "generator.csv").read_text() for part in ("a", "b"))
+    assert one == two
+
+
+def test_the_report_shows_images_and_conflicts(finished):
+    text = (finished[0] / "a" / "x" / "report.html").read_text()
+    assert text.count("data:image/png;base64,") == 2
+    assert "<th>disagreement</th>" in text
+    assert "Images made from the teacher" in text
+
+
+def test_a_comparison_refuses_it(digits, tmp_path, capsys):
+    argv = f"compare {digits} --data-free fast --kd-model-name test_resnet --output {tmp_path}/out".split()
+    assert main(argv) == 2
+    assert "--data-free: a comparison" in capsys.readouterr().err
+
+
+def test_inversion_without_any_images(digits, tmp_path):
+    argv = options(digits, tmp_path, "--experiment", "x", "--kd-distill-type", "logit", "feature", method="inversion")
+    assert main(argv) == 0
+    assert "eval_top1" not in read_rows(tmp_path / "x" / "summary.csv")[0]
+    assert max(RunDir(tmp_path / "x").checkpoints()) == 2
+
+
+REFUSED = {
+    "--df-lr 0.1": "--df-lr",
+    "--data-free fast": "--data-free: there is no teacher",
+    "--data-free fast --kd-model-name test_resnet test_resnet": "one teacher",
+    "--data-free fast --kd-model-name test_resnet --df-prior-tv 1": "--df-prior-tv",
+    "--data-free fast --kd-model-name test_resnet --mixup 0.2": "--mixup",
+    "--data-free fast --kd-model-name test_resnet --df-balance none": "--df-balance",
+    "--data-free fast --kd-model-name test_resnet --kd-teacher-path {file}": "--num-classes",
+    "--data-free fast --kd-model-name test_resnet --kd-teacher-path {file} --num-classes 10": "--img-size",
+    "--data-free fast --kd-model-name test_resnet --kd-teacher-path {file} --num-classes 10 --img-size 30": "pass 32",
+    "--data-free fast --kd-model-name test_vit --kd-teacher-path {vit} --num-classes 10 --img-size 160": "transformers",
+    "--data-free fast --kd-model-name test_resnet --kd-teacher-path {file} --num-classes 10 --img-size 32 "
+    "--df-bank 2000000000": "--df-bank",
+}
+
+
+@pytest.mark.parametrize(("texts", "told"), REFUSED.items())
+def test_what_cannot_work_is_refused_before_anything_is_written(texts, told, digits, tmp_path, capsys):
+    vit = digits / "vit.safetensors"
+    if not vit.exists():
+        save_file(timm.create_model("test_vit", num_classes=10).state_dict(), vit)
+    texts = texts.format(file=digits / "teacher.safetensors", vit=vit)
+    argv = f"train {texts} --model test_resnet --workers 0 --device cpu --output {tmp_path}/out".split()
+    assert main(argv) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
