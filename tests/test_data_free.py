@@ -20,6 +20,7 @@ from dtokd.train.rundir import RunDir, read_rows
 from safetensors.torch import save_file
 from torch import nn
 
+from benchmarks import datafree
 from dtokd_kernels.weighting import Fixed
 
 from .digits import write_digits
@@ -32,12 +33,12 @@ pytestmark = [
 SIZE = (3, 16, 16)
 
 
-def tiny(channels=3, seed=0):
-    """A network with batch normalisation that has seen some noise, and its classes' number, 4."""
+def tiny(channels=3, seed=0, classes=4):
+    """A network with batch normalisation that has seen some noise."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Conv2d(channels, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(8, 4),
+        nn.Linear(8, classes),
     )  # fmt: skip
     for _ in range(20):
         model(torch.randn(16, channels, 16, 16) * 2 + 1)
@@ -316,3 +317,50 @@ def test_what_cannot_work_is_refused_before_anything_is_written(texts, told, dig
     assert main(argv) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_benchmark_tunes_judges_and_goes_on(tmp_path, monkeypatch):
+    teacher = tiny(1, classes=10)
+    images = torch.rand(80, 1, 28, 28) * 2 - 1
+    held = datafree.Images(images, torch.arange(80) % 10)
+    monkeypatch.setattr(datafree, "teacher_and_digits", lambda: (teacher, held, held, held))
+    monkeypatch.setattr(datafree, "make_model", lambda role: tiny(1, seed=2, classes=10).requires_grad_(True))
+    monkeypatch.setattr(datafree, "WARMUP", 1)
+    monkeypatch.setattr(datafree, "STEPS", 2)
+    monkeypatch.setattr(datafree, "WIDTH", 2)
+    monkeypatch.setattr(datafree, "LEARNING_RATES", (1e-3, 1e-2))
+    path = tmp_path / "results.csv"
+    text = datafree.table(["data", "noise", "dto"], [0], 2, datafree.Journal(path))
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == ["| data", "| noise", "| dto"]
+    done = datafree.read(path)
+    # two rates with the first seed of tuning, both again with the second, then the better one
+    assert [run.seed for run in done if run.balance == "dto"] == [100, 100, 101, 101, 0]
+    assert all(result.skipped == 0 for result in done.values())
+    monkeypatch.setattr(datafree, "train", None)  # all is on file
+    assert datafree.table(["data", "noise", "dto"], [0], 2, datafree.Journal(path)) == text
+
+
+def test_the_demo_ends_with_a_table_and_a_picture(tmp_path, monkeypatch, capsys):
+    from dtokd.datafree import demo
+    from dtokd.demo import data
+
+    monkeypatch.setattr(data, "TEACHER_IMAGES", 4400)
+    monkeypatch.setattr(data, "TEACHER_COPIES", 1)
+    monkeypatch.setattr(data, "STUDENT_COPIES", 1)
+    monkeypatch.setattr(
+        demo, "SHARED", demo.SHARED.replace("--warmup-epochs 1", "--warmup-epochs 0").replace("-b 64", "-b 256")
+    )
+    monkeypatch.setattr(demo, "TEACHER", demo.TEACHER.replace("--epochs 2", "--epochs 1"))
+    monkeypatch.setattr(demo, "_STUDENT", demo._STUDENT.replace("--epochs 4", "--epochs 1"))
+    short = "--df-iterations 2 --df-warmup 1 --df-batch-size 8 --df-steps 1 --df-width 2"
+    runs = {name: (title, f"{texts} {short}" if texts else "", has) for name, (title, texts, has) in demo.RUNS.items()}
+    monkeypatch.setattr(demo, "RUNS", runs)
+    assert main(["demo", "--data-free", "--output", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for title, _, _ in runs.values():
+        assert title in out
+    assert (tmp_path / "made" / "synthetic" / "epoch-0001.png").read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "of that with data" in page
+    assert main(["demo", "--data-free", "--output", str(tmp_path), "--seeds", "0", "1"]) == 2

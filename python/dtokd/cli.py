@@ -108,6 +108,12 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
         from .doctor import run as doctor
 
         return doctor()
+    if options.data_free:
+        from .datafree.demo import run as data_free_demo
+
+        if len(options.seeds) > 1:
+            raise UsageError(f"--seeds: {len(options.seeds)} seeds, but with --data-free there is one; pass one")
+        return data_free_demo(options.output, options.seeds[0])
     from .demo.run import run as demo
 
     return demo(options.output, options.seeds, options.objectives)
@@ -151,6 +157,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         default=["logit", "feature"],
         help="what the students imitate: the teacher's predictions, its features",
     )
+    demo.add_argument("--data-free", action="store_true", help="instead: a student without data, with it, and on noise")
     return parser, commands.choices
 
 
