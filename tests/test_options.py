@@ -34,10 +34,11 @@ NONSENSE = ("nan", "inf", "-1", "0", WIDE, HUGE, "foo", "")
 ACCEPTED = {
     ("0",): "workers hflip vflip drop drop_path model_ema_decay momentum warmup_epochs cooldown_epochs reprob pictures "
     "mixup_prob mixup_switch_prob mixup_off_epoch smoothing bce_target_thresh seed seeds kd_cache_views aug_repeats "
-    "cutmix_minmax data_seed kd_held_out threshold",
+    "cutmix_minmax data_seed kd_held_out threshold df_momentum df_shift",
     ("0", WIDE, HUGE): "lr weight_decay warmup_lr min_lr color_jitter mixup cutmix opt_eps kd_dkd_alpha kd_dkd_beta "
-    "task_loss_weight distill_loss_weight tolerance",
-    (WIDE, HUGE): "lr_base clip_grad decay_epochs decay_rate scale ratio std kd_temperature kd_contrast_temperature",
+    "task_loss_weight distill_loss_weight tolerance df_prior_tv df_prior_l2",
+    (WIDE, HUGE): "lr_base clip_grad decay_epochs decay_rate scale ratio std kd_temperature kd_contrast_temperature "
+    "df_lr df_latent_lr",
     ("-1", "0", WIDE, HUGE): "mean",
     ("-1", "0"): "kd_student_stages kd_teacher_stages",
     ("",): "aa interpolation lr_base_scale dist_bn",

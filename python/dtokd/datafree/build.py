@@ -21,7 +21,6 @@ from ..objectives.taps import Taps, read
 from ..objectives.task import DistillationTask
 from ..objectives.teacher import as_list
 from ..train.found import class_names, some
-from ..train.optimizer import parse_source
 from ..train.world import World
 from .augment import Augment
 from .balance import parse_balance
@@ -49,7 +48,6 @@ def resolve(options: argparse.Namespace) -> None:
     if options.data_free is None:
         return
     complete(options)
-    parse_balance(options.df_balance)
     names, paths = as_list(options.kd_model_name), as_list(options.kd_teacher_path)
     if len(names) != 1:
         raise UsageError(f"--data-free: images are made from one teacher; --kd-model-name names {len(names)}")
@@ -140,7 +138,7 @@ def make_batches(
         raise UsageError(f"--data-free: the teacher {teacher.name!r}: {error}") from error
     _check_size(options, size)
     _check_room(options, size)
-    gram = None if options.df_balance_gram == "none" else parse_source(options.df_balance_gram, student)
+    gram = options.df_balance_gram
     rule = parse_balance(options.df_balance)
     prior = pixel_prior(options.df_prior_tv, options.df_prior_l2) if options.data_free == "inversion" else None
 

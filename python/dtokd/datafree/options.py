@@ -57,11 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data-free", choices=METHODS, metavar="METHOD", help=f"{' or '.join(METHODS)}; the data is only judged by")
     add(
         "--df-balance",
+        type=rule,
         metavar="RULE",
         help="how the losses statistics, confidence and disagreement of the images are balanced: a weighting of "
         "--kd-balance, then options after a colon: fixed:10,0.4,1.1, share:0.5,0.3,0.2, dto, famo, cagrad:c=0.4",
     )
-    add("--df-balance-gram", default="exact", metavar="SOURCE", help="as --kd-balance-gram; none: nothing is measured")
+    add(
+        "--df-balance-gram",
+        choices=["exact", "overlap", "lag", "none"],
+        default="exact",
+        help="how the losses' gradients are measured; none: one backward pass, for rules that need no measure",
+    )
     add("--df-disagreement", choices=["kl", "js"], help="kl: without a bound, as in Fast-DFKD; js: as in DeepInversion")
     add("--df-lr", type=POSITIVE, metavar="X", help="learning rate of the generator, or of the images (inversion)")
     add("--df-steps", type=COUNT, metavar="N", help="optimizer steps for a batch of images")
@@ -83,6 +89,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--df-prior-tv", type=NOT_NEGATIVE, metavar="X", help="inversion: factor of the total variation in statistics")
     add("--df-prior-l2", type=NOT_NEGATIVE, metavar="X", help="inversion: factor of the pixels' mean square in it")
+
+
+def rule(text: str) -> str:
+    """The `type` of --df-balance.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no weighting of the three losses.
+    """
+    from .balance import parse_balance
+
+    try:
+        parse_balance(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--df-balance: ")) from error
+    return text
 
 
 def is_own(name: str) -> bool:
