@@ -121,7 +121,7 @@ class Plan:
     def __init__(self, options: argparse.Namespace) -> None:
         if twice := sorted({seed for seed in options.seeds if options.seeds.count(seed) > 1}):
             raise UsageError(f"--seeds: {twice[0]} is there twice; pass different ones, such as 0 1 2")
-        if options.data_free:
+        if getattr(options, "data_free", None):
             raise UsageError(
                 "--data-free: a comparison trains a student without a teacher, which needs images; leave it out, or "
                 "compare runs of dtokd train with dtokd report"
