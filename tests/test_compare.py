@@ -16,9 +16,8 @@ import pytest
 import timm
 import torch
 from dtokd.cli import _parser, main
+from dtokd.compare import kinds, processes, verdict
 from dtokd.compare import plan as plans
-from dtokd.compare import processes, verdict
-from dtokd.compare import run as command
 from dtokd.compare.arms import flags_of, parse_arm, parse_arms
 from dtokd.compare.differences import Paired, student_t, studentized_range
 from dtokd.compare.options import ARMS
@@ -350,7 +349,7 @@ def test_compare(compared, digits, teacher, tmp_path, capsys, monkeypatch):
     assert "Share of the gradient: kl" in page.captions
     assert {"none", "fixed:0.5", "dto:rescale=sum"} <= set(page.names)
     with monkeypatch.context() as patch:
-        patch.setattr(command, "train", None)
+        patch.setattr(kinds, "train", None)
         assert main(options) == 0
     assert first["compare.md"].strip() in capsys.readouterr().out
     shutil.rmtree(folder / "fixed_0.5" / "seed-1")
@@ -405,12 +404,12 @@ def test_order_and_augmentation_do_not_depend_on_the_teacher(digits, teacher, tm
 def test_an_interrupted_comparison_goes_on(digits, teacher, tmp_path, monkeypatch, compared):
     """A signal in the middle of a run ends it with its number; the same command then has the undisturbed results."""
     options = options_of(digits, teacher, tmp_path)
-    original, count = command.train, [0]
+    original, count = kinds.train, [0]
 
     def stopping(own, progress):
         count[0] += 1
         if count[0] == 3:
-            monkeypatch.setattr(command, "train", original)
+            monkeypatch.setattr(kinds, "train", original)
             from dtokd.train import engine
 
             step = engine.Engine._step
@@ -421,7 +420,7 @@ def test_an_interrupted_comparison_goes_on(digits, teacher, tmp_path, monkeypatc
                 monkeypatch.setattr(engine.Engine, "_step", step)
         return original(own, progress)
 
-    monkeypatch.setattr(command, "train", stopping)
+    monkeypatch.setattr(kinds, "train", stopping)
     assert main(options) == 128 + signal.SIGINT
     assert not (tmp_path / "compare" / "compare.md").exists()
     assert main(options) == 0
@@ -434,8 +433,8 @@ def test_it_finds_its_runs_again(compared, digits, teacher, tmp_path, capsys, mo
     output = shutil.copytree(compared, tmp_path / "out")
     data, weights = shutil.copytree(digits, tmp_path / "data"), shutil.copy(teacher, tmp_path / "t.safetensors")
     trained = []
-    run_train = command.train
-    monkeypatch.setattr(command, "train", lambda own, progress: trained.append(own) or run_train(own, progress))
+    run_train = kinds.train
+    monkeypatch.setattr(kinds, "train", lambda own, progress: trained.append(own) or run_train(own, progress))
 
     def trains(*more, data=data, weights=weights):
         del trained[:]
@@ -495,7 +494,7 @@ def test_a_diverged_run(digits, teacher, tmp_path, capsys, monkeypatch):
         "none": False, "fixed:0.5,lr=1e12": True, "fixed:0.5": False,
     }  # fmt: skip
     with monkeypatch.context() as patch:
-        patch.setattr(command, "train", None)
+        patch.setattr(kinds, "train", None)
         assert main(argv) == 0
         assert main([*options, "--seeds", "0", "--arms", "fixed:0.5,lr=1e12"]) == 1
     assert "No verdict: all arms with a teacher have diverged" in " ".join(capsys.readouterr().out.split())
