@@ -242,6 +242,7 @@ def options(digits, output, *more, method="fast"):
 @pytest.fixture(scope="module")
 def finished(digits, tmp_path_factory):
     """A run that is judged by real images."""
+    torch.set_num_threads(1)  # as those that are compared with it
     folder = tmp_path_factory.mktemp("run")
     argv = options(digits, folder / "a", "--experiment", "x", "--data-dir", str(digits))
     argv += ["--opt", "dtoadamw", "--kd-balance", "famo", "--df-balance", "famo"]
