@@ -250,7 +250,7 @@ def test_documented_numbers_are_those_of_the_csv_file():
     page = (ROOT / "docs" / "evidence.md").read_text()
     done = read(ROOT / "benchmarks" / "results" / "evidence.csv")
     found = tables.parts(done)
-    assert len(found) == 2 + 18
+    assert len(found) == 2 + 24
     for text in found.values():
         assert text in page
     for name in dict.fromkeys(run.data for run in done):
