@@ -21,6 +21,7 @@ from dtokd.objectives.taps import Outputs
 from dtokd.objectives.task import DistillationTask
 from dtokd.objectives.teacher import Normalisation, Teacher
 from dtokd.values import read_yaml
+from safetensors.torch import save_file
 from torchvision.models.detection import FCOS, RetinaNet
 from transformers.models.deformable_detr.image_processing_deformable_detr import DeformableDetrImageProcessor
 
@@ -51,6 +52,13 @@ def targets():
 def dense(kind="fcos", width=32, seed=0):
     torch.manual_seed(seed)
     return Dense(kind, make_backbone("test_resnet", {}, None), 3, width=width)
+
+
+def taught_by_fcos(folder):
+    """The options of a teacher with weights of seed 7, which are written into the folder."""
+    save_file(dense(seed=7).state_dict(), folder / "fcos.safetensors")
+    teacher = ["--kd-model-name", "fcos:test_resnet", "--kd-model-kwargs", "width=32"]
+    return [*teacher, "--kd-teacher-path", str(folder / "fcos.safetensors")]
 
 
 def vidt(seed=0, **changes):

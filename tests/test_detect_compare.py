@@ -15,10 +15,9 @@ from dtokd.detect import options as detect_options
 from dtokd.errors import UsageError
 from dtokd.train.options import parse
 from dtokd.values import parser_of
-from safetensors.torch import save_file
 
 from .coco import FCOS, VIDT, common, write_coco
-from .test_detect import dense
+from .test_detect import taught_by_fcos
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,9 +29,7 @@ def coco(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teaching(tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher") / "fcos.safetensors"
-    save_file(dense(seed=7).state_dict(), path)
-    return ["--kd-model-name", "fcos:test_resnet", "--kd-model-kwargs", "width=32", "--kd-teacher-path", str(path)]
+    return taught_by_fcos(tmp_path_factory.mktemp("teacher"))
 
 
 def test_a_comparison_of_detectors(coco, teaching, tmp_path, capsys):

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from dtokd_kernels.weighting import HeldOut, WhileBetter
 
 from .coco import FCOS, common, write_coco
-from .test_detect import dense, vidt
+from .test_detect import dense, taught_by_fcos, vidt
 from .test_train_resume import die_and_resume
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,10 +36,7 @@ def coco(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teaching(tmp_path_factory):
-    path = tmp_path_factory.mktemp("teacher") / "fcos.safetensors"
-    save_file(dense(seed=7).state_dict(), path)
-    teacher = ["--kd-model-name", "fcos:test_resnet", "--kd-model-kwargs", "width=32", "--kd-teacher-path", str(path)]
-    return [*FCOS, *teacher, "--kd-distill-type", "prediction"]
+    return [*FCOS, *taught_by_fcos(tmp_path_factory.mktemp("teacher")), "--kd-distill-type", "prediction"]
 
 
 def weights_of(run):
