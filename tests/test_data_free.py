@@ -3,6 +3,7 @@
 import copy
 import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -20,7 +21,10 @@ from dtokd.train.rundir import RunDir, read_rows
 from safetensors.torch import save_file
 from torch import nn
 
-from benchmarks import datafree
+from benchmarks.datafree import protocol, students
+from benchmarks.datafree.sets import World
+from benchmarks.digits import Images
+from benchmarks.journal import Journal, read
 from dtokd_kernels.weighting import Fixed
 
 from .digits import write_digits
@@ -322,24 +326,55 @@ def test_what_cannot_work_is_refused_before_anything_is_written(texts, told, dig
 
 
 def test_the_benchmark_tunes_judges_and_goes_on(tmp_path, monkeypatch):
-    teacher = tiny(1, classes=10)
-    images = torch.rand(80, 1, 28, 28) * 2 - 1
-    held = datafree.Images(images, torch.arange(80) % 10)
-    monkeypatch.setattr(datafree, "teacher_and_digits", lambda: (teacher, held, held, held))
-    monkeypatch.setattr(datafree, "make_model", lambda role: tiny(1, seed=2, classes=10).requires_grad_(True))
-    monkeypatch.setattr(datafree, "WARMUP", 1)
-    monkeypatch.setattr(datafree, "STEPS", 2)
-    monkeypatch.setattr(datafree, "WIDTH", 2)
-    monkeypatch.setattr(datafree, "LEARNING_RATES", (1e-3, 1e-2))
+    images = torch.rand(80, 1, 8, 8) * 2 - 1
+    held = Images(images, torch.arange(80) % 10)
+    world = World(
+        tiny(1, classes=10),
+        lambda images: images,
+        lambda: tiny(1, seed=2, classes=10).requires_grad_(True),
+        (1, 8, 8),
+        10,
+        images,
+        held,
+        held,
+        10.0,
+    )
+    monkeypatch.setattr(students, "world_of", lambda name: world)
+    for name, value in {"WARMUP": 1, "STEPS": 2, "WIDTH": 2}.items():
+        monkeypatch.setattr(students, name, value)
+    monkeypatch.setattr(protocol, "GRID", ["fixed:1,1,1", "fixed:1,2,2"])
     path = tmp_path / "results.csv"
-    text = datafree.table(["data", "noise", "dto"], [0], 2, datafree.Journal(path))
-    assert [line.split(" | ")[0] for line in text.splitlines()[2:]] == ["| data", "| noise", "| dto"]
-    done = datafree.read(path)
-    # two rates with the first seed of tuning, both again with the second, then the better one
-    assert [run.seed for run in done if run.balance == "dto"] == [100, 100, 101, 101, 0]
+
+    def told(train):
+        with ThreadPoolExecutor(1) as executor:
+            journal = Journal(path, students.Run, students.Result, executor, train)
+            return protocol.table(protocol.carry_out("digits", ["data", "other", "tuned", "dto"], [0, 1], 2, journal))
+
+    text = told(students.train)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert [row[0].split(",")[0] for row in rows] == ["data", "other", "tuned", "dto"]
+    assert [row[3] for row in rows[:3]] == ["", "", "reference"]
+    assert float(rows[3][3]) == pytest.approx(float(rows[3][1].split()[0]) - float(rows[2][1].split()[0]), abs=0.11)
+    done = read(path, students.Run, students.Result)
+    # three rates of the maker, two more of the student, the two best with the second seed of tuning, then the best
+    assert [run.seed for run in done if run.source == "dto"] == [100] * 5 + [101] * 2 + [0, 1]
+    assert len({run.student_lr for run in done if run.source == "data"}) == 3
+    assert {run.source for run in done if run.source.startswith("fixed")} == set(protocol.GRID)
     assert all(result.skipped == 0 for result in done.values())
-    monkeypatch.setattr(datafree, "train", None)  # all is on file
-    assert datafree.table(["data", "noise", "dto"], [0], 2, datafree.Journal(path)) == text
+    assert told(None) == text  # all is on file
+
+
+def test_the_chosen_run_is_the_best_of_both_tuning_seeds():
+    def train(runs):
+        best = {100: (1e-2, 0.018), 101: (1e-2, 0.009)}
+        return [
+            students.Result(-abs(run.lr - lr) - 2 * abs(run.student_lr - student) * (run.seed == 101), *[0.0] * 7)
+            for run in runs
+            for lr, student in [best[run.seed]]
+        ]
+
+    chosen = protocol.tune(students.Run("digits", "dto", 0.0, 9e-3, 100, 5), train)
+    assert (chosen.lr, chosen.student_lr) == (1e-2, 9e-3)
 
 
 def test_the_demo_ends_with_a_table_and_a_picture(tmp_path, monkeypatch, capsys):

@@ -30,10 +30,11 @@ from benchmarks.evidence.data import (
     wrong_teacher,
 )
 from benchmarks.evidence.methods import METHODS, NONE, OBJECTIVES, SETTINGS, iterations_of, methods_of
-from benchmarks.evidence.protocol import Journal, Run, carry_out, outcomes, read, tune
+from benchmarks.evidence.protocol import Run, carry_out, outcomes, read, tune
 from benchmarks.evidence.scenes import SceneSet, _outputs, _read
 from benchmarks.evidence.students import Result, train
 from benchmarks.evidence.trials import AdamMetric, OwnMomentum
+from benchmarks.journal import Journal
 
 ROOT = Path(__file__).parents[1]
 RUN = Run("digits", "logits, T = 4", "DTO", lr=float("nan"), seed=0, iterations=9)
@@ -189,16 +190,16 @@ def test_journal_goes_on_where_it_was_killed(tmp_path):
 
     runs = [replace(RUN, lr=0.1, seed=seed) for seed in range(5)]
     with ThreadPoolExecutor(1) as executor, pytest.raises(KeyboardInterrupt):
-        Journal(path, executor, one)(runs)
+        Journal(path, Run, Result, executor, one)(runs)
     kept = set(read(path))
     assert kept == set(runs[:2])
     with ThreadPoolExecutor(1) as executor:
-        assert [r.test for r in Journal(path, executor, one)(runs)] == [0, 1, 2, 3, 4]
+        assert [r.test for r in Journal(path, Run, Result, executor, one)(runs)] == [0, 1, 2, 3, 4]
     assert set(trained[3:]) >= set(runs[2:])
     assert not kept & set(trained[5:])
     assert read(path) == {run: replace(RESULT, test=float(run.seed)) for run in runs}
     with ThreadPoolExecutor(1) as executor:
-        Journal(path, executor, one, "abc")([replace(RUN, lr=0.1, seed=9)])
+        Journal(path, Run, Result, executor, one, "abc")([replace(RUN, lr=0.1, seed=9)])
     assert [row["commit"] for row in csv.DictReader(path.read_text().splitlines())] == [""] * 5 + ["abc"]
 
 

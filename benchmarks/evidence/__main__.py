@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -11,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from ..journal import Journal, commit
 from . import tables, worker
 from .methods import METHODS, NONE, SETTINGS
-from .protocol import Journal, carry_out, read
+from .protocol import Run, carry_out, read
+from .students import Result
 
 KINDS = list(dict.fromkeys(kind for kinds in SETTINGS.values() for kind in kinds))
 
@@ -39,24 +40,11 @@ def main() -> None:
     with ProcessPoolExecutor(
         options.jobs, mp_context=get_context("spawn"), initializer=worker.start, initargs=(options.output,)
     ) as executor:
-        journal = Journal(path, executor, worker.carry_out, commit())
+        journal = Journal(path, Run, Result, executor, worker.carry_out, commit())
         for name in options.data:
             carry_out(name, options.objectives, options.seeds, journal, options.methods)
             print(name, "done", file=sys.stderr, flush=True)
     print(tables.markdown(read(path)))
-
-
-def commit() -> str:
-    """Of the checkout that this file is in, with "+" where files have changed since; "" where git does not tell."""
-    root = Path(__file__).parents[2]
-    try:
-        told = [
-            subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return told[0] + ("+" if told[1] else "")
 
 
 if __name__ == "__main__":

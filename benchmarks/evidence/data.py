@@ -11,6 +11,7 @@ import gzip
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
@@ -96,17 +97,20 @@ def load(name: str, folder: Path) -> DataSet:
     return DataSet(**load_file(path))
 
 
-def digits() -> DataSet:
-    """MNIST-5k, distorted: 500 of the teacher's 3000 digits for the students, 800 to choose on, 1200 to test."""
-    return _silhouettes(*mnist_5k(), student=500, teacher=3000, validation=800, test=1200)
+@dataclass(frozen=True)
+class Silhouettes:
+    """Distorted copies of small grey images: the teacher's, the students', and those to choose on and to test on."""
+
+    taught: Images
+    pool: Images
+    validation: Images
+    test: Images
 
 
-def animals() -> DataSet:
-    """Silhouettes of ten animals, distorted: 1000 of the teacher's 6000 for the students, 1500 and 2500 to judge."""
-    return _silhouettes(*animal_mnist(), student=1000, teacher=6000, validation=1500, test=2500)
-
-
-def _silhouettes(images: Tensor, labels: Tensor, *, student: int, teacher: int, validation: int, test: int) -> DataSet:
+def draw_silhouettes(name: str) -> Silhouettes:
+    """The images of "digits" (MNIST-5k) or "animals" (silhouettes of ten animals)."""
+    read, counts = _SILHOUETTES[name]
+    images, labels = read()
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(labels), generator=generator)
 
@@ -114,23 +118,35 @@ def _silhouettes(images: Tensor, labels: Tensor, *, student: int, teacher: int, 
         index = index.repeat(copies)
         return Images(distort(images[index], generator) * 2 - 1, labels[index])
 
-    end = teacher + validation
-    taught = distorted(order[:teacher], TEACHER_COPIES)
-    pool = distorted(order[:student], STUDENT_COPIES)
-    chosen = distorted(order[teacher:end], JUDGED_COPIES)
-    judged = distorted(order[end : end + test], JUDGED_COPIES)
+    end = counts["teacher"] + counts["validation"]
+    return Silhouettes(
+        distorted(order[: counts["teacher"]], TEACHER_COPIES),
+        distorted(order[: counts["student"]], STUDENT_COPIES),
+        distorted(order[counts["teacher"] : end], JUDGED_COPIES),
+        distorted(order[end : end + counts["test"]], JUDGED_COPIES),
+    )
+
+
+def silhouettes_teacher(taught: Images) -> nn.Module:
+    """A network that was trained on these images."""
     with seeded(0):
         model = make_model("teacher")
     train_teacher(model, taught, iterations=TEACHER_ITERATIONS, seed=0)
+    return model
+
+
+def _silhouettes(name: str) -> DataSet:
+    parts = draw_silhouettes(name)
+    model = silhouettes_teacher(parts.taught)
     return DataSet(
-        pool.images,
-        pool.labels,
-        *_outputs(model, pool.images),
-        chosen.images,
-        chosen.labels,
-        judged.images,
-        judged.labels,
-        *(torch.tensor(accuracy(model, images), dtype=torch.float64) for images in (judged, chosen)),
+        parts.pool.images,
+        parts.pool.labels,
+        *_outputs(model, parts.pool.images),
+        parts.validation.images,
+        parts.validation.labels,
+        parts.test.images,
+        parts.test.labels,
+        *(torch.tensor(accuracy(model, images), dtype=torch.float64) for images in (parts.test, parts.validation)),
     )
 
 
@@ -178,11 +194,10 @@ def photos() -> DataSet:
     of the three parts come from different tiles of each photo: this is recognition of a scene from parts not seen, not
     of categories.
     """
-    tiles = [_tiles(photo) for photo in _photos()]
-    crops = {part: _crops([of[part] for of in tiles], part, count) for part, count in _COUNTS.items()}
-    network = _imagenet_mobilenet()
-    features = {part: _features(network, images) for part, (images, _) in crops.items()}
-    classifier = _fit(features["train"], crops["train"][1])
+    crops = photo_crops()
+    network = imagenet_mobilenet()
+    features = {part: mobilenet_features(network, images) for part, (images, _) in crops.items()}
+    classifier = fit_classifier(features["train"], crops["train"][1])
     with torch.no_grad():
         logits = {part: classifier(features[part]) for part in features}
     ratio = TEACHER_PIXELS // STUDENT_PIXELS
@@ -200,6 +215,12 @@ def photos() -> DataSet:
         right["test"],
         right["validation"],
     )
+
+
+def photo_crops() -> dict[str, tuple[Tensor, Tensor]]:
+    """Crops [N, 3, 96, 96] in [0, 1] and the photos' numbers [N], of each part of `TILES`."""
+    tiles = [_tiles(photo) for photo in _photos()]
+    return {part: _crops([of[part] for of in tiles], part, count) for part, count in _COUNTS.items()}
 
 
 _COUNTS = {"train": CROPS, "validation": JUDGED_CROPS, "test": JUDGED_CROPS}
@@ -257,7 +278,7 @@ def _photos() -> list[Tensor]:
     return found
 
 
-def _imagenet_mobilenet() -> nn.Module:
+def imagenet_mobilenet() -> nn.Module:
     """The teacher's network without its classifier: images, normalised as ImageNet's, to [B, 1280]."""
     model = timm.create_model("mobilenetv2_100")
     model.load_state_dict(imagenet_weights())
@@ -266,12 +287,13 @@ def _imagenet_mobilenet() -> nn.Module:
 
 
 @torch.no_grad()
-def _features(network: nn.Module, images: Tensor) -> Tensor:
+def mobilenet_features(network: nn.Module, images: Tensor) -> Tensor:
+    """The network's [N, 1280] of images [N, 3, H, W] in [0, 1]."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     return torch.cat([network((part - mean) / std) for part in images.split(100)])
 
 
-def _fit(features: Tensor, labels: Tensor) -> nn.Linear:
+def fit_classifier(features: Tensor, labels: Tensor) -> nn.Linear:
     """A linear classifier: ridge-regularised softmax regression by L-BFGS."""
     with seeded(0):
         classifier = nn.Linear(features.shape[1], int(labels.max()) + 1)
@@ -321,8 +343,16 @@ def _package(name: str) -> Any:
         raise ModuleNotFoundError(f"{name}: not installed, but its files are the data; {PACKAGES}") from error
 
 
+#: How images are read, and how many: the students' are among the teacher's.
+_SILHOUETTES: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], dict[str, int]]] = {
+    "digits": (mnist_5k, {"student": 500, "teacher": 3000, "validation": 800, "test": 1200}),
+    "animals": (animal_mnist, {"student": 1000, "teacher": 6000, "validation": 1500, "test": 2500}),
+}
 #: How each data set is made.
-MAKERS: dict[str, Callable[[], DataSet]] = {"digits": digits, "animals": animals, "photos": photos}
+MAKERS: dict[str, Callable[[], DataSet]] = {
+    **{name: partial(_silhouettes, name) for name in _SILHOUETTES},
+    "photos": photos,
+}
 Load = Callable[[str], DataSet]
 #: The same with something changed, made from the data set that they are given.
 VARIANTS: dict[str, Callable[[Load], DataSet]] = {

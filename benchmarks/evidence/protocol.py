@@ -8,16 +8,14 @@ are not used again.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from threading import Lock
-from typing import Any
 
+from .. import journal
 from .methods import NONE, SETTINGS, Method, iterations_of, methods_of
 from .students import Result
 
@@ -43,56 +41,9 @@ class Run:
 Train = Callable[[Sequence[Run]], list[Result]]
 
 
-class Journal:
-    """All runs that are done, in a CSV file that grows by a row per run, so that a killed command goes on.
-
-    Args:
-        path: of the file.
-        executor: carries the runs out.
-        train: does one; a function that the executor's processes know.
-        commit: of the code that trains; written beside each run.
-    """
-
-    def __init__(self, path: Path, executor: Executor, train: Callable[[Run], Result], commit: str = "") -> None:
-        self._path, self._executor, self._train, self._commit = path, executor, train, commit
-        self._done = read(path) if path.exists() else {}
-        self._lock = Lock()
-
-    def __call__(self, runs: Sequence[Run]) -> list[Result]:
-        """The results of `runs`, trained where they are not on file."""
-        missing = [run for run in runs if run not in self._done]
-        for run, result in zip(missing, self._executor.map(self._train, missing), strict=True):
-            with self._lock:
-                self._done[run] = result
-                self._append(run, result)
-        return [self._done[run] for run in runs]
-
-    def _append(self, run: Run, result: Result) -> None:
-        row = {**asdict(run), **asdict(result), "commit": self._commit}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not self._path.exists()
-        with self._path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(row), lineterminator="\n")
-            if fresh:
-                writer.writeheader()
-            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()})
-
-
 def read(path: Path) -> dict[Run, Result]:
     """The runs of a journal's file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return dict(_parsed(row) for row in csv.DictReader(file))
-
-
-def _parsed(row: dict[str, str]) -> tuple[Run, Result]:
-    row.pop("commit")
-    counts = {"seed", "iterations", "skipped"}
-    typed: dict[str, Any] = {
-        key: value if key in ("data", "objective", "method") else int(value) if key in counts else float(value)
-        for key, value in row.items()
-    }
-    run = Run(**{key: typed.pop(key) for key in Run.__dataclass_fields__})
-    return run, Result(**typed)
+    return journal.read(path, Run, Result)
 
 
 def settings(data: str, objectives: Sequence[str]) -> Iterator[tuple[str, Method]]:

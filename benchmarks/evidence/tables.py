@@ -53,7 +53,7 @@ def _summary(settings: Mapping[str, Sequence[Outcome]]) -> str:
     lines = ["| | mean | interval | worst | in | worst to no teacher | settings |", "|---|---|---|---|---|---|---|"]
     for method, of in sorted(differences.items(), key=lambda item: -fmean(item[1].values())):
         worst = min(of, key=lambda title: of[title])
-        interval = _interval(list(of.values()), len(differences))
+        interval = paired_interval(list(of.values()), len(differences))
         to_none = f"{alone[method]:+.1f}" if method in alone else ""
         cells = [method, f"{fmean(of.values()):+.1f}", interval, f"{of[worst]:+.1f}", worst, to_none, str(len(of))]
         lines.append("| " + " | ".join(cells) + " |")
@@ -80,7 +80,7 @@ def _to_no_teacher(found: Sequence[Outcome]) -> dict[str, float]:
     return {o.method: fmean(_differences(o, alone)) for o in found} if alone is not None else {}
 
 
-def _interval(differences: Sequence[float], comparisons: int) -> str:
+def paired_interval(differences: Sequence[float], comparisons: int) -> str:
     """Ends of the paired t-interval of a mean difference: so many hold together with `LEVEL` (Bonferroni)."""
     n = len(differences)
     if n < 2 or not any(differences):
@@ -103,7 +103,7 @@ def _table(found: Sequence[Outcome]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for o in found:
-        cells = [f"**{o.method}**" if o is best else o.method, _spread([r.test for r in o.results.values()])]
+        cells = [f"**{o.method}**" if o is best else o.method, with_spread([r.test for r in o.results.values()])]
         if best is None:
             cells += ["", "", ""]
         elif o is best:
@@ -111,7 +111,7 @@ def _table(found: Sequence[Outcome]) -> str:
         else:
             differences = _differences(o, best)
             better = f"{sum(d > 0 for d in differences)}/{len(differences)}"
-            cells += [f"{fmean(differences):+.1f}", _interval(differences, len(found) - 1), better]
+            cells += [f"{fmean(differences):+.1f}", paired_interval(differences, len(found) - 1), better]
         cells.append(f"{o.lr:g}")
         for name, spec in _COLUMNS.items():
             values = [getattr(r, name) for r in o.results.values()]
@@ -135,5 +135,5 @@ def _differences(o: Outcome, other: Outcome) -> list[float]:
     return [o.results[seed].test - other.results[seed].test for seed in o.results if seed in other.results]
 
 
-def _spread(values: Sequence[float]) -> str:
+def with_spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")

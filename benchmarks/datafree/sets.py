@@ -1,0 +1,155 @@
+"""The sets of images that the evidence has, each with a teacher that images can be made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from ..digits import ROLES, Images, accuracy, make_model
+from ..evidence.data import (
+    PHOTOS,
+    draw_silhouettes,
+    fit_classifier,
+    imagenet_mobilenet,
+    mobilenet_features,
+    photo_crops,
+    silhouettes_teacher,
+)
+
+#: The side of photographs for the teacher, where the evidence has 96: images are made at this size, for a CPU.
+PIXELS, STUDENT_PIXELS = 64, 32
+
+
+@dataclass(frozen=True)
+class World:
+    """What a student without data could be trained in.
+
+    Attributes:
+        teacher: a frozen network with batch normalisation; images [B, C, H, W] in [-1, 1] to logits.
+        view: such images as the student sees them.
+        student: makes a new one, from torch's random numbers.
+        size: channels, height and width of the images that are made.
+        classes: of teacher and student.
+        images: real ones, without labels, for the student that has data.
+        validation, test: as the student sees them.
+        teacher_accuracy: on the test images, in percent.
+    """
+
+    teacher: nn.Module
+    view: Callable[[Tensor], Tensor]
+    student: Callable[[], nn.Module]
+    size: tuple[int, int, int]
+    classes: int
+    images: Tensor
+    validation: Images
+    test: Images
+    teacher_accuracy: float
+
+
+def load(name: str, folder: Path) -> World:
+    """One of `MAKERS`; the teacher's weights are read from the folder if they were made before, else written."""
+    world = MAKERS[name](_Kept(folder / f"{name}, teacher to make images from.safetensors"))
+    world.teacher.to(memory_format=torch.channels_last)  # quicker on a CPU
+    return world
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A file of weights."""
+
+    path: Path
+
+    def __call__(self, model: nn.Module, trained: Callable[[], nn.Module]) -> nn.Module:
+        """The model with the weights on file, or of a model that is trained now."""
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: value.contiguous() for key, value in trained().state_dict().items()}, self.path)
+        model.load_state_dict(load_file(self.path))
+        return model.eval().requires_grad_(False)
+
+
+def silhouettes(name: str, kept: _Kept) -> World:
+    """Digits or animals, grey, 28 x 28 pixels."""
+    parts = draw_silhouettes(name)
+    teacher = kept(make_model("teacher"), lambda: silhouettes_teacher(parts.taught))
+    return World(
+        teacher,
+        lambda images: images,
+        partial(make_model, "student"),
+        (1, 28, 28),
+        10,
+        parts.pool.images,
+        parts.validation,
+        parts.test,
+        100 * accuracy(teacher, parts.test),
+    )
+
+
+def photos(kept: _Kept) -> World:
+    """Which of 16 photos a crop is from: ImageNet's MobileNetV2 sees 64 x 64 pixels, the student 32 x 32."""
+    crops = {part: (_resized(images), labels) for part, (images, labels) in photo_crops().items()}
+    network: Any = imagenet_mobilenet()
+
+    def fitted() -> nn.Module:
+        return fit_classifier(mobilenet_features(network, crops["train"][0]), crops["train"][1])
+
+    classifier = kept(nn.Linear(network.num_features, len(PHOTOS)), fitted)
+    teacher = nn.Sequential(_ForImageNet(), network, classifier).eval()
+    validation, test = (Images(_view(crops[part][0] * 2 - 1), crops[part][1]) for part in ("validation", "test"))
+    images, labels = crops["test"]
+    with torch.no_grad():
+        right = torch.cat([teacher(part * 2 - 1).argmax(1) for part in images.split(100)]) == labels
+    return World(
+        teacher,
+        _view,
+        partial(timm.create_model, "test_resnet", num_classes=len(PHOTOS), **ROLES["student"]),
+        (3, PIXELS, PIXELS),
+        len(PHOTOS),
+        crops["train"][0] * 2 - 1,
+        validation,
+        test,
+        100 * float(right.double().mean()),
+    )
+
+
+def _resized(images: Tensor) -> Tensor:
+    return F.interpolate(images, (PIXELS, PIXELS), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _view(images: Tensor) -> Tensor:
+    return F.avg_pool2d(images, PIXELS // STUDENT_PIXELS)
+
+
+class _ForImageNet(nn.Module):
+    """From [-1, 1] to the normalisation of ImageNet's networks."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return ((images + 1) / 2 - self.mean) / self.std
+
+
+#: The sets.
+MAKERS: dict[str, Callable[[_Kept], World]] = {
+    "digits": partial(silhouettes, "digits"),
+    "animals": partial(silhouettes, "animals"),
+    "photos": photos,
+}
+#: Images of another kind, which a student of the set can be taught on in place of its own.
+OTHER = {"digits": "animals", "animals": "digits"}
