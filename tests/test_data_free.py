@@ -2,7 +2,9 @@
 
 import copy
 import math
+import os
 import shutil
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +15,7 @@ from dtokd.datafree.augment import Augment
 from dtokd.datafree.balance import parse_balance
 from dtokd.datafree.bank import Bank
 from dtokd.datafree.generator import Generator
+from dtokd.datafree.loader import SyntheticBatches
 from dtokd.datafree.losses import NAMES, ImageLosses, disagreement, pixel_prior
 from dtokd.datafree.statistics import BatchStatistics, NoStatistics
 from dtokd.datafree.synthesis import Fast, Inversion, Settings, judging
@@ -273,6 +276,25 @@ def test_a_run_goes_on_bit_for_bit(finished, how, monkeypatch):
     else:
         stop_and_resume(argv, folder, monkeypatch, [3, 6])
     one, two = ((folder / part / "x" / "generator.csv").read_text() for part in ("a", "b"))
+    assert one == two
+
+
+def test_a_signal_ends_the_making_of_the_first_images(finished, monkeypatch):
+    folder, argv = finished
+    argv = [str(folder / "c") if text == str(folder / "a") else text for text in argv]
+    make, calls = SyntheticBatches.make, []
+
+    def signalled(self):
+        calls.append(make(self))
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(SyntheticBatches, "make", signalled)
+    assert main(argv) == 128 + signal.SIGTERM
+    assert len(calls) == 1
+    torch.rand(7)  # the new process's generators are elsewhere
+    assert main([*argv, "--resume", "auto"]) == 0
+    one, two = ((folder / part / "x" / "generator.csv").read_text() for part in ("a", "c"))
     assert one == two
 
 

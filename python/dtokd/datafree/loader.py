@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import Diverged, UsageError
 from ..monitor import CSV, BalanceLogger, Row, means_of
 from ..train.rundir import read_rows, write_rows
+from ..train.signals import Stopped
 from .augment import Augment
 from .bank import Bank
 from .pictures import write_pictures
@@ -68,6 +69,7 @@ class SyntheticBatches:
         self._balance, self._say = balance, say
         self._begin = 0
         self._log: BalanceLogger | None = None
+        self._stopped: Callable[[], int] = lambda: 0
         self._rows: list[Row] = []
         self.steps = 0
         self.dataset = _Described(count * batch_size)
@@ -80,6 +82,8 @@ class SyntheticBatches:
         if not len(self.bank):
             self._say(f"making the first {self._warmup} batches of {self.settings.batch} images")
             for _ in range(self._warmup):
+                if signal := self._stopped():
+                    raise Stopped(signal)
                 self.make()
         for index in range(begin, self._count):
             if index % self._every == 0:
@@ -111,18 +115,18 @@ class SyntheticBatches:
             self._log.log(balance, **{f"loss_{name}": loss for name, loss in losses.items()})
 
     @contextmanager
-    def logged(self, folder: Path) -> Iterator[None]:
+    def attached(self, folder: Path, stopped: Callable[[], int]) -> Iterator[None]:
         """While this goes on, note the maker's steps in a file of the run; lines of later steps than now are removed.
 
         Args:
             folder: of the run.
+            stopped: the number of the signal that ends the run, or 0; asked between the first batches of images.
         """
+        self._stopped = stopped
         path = folder / STEPS
         rows = [row for row in read_rows(path) if float(row["step"]) < self.steps]
         if path.exists():
             write_rows(path, rows)
-            if not rows:
-                path.unlink()
         with BalanceLogger([CSV(path, append=True), self], every=100, step=self.steps) as self._log:
             yield
         self._log = None

@@ -23,22 +23,9 @@ from .divergence import Losses, Statistics, diverged
 from .heldout import HeldOutImages
 from .progress import Progress
 from .randomness import kept
+from .signals import Stopped
 from .steps import Stepper
 from .world import World
-
-
-class Stopped(Exception):
-    """A signal that ends the process, between two steps.
-
-    Attributes:
-        signal: its number.
-        batches: those of this epoch that were used.
-        means: the losses so far, for `Engine.train_epoch`.
-    """
-
-    def __init__(self, signal: int, batches: int = 0, means: dict[str, Any] | None = None) -> None:
-        super().__init__(f"signal {signal}")
-        self.signal, self.batches, self.means = signal, batches, means
 
 
 @dataclass

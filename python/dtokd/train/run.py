@@ -36,7 +36,7 @@ from ..texts import read_notes
 from . import data, heldout, state
 from .about import ABOUT, Known, find_out, lines_of
 from .checkpoint import load_run
-from .engine import Engine, Stopped
+from .engine import Engine
 from .found import class_names, examine
 from .images import skipped
 from .optimizer import distribute, make_stepper
@@ -44,7 +44,7 @@ from .options import experiment_name
 from .progress import Progress, Seldom
 from .rehearsal import rehearse
 from .rundir import RunDir, chained
-from .signals import signals
+from .signals import Stopped, signals
 from .state import Position
 from .student import check_size, make_student
 from .trackers import Tracker, check_installed, open_trackers
@@ -293,7 +293,7 @@ def fit(
         anew, found = found is None, None  # its tensors need no room any more
         collected = _Collected()
         if loaders.synthetic is not None:
-            stack.enter_context(loaders.synthetic.logged(run.path))
+            stack.enter_context(loaders.synthetic.attached(run.path, engine.stopped))
         with world.agreed():
             trackers = open_trackers(run.path, options, engine.updates, progress.say) if world.first else []
         for tracker in trackers:

@@ -11,6 +11,20 @@ from typing import Any
 from .world import under_torchrun
 
 
+class Stopped(Exception):
+    """A signal that ends the process, between two steps.
+
+    Attributes:
+        signal: its number.
+        batches: those of this epoch that were used.
+        means: the losses so far, for `Engine.train_epoch`.
+    """
+
+    def __init__(self, signal: int, batches: int = 0, means: dict[str, Any] | None = None) -> None:
+        super().__init__(f"signal {signal}")
+        self.signal, self.batches, self.means = signal, batches, means
+
+
 @contextmanager
 def signals() -> Iterator[list[int]]:
     """The first Ctrl-C or SIGTERM is noted in the list, a second one ends the process as usual.
