@@ -108,11 +108,10 @@ DTOKD_DEVICE void add_products(const Packed<T, N> (&packed)[P], double (&sums)[t
   }
 }
 
-// Where a thread's element number q of a tile is.
+// Where in a tile a thread's word number u is.
 template <class T>
-DTOKD_DEVICE int64_t place_in_tile(int64_t tile, int q) {
-  constexpr int N = kPerWord<T>;
-  return tile + ((q / N) * kThreads + threadIdx.x % kThreads) * N + q % N;
+DTOKD_DEVICE int place_in_tile(int u) {
+  return int(u * kThreads + threadIdx.x % kThreads) * kPerWord<T>;
 }
 
 template <int P>
@@ -123,28 +122,30 @@ struct Sums {
 // A group that parts cannot do, in float64, read again. By value, as sums that have an address are
 // kept in memory.
 template <class T, int P>
-DTOKD_OUT_OF_LINE Sums<P> add_again(const void* const* grads, int64_t tile, int first, int64_t end,
+DTOKD_OUT_OF_LINE Sums<P> add_again(const void* const* grads, int64_t tile, int first, int left,
                                     Sums<P> sums) {
+  constexpr int N = kPerWord<T>;
   const T* g[P];
 #pragma unroll
   for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(grads[k]);
 #pragma unroll 1
-  for (int q = first; q < first + kGroupElements<P> && place_in_tile<T>(tile, q) < end; ++q) {
-    Packed<T, 1> element[P];
-    load_gradients<T, P, 1>(g, place_in_tile<T>(tile, q), element);
-    add_products<T, P, 1>(element, sums.of);
+  for (int u = first; u < first + kGroupElements<P> / N; ++u) {
+    const int at = place_in_tile<T>(u);
+    Packed<T, N> packed[P];
+    load_gradients<T, P, N>(g, Singles<1, false>{tile + at, left - at}, packed);
+    add_products<T, P, N>(packed, sums.of);
   }
   return sums;
 }
 
-// Adds the products of W words of N elements, which are the calling thread's elements `first` and
-// after of a tile that ends at `end`.
+// Adds the products of W words of N elements, which are the calling thread's words `first` and
+// after of a tile of which `left` elements are there.
 template <class T, int P, int N, int W>
 DTOKD_DEVICE void add_group(const Packed<T, N> (&packed)[W][P], const void* const* grads,
-                            int64_t tile, int first, int64_t end, Sums<P>& sums) {
+                            int64_t tile, int first, int left, Sums<P>& sums) {
   if constexpr (kInParts<T>) {
     if (!add_in_parts<T>(packed, sums.of)) {
-      sums = add_again<T, P>(grads, tile, first, end, sums);
+      sums = add_again<T, P>(grads, tile, first, left, sums);
     }
   } else {
 #pragma unroll
@@ -160,57 +161,45 @@ constexpr int kStageWords = kInParts<T>             ? kGroupElements<P> / kPerWo
                             : kTileWords<T> < 8 / P ? kTileWords<T>
                                                     : 8 / P;
 
-// Adds a tile's products, by words.
-template <class T, int P>
-DTOKD_DEVICE void add_tile(const void* const* grads, int64_t tile, Sums<P>& sums) {
+// Adds the products of a tile that ends at `end` or before. Place: Words for a tile that is whole
+// and aligned; Singles<1, true> for a whole one, Singles<1, false> for any, with the same bits.
+template <class T, int P, class Place>
+DTOKD_DEVICE void add_tile(const void* const* grads, int64_t tile, int64_t end, Sums<P>& sums) {
   constexpr int N = kPerWord<T>;
   constexpr int kStage = kStageWords<T, P>;
   const T* g[P];
 #pragma unroll
   for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(grads[k]);
+  const int left = end - tile < kTile ? int(end - tile) : kTile;
 #pragma unroll 1
   for (int first = 0; first < kTileWords<T>; first += kStage) {
+    if (std::is_same_v<Place, Singles<1, false>> && place_in_tile<T>(first) >= left) break;
     Packed<T, N> packed[kStage][P];
 #pragma unroll
     for (int u = 0; u < kStage; ++u) {
-      load_gradients<T, P, N>(g, place_in_tile<T>(tile, (first + u) * N), packed[u]);
+      const int at = place_in_tile<T>(first + u);
+      load_gradients<T, P, N>(g, Place{tile + at, left - at}, packed[u]);
     }
-    add_group<T, P>(packed, grads, tile, first * N, tile + kTile, sums);
+    add_group<T, P>(packed, grads, tile, first, left, sums);
   }
 }
 
-// A tile by single elements, because it is not whole or not aligned: the same elements in the same
-// order as add_tile, so the same bits, and about as many loads on their way. In parts, zeros stand
-// for elements of a group that are not there.
+// The same, of a tile that is not whole or not aligned. For a gradient that is not there another
+// one is read, so that no load depends on a branch: its sums are dropped.
 template <class T, int P>
 DTOKD_OUT_OF_LINE Sums<P> add_ragged_tile(const void* const* grads, int64_t tile, int64_t end,
                                           Sums<P> sums) {
-  constexpr int kStage = kInParts<T> ? kGroupElements<P> : 16 / P;  // elements
-  const T* g[P];
+  const void* any = nullptr;
 #pragma unroll
-  for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(grads[k]);
-#pragma unroll 1
-  for (int first = 0; first < kTileWords<T> * kPerWord<T>; first += kStage) {
-    Packed<T, 1> packed[kStage][P];
-    const auto at = [&](int e) { return place_in_tile<T>(tile, first + e); };
-    if (kInParts<T> && at(0) >= end) break;
+  for (int k = 0; k < P; ++k) any = grads[k] ? grads[k] : any;
+  if (!any) return sums;
+  const void* there[P];
 #pragma unroll
-    for (int e = 0; e < kStage; ++e) {
-      if (at(e) < end) {
-        load_gradients<T, P, 1>(g, at(e), packed[e]);
-      } else if (kInParts<T>) {
-#pragma unroll
-        for (int k = 0; k < P; ++k) packed[e][k].clear();
-      }
-    }
-    if constexpr (kInParts<T>) {
-      add_group<T, P>(packed, grads, tile, first, end, sums);
-    } else {
-#pragma unroll
-      for (int e = 0; e < kStage; ++e) {
-        if (at(e) < end) add_products<T, P, 1>(packed[e], sums.of);
-      }
-    }
+  for (int k = 0; k < P; ++k) there[k] = grads[k] ? grads[k] : any;
+  if (end - tile >= kTile) {
+    add_tile<T, P, Singles<1, true>>(there, tile, end, sums);
+  } else {
+    add_tile<T, P, Singles<1, false>>(there, tile, end, sums);
   }
   return sums;
 }
@@ -234,7 +223,7 @@ DTOKD_DEVICE void chunk_sums(const GramEntry<P>& entry, int64_t begin, int64_t e
   int64_t tile = begin;
   if (entry.aligned) {
 #pragma unroll 1
-    for (; tile + kTile <= end; tile += kTile) add_tile<T, P>(entry.grads, tile, total);
+    for (; tile + kTile <= end; tile += kTile) add_tile<T, P, Words>(entry.grads, tile, end, total);
   }
 #pragma unroll 1
   for (; tile < end; tile += kTile) {

@@ -20,41 +20,51 @@ struct MeasuringJob {
   GramJob gram;
 };
 
-// Up to a word's elements from `at` on as single ones, in the order of a word.
+// The update of N elements and their products, added to `sums`.
+template <class Rule, int P, int N, class Place>
+DTOKD_DEVICE void update_and_add(const typename Rule::T* const (&g)[P],
+                                 const typename Rule::V (&coefficients)[P], void* const* tensors,
+                                 const typename Rule::Numbers& numbers, Place place, bool stored,
+                                 Sums<P>& sums) {
+  using T = typename Rule::T;
+  typename Rule::template Elements<N> elements;
+  Packed<T, N> packed[P];
+  elements.load(tensors, place);
+  load_gradients<T, P, N>(g, place, packed);
+  add_products<T, P, N>(packed, sums.of);
+  update_elements<Rule, P, N>(packed, elements, coefficients, tensors, numbers, place, stored);
+}
+
+// What a thread has of a chunk from `at` on, as single elements in the order of words.
 template <class Rule, int P>
 DTOKD_OUT_OF_LINE Sums<P> update_and_sum_ragged(const UpdateEntry<P, Rule::kTensors>& entry,
                                                 const Shared<Rule, P>& shared, int64_t at,
                                                 int64_t end, bool stored, Sums<P> sums) {
-  using T = typename Rule::T;
-  constexpr int kStage = kRaggedStage<Rule>;
-  const T* g[P];
+  constexpr int N = kSingles<Rule, P>;
+  const typename Rule::T* g[P];
+  void* tensors[Rule::kTensors];
 #pragma unroll
-  for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(entry.grads[k]);
+  for (int k = 0; k < P; ++k) g[k] = static_cast<const typename Rule::T*>(entry.grads[k]);
+#pragma unroll
+  for (int m = 0; m < Rule::kTensors; ++m) tensors[m] = entry.tensors[m];
+  const auto add = [&](auto place) {
+    update_and_add<Rule, P, N>(g, shared.coefficients, tensors, shared.numbers, place, stored,
+                               sums);
+  };
+  int i = 0;  // in the word
 #pragma unroll 1
-  for (; at < end; at += kStage) {
-    typename Rule::template Elements<1> elements[kStage];
-    Packed<T, 1> packed[kStage][P];
-#pragma unroll
-    for (int u = 0; u < kStage; ++u) {
-      if (at + u >= end) continue;
-      elements[u].load(entry.tensors, at + u);
-      load_gradients<T, P, 1>(g, at + u, packed[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kStage; ++u) {
-      if (at + u >= end) continue;
-      add_products<T, P, 1>(packed[u], sums.of);
-      update_elements<Rule, P, 1>(packed[u], elements[u], shared.coefficients, entry.tensors,
-                                  shared.numbers, at + u, stored);
-    }
+  for (; at + N <= end; at += i == 0 ? (kThreads - 1) * Rule::kElements + N : N) {
+    add(Singles<1, true>{at, N});
+    i = (i + N) % Rule::kElements;
   }
+  if (at < end) add(Singles<1, false>{at, int(end - at)});
   return sums;
 }
 
 // A whole tile's products. Out of line, as it is long and the same for all rules.
 template <class T, int P>
 DTOKD_OUT_OF_LINE Sums<P> add_whole_tile(const void* const* grads, int64_t tile, Sums<P> sums) {
-  add_tile<T, P>(grads, tile, sums);
+  add_tile<T, P, Words>(grads, tile, tile + kTile, sums);
   return sums;
 }
 
@@ -80,7 +90,7 @@ DTOKD_DEVICE Sums<P> update_and_sum_in_parts(const UpdateEntry<P, Rule::kTensors
 #pragma unroll 1
     for (int64_t at = tile + threadIdx.x * N; at < words_end; at += kThreads * N) {
       load_and_update<Rule, P, N>(shared.grads, shared.coefficients, entry.tensors, shared.numbers,
-                                  at);
+                                  Words{at, N});
     }
     if (words_end < tile_end) update_ragged<Rule, P>(entry, shared, words_end, tile_end);
   }
@@ -115,18 +125,10 @@ DTOKD_DEVICE void update_and_sum(const UpdateEntry<P, Rule::kTensors>& entry,
   int64_t at = begin + threadIdx.x * N;
 #pragma unroll 1
   for (; at < words_end; at += kThreads * N) {
-    typename Rule::template Elements<N> elements;
-    Packed<T, N> packed[P];
-    elements.load(entry.tensors, at);
-    load_gradients<T, P, N>(g, at, packed);
-    add_products<T, P, N>(packed, total.of);
-    update_elements<Rule, P, N>(packed, elements, coefficients, entry.tensors, numbers, at, stored);
+    update_and_add<Rule, P, N>(g, coefficients, entry.tensors, numbers, Words{at, N}, stored,
+                               total);
   }
-#pragma unroll 1
-  for (; at < end; at += kThreads * N) {
-    total = update_and_sum_ragged<Rule, P>(entry, shared, at, at + N < end ? at + N : end, stored,
-                                           total);
-  }
+  if (at < end) total = update_and_sum_ragged<Rule, P>(entry, shared, at, end, stored, total);
 #pragma unroll
   for (int p = 0; p < triangle(P); ++p) sums[p] = total.of[p];
   drop_absent<P>(entry.grads, sums);

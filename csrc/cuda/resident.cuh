@@ -42,9 +42,9 @@ template <class T, int P>
 struct Tile {
   Packed<T, kPerWord<T>> packed[kTileWords<T>][P];
 
-  // Of word u: where in the tile.
-  static DTOKD_DEVICE int64_t at(int u) {
-    return int64_t(u * kThreads + threadIdx.x) * kPerWord<T>;
+  // Of word u, in the tile that begins at `begin`.
+  static DTOKD_DEVICE Words place(int64_t begin, int u) {
+    return {begin + int64_t(u * kThreads + threadIdx.x) * kPerWord<T>, kPerWord<T>};
   }
   DTOKD_DEVICE void load(const void* const (&grads)[P], int64_t begin) {
     const T* g[P];
@@ -52,7 +52,7 @@ struct Tile {
     for (int k = 0; k < P; ++k) g[k] = static_cast<const T*>(grads[k]);
 #pragma unroll
     for (int u = 0; u < kTileWords<T>; ++u) {
-      load_gradients<T, P, kPerWord<T>>(g, begin + at(u), packed[u]);
+      load_gradients<T, P, kPerWord<T>>(g, place(begin, u), packed[u]);
     }
   }
   // To and from the block's room for it; every thread reads what it has written itself.
@@ -100,7 +100,7 @@ class Resident {
   }
   DTOKD_DEVICE void put_whole(const Place& at, const Tile<T, P>& tile) const {
     Sums<P> total{};
-    add_group<T, P>(tile.packed, table.entries[at.entry].grads, at.begin, 0, at.end, total);
+    add_group<T, P>(tile.packed, table.entries[at.entry].grads, at.begin, 0, kTile, total);
     put(at, total.of);
   }
   DTOKD_DEVICE void put_ragged(const Place& at) const {
@@ -114,9 +114,10 @@ class Resident {
 #pragma unroll
     for (int u = 0; u < kTileWords<T>; ++u) {
       typename Rule::template Elements<kPerWord<T>> elements;
-      elements.load(tensors, at.begin + Tile<T, P>::at(u));
+      const Words place = Tile<T, P>::place(at.begin, u);
+      elements.load(tensors, place);
       update_elements<Rule, P, kPerWord<T>>(tile.packed[u], elements, shared.coefficients, tensors,
-                                            shared.numbers, at.begin + Tile<T, P>::at(u));
+                                            shared.numbers, place);
     }
   }
 };

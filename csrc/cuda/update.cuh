@@ -61,10 +61,12 @@ struct CombineRule {  // t: out
   struct Elements {
     Packed<T, N> out;
 
-    DTOKD_DEVICE void load(void* const*, int64_t) {}
+    template <class Place>
+    DTOKD_DEVICE void load(void* const*, Place) {}
     DTOKD_DEVICE void update(void* const*, const Numbers&, const V (&d)[N]) { out.pack(d); }
-    DTOKD_DEVICE void store(void* const* t, int64_t at) const {
-      out.store(static_cast<T*>(t[0]) + at);
+    template <class Place>
+    DTOKD_DEVICE void store(void* const* t, Place place) const {
+      out.store(static_cast<T*>(t[0]), place);
     }
   };
 };
@@ -74,9 +76,10 @@ template <class S, int N, bool kNullable>
 struct Streamed {
   Packed<S, N> packed;
 
-  DTOKD_DEVICE void load(const void* from, int64_t at) {
+  template <class Place>
+  DTOKD_DEVICE void load(const void* from, Place place) {
     if (kNullable && !from) return;
-    packed.template load<Cache::kEvictFirst>(static_cast<const S*>(from) + at);
+    packed.template load<Cache::kEvictFirst>(static_cast<const S*>(from), place);
   }
   template <class V>
   DTOKD_DEVICE void unpack(const void* from, V (&x)[N]) const {
@@ -86,8 +89,9 @@ struct Streamed {
   DTOKD_DEVICE void pack(const void* to, const V (&x)[N]) {
     if (!kNullable || to) packed.pack(x);
   }
-  DTOKD_DEVICE void store(void* to, int64_t at) const {
-    if (!kNullable || to) packed.store(static_cast<S*>(to) + at);
+  template <class Place>
+  DTOKD_DEVICE void store(void* to, Place place) const {
+    if (!kNullable || to) packed.store(static_cast<S*>(to), place);
   }
 };
 
@@ -97,14 +101,15 @@ struct Parameter {
   Packed<T, N> rounded;
   Packed<std::conditional_t<kMaster, float, T>, N> exact;
 
-  DTOKD_DEVICE void load(const void* param, const void* master, int64_t at) {
+  template <class Place>
+  DTOKD_DEVICE void load(const void* param, const void* master, Place place) {
     if constexpr (kMaster) {
       if (master) {
-        exact.template load<Cache::kEvictFirst>(static_cast<const float*>(master) + at);
+        exact.template load<Cache::kEvictFirst>(static_cast<const float*>(master), place);
         return;
       }
     }
-    rounded.template load<Cache::kEvictFirst>(static_cast<const T*>(param) + at);
+    rounded.template load<Cache::kEvictFirst>(static_cast<const T*>(param), place);
   }
   template <class V>
   DTOKD_DEVICE void unpack(const void* master, V (&p)[N]) const {
@@ -119,11 +124,12 @@ struct Parameter {
     if (kMaster && master) exact.pack(p);
     rounded.pack(p);
   }
-  DTOKD_DEVICE void store(void* param, void* master, int64_t at) const {
+  template <class Place>
+  DTOKD_DEVICE void store(void* param, void* master, Place place) const {
     if constexpr (kMaster) {
-      if (master) exact.store(static_cast<float*>(master) + at);
+      if (master) exact.store(static_cast<float*>(master), place);
     }
-    rounded.store(static_cast<T*>(param) + at);
+    rounded.store(static_cast<T*>(param), place);
   }
 };
 
@@ -176,9 +182,10 @@ struct StepRule {
 #pragma unroll
       for (int i = kRequired; i < kStates; ++i) f(self.optional[i - kRequired], i);
     }
-    DTOKD_DEVICE void load(void* const* t, int64_t at) {
-      param.load(t[0], master(t), at);
-      for_each(*this, [&](auto& state, int i) { state.load(t[1 + i], at); });
+    template <class Place>
+    DTOKD_DEVICE void load(void* const* t, Place place) {
+      param.load(t[0], master(t), place);
+      for_each(*this, [&](auto& state, int i) { state.load(t[1 + i], place); });
     }
     DTOKD_DEVICE void update(void* const* t, const Numbers& rule, const V (&d)[N]) {
       V p[N], s[kStates ? kStates : 1][N];
@@ -202,9 +209,10 @@ struct StepRule {
       param.pack(master(t), p);
       for_each(*this, [&](auto& state, int i) { state.pack(t[1 + i], s[i]); });
     }
-    DTOKD_DEVICE void store(void* const* t, int64_t at) const {
-      param.store(t[0], master(t), at);
-      for_each(*this, [&](auto& state, int i) { state.store(t[1 + i], at); });
+    template <class Place>
+    DTOKD_DEVICE void store(void* const* t, Place place) const {
+      param.store(t[0], master(t), place);
+      for_each(*this, [&](auto& state, int i) { state.store(t[1 + i], place); });
     }
   };
 };
@@ -236,12 +244,12 @@ DTOKD_DEVICE void set_coefficient(const UpdateEntry<P, Rule::kTensors>& entry, c
   shared.grads[k] = c != 0 ? static_cast<const typename Rule::T*>(entry.grads[k]) : nullptr;
 }
 
-// N elements from `at` on: their gradients `packed` to d, the tensors updated by it if `stored`.
-template <class Rule, int P, int N>
+// N elements: their gradients `packed` to d, the tensors updated by it if `stored`.
+template <class Rule, int P, int N, class Place>
 DTOKD_DEVICE void update_elements(const Packed<typename Rule::T, N> (&packed)[P],
                                   typename Rule::template Elements<N>& elements,
                                   const typename Rule::V (&coefficients)[P], void* const* tensors,
-                                  const typename Rule::Numbers& numbers, int64_t at,
+                                  const typename Rule::Numbers& numbers, Place place,
                                   bool stored = true) {
   using V = typename Rule::V;
   V d[N] = {0};
@@ -253,51 +261,49 @@ DTOKD_DEVICE void update_elements(const Packed<typename Rule::T, N> (&packed)[P]
     for (int i = 0; i < N; ++i) d[i] = fma(coefficients[k], x[i], d[i]);
   }
   elements.update(tensors, numbers, d);
-  if (stored) elements.store(tensors, at);
+  if (stored) elements.store(tensors, place);
 }
 
 // The same, with the gradients from memory: all loads before the first use.
-template <class Rule, int P, int N>
+template <class Rule, int P, int N, class Place>
 DTOKD_DEVICE void load_and_update(const typename Rule::T* const (&g)[P],
                                   const typename Rule::V (&coefficients)[P], void* const* tensors,
-                                  const typename Rule::Numbers& numbers, int64_t at) {
+                                  const typename Rule::Numbers& numbers, Place place) {
   typename Rule::template Elements<N> elements;
   Packed<typename Rule::T, N> packed[P];
-  elements.load(tensors, at);
-  load_gradients<typename Rule::T, P, N>(g, at, packed);
-  update_elements<Rule, P, N>(packed, elements, coefficients, tensors, numbers, at);
+  elements.load(tensors, place);
+  load_gradients<typename Rule::T, P, N>(g, place, packed);
+  update_elements<Rule, P, N>(packed, elements, coefficients, tensors, numbers, place);
 }
 
-// Single elements whose loads are on their way together, where words of 16 bytes cannot be used.
-// Where parameters and state are half types, a thread of so many blocks has no registers for more.
-template <class Rule>
-constexpr int kRaggedStage = sizeof(typename Rule::T) == 2 && Rule::kWide == 0 ? 1 : 4;
+// Single elements that a thread takes at a time: each of every tensor has a register of its own, of
+// those that are left for them.
+template <class Rule, int P>
+constexpr int kSingles = Rule::kElements * (P + Rule::kTensors) <= (Rule::kWide == 0 ? 32 : 64)
+                             ? Rule::kElements
+                             : std::min(Rule::kElements, 4);
 
-// Elements [begin, end) as single ones, because they are not aligned or fewer than a word.
+// Elements [begin, end) as single ones, because they are not aligned or fewer than a word. At every
+// step neighbouring threads access neighbouring elements.
 template <class Rule, int P>
 DTOKD_OUT_OF_LINE void update_ragged(const UpdateEntry<P, Rule::kTensors>& entry,
                                      const Shared<Rule, P>& shared, int64_t begin, int64_t end) {
-  using T = typename Rule::T;
-  constexpr int kStage = kRaggedStage<Rule>;
-  const T* grads[P];
+  constexpr int N = kSingles<Rule, P>;
+  const typename Rule::T* grads[P];
+  void* tensors[Rule::kTensors];  // a copy, or they are read again after every store
 #pragma unroll
   for (int k = 0; k < P; ++k) grads[k] = shared.grads[k];
+#pragma unroll
+  for (int m = 0; m < Rule::kTensors; ++m) tensors[m] = entry.tensors[m];
+  int64_t at = begin + threadIdx.x;
 #pragma unroll 1
-  for (int64_t at = begin + threadIdx.x; at < end; at += kStage * kThreads) {
-    typename Rule::template Elements<1> elements[kStage];
-    Packed<T, 1> packed[kStage][P];
-#pragma unroll
-    for (int u = 0; u < kStage; ++u) {
-      if (at + u * kThreads >= end) continue;
-      elements[u].load(entry.tensors, at + u * kThreads);
-      load_gradients<T, P, 1>(grads, at + u * kThreads, packed[u]);
-    }
-#pragma unroll
-    for (int u = 0; u < kStage; ++u) {
-      if (at + u * kThreads >= end) continue;
-      update_elements<Rule, P, 1>(packed[u], elements[u], shared.coefficients, entry.tensors,
-                                  shared.numbers, at + u * kThreads);
-    }
+  for (; at + (N - 1) * kThreads < end; at += N * kThreads) {
+    load_and_update<Rule, P, N>(grads, shared.coefficients, tensors, shared.numbers,
+                                Singles<kThreads, true>{at, N * kThreads});
+  }
+  if (at < end) {
+    load_and_update<Rule, P, N>(grads, shared.coefficients, tensors, shared.numbers,
+                                Singles<kThreads, false>{at, int(end - at)});
   }
 }
 
@@ -351,7 +357,7 @@ __global__ void __launch_bounds__(kThreads, kUpdateBlocks<Rule, P>)
     const int64_t words_end = at + (end - at) / N * N;
 #pragma unroll 1
     for (int64_t i = at + threadIdx.x * N; i < words_end; i += kThreads * N) {
-      load_and_update<Rule, P, N>(grads, coefficients, entry.tensors, numbers, i);
+      load_and_update<Rule, P, N>(grads, coefficients, entry.tensors, numbers, Words{i, N});
     }
     at = words_end;
   }

@@ -6,6 +6,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -38,15 +39,17 @@ float spread(int low, int high) {
 
 template <class T>
 struct Group16 {
-  Packed<T, 1> packed[kGroup][2];
+  T element[2][kGroup];
+  Packed<T, kGroup> packed[1][2];
 
   template <class F>
   explicit Group16(const F& number) {
     for (int e = 0; e < kGroup; ++e) {
-      for (int k = 0; k < 2; ++k) narrow(float(number(e, k)), &packed[e][k].element);
+      for (int k = 0; k < 2; ++k) narrow(float(number(e, k)), &element[k][e]);
     }
+    for (int k = 0; k < 2; ++k) std::memcpy(packed[0][k].word, element[k], sizeof(element[k]));
   }
-  long double x(int e, int k) const { return widen(packed[e][k].element); }
+  long double x(int e, int k) const { return widen(element[k][e]); }
   long double largest(int k) const {
     long double result = 0;
     for (int e = 0; e < kGroup; ++e) result = std::max(result, std::fabs(x(e, k)));
@@ -63,7 +66,7 @@ struct Group16 {
 template <class T>
 void check_group(const Group16<T>& group, bool fits = true) {
   double sums[3] = {0};
-  CHECK((add_in_parts<T, 2, 1, kGroup>(group.packed, sums)) == fits);
+  CHECK((add_in_parts<T, 2, kGroup, 1>(group.packed, sums)) == fits);
   for (int i = 0, p = 0; i < 2; ++i) {
     for (int j = i; j < 2; ++j, ++p) {
       if (!fits) CHECK(sums[p] == 0);
@@ -112,7 +115,7 @@ void test_groups_that_do_not_fit() {
   check_group(with(0x1p-127f), false);
   check_group(with(FLT_TRUE_MIN), false);
   double sums[3] = {1, 1, 1};
-  CHECK((add_in_parts<float, 2, 1, kGroup>(with(NAN).packed, sums)));
+  CHECK((add_in_parts<float, 2, kGroup, 1>(with(NAN).packed, sums)));
   CHECK(std::isnan(sums[0]) && std::isnan(sums[1]) && sums[2] == 1 + 4.0);
 }
 

@@ -22,6 +22,9 @@
 constexpr int warpSize = emulation::kWarpSize;
 
 // ---- Vectors, which are loaded and stored whole.
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
