@@ -2,9 +2,10 @@
 
 For each kernel and architecture: registers, spilled bytes, static shared memory, occupancy; and of the main loop its
 instructions and those in float64, how many of its accesses to global memory move 16 bytes, and the bytes it moves per
-element, against what the tensors hold. Nothing here is a time. `--model` makes one of the instructions, for GPUs that
-have little float64: how much longer than fused AdamW a step of two float32 gradients takes, with sums in float64 and
-with what is compiled for that GPU.
+element, against what the tensors hold; and how its loop over single elements, for tensors that are not aligned,
+compares to it. Nothing here is a time. `--model` makes one of the instructions: for GPUs that have little float64, how
+much longer than fused AdamW a step of two float32 gradients takes, with sums in float64 and with what is compiled for
+that GPU; and what limits a kernel that accesses words, and one that accesses single elements.
 """
 
 import argparse
@@ -73,13 +74,86 @@ KERNELS = (
 )
 
 
+#: Bytes of an access to a word, and to a single element of the types that models are trained in.
+WORDS, ELEMENTS = (16, 32), (2, 4)
+#: Bytes that the modifiers of a load or store stand for.
+SIZES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+
+
 @dataclass(frozen=True)
 class Instruction:
     """A line of machine code."""
 
     address: int
+    predicated: bool
     opcode: str  # with its modifiers: LDG.E.128
     operands: str
+
+    def target(self) -> int | None:
+        """Where a branch goes."""
+        found = re.search(r"0x([0-9a-f]+)", self.operands) if self.opcode.startswith("BRA") else None
+        return int(found[1], 16) if found else None
+
+    def ends(self) -> bool:
+        """Whether no thread goes on to what follows."""
+        return not self.predicated and self.opcode.split(".")[0] in ("BRA", "RET", "EXIT")
+
+    def access(self) -> tuple[str, int] | None:
+        """LDG or LD, STG or ST, and the bytes; None if it is something else."""
+        opcode, *modifiers = self.opcode.split(".")
+        if opcode not in ("LDG", "STG", "LD", "ST"):
+            return None
+        return opcode, next((SIZES[m] for m in modifiers if m in SIZES), 4)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """Instructions of a loop. LDG and STG access global memory; LD and ST memory that the compiler knows no more of."""
+
+    code: tuple[Instruction, ...]
+
+    def accesses(self) -> Counter[tuple[str, int]]:
+        """How many loads and stores there are of each opcode and number of bytes."""
+        return Counter(access for i in self.code if (access := i.access()) is not None)
+
+    def wide(self) -> int:
+        """Accesses of 16 bytes."""
+        return sum(count for (_, size), count in self.accesses().items() if size in WORDS)
+
+    def narrow(self) -> int:
+        """Accesses of single elements of float32 or half types."""
+        return sum(count for (_, size), count in self.accesses().items() if size in ELEMENTS)
+
+    def bytes(self, sizes: Sequence[int] = WORDS, opcodes: Sequence[str] = ("LDG", "STG", "LD", "ST")) -> int:
+        """What a thread loads and stores in one pass, by accesses of these sizes."""
+        return sum(s * count for (op, s), count in self.accesses().items() if s in sizes and op in opcodes)
+
+    def in_flight(self, sizes: Sequence[int] = WORDS) -> int:
+        """Bytes of a thread that are on their way together: loaded before the first of them is used."""
+        waiting: dict[str, int] = {}
+        most = 0
+        for instruction in self.code:
+            access = instruction.access()
+            first, *others = instruction.operands.split(",")
+            if waiting.keys() & set(re.findall(r"\bR\d+", ",".join(others))):
+                waiting = {}
+            if access is not None and access[0] in ("LDG", "LD") and access[1] in sizes:
+                waiting[first.split(".")[0].strip()] = access[1]
+                most = max(most, sum(waiting.values()))
+        return most
+
+    def count(self, opcode: str) -> int:
+        """Instructions of this name, whatever modifiers follow."""
+        return sum(f"{i.opcode}.".startswith(f"{opcode}.") for i in self.code)
+
+    def float64(self) -> int:
+        """Instructions that float64 units execute, conversions among them."""
+        return sum(i.opcode.split(".")[0] in ("DFMA", "DADD", "DMUL", "DSETP") or ".F64" in i.opcode for i in self.code)
+
+    def elements(self, kernel: Kernel, arch: int) -> float:
+        """How many elements of a tensor a thread is through with after one pass."""
+        opcode, per_element = kernel.in_parts if kernel.in_parts and arch not in FLOAT64 else kernel.work
+        return self.count(opcode) / per_element
 
 
 @dataclass(frozen=True)
@@ -102,56 +176,42 @@ class Compiled:
         kibibytes, most = ROOM[self.arch]
         return min(blocks, (kibibytes << 10) // (self.shared + 1024), most // threads) * threads / most
 
-    def main_loop(self) -> tuple[Instruction, ...]:
-        """The loop with the most accesses of 16 bytes to memory, and the shortest of those."""
+    def _loops(self) -> list[Loop]:
         loops = []
         for branch in self.code:
-            target = re.search(r"0x([0-9a-f]+)", branch.operands) if branch.opcode.startswith("BRA") else None
-            if target is not None and int(target[1], 16) <= branch.address:
-                loops.append(tuple(i for i in self.code if int(target[1], 16) <= i.address <= branch.address))
-        return max(loops, key=lambda loop: (Loop(loop).wide(), -len(loop)), default=())
+            target = branch.target()
+            if target is not None and target <= branch.address:
+                loops.append(Loop(tuple(i for i in self.code if target <= i.address <= branch.address)))
+        return loops
 
+    def _stretches(self) -> list[Loop]:
+        """What follows a branch up to where no thread goes on, except over what it has jumped over."""
+        stretches = []
+        for before, start in enumerate(self.code):
+            if not start.opcode.startswith("BRA"):
+                continue
+            stretch: list[Instruction] = []
+            after: set[int | None] = set()
+            for instruction in self.code[before + 1 :]:
+                if stretch and stretch[-1].ends() and instruction.address not in after:
+                    break
+                stretch.append(instruction)
+                after.add(instruction.target())
+            stretches.append(Loop(tuple(stretch)))
+        return stretches
 
-@dataclass(frozen=True)
-class Loop:
-    """Instructions of a loop. LDG and STG access global memory; LD and ST memory that the compiler knows no more of."""
+    def main_loop(self) -> Loop:
+        """The loop with the most accesses of 16 bytes to memory, and the shortest of those."""
+        return max(self._loops(), key=lambda loop: (loop.wide(), -len(loop.code)), default=Loop(()))
 
-    code: tuple[Instruction, ...]
-
-    def accesses(self) -> Counter[tuple[str, int]]:
-        """How many loads and stores there are of each opcode and number of bytes."""
-        found: Counter[tuple[str, int]] = Counter()
-        for instruction in self.code:
-            opcode, *modifiers = instruction.opcode.split(".")
-            if opcode in ("LDG", "STG", "LD", "ST"):
-                size = next((SIZES[m] for m in modifiers if m in SIZES), 4)
-                found[opcode, size] += 1
-        return found
-
-    def wide(self) -> int:
-        """Accesses of 16 bytes."""
-        return sum(count for (_, size), count in self.accesses().items() if size >= 16)
-
-    def bytes(self) -> int:
-        """What a thread loads and stores in one pass."""
-        return sum(size * count for (_, size), count in self.accesses().items())
-
-    def count(self, opcode: str) -> int:
-        """Instructions of this name, whatever modifiers follow."""
-        return sum(f"{i.opcode}.".startswith(f"{opcode}.") for i in self.code)
-
-    def float64(self) -> int:
-        """Instructions that float64 units execute, conversions among them."""
-        return sum(i.opcode.split(".")[0] in ("DFMA", "DADD", "DMUL", "DSETP") or ".F64" in i.opcode for i in self.code)
-
-    def elements(self, kernel: Kernel, arch: int) -> float:
-        """How many elements of a tensor a thread is through with after one pass."""
-        opcode, per_element = kernel.in_parts if kernel.in_parts and arch not in FLOAT64 else kernel.work
-        return self.count(opcode) / per_element
-
-
-#: Bytes that the modifiers of a load or store stand for.
-SIZES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+    def singles_loop(self, kernel: Kernel) -> Loop:
+        """The same of single elements; what is left of it, where no thread makes a second pass."""
+        loops = [loop for loop in self._loops() if loop.narrow() > 0 and loop.elements(kernel, self.arch) >= 1]
+        if loops:
+            return max(loops, key=lambda loop: (loop.narrow(), -len(loop.code)))
+        needed = ((s, (kernel.bytes or 0) * s.elements(kernel, self.arch)) for s in self._stretches())
+        whole = [stretch for stretch, size in needed if stretch.bytes(ELEMENTS) == size > 0]
+        return min(whole, key=lambda stretch: len(stretch.code) / stretch.bytes(ELEMENTS), default=Loop(()))
 
 
 def assemble(ptx: Path, arch: int) -> list[Compiled]:
@@ -165,8 +225,10 @@ def assemble(ptx: Path, arch: int) -> list[Compiled]:
     sass = toolchain.run([_tool("cuobjdump"), "-sass", cubin])
     codes = {}
     for function in re.split(r"\bFunction : ", sass)[1:]:
-        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", function)
-        codes[function.split()[0]] = tuple(Instruction(int(at, 16), opcode, rest) for at, opcode, rest in found)
+        found = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", function)
+        codes[function.split()[0]] = tuple(
+            Instruction(int(at, 16), bool(predicate), opcode, rest) for at, predicate, opcode, rest in found
+        )
     result = []
     for entry in said.split("Compiling entry function '")[1:]:
         symbol = entry.split("'")[0]
@@ -204,13 +266,13 @@ def cuda_kernels(
 
 HEADER = (
     *("kernel", "sm", "regs", "spill", "smem", "occupancy", "loop", "/element", "float64", "16 byte", "bytes/element"),
-    "model",
+    *("model", "singles/element", "in flight"),
 )
 
 
 def row(kernel: Kernel, compiled: Compiled) -> tuple[str, ...]:
     """A line of the table."""
-    loop = Loop(compiled.main_loop())
+    loop, singles = compiled.main_loop(), compiled.singles_loop(kernel)
     accesses, elements = loop.accesses(), loop.elements(kernel, compiled.arch)
     return (
         kernel.name,
@@ -225,6 +287,8 @@ def row(kernel: Kernel, compiled: Compiled) -> tuple[str, ...]:
         f"{loop.wide()} of {accesses.total()}",
         f"{loop.bytes() / elements:g}",
         "-" if kernel.bytes is None else str(kernel.bytes),
+        f"{len(singles.code) / singles.elements(kernel, compiled.arch):.1f}" if singles.code else "-",
+        f"{loop.in_flight()}, {singles.in_flight(ELEMENTS)}",
     )
 
 
@@ -252,15 +316,38 @@ class Gpu:
     bandwidth: float
     float64: int = 2
 
-    def clocks(self, code: Compiled, elements: float, tensor_bytes: int) -> tuple[float, ...]:
+    def clocks(self, loop: Loop, elements: float, tensor_bytes: int) -> tuple[float, ...]:
         """Of a multiprocessor per element of a kernel's main loop: for memory, all instructions, those in float64.
 
         The longest is the model of its time: memory at 9 tenths of its bandwidth, 4 warps' instructions a clock.
         """
-        loop = Loop(code.main_loop())
         per_second = self.multiprocessors * self.gigahertz * 1e9
         memory = tensor_bytes / (0.9 * self.bandwidth * 1e12) * per_second
         return memory, len(loop.code) / elements / 128, loop.float64() / elements / self.float64
+
+
+#: Clocks from a load to what it brings, when memory is busy: assumed.
+LATENCY = 1000
+
+
+def limits(gpu: Gpu, kernel: Kernel, code: Compiled, singles: bool) -> tuple[float, ...]:
+    """`Gpu.clocks` of the loop over words or single elements, and two more: for the L1 cache, and for waiting.
+
+    The cache finds one line of 128 bytes a clock. Single elements that a warp accesses together follow one another or,
+    where sums are taken, are as far apart as its threads' words are. Each thread waits once for what it has in flight
+    at a time.
+    """
+    loop, sizes = (code.singles_loop(kernel), ELEMENTS) if singles else (code.main_loop(), WORDS)
+    elements = loop.elements(kernel, code.arch)
+    assert kernel.bytes is not None
+    accesses = {size: sum(n for (_, s), n in loop.accesses().items() if s == size) for size in sizes}
+    shared = 1 if not singles or kernel.name.startswith("update") else 16 // min(s for s in sizes if accesses[s])
+    lines = 0.0
+    for size, count in accesses.items():
+        lines += count * (-(-32 * size * shared // 128) + singles)  # one more, as they do not begin with a line
+    waits = loop.bytes(sizes, ("LDG", "LD")) / loop.in_flight(sizes)
+    waiting = waits * LATENCY / (elements * code.occupancy() * ROOM[code.arch][1])
+    return *gpu.clocks(loop, elements, kernel.bytes), lines / (32 * elements), waiting
 
 
 GPUS = (
@@ -268,6 +355,20 @@ GPUS = (
     Gpu("RTX 3090", 89, 82, 1.70, 0.936),
     Gpu("RTX 4090", 89, 128, 2.52, 1.008),
     Gpu("RTX 5090", 120, 170, 2.41, 1.792),
+)
+#: Those of which `single_rows` are made.
+SINGLES_GPUS = (
+    Gpu("H100", 90, 132, 1.755, 3.35, float64=64),
+    Gpu("B200", 100, 148, 1.85, 8.0, float64=64),
+    GPUS[2],
+)
+SINGLES = (
+    *("gram_kernel<float, 2>", "gram_kernel<bf16, 2>"),
+    *(
+        f"{kernel}<StepRule<AdamW, {types}, false>, 2>"
+        for kernel in ("update_kernel", "gram_update_kernel")
+        for types in ("float, float", "bf16, float", "bf16, bf16")
+    ),
 )
 #: The launches of a step, and of one with the weights of the step before; bytes of fused AdamW with one gradient.
 STEP = ("gram_kernel<float, 2>", "update_kernel<StepRule<AdamW, float, float, false>, 2>")
@@ -287,10 +388,10 @@ def model_rows() -> list[tuple[str, ...]]:
                 compiled = cuda_kernels(Path(folder), gpu.arch, chosen, flags)
             clocks = {}
             for kernel, code in compiled.items():
-                loop = Loop(code.main_loop())
+                loop = code.main_loop()
                 elements = loop.elements(kernel, gpu.arch if not flags else FLOAT64[0])
                 assert kernel.bytes is not None
-                clocks[kernel.name] = gpu.clocks(code, elements, kernel.bytes)
+                clocks[kernel.name] = gpu.clocks(loop, elements, kernel.bytes)
             if not flags:  # two loops: the sums, and the update that reads its gradients once more
                 sums_of, update = clocks[STEP[0]], clocks[LAG[0]]
                 clocks[LAG[0]] = (update[0], sums_of[1] + update[1], sums_of[2] + update[2])
@@ -301,16 +402,35 @@ def model_rows() -> list[tuple[str, ...]]:
     return rows
 
 
+def single_rows() -> list[tuple[str, ...]]:
+    """For each of SINGLES_GPUS and kernel: the limits by words and by single elements, and the ratio of the longest."""
+    rows: list[tuple[str, ...]] = [
+        ("gpu", "kernel", "accesses", "memory", "instructions", "float64", "L1", "waiting", "to words")
+    ]
+    for gpu in SINGLES_GPUS:
+        # an update that takes sums in parts has two loops, those of the other kernels
+        names = [n for n in SINGLES if gpu.arch in FLOAT64 or not n.startswith("gram_update")]
+        chosen = [kernel for kernel in KERNELS if kernel.name in names]
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = cuda_kernels(Path(folder), gpu.arch, chosen)
+        for kernel, code in compiled.items():
+            words, singles = (limits(gpu, kernel, code, each) for each in (False, True))
+            for name, clocks in (("words", words), ("singles", singles)):
+                ratio = max(clocks) / max(words)
+                rows.append((gpu.name, kernel.name, name, *(f"{c:.2f}" for c in clocks), f"{ratio:.2f}"))
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
-    parser.add_argument("--model", action="store_true", help="the model for GPUs with little float64")
+    parser.add_argument("--model", action="store_true", help="the models of time")
     options = parser.parse_args()
     reason = toolchain.missing()
     if reason is not None:
         parser.exit(1, f"{reason}\n")
     if options.model:
-        print(table(model_rows()))
+        print(table(model_rows()), table(single_rows()), sep="\n\n")
         return
     rows: list[Sequence[str]] = [HEADER]
     for arch in options.arch:
