@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import timm
@@ -38,6 +39,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 SIZE = (3, 16, 16)
+ROOT = Path(__file__).parents[1]
 
 
 def tiny(channels=3, seed=0, classes=4):
@@ -370,7 +372,8 @@ def test_the_benchmark_tunes_judges_and_goes_on(tmp_path, monkeypatch):
     def told(train):
         with ThreadPoolExecutor(1) as executor:
             journal = Journal(path, students.Run, students.Result, executor, train)
-            return protocol.table(protocol.carry_out("digits", ["data", "other", "tuned", "dto"], [0, 1], 2, journal))
+            protocol.carry_out("digits", ["data", "other", "tuned", "dto"], [0, 1], 2, journal)
+            return protocol.table(protocol.outcomes("digits", [0, 1], 2, journal.done))
 
     text = told(students.train)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
@@ -397,6 +400,16 @@ def test_the_chosen_run_is_the_best_of_both_tuning_seeds():
 
     chosen = protocol.tune(students.Run("digits", "dto", 0.0, 9e-3, 100, 5), train)
     assert (chosen.lr, chosen.student_lr) == (1e-2, 9e-3)
+
+
+def test_documented_numbers_are_those_of_the_csv_file():
+    done = read(ROOT / "benchmarks" / "results" / "datafree.csv", students.Run, students.Result)
+    page, used = (ROOT / "docs" / "data-free.md").read_text(), set()
+    for name in dict.fromkeys(run.data for run in done):
+        outcomes = protocol.outcomes(name, protocol.SEEDS, protocol.ITERATIONS, done)
+        assert protocol.table(outcomes) in page
+        used.update(*(o.used for o in outcomes))
+    assert set(done) == used
 
 
 def test_the_demo_ends_with_a_table_and_a_picture(tmp_path, monkeypatch, capsys):

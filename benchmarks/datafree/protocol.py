@@ -10,8 +10,9 @@ again; the test images judge.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from statistics import fmean
@@ -35,6 +36,10 @@ TUNING_SEEDS = (100, 101)
 Train = Callable[[Sequence[Run]], list[Result]]
 
 
+#: Of the students that are counted.
+SEEDS, ITERATIONS = (0, 1, 2, 3, 4), 250
+
+
 def sources_of(data: str) -> tuple[str, ...]:
     """All sources of images of a set."""
     return tuple(s for s in (*READY, PUBLISHED, TUNED, *BALANCES) if s != "other" or data in OTHER)
@@ -48,31 +53,41 @@ class Outcome:
         source: one of `sources_of`.
         run: as it was tuned, but for the seed.
         results: by seed.
-        trained: students, those of the tuning included.
+        used: all runs, those of the tuning included.
     """
 
     source: str
     run: Run
     results: dict[int, Result]
-    trained: int
+    used: dict[Run, Result]
 
 
-def carry_out(data: str, sources: Iterable[str], seeds: Sequence[int], iterations: int, train: Train) -> list[Outcome]:
+def carry_out(data: str, sources: Iterable[str], seeds: Sequence[int], iterations: int, train: Train) -> None:
     """Tune and train; `train` is called from threads, as the runs of a source follow from each other."""
-
-    def one(source: str) -> Outcome:
-        seen: set[Run] = set()
-
-        def counting(runs: Sequence[Run]) -> list[Result]:
-            seen.update(runs)
-            return train(runs)
-
-        run = tune(Run(data, source, 0.0, STUDENT_LR, TUNING_SEEDS[0], iterations), counting)
-        results = counting([replace(run, seed=seed) for seed in seeds])
-        return Outcome(source, run, dict(zip(seeds, results, strict=True)), len(seen))
-
     with ThreadPoolExecutor(4) as threads:
-        return list(threads.map(one, sources))
+        list(threads.map(lambda source: _one(data, source, seeds, iterations, train), sources))
+
+
+def outcomes(data: str, seeds: Sequence[int], iterations: int, done: Mapping[Run, Result]) -> list[Outcome]:
+    """What the runs on file come to; sources some of whose runs are missing are left out."""
+    found = []
+    for source in sources_of(data):
+        with suppress(KeyError):
+            found.append(_one(data, source, seeds, iterations, lambda runs: [done[run] for run in runs]))
+    return found
+
+
+def _one(data: str, source: str, seeds: Sequence[int], iterations: int, train: Train) -> Outcome:
+    used: dict[Run, Result] = {}
+
+    def noting(runs: Sequence[Run]) -> list[Result]:
+        results = train(runs)
+        used.update(zip(runs, results, strict=True))
+        return results
+
+    run = tune(Run(data, source, 0.0, STUDENT_LR, TUNING_SEEDS[0], iterations), noting)
+    results = noting([replace(run, seed=seed) for seed in seeds])
+    return Outcome(source, run, dict(zip(seeds, results, strict=True)), used)
 
 
 def tune(run: Run, train: Train) -> Run:
@@ -127,7 +142,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
             interval,
             "" if any(map(math.isnan, conflicts)) else f"{fmean(conflicts):.0f}",
             f"{fmean(r.seconds for r in values):.0f}",
-            str(o.trained),
+            str(len(o.used)),
             (f"{o.run.lr:g}, " if o.run.lr else "") + f"{o.run.student_lr:g}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
