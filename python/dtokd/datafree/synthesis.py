@@ -87,7 +87,28 @@ class Synthesis(Protocol):
         """Go on from there."""
 
 
-class Inversion:
+class _Optimised:
+    """What is optimised by a balanced optimizer."""
+
+    def __init__(self, settings: Settings, losses: ImageLosses, optimizer: DTOAdamW) -> None:
+        self._settings, self._losses, self._optimizer = settings, losses, optimizer
+
+    @property
+    def weighting(self) -> Weighting:
+        """What balances the losses."""
+        return self._optimizer.weighting
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of optimizer and statistics."""
+        return {"optimizer": self._optimizer.state_dict(), "statistics": self._losses.statistics.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._losses.statistics.load_state_dict(state["statistics"])
+
+
+class Inversion(_Optimised):
     """Each batch is optimised from noise, as a parameter.
 
     Source: DeepInversion (Yin et al., CVPR 2020): confidence, batch statistics with a prior on pixels, and, as in
@@ -101,14 +122,10 @@ class Inversion:
     """
 
     def __init__(self, settings: Settings, losses: ImageLosses, weighting: Weighting, gram: Any = None) -> None:
-        self._settings, self._losses = settings, losses
         self._images = nn.Parameter(torch.zeros(settings.batch, *settings.size, device=settings.device))
-        self._optimizer = _optimizer([{"params": [self._images]}], settings.lr, (0.5, 0.9), weighting, gram)
-
-    @property
-    def weighting(self) -> Weighting:
-        """What balances the losses."""
-        return self._optimizer.weighting
+        super().__init__(
+            settings, losses, _optimizer([{"params": [self._images]}], settings.lr, (0.5, 0.9), weighting, gram)
+        )
 
     def make(self, watch: Watch) -> tuple[Tensor, Tensor]:
         """See `Synthesis`."""
@@ -130,17 +147,8 @@ class Inversion:
         _check(self._optimizer.skipped_steps - before, settings.steps, pixels, losses)
         return pixels, labels
 
-    def state_dict(self) -> dict[str, Any]:
-        """Of optimizer and statistics."""
-        return {"optimizer": self._optimizer.state_dict(), "statistics": self._losses.statistics.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of optimizer and statistics."""
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._losses.statistics.load_state_dict(state["statistics"])
-
-
-class Fast:
+class Fast(_Optimised):
     """A generator that learns to be a good start: from it a copy and the codes of a batch are optimised a few steps.
 
     After each batch the generator's parameters move a part of the way to the copy's.
@@ -169,7 +177,7 @@ class Fast:
         rate: float,
         gram: Any = None,
     ) -> None:
-        self._settings, self._losses, self._rate = settings, losses, rate
+        self._rate = rate
         self.generator = generator.to(settings.device)
         self._copy = Generator(settings.size, generator.latent, generator.norm.num_features // 2).to(settings.device)
         self._codes = nn.Parameter(torch.zeros(settings.batch, generator.latent, device=settings.device))
@@ -177,12 +185,7 @@ class Fast:
             {"params": list(self._copy.parameters())},
             {"params": [self._codes], "lr": latent_lr},
         ]
-        self._optimizer = _optimizer(groups, settings.lr, (0.5, 0.999), weighting, gram)
-
-    @property
-    def weighting(self) -> Weighting:
-        """What balances the losses."""
-        return self._optimizer.weighting
+        super().__init__(settings, losses, _optimizer(groups, settings.lr, (0.5, 0.999), weighting, gram))
 
     def make(self, watch: Watch) -> tuple[Tensor, Tensor]:
         """See `Synthesis`; the images are those of the step before the last one."""
@@ -207,17 +210,12 @@ class Fast:
 
     def state_dict(self) -> dict[str, Any]:
         """Of generator, optimizer and statistics."""
-        return {
-            "generator": dict(self.generator.state_dict()),
-            "optimizer": self._optimizer.state_dict(),
-            "statistics": self._losses.statistics.state_dict(),
-        }
+        return {"generator": dict(self.generator.state_dict()), **super().state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Of generator, optimizer and statistics."""
+        """Go on from there."""
         self.generator.load_state_dict(state["generator"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        self._losses.statistics.load_state_dict(state["statistics"])
+        super().load_state_dict(state)
 
 
 def _floats(module: nn.Module) -> Iterator[Tensor]:
