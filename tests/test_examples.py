@@ -28,15 +28,16 @@ def test_example(path, tmp_path):
     if find_spec(NEEDS.get(name, name)) is None:
         pytest.skip(f"{name} is not installed")
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if name == "ddp" else []
-    done = subprocess.run(
-        [sys.executable, *start, path],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    command = [sys.executable, *start, path]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for _ in range(3):
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        # On a busy machine torch 2.14 may abort a rank that has finished: gloo's thread drops the last collective, with
+        # the Python object that this holds, when Python has begun to end and gives its lock to no thread any more.
+        if not (name == "ddp" and "terminate called without an active exception" in done.stderr):
+            break
     assert done.returncode == 0, done.stderr
     assert "UserWarning: DTO" not in done.stderr
     assert float(ACCURACY.search(done.stdout)[1]) > 0.9  # chance is 0.1
