@@ -10,7 +10,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -26,9 +25,6 @@ from ..evidence.data import (
     silhouettes_teacher,
 )
 
-#: The side of photographs for the teacher, where the evidence has 96: images are made at this size, for a CPU.
-PIXELS, STUDENT_PIXELS = 64, 32
-
 
 @dataclass(frozen=True)
 class World:
@@ -36,17 +32,15 @@ class World:
 
     Attributes:
         teacher: a frozen network with batch normalisation; images [B, C, H, W] in [-1, 1] to logits.
-        view: such images as the student sees them.
         student: makes a new one, from torch's random numbers.
         size: channels, height and width of the images that are made.
         classes: of teacher and student.
         images: real ones, without labels, for the student that has data.
-        validation, test: as the student sees them.
+        validation, test: with labels, to choose by and to judge by.
         teacher_accuracy: on the test images, in percent.
     """
 
     teacher: nn.Module
-    view: Callable[[Tensor], Tensor]
     student: Callable[[], nn.Module]
     size: tuple[int, int, int]
     classes: int
@@ -84,7 +78,6 @@ def silhouettes(name: str, kept: _Kept) -> World:
     teacher = kept(make_model("teacher"), lambda: silhouettes_teacher(parts.taught))
     return World(
         teacher,
-        lambda images: images,
         partial(make_model, "student"),
         (1, 28, 28),
         10,
@@ -96,8 +89,11 @@ def silhouettes(name: str, kept: _Kept) -> World:
 
 
 def photos(kept: _Kept) -> World:
-    """Which of 16 photos a crop is from: ImageNet's MobileNetV2 sees 64 x 64 pixels, the student 32 x 32."""
-    crops = {part: (_resized(images), labels) for part, (images, labels) in photo_crops().items()}
+    """Which of 16 photos a crop of 32 x 32 pixels is from, for ImageNet's MobileNetV2 with a linear classifier.
+
+    The evidence enlarges the crops for this teacher. Here teacher and student see the images as they are made.
+    """
+    crops = photo_crops()
     network: Any = imagenet_mobilenet()
 
     def fitted() -> nn.Module:
@@ -105,29 +101,19 @@ def photos(kept: _Kept) -> World:
 
     classifier = kept(nn.Linear(network.num_features, len(PHOTOS)), fitted)
     teacher = nn.Sequential(_ForImageNet(), network, classifier).eval()
-    validation, test = (Images(_view(crops[part][0] * 2 - 1), crops[part][1]) for part in ("validation", "test"))
-    images, labels = crops["test"]
+    parts = {part: Images(images * 2 - 1, labels) for part, (images, labels) in crops.items()}
     with torch.no_grad():
-        right = torch.cat([teacher(part * 2 - 1).argmax(1) for part in images.split(100)]) == labels
+        right = torch.cat([teacher(some).argmax(1) for some in parts["test"].images.split(100)]) == parts["test"].labels
     return World(
         teacher,
-        _view,
         partial(timm.create_model, "test_resnet", num_classes=len(PHOTOS), **ROLES["student"]),
-        (3, PIXELS, PIXELS),
+        (3, 32, 32),
         len(PHOTOS),
-        crops["train"][0] * 2 - 1,
-        validation,
-        test,
+        parts["train"].images,
+        parts["validation"],
+        parts["test"],
         100 * float(right.double().mean()),
     )
-
-
-def _resized(images: Tensor) -> Tensor:
-    return F.interpolate(images, (PIXELS, PIXELS), mode="bilinear", antialias=True, align_corners=False)
-
-
-def _view(images: Tensor) -> Tensor:
-    return F.avg_pool2d(images, PIXELS // STUDENT_PIXELS)
 
 
 class _ForImageNet(nn.Module):

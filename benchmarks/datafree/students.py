@@ -106,7 +106,7 @@ def train(run: Run) -> Result:
         with torch.no_grad():
             lesson = world.teacher(images)
         optimizer.zero_grad()
-        torch.autograd.backward(soft_kl(student(world.view(images)), lesson, TEMPERATURE))
+        torch.autograd.backward(soft_kl(student(images), lesson, TEMPERATURE))
         nn.utils.clip_grad_norm_(student.parameters(), MAX_NORM)
         optimizer.step()
         schedule.step()
@@ -149,7 +149,7 @@ def _maker(run: Run, world: World, student: nn.Module, augment: Augment) -> _Mak
     rule = parse_balance(run.source)
     losses = ImageLosses(
         world.teacher,
-        lambda images: student(world.view(images)),
+        student,
         BatchStatistics(world.teacher, 0.9),
         "kl",
         getattr(rule, "log_gradients", True),
