@@ -132,6 +132,18 @@ def test_contributors_are_led_to_files_that_exist():
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_errors_that_troubleshooting_quotes_are_raised():
+    """In the headings and in the list under DistributedDataParallel; numbers and "..." stand for any text."""
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    quoted = re.findall(r'^(?:## |- )"(.*)"', page, re.MULTILINE)
+    source = "".join(path.read_text() for path in (ROOT / "dtokd_kernels").rglob("*.py"))
+    source = re.sub(r'"\s*f?"', "", source)  # the parts of a text in one
+    assert len(quoted) > 6
+    for text in quoted:
+        for part in re.split(r"\.\.\.|is -?\d\S*", text):
+            assert part.strip(" :,") in source, text
+
+
 def test_readme_is_short():
     """A visitor decides in two minutes."""
     lines = (ROOT / "README.md").read_text().splitlines()
