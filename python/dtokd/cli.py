@@ -120,44 +120,64 @@ def _run(command: str | None, options: argparse.Namespace) -> int:
 
 
 def _parser() -> tuple[Parser, dict[str, Parser]]:
-    parser = Parser(prog="dtokd", description="Distillation with DTO-KD's balanced step.")
-    parser.add_argument("--version", action=_Version, nargs=0, help="of this package, torch and timm")
+    parser = Parser(
+        prog="dtokd",
+        description="Distil timm models and detectors, with balanced losses. `dtokd COMMAND --help` lists options.",
+    )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="show the versions of this package, torch and timm, and exit"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module, text in (
-        ("train", train_options, "distil any timm student from any timm teacher"),
-        ("detect", detect_options, "distil a detector on data in COCO's format"),
-        ("compare", compare_options, "is distillation helping, with which rule, and is the difference real?"),
+        ("train", train_options, "distil a timm model from a timm model, or train it without a teacher"),
+        ("detect", detect_options, "distil a detector, on data in COCO's format"),
+        ("compare", compare_options, "find out whether distillation helps, and with which weighting"),
     ):
         usage = "%(prog)s [data-dir] [OPTION ...]"  # instead of a page of options, which follow with their texts
         module.add_arguments(commands.add_parser(name, help=text, absent=ABSENT, usage=usage))
     # no defaults in its help, as the run has them
-    evaluation = commands.add_parser("eval", help="a student's accuracy", formatter_class=argparse.HelpFormatter)
-    evaluation.add_argument("run_dir", nargs="?", type=path, help="of dtokd train: its student and its options")
-    evaluation.add_argument("--checkpoint", type=path, metavar="FILE", help="other weights than the run's best")
+    evaluation = commands.add_parser(
+        "eval", help="measure the accuracy of a student or of any timm model", formatter_class=argparse.HelpFormatter
+    )
+    evaluation.add_argument(
+        "run_dir", nargs="?", type=path, help="run of dtokd train, whose student and options are used"
+    )
+    evaluation.add_argument("--checkpoint", type=path, metavar="FILE", help="weights to use instead of the run's best")
     _add_evaluation(evaluation)
-    _add_predict(commands.add_parser("predict", help="labels or boxes of images, by a run's student"))
-    _add_export(commands.add_parser("export", help="a run's student for timm, torch.export or ONNX"))
-    report = commands.add_parser("report", help="write a run's report.html anew, or one page on several runs")
-    report.add_argument("run_dir", type=path, nargs="+", help="of dtokd train or dtokd detect")
-    report.add_argument("--baseline", type=path, metavar="RUN", help="of the same student without a teacher")
-    report.add_argument("--output", type=path, metavar="FILE", help="of the page on several runs (default: runs.html)")
-    commands.add_parser("doctor", help="what was built, what is chosen, and why")
-    completion = commands.add_parser("completion", help="a shell's completion of these commands and their options")
-    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="whose script is printed")
+    _add_predict(commands.add_parser("predict", help="find labels or boxes in images with the student of a run"))
+    _add_export(commands.add_parser("export", help="write the student of a run for timm, torch.export or ONNX"))
+    report = commands.add_parser("report", help="write the report.html of a run again, or one page on several runs")
+    report.add_argument("run_dir", type=path, nargs="+", help="run of dtokd train or dtokd detect")
+    report.add_argument("--baseline", type=path, metavar="RUN", help="run of the same student without a teacher")
+    report.add_argument(
+        "--output", type=path, metavar="FILE", help="file of the page on several runs (default: runs.html)"
+    )
+    commands.add_parser("doctor", help="show what was built, what is used, and why")
+    completion = commands.add_parser("completion", help="print a script that completes commands and options in a shell")
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"], help="shell of the script")
     demo = commands.add_parser(
         "demo",
         help="distil a small student on real digits in a few minutes and compare the ways to combine its losses",
     )
     demo.add_argument("--output", type=path, default=Path("runs/demo"), help="directory for the results")
-    demo.add_argument("--seeds", type=NATURAL, nargs="+", default=[0], metavar="N", help="each student with each")
+    demo.add_argument(
+        "--seeds",
+        type=NATURAL,
+        nargs="+",
+        default=[0],
+        metavar="N",
+        help="seeds; each student is trained with each seed",
+    )
     demo.add_argument(
         "--objectives",
         nargs="+",
         choices=["logit", "feature"],
         default=["logit", "feature"],
-        help="what the students imitate: the teacher's predictions, its features",
+        help="what the students imitate: predictions (logit) or features of the teacher",
     )
-    demo.add_argument("--data-free", action="store_true", help="instead: a student without data, with it, and on noise")
+    demo.add_argument(
+        "--data-free", action="store_true", help="instead train a student without data, with data, and on noise"
+    )
     return parser, commands.choices
 
 
@@ -196,36 +216,52 @@ def _complete(parser: Parser, shell: str) -> int:
 
 def _add_predict(parser: Parser) -> None:
     add = parser.add_argument
-    add("run_dir", type=path, help="of dtokd train or dtokd detect")
-    add("paths", type=path, nargs="+", help="images, and folders of images")
-    add("--output", type=path, metavar="DIR", help="for predictions.json and pictures; default: neither")
-    add("--checkpoint", type=path, metavar="FILE", help="other weights than the run's best")
-    add("--top", type=COUNT, default=5, metavar="N", help="labels of each image, of a classifier")
-    add("--threshold", type=FRACTION, default=0.3, metavar="P", help="the lowest score of a box, of a detector")
-    add("-b", "--batch-size", type=COUNT, default=16, metavar="N")
+    add("run_dir", type=path, help="run of dtokd train or dtokd detect")
+    add("paths", type=path, nargs="+", help="images or folders of images")
+    add(
+        "--output",
+        type=path,
+        metavar="DIR",
+        help="directory for predictions.json and pictures; default: neither is written",
+    )
+    add("--checkpoint", type=path, metavar="FILE", help="weights to use instead of the run's best")
+    add("--top", type=COUNT, default=5, metavar="N", help="number of labels of each image (classifiers)")
+    add("--threshold", type=FRACTION, default=0.3, metavar="P", help="lowest score of a box (detectors)")
+    add("-b", "--batch-size", type=COUNT, default=16, metavar="N", help="images per batch")
     add("-j", "--workers", type=NATURAL, default=0, metavar="N", help="processes that load images")
-    add("--device", default="cuda", help="falls back to cpu where torch has no GPU")
+    add("--device", default="cuda", help="torch device; cuda falls back to cpu where torch has no GPU")
 
 
 def _add_export(parser: Parser) -> None:
     add = parser.add_argument
-    add("run_dir", type=path, help="of dtokd train or dtokd detect")
+    add("run_dir", type=path, help="run of dtokd train or dtokd detect")
     add(
         "--format",
         choices=["timm", "torch", "onnx"],
         default="timm",
-        help="timm: a folder as timm's hub has it; torch: a program of torch.export; onnx: an ONNX model",
+        help="timm: a folder in the layout of timm's hub; torch: a program of torch.export; onnx: an ONNX model",
     )
-    add("--output", type=path, metavar="DIR", help="default: export/FORMAT in the run's directory")
-    add("--checkpoint", type=path, metavar="FILE", help="other weights than the run's best")
-    add("--data-dir", type=path, metavar="DIR", help="where the run's validation images are now; default: as they were")
-    add("--images", type=COUNT, default=16, metavar="N", help="validation images to compare on")
+    add(
+        "--output",
+        type=path,
+        metavar="DIR",
+        help="directory to write to; default: export/FORMAT in the run's directory",
+    )
+    add("--checkpoint", type=path, metavar="FILE", help="weights to use instead of the run's best")
+    add("--data-dir", type=path, metavar="DIR", help="directory of the run's validation images, if they were moved")
+    add(
+        "--images",
+        type=COUNT,
+        default=16,
+        metavar="N",
+        help="number of validation images on which the export is compared",
+    )
     add(
         "--tolerance",
         type=NOT_NEGATIVE,
         default=1e-4,
         metavar="X",
-        help="largest difference of an output to the run's own, in parts of the largest output",
+        help="largest allowed difference of an output to the student's own, as a part of the largest output",
     )
 
 

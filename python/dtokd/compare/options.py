@@ -35,9 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser, runs: Any = shared) -> None:
     """
     runs.add_arguments(parser)
     dry_run = next(action for action in parser._actions if action.dest == "dry_run")
-    dry_run.help = "tell which runs there are and how long they take, and train none"
+    dry_run.help = "list the runs and how long they take, and train none"
     group = parser.add_argument_group(
-        "comparison", "--experiment names its folder (default: compare); --seed, --data-seed and --resume are set by it"
+        "comparison",
+        "--experiment names the folder (default: compare); the comparison sets --seed, --data-seed, --resume",
     )
     add = group.add_argument
     add("--detect", action="store_true", help="compare detectors: all other options are those of dtokd detect")
@@ -46,23 +47,35 @@ def add_arguments(parser: argparse.ArgumentParser, runs: Any = shared) -> None:
         nargs="+",
         default=list(ARMS),
         metavar="ARM",
-        help="none: without a teacher, always among them; fixed:W: timm's sum of W task + (1-W) distill; share:W: the "
-        "task gets the share W of the gradient's norm; heldout:S, auto:S and whilebetter:S: S of the training "
-        "images set the weights; or any --kd-balance. Options follow a colon: "
+        help="ways to train. none: without a teacher, always added; fixed:W: timm's sum of W task + (1-W) distill; "
+        "share:W: the task gets the share W of the gradient's norm; heldout:S, auto:S and whilebetter:S: the share S "
+        "of the training images sets the weights; or any --kd-balance. Options follow a colon: "
         "dto:rescale=sum,gram=overlap,opt=dtoadamw,lr=0.001, and the rule's own, as in cagrad:c=0.4",
     )
-    add("--seeds", type=NATURAL, nargs="+", default=[0, 1, 2], metavar="N", help="each arm is trained with each")
+    add(
+        "--seeds",
+        type=NATURAL,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="seeds; each arm is trained with each seed",
+    )
     add(
         "--schedule-share",
         type=Number(float, above=0, most=1),
         default=1.0,
         metavar="X",
-        help="a shorter schedule: this part of --epochs, and of the warm-up and the other options that count epochs",
+        help="shorten the schedule to this part of --epochs, of the warm-up and of the other options that count epochs",
     )
     add(
         "--judge-split",
         default="",
         metavar="NAME",
-        help="a split that judges the arms, which --val-split chooses among; default: --val-split does both",
+        help="split that judges the arms; --val-split then only chooses among them; default: --val-split does both",
     )
-    add("--jobs", type=COUNT, metavar="N", help="runs at a time, in processes of their own; default: one per GPU")
+    add(
+        "--jobs",
+        type=COUNT,
+        metavar="N",
+        help="number of runs at a time, in processes of their own; default: one per GPU",
+    )

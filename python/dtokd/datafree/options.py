@@ -52,43 +52,64 @@ _WITHOUT: dict[str, Any] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the group "without data"."""
-    group = parser.add_argument_group("without data", "images are made from the teacher; defaults are the method's")
+    group = parser.add_argument_group(
+        "without data", "images are made from the teacher; an option whose default is none has the method's default"
+    )
     add = group.add_argument
-    add("--data-free", choices=METHODS, metavar="METHOD", help=f"{' or '.join(METHODS)}; the data is only judged by")
+    add(
+        "--data-free",
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"{' or '.join(METHODS)}; data, if given, is for evaluation alone",
+    )
     add(
         "--df-balance",
         type=rule,
         metavar="RULE",
-        help="how the losses statistics, confidence and disagreement of the images are balanced: a weighting of "
-        "--kd-balance, then options after a colon: fixed:10,0.4,1.1, share:0.5,0.3,0.2, dto, famo, cagrad:c=0.4",
+        help="weighting of the images' losses statistics, confidence and disagreement: one of --kd-balance, with "
+        "options after a colon, such as fixed:10,0.4,1.1, share:0.5,0.3,0.2, dto, famo, cagrad:c=0.4",
     )
     add(
         "--df-balance-gram",
         choices=["exact", "overlap", "lag", "none"],
         default="exact",
-        help="how the losses' gradients are measured; none: one backward pass, for rules that need no measure",
+        help="how the losses' gradients are measured; none: one backward pass, for weightings that need no Gram matrix",
     )
-    add("--df-disagreement", choices=["kl", "js"], help="kl: without a bound, as in Fast-DFKD; js: as in DeepInversion")
+    add(
+        "--df-disagreement",
+        choices=["kl", "js"],
+        help="loss disagreement: kl as in Fast-DFKD, without a lower bound; js as in DeepInversion",
+    )
     add("--df-lr", type=POSITIVE, metavar="X", help="learning rate of the generator, or of the images (inversion)")
     add("--df-steps", type=COUNT, metavar="N", help="optimizer steps for a batch of images")
-    add("--df-batch-size", type=COUNT, metavar="N", help="images that are made at a time")
+    add("--df-batch-size", type=COUNT, metavar="N", help="number of images that are made at a time")
     add("--df-every", type=COUNT, metavar="N", help="the student's iterations from one batch of new images to the next")
     add("--df-warmup", type=COUNT, metavar="N", help="batches of images before the student's first iteration")
-    add("--df-momentum", type=BELOW_ONE, metavar="X", help="of the statistics' average over batches")
-    add("--df-bank", type=COUNT, default=4096, metavar="N", help="images that are kept, a byte for a value")
+    add("--df-momentum", type=BELOW_ONE, metavar="X", help="part of earlier batches in the average of the statistics")
+    add("--df-bank", type=COUNT, default=4096, metavar="N", help="number of images that are kept, one byte for a value")
     add("--df-iterations", type=COUNT, default=400, metavar="N", help="the student's iterations in an epoch")
-    add("--df-shift", type=NATURAL, metavar="PIXELS", help="of images, at random; default: a sixteenth of their height")
-    add("--df-latent-dim", type=COUNT, metavar="N", help="fast: numbers in a code")
+    add(
+        "--df-shift",
+        type=NATURAL,
+        metavar="PIXELS",
+        help="largest random shift of images; default: a sixteenth of their height",
+    )
+    add("--df-latent-dim", type=COUNT, metavar="N", help="fast: length of a code")
     add("--df-latent-lr", type=POSITIVE, metavar="X", help="fast: learning rate of the codes")
     add("--df-width", type=COUNT, metavar="N", help="fast: channels of the generator's last hidden layer")
     add(
         "--df-rate",
         type=Number(float, above=0, most=1),
         metavar="X",
-        help="fast: the part of the way that the generator goes to the copy that was optimised for a batch",
+        help="fast: part of the distance by which the generator moves to its copy that was optimised for a batch",
     )
     add("--df-prior-tv", type=NOT_NEGATIVE, metavar="X", help="inversion: factor of the total variation in statistics")
-    add("--df-prior-l2", type=NOT_NEGATIVE, metavar="X", help="inversion: factor of the pixels' mean square in it")
+    add(
+        "--df-prior-l2",
+        type=NOT_NEGATIVE,
+        metavar="X",
+        help="inversion: factor of the pixels' mean square in statistics",
+    )
 
 
 def rule(text: str) -> str:

@@ -35,11 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_balance(parser)
     shared.add_ranks(parser)
     shared.add_run(parser, METRICS)
-    pictures = "of the validation split, in the report"
+    pictures = "images of the validation split that the report shows"
     parser.add_argument("--pictures", type=NATURAL, default=12, metavar="N", help=pictures)
-    demo = parser.add_argument_group("demo", "uses --output, --seed and --epochs; everything else is its own")
+    demo = parser.add_argument_group("demo", "uses --output, --seed and --epochs; all other options are set by it")
     demo.add_argument(
-        "--demo", action="store_true", help="on scenes of real digits, in minutes: what distillation does"
+        "--demo", action="store_true", help="show what distillation does on scenes of real digits, in minutes"
     )
     parser.set_defaults(**DEFAULTS)
 
@@ -48,18 +48,28 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     shared.add_positional(group)
     add = group.add_argument
-    add("--data-dir", type=path, metavar="DIR", help="folder with a folder of images per split, and the annotations")
-    add("--annotations", default="annotations/instances_{split}.json", metavar="PATTERN", help="COCO's JSON, in it")
-    add("--train-split", type=not_empty, default="train2017", metavar="NAME")
-    add("--val-split", default="val2017", metavar="NAME", help="'' for no evaluation")
+    add(
+        "--data-dir",
+        type=path,
+        metavar="DIR",
+        help="folder with a folder of images per split, and with the annotations",
+    )
+    add(
+        "--annotations",
+        default="annotations/instances_{split}.json",
+        metavar="PATTERN",
+        help="files in COCO's JSON format in --data-dir",
+    )
+    add("--train-split", type=not_empty, default="train2017", metavar="NAME", help="split to train on")
+    add("--val-split", default="val2017", metavar="NAME", help="split to evaluate on; '' for no evaluation")
     shared.add_loading(group)
     add("--img-size", type=COUNT, default=800, metavar="N", help="shorter side of the images")
     add("--max-size", type=COUNT, default=1333, metavar="N", help="longer side at most")
-    add("--square", action="store_true", help="resize to img-size x img-size: no padding, as RT-DETR wants it")
+    add("--square", action="store_true", help="resize to img-size x img-size, without padding, as RT-DETR needs it")
     add("--scales", type=COUNT, nargs="+", metavar="N", help="shorter sides to choose from in training")
     add("--crop", action="store_true", help="crop half of the training images at random, as DETR and ViDT do")
-    add("--hflip", type=FRACTION, default=0.5, metavar="P")
-    add("--color-jitter", type=NOT_NEGATIVE, default=0.0, metavar="X")
+    add("--hflip", type=FRACTION, default=0.5, metavar="P", help="probability of a horizontal flip")
+    add("--color-jitter", type=NOT_NEGATIVE, default=0.0, metavar="X", help="strength of the color jitter")
 
 
 def _add_student(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +80,8 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
         type=not_empty,
         default="vidt_nano",
         metavar="MODEL",
-        help="vidt_nano, _tiny, _small, _base; fcos:, retinanet: or rtdetr: and a timm backbone, such as "
-        "fcos:resnet18; a directory that transformers wrote",
+        help="vidt_nano, _tiny, _small or _base; fcos:, retinanet: or rtdetr: with a timm backbone, such as "
+        "fcos:resnet18; or a directory that transformers wrote",
     )
     add(
         "--model-kwargs",
@@ -79,12 +89,18 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
         default={},
         action=KeyValues,
         metavar="K=V",
-        help="vidt: of DeformableDetrConfig (encoder_layers, num_queries, ...), with backbone_ of SwinConfig; "
-        "fcos, retinanet: width, score_thresh, nms_thresh; rtdetr: of RTDetrConfig",
+        help="more arguments. vidt: those of DeformableDetrConfig (encoder_layers, num_queries, ...), and with the "
+        "prefix backbone_ those of SwinConfig; fcos, retinanet: width, score_thresh, nms_thresh; rtdetr: those of "
+        "RTDetrConfig",
     )
     add("--pretrained", action="store_true", help="start the backbone with published ImageNet weights")
-    add("--backbone-checkpoint", default="", metavar="PATH", help="or with these: a timm file, a directory with a Swin")
-    add("--initial-checkpoint", default="", metavar="FILE", help="start the whole detector with these weights")
+    add(
+        "--backbone-checkpoint",
+        default="",
+        metavar="PATH",
+        help="weights to start the backbone with: a file of timm's, or a directory with a Swin",
+    )
+    add("--initial-checkpoint", default="", metavar="FILE", help="weights to start the whole detector with")
     add(
         "--freeze-bn",
         action="store_true",
@@ -109,8 +125,8 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
         type=not_empty,
         nargs="+",
         metavar="FILE",
-        help="weights of each teacher; not for transformers' directories; without it, or with the word pretrained, a "
-        "timm model's pretrained weights",
+        help="weights of each teacher, except transformers' directories; without it, or with the word pretrained, the "
+        "pretrained weights of a timm model",
     )
     add(
         "--kd-model-kwargs",
@@ -118,26 +134,26 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
         default={},
         action=KeyValues,
         metavar="K=V",
-        help="of each teacher: as --model-kwargs, or what timm.create_model takes",
+        help="more arguments of each teacher: as --model-kwargs, or those of timm.create_model",
     )
     add(
         "--kd-distill-type",
         nargs="+",
         choices=DISTILL_TYPES,
         metavar="TYPE",
-        help="token: ViDT's token matching; feature: maps; prediction: classes and boxes; several: one objective each "
-        "(default: token, for fcos and retinanet feature and prediction, for a timm model feature)",
+        help="what the student imitates. token: ViDT's token matching; feature: maps; prediction: classes and boxes; "
+        "several: one objective each (default: token; fcos and retinanet: feature and prediction; timm model: feature)",
     )
     add_weights(group)
     add_projection(group)
     add_stages(group)
     add_teacher(group)
-    add("--kd-token-root", action="store_true", help="the root of the token loss, as in ViDT's code")
+    add("--kd-token-root", action="store_true", help="take the root of the token loss, as ViDT's code does")
     add(
         "--kd-match",
         choices=["auto", "hungarian", "index"],
         default="auto",
-        help="pair queries by their predictions or by number; auto: by number if they are shared",
+        help="pair queries by their predictions (hungarian) or by number (index); auto: by number if they are shared",
     )
     add("--kd-share-queries", action="store_true", help="the student starts with the teacher's queries")
     add_cache(group, "places or queries of each image, those where the teacher is surest of an object")

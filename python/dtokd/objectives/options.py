@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=not_empty,
         nargs="+",
         metavar="NAME",
-        help="teacher: a timm model; several: one set of objectives each",
+        help="teacher, a timm model; several teachers have a set of objectives each",
     )
     add(
         "--kd-teacher-path",
@@ -59,7 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dtokd train, which also holds its model, size and normalisation; without it, or with the word pretrained, "
         "the model's pretrained weights",
     )
-    add("--kd-model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="of each teacher")
+    add(
+        "--kd-model-kwargs",
+        nargs="*",
+        default={},
+        action=KeyValues,
+        metavar="K=V",
+        help="more arguments of each teacher",
+    )
     add(
         "--kd-distill-type",
         nargs="+",
@@ -72,32 +79,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kd-temperature",
         type=POSITIVE,
         default=4.0,
-        help="softmax temperature of logit, logit-std, token (soft), dkd and dist",
+        help="temperature of the softmax of logit, logit-std, token (soft), dkd and dist",
     )
-    add("--kd-token-distill-type", choices=["soft", "hard"], default="soft", help="soft: KL; hard: teacher's argmax")
+    add(
+        "--kd-token-distill-type",
+        choices=["soft", "hard"],
+        default="soft",
+        help="loss of token. soft: KL; hard: the teacher's argmax as label",
+    )
     add(
         "--kd-student-feature-dim",
         type=COUNT,
-        help="width of the student's pooled features (default: asked of the model)",
+        help="width of the student's pooled features (default: the model's)",
     )
     add(
         "--kd-teacher-feature-dim",
         type=COUNT,
-        help="width of the teacher's pooled features (default: asked of the model)",
+        help="width of the teacher's pooled features (default: the model's)",
     )
     add_projection(group)
     add(
         "--kd-feature-pool",
         choices=["head", "mean"],
         default="head",
-        help="pooled features: what the classifier reads, or the mean over positions (of patch tokens in a ViT)",
+        help="pooled features. head: the input of the classifier; mean: the mean over positions (ViT: patch tokens)",
     )
-    add("--kd-stages", type=COUNT, default=3, help="last stages that multiscale, attention and review compare")
+    add(
+        "--kd-stages", type=COUNT, default=3, help="number of last stages that multiscale, attention and review compare"
+    )
     add_stages(group)
     add(
         "--kd-review-width",
         type=COUNT,
-        help="channels in which review fuses stages (default: deepest of the student, at most 512)",
+        help="channels in which review fuses stages (default: those of the student's deepest stage, at most 512)",
     )
     add("--kd-dkd-alpha", type=NOT_NEGATIVE, default=1.0, help="dkd: weight of the target class's part")
     add("--kd-dkd-beta", type=NOT_NEGATIVE, default=8.0, help="dkd: weight of the other classes' part")
@@ -106,17 +120,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=POSITIVE,
         default=0.07,
         metavar="X",
-        help="crd, pseudo-class: what cosines are divided by",
+        help="temperature of crd and pseudo-class, by which cosines are divided",
     )
     add(
         "--kd-queue-size",
         type=COUNT,
         default=2048,
         metavar="N",
-        help="pseudo-class: images whose features are kept; at most half of the training images is wise",
+        help="pseudo-class: number of images whose features are kept; take at most half of the training images",
     )
     add_teacher(group)
-    add_cache(group, "classes of each image, the most probable ones; the others share what is left of it evenly")
+    add_cache(group, "classes of each image, the most probable ones; the others share the remaining probability evenly")
 
 
 def add_cache(group: argparse._ArgumentGroup, kept: str) -> None:
@@ -139,14 +153,15 @@ def add_cache(group: argparse._ArgumentGroup, kept: str) -> None:
         type=NATURAL,
         default=1,
         metavar="N",
-        help="with the cache: augmentations per image, epoch modulo N; 0: another in each epoch (for repeated runs)",
+        help="with the cache: number of augmentations per image, taken in turn by the epochs; 0: another one in "
+        "each epoch (for repeated runs)",
     )
     add("--kd-cache-topk", type=COUNT, metavar="K", help=f"with the cache: keep so many {kept} (default: all)")
     add(
         "--kd-cache-dtype",
         choices=["float32", "float16", "bfloat16"],
         default="float32",
-        help="with the cache: of what is kept; float32 loses nothing",
+        help="with the cache: dtype in which outputs are kept; float32 loses nothing",
     )
 
 
@@ -158,7 +173,7 @@ def add_stages(group: argparse._ArgumentGroup) -> None:
             type=ANY_INT,
             nargs="+",
             metavar="INDEX",
-            help=f"these of the {who}'s maps instead",
+            help=f"compare these of the {who}'s maps, in place of the last stages",
         )
 
 
@@ -176,10 +191,10 @@ def add_teacher(group: argparse._ArgumentGroup) -> None:
     add(
         "--kd-teacher-dtype",
         choices=["float32", "bfloat16", "float16"],
-        help="of a timm teacher's weights and forward pass, outside autocast (default: the student's, under its "
+        help="dtype of a timm teacher's weights and forward pass, outside autocast (default: the student's, under its "
         "autocast)",
     )
-    add("--kd-teacher-compile", action="store_true", help="torch.compile a timm teacher")
+    add("--kd-teacher-compile", action="store_true", help="compile a timm teacher with torch.compile")
 
 
 def add_weights(group: argparse._ArgumentGroup) -> None:
@@ -190,8 +205,8 @@ def add_weights(group: argparse._ArgumentGroup) -> None:
         "--distill-loss-weight",
         type=NOT_NEGATIVE,
         nargs="+",
-        help="weight of the distillation objectives: one for all or one each. Only the task's given: 1 - it, shared; "
-        "none given: 1 each. Unused where --kd-balance finds the weights",
+        help="weight of the distillation objectives: one for all or one each. If only the task's is given they share 1 "
+        "minus it; if none is given each weight is 1. Not used where --kd-balance finds the weights",
     )
 
 
@@ -202,21 +217,21 @@ def add_projection(group: argparse._ArgumentGroup) -> None:
         "--kd-projector",
         choices=["linear", "orthogonal"],
         default="linear",
-        help="from the student's features to the teacher's width; linear: none where the widths agree, as in timm",
+        help="projection of the student's features to the teacher's width; linear: none if widths agree, as in timm",
     )
     add(
         "--kd-feature-norm",
         choices=["none", "layernorm", "standardize", "phi-s"],
         default="none",
-        help="layernorm: of the teacher's features, over channels; standardize: both sides, per channel over the "
-        "batch; phi-s: PHI standardisation of the teacher's, which makes several teachers comparable",
+        help="how features are normalised. layernorm: the teacher's, over channels; standardize: both, per channel "
+        "over the batch; phi-s: the teacher's, by PHI standardisation, which makes several teachers comparable",
     )
     add(
         "--kd-statistics-batches",
         type=COUNT,
         default=32,
         metavar="N",
-        help="phi-s: its statistics are those of the first N batches of all processes, before the first step",
+        help="phi-s: take the statistics of the first N batches of all processes, before the first step",
     )
     add(
         "--kd-feature-loss",

@@ -102,7 +102,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
         "-c",
         "--config",
         metavar="FILE",
-        help="YAML file of options, or recipe:TABLE/PAIR/VARIANT of the package's; the command line overrides it",
+        help="YAML file of options, or a recipe, recipe:TABLE/PAIR/VARIANT; the command line overrides it",
     )
 
 
@@ -110,18 +110,24 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     """Where images come from: also for `dtokd eval`."""
     group = parser.add_argument_group("data")
     add_positional(group)
-    group.add_argument("--data-dir", type=path, metavar="DIR", help="folder with a folder per split, of class folders")
-    group.add_argument("--dataset", default="", metavar="NAME", help="type/name, such as torch/cifar100")
-    group.add_argument("--train-split", type=not_empty, default="train", metavar="NAME")
-    group.add_argument("--val-split", default="validation", metavar="NAME", help="'' for no evaluation")
-    group.add_argument("--dataset-download", action="store_true", help="for torch/ data sets")
-    group.add_argument("--class-map", default="", metavar="FILE", help="class names in the order of their indices")
+    group.add_argument(
+        "--data-dir", type=path, metavar="DIR", help="folder with a folder per split, each with a folder per class"
+    )
+    group.add_argument("--dataset", default="", metavar="NAME", help="data set as type/name, such as torch/cifar100")
+    group.add_argument("--train-split", type=not_empty, default="train", metavar="NAME", help="split to train on")
+    group.add_argument(
+        "--val-split", default="validation", metavar="NAME", help="split to evaluate on; '' for no evaluation"
+    )
+    group.add_argument("--dataset-download", action="store_true", help="download a torch/ data set")
+    group.add_argument(
+        "--class-map", default="", metavar="FILE", help="file of class names in the order of their indices"
+    )
     add_loading(group)
 
 
 def add_positional(group: argparse._ArgumentGroup) -> None:
     """The data directory as timm's train.py takes it; `parse` makes it --data-dir."""
-    group.add_argument(POSITIONAL, nargs="?", type=path, metavar="data-dir", help="as timm's: the same as --data-dir")
+    group.add_argument(POSITIONAL, nargs="?", type=path, metavar="data-dir", help="the same as --data-dir, as in timm")
 
 
 def add_loading(group: argparse._ArgumentGroup) -> None:
@@ -130,108 +136,234 @@ def add_loading(group: argparse._ArgumentGroup) -> None:
         "--on-bad-image",
         choices=["error", "skip"],
         default="skip",
-        help="the next image stands in for one that cannot be read, or the run ends",
+        help="for an image that cannot be read: skip takes the next image instead, error ends the run",
     )
     group.add_argument("-j", "--workers", type=NATURAL, default=4, metavar="N", help="processes that load images")
-    group.add_argument("-b", "--batch-size", type=COUNT, default=128, metavar="N")
-    group.add_argument("-vb", "--validation-batch-size", type=COUNT, metavar="N")
-    group.add_argument("--pin-mem", action="store_true", help="pin host memory")
-    group.add_argument("--device", default="cuda", help="falls back to cpu where torch has no GPU")
+    group.add_argument("-b", "--batch-size", type=COUNT, default=128, metavar="N", help="images per training batch")
+    group.add_argument(
+        "-vb",
+        "--validation-batch-size",
+        type=COUNT,
+        metavar="N",
+        help="images per evaluation batch; default: --batch-size",
+    )
+    group.add_argument("--pin-mem", action="store_true", help="pin the memory of batches on the host")
+    group.add_argument("--device", default="cuda", help="torch device; cuda falls back to cpu where torch has no GPU")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("student")
-    group.add_argument("--model", type=not_empty, default="resnet50", metavar="MODEL", help="timm's name")
+    group.add_argument("--model", type=not_empty, default="resnet50", metavar="MODEL", help="name of a timm model")
     group.add_argument("--pretrained", action="store_true", help="start with timm's weights")
-    group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="start with these weights")
-    group.add_argument("--num-classes", type=COUNT, metavar="N", help="default: those of the data")
-    group.add_argument("--img-size", type=COUNT, metavar="N", help="default: the model's")
-    group.add_argument("--in-chans", type=COUNT, choices=[1, 3], help="of the images: grey or RGB")
-    group.add_argument("--input-size", type=COUNT, nargs=3, metavar=("C", "H", "W"))
-    group.add_argument("--crop-pct", type=Number(float, above=0, most=1), metavar="X", help="of the evaluation")
-    group.add_argument("--mean", type=ANY_NUMBER, nargs="+", metavar="X")
-    group.add_argument("--std", type=POSITIVE, nargs="+", metavar="X")
-    group.add_argument("--interpolation", choices=["", *INTERPOLATIONS], default="", help="default: the model's")
-    group.add_argument("--drop", type=FRACTION, default=0.0, metavar="P", help="dropout")
-    group.add_argument("--drop-path", type=FRACTION, metavar="P")
-    group.add_argument("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
+    group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="file of weights to start with")
+    group.add_argument("--num-classes", type=COUNT, metavar="N", help="number of classes; default: those of the data")
+    group.add_argument("--img-size", type=COUNT, metavar="N", help="side of the images in pixels; default: the model's")
+    group.add_argument("--in-chans", type=COUNT, choices=[1, 3], help="channels of the images, grey or RGB; default: 3")
+    group.add_argument(
+        "--input-size", type=COUNT, nargs=3, metavar=("C", "H", "W"), help="size of the images; default: the model's"
+    )
+    group.add_argument(
+        "--crop-pct",
+        type=Number(float, above=0, most=1),
+        metavar="X",
+        help="part of an image that the evaluation crops; default: the model's",
+    )
+    group.add_argument(
+        "--mean", type=ANY_NUMBER, nargs="+", metavar="X", help="mean of the pixels per channel; default: the model's"
+    )
+    group.add_argument(
+        "--std",
+        type=POSITIVE,
+        nargs="+",
+        metavar="X",
+        help="standard deviation of the pixels per channel; default: the model's",
+    )
+    group.add_argument(
+        "--interpolation",
+        choices=["", *INTERPOLATIONS],
+        default="",
+        help="how images are resized; default: the model's",
+    )
+    group.add_argument("--drop", type=FRACTION, default=0.0, metavar="P", help="rate of dropout")
+    group.add_argument("--drop-path", type=FRACTION, metavar="P", help="rate of stochastic depth")
+    group.add_argument(
+        "--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more arguments of the model"
+    )
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument("--torchcompile", nargs="?", const="inductor", type=compile_backend, metavar="BACKEND")
-    group.add_argument("--torchcompile-mode", choices=COMPILE_MODES)
+    group.add_argument(
+        "--torchcompile",
+        nargs="?",
+        const="inductor",
+        type=compile_backend,
+        metavar="BACKEND",
+        help="compile the student with torch.compile",
+    )
+    group.add_argument("--torchcompile-mode", choices=COMPILE_MODES, help="mode of torch.compile")
 
 
 def add_numerics(parser: argparse.ArgumentParser) -> None:
     """Precision, memory format, and the average of the weights."""
     group = parser.add_argument_group("precision and average")
-    group.add_argument("--channels-last", action="store_true")
+    group.add_argument("--channels-last", action="store_true", help="memory format of images and weights")
     group.add_argument("--amp", action="store_true", help="automatic mixed precision")
-    group.add_argument("--amp-dtype", choices=["float16", "bfloat16"], default="float16")
+    group.add_argument("--amp-dtype", choices=["float16", "bfloat16"], default="float16", help="dtype of --amp")
     group.add_argument("--model-ema", action="store_true", help="average the student's weights")
-    group.add_argument("--model-ema-decay", type=FRACTION, default=0.9998, metavar="X")
-    group.add_argument("--model-ema-warmup", action="store_true")
+    group.add_argument(
+        "--model-ema-decay",
+        type=FRACTION,
+        default=0.9998,
+        metavar="X",
+        help="part of the average that stays in each step",
+    )
+    group.add_argument("--model-ema-warmup", action="store_true", help="begin the average with a smaller decay")
 
 
 def add_optimization(parser: argparse.ArgumentParser) -> None:
     """Optimizer, clipping, learning rate and its schedule."""
     group = parser.add_argument_group("optimization")
-    group.add_argument("--opt", type=not_empty, default="sgd", help="timm's, or dtoadamw, dtosgd: the fused ones")
-    group.add_argument("--opt-eps", type=NOT_NEGATIVE, metavar="X")
-    group.add_argument("--opt-betas", type=BELOW_ONE, nargs="+", metavar="X")
-    group.add_argument("--momentum", type=FRACTION, default=0.9, metavar="X")
+    group.add_argument("--opt", type=not_empty, default="sgd", help="a name of timm's, or the fused dtoadamw, dtosgd")
+    group.add_argument("--opt-eps", type=NOT_NEGATIVE, metavar="X", help="epsilon; default: the optimizer's")
+    group.add_argument("--opt-betas", type=BELOW_ONE, nargs="+", metavar="X", help="betas; default: the optimizer's")
+    group.add_argument("--momentum", type=FRACTION, default=0.9, metavar="X", help="momentum of SGD")
     group.add_argument("--weight-decay", type=NOT_NEGATIVE, default=2e-5, metavar="X")
-    group.add_argument("--layer-decay", type=Number(float, above=0, most=1), metavar="X")
-    group.add_argument("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
-    group.add_argument("--clip-grad", type=POSITIVE, metavar="X")
-    group.add_argument("--clip-mode", choices=["norm", "value", "agc"], default="norm")
-    group.add_argument("--grad-accum-steps", type=COUNT, default=1, metavar="N")
-    group.add_argument("--lr", type=NOT_NEGATIVE, metavar="X", help="default: lr-base x global batch / lr-base-size")
-    group.add_argument("--lr-base", type=POSITIVE, default=0.1, metavar="X")
+    group.add_argument(
+        "--layer-decay",
+        type=Number(float, above=0, most=1),
+        metavar="X",
+        help="factor of the learning rate from a layer to the one below",
+    )
+    group.add_argument(
+        "--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more arguments of the optimizer"
+    )
+    group.add_argument("--clip-grad", type=POSITIVE, metavar="X", help="clip the gradient to this norm or value")
+    group.add_argument("--clip-mode", choices=["norm", "value", "agc"], default="norm", help="what --clip-grad limits")
+    group.add_argument(
+        "--grad-accum-steps", type=COUNT, default=1, metavar="N", help="micro-batches per optimizer step"
+    )
+    group.add_argument(
+        "--lr", type=NOT_NEGATIVE, metavar="X", help="learning rate; default: lr-base x global batch / lr-base-size"
+    )
+    group.add_argument(
+        "--lr-base", type=POSITIVE, default=0.1, metavar="X", help="learning rate at a batch of --lr-base-size"
+    )
     group.add_argument("--lr-base-size", type=COUNT, default=256, metavar="N")
-    group.add_argument("--lr-base-scale", choices=["", "linear", "sqrt"], default="", help="default: sqrt for adaptive")
-    group.add_argument("--epochs", type=COUNT, default=300, metavar="N")
-    group.add_argument("--sched", choices=SCHEDULES, default="cosine")
-    group.add_argument("--sched-on-updates", action="store_true")
-    group.add_argument("--warmup-lr", type=NOT_NEGATIVE, default=1e-5, metavar="X")
+    group.add_argument(
+        "--lr-base-scale",
+        choices=["", "linear", "sqrt"],
+        default="",
+        help="how it grows with the batch; default: sqrt for adaptive optimizers, else linear",
+    )
+    group.add_argument("--epochs", type=COUNT, default=300, metavar="N", help="length of the schedule")
+    group.add_argument("--sched", choices=SCHEDULES, default="cosine", help="schedule of the learning rate")
+    group.add_argument(
+        "--sched-on-updates", action="store_true", help="change the learning rate after each step, not each epoch"
+    )
+    group.add_argument(
+        "--warmup-lr", type=NOT_NEGATIVE, default=1e-5, metavar="X", help="learning rate at the start of the warm-up"
+    )
     group.add_argument("--warmup-epochs", type=NATURAL, default=5, metavar="N")
-    group.add_argument("--warmup-prefix", action="store_true")
-    group.add_argument("--min-lr", type=NOT_NEGATIVE, default=0.0, metavar="X")
-    group.add_argument("--cooldown-epochs", type=NATURAL, default=0, metavar="N")
-    group.add_argument("--decay-epochs", type=POSITIVE, default=90, metavar="N")
-    group.add_argument("--decay-milestones", type=COUNT, nargs="+", default=[90, 180, 270], metavar="N")
-    group.add_argument("--decay-rate", type=POSITIVE, default=0.1, metavar="X")
+    group.add_argument("--warmup-prefix", action="store_true", help="the schedule begins after the warm-up")
+    group.add_argument(
+        "--min-lr", type=NOT_NEGATIVE, default=0.0, metavar="X", help="smallest learning rate of the schedule"
+    )
+    group.add_argument(
+        "--cooldown-epochs",
+        type=NATURAL,
+        default=0,
+        metavar="N",
+        help="epochs at the smallest learning rate, after the schedule",
+    )
+    group.add_argument(
+        "--decay-epochs", type=POSITIVE, default=90, metavar="N", help="epochs from one decay to the next (step)"
+    )
+    group.add_argument(
+        "--decay-milestones",
+        type=COUNT,
+        nargs="+",
+        default=[90, 180, 270],
+        metavar="N",
+        help="epochs of the decays (multistep)",
+    )
+    group.add_argument("--decay-rate", type=POSITIVE, default=0.1, metavar="X", help="factor of a decay")
 
 
 def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("augmentation and loss")
-    group.add_argument("--no-aug", action="store_true")
-    group.add_argument("--train-crop-mode", choices=CROP_MODES)
-    group.add_argument("--scale", type=POSITIVE, nargs=2, default=[0.08, 1.0], metavar=("MIN", "MAX"))
-    group.add_argument("--ratio", type=POSITIVE, nargs=2, default=[3 / 4, 4 / 3], metavar=("MIN", "MAX"))
-    group.add_argument("--hflip", type=FRACTION, default=0.5, metavar="P")
-    group.add_argument("--vflip", type=FRACTION, default=0.0, metavar="P")
-    group.add_argument("--color-jitter", type=NOT_NEGATIVE, default=0.4, metavar="X")
-    group.add_argument("--aa", type=auto_augment, metavar="NAME", help="AutoAugment or RandAugment")
+    group.add_argument("--no-aug", action="store_true", help="train without augmentation")
+    group.add_argument("--train-crop-mode", choices=CROP_MODES, help="how training images are cropped")
+    group.add_argument(
+        "--scale",
+        type=POSITIVE,
+        nargs=2,
+        default=[0.08, 1.0],
+        metavar=("MIN", "MAX"),
+        help="part of the area that a random crop takes",
+    )
+    group.add_argument(
+        "--ratio",
+        type=POSITIVE,
+        nargs=2,
+        default=[3 / 4, 4 / 3],
+        metavar=("MIN", "MAX"),
+        help="aspect ratio of a random crop",
+    )
+    group.add_argument("--hflip", type=FRACTION, default=0.5, metavar="P", help="probability of a horizontal flip")
+    group.add_argument("--vflip", type=FRACTION, default=0.0, metavar="P", help="probability of a vertical flip")
+    group.add_argument(
+        "--color-jitter", type=NOT_NEGATIVE, default=0.4, metavar="X", help="strength of the color jitter"
+    )
+    group.add_argument("--aa", type=auto_augment, metavar="NAME", help="policy of AutoAugment or RandAugment")
     group.add_argument(
         "--aug-repeats",
         type=Number(float, least=0, most=1000),
         default=0,
         metavar="N",
-        help="each image N times in other augmentations, so that an epoch sees one in N of them",
+        help="take each image N times with other augmentations; an epoch then sees one image in N",
     )
-    group.add_argument("--train-interpolation", choices=["random", *INTERPOLATIONS], default="random")
-    group.add_argument("--reprob", type=FRACTION, default=0.0, metavar="P", help="random erasing")
-    group.add_argument("--remode", choices=ERASING_MODES, default="pixel")
-    group.add_argument("--recount", type=COUNT, default=1, metavar="N")
-    group.add_argument("--mixup", type=NOT_NEGATIVE, default=0.0, metavar="X")
-    group.add_argument("--cutmix", type=NOT_NEGATIVE, default=0.0, metavar="X")
-    group.add_argument("--cutmix-minmax", type=FRACTION, nargs=2, metavar=("MIN", "MAX"))
-    group.add_argument("--mixup-prob", type=FRACTION, default=1.0, metavar="P")
-    group.add_argument("--mixup-switch-prob", type=FRACTION, default=0.5, metavar="P")
-    group.add_argument("--mixup-mode", choices=["batch", "pair", "elem"], default="batch")
-    group.add_argument("--mixup-off-epoch", type=NATURAL, default=0, metavar="N")
-    group.add_argument("--smoothing", type=BELOW_ONE, default=0.1, metavar="X")
-    group.add_argument("--bce-loss", action="store_true")
-    group.add_argument("--bce-target-thresh", type=FRACTION, metavar="X")
+    group.add_argument(
+        "--train-interpolation",
+        choices=["random", *INTERPOLATIONS],
+        default="random",
+        help="how training images are resized",
+    )
+    group.add_argument("--reprob", type=FRACTION, default=0.0, metavar="P", help="probability of random erasing")
+    group.add_argument("--remode", choices=ERASING_MODES, default="pixel", help="what fills an erased part")
+    group.add_argument("--recount", type=COUNT, default=1, metavar="N", help="parts that are erased in an image")
+    group.add_argument("--mixup", type=NOT_NEGATIVE, default=0.0, metavar="X", help="alpha of mixup; 0 switches it off")
+    group.add_argument(
+        "--cutmix", type=NOT_NEGATIVE, default=0.0, metavar="X", help="alpha of CutMix; 0 switches it off"
+    )
+    group.add_argument(
+        "--cutmix-minmax",
+        type=FRACTION,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="range of the size of a CutMix part; replaces --cutmix",
+    )
+    group.add_argument(
+        "--mixup-prob", type=FRACTION, default=1.0, metavar="P", help="probability of mixup or CutMix in a batch"
+    )
+    group.add_argument(
+        "--mixup-switch-prob", type=FRACTION, default=0.5, metavar="P", help="probability of CutMix where both are on"
+    )
+    group.add_argument(
+        "--mixup-mode", choices=["batch", "pair", "elem"], default="batch", help="images that share a mixing ratio"
+    )
+    group.add_argument(
+        "--mixup-off-epoch",
+        type=NATURAL,
+        default=0,
+        metavar="N",
+        help="epoch after which nothing is mixed; 0: no such epoch",
+    )
+    group.add_argument("--smoothing", type=BELOW_ONE, default=0.1, metavar="X", help="label smoothing")
+    group.add_argument("--bce-loss", action="store_true", help="binary cross-entropy in place of cross-entropy")
+    group.add_argument(
+        "--bce-target-thresh",
+        type=FRACTION,
+        metavar="X",
+        help="with --bce-loss: targets above it count as 1, others as 0",
+    )
 
 
 def add_balance(parser: argparse.ArgumentParser) -> None:
@@ -242,56 +374,66 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
         choices=BALANCES,
         default="none",
         metavar="NAME",
-        help=f"none, timm's weighted sum, or a weighting: {', '.join(BALANCES[1:])}; whilebetter is recommended where "
-        "the teacher has the student's classes, famo where it has not and is known to be good",
+        help=f"none is timm's weighted sum; or a weighting: {', '.join(BALANCES[1:])}. Recommended: whilebetter if the "
+        "teacher has the student's classes, famo if it has others and is known to be good",
     )
-    group.add_argument("--kd-balance-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V")
+    group.add_argument(
+        "--kd-balance-kwargs",
+        nargs="*",
+        default={},
+        action=KeyValues,
+        metavar="K=V",
+        help="options of the weighting, such as c=0.4 for cagrad",
+    )
     group.add_argument(
         "--kd-balance-gram",
         metavar="SOURCE",
-        help="exact, overlap, lag, probe[:MODULES], feature:MODULE, every:N[:SOURCE], ema:B[:SOURCE]",
+        help="how gradients are measured: exact, overlap, lag, probe[:MODULES], feature:MODULE, every:N[:SOURCE], "
+        "ema:B[:SOURCE]; default: exact, if the weighting needs it",
     )
     group.add_argument(
         "--kd-held-out",
         type=Number(float, least=0, most=0.5),
         metavar="SHARE",
-        help=f"of the training images, kept from training: --kd-balance {', '.join(LOOKING)} look at the student "
-        f"there; default: {HELD_OUT} for these, else 0",
+        help=f"share of the training images that is held out: --kd-balance {', '.join(LOOKING)} measure on it; "
+        f"default: {HELD_OUT} for these, else 0",
     )
     group.add_argument(
         "--kd-held-out-every",
         type=Number(int, least=1),
         default=20,
         metavar="N",
-        help="steps from one look at a held-out batch to the next; each costs a forward and K + 1 backward passes, or "
-        "a forward pass of student and teacher (whilebetter)",
+        help="steps from one measurement on a held-out batch to the next; each costs a forward and K + 1 backward "
+        "passes, or a forward pass of student and teacher (whilebetter)",
     )
     group.add_argument(
         "--kd-balance-params",
         choices=["shared", "all"],
         default="shared",
-        help="balance what all objectives reach, or heads and projectors too",
+        help="balance the parameters that all objectives reach, or heads and projectors too",
     )
     group.add_argument(
         "--kd-balance-rescale",
         choices=["none", "sum"],
-        help="none: the paper's 1/L; sum: the scale of a weighted sum; default: none with Adam and for weightings of "
-        "raw gradients, else sum",
+        help="none: the paper's scale 1/L; sum: the scale of a weighted sum; default: none with Adam-like optimizers "
+        "and for weightings of raw gradients, else sum",
     )
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
     """How the processes that torchrun starts train one model."""
-    group = parser.add_argument_group("several processes", "started with torchrun; --batch-size is that of each")
-    group.add_argument(
-        "--kd-shard", action="store_true", help="each rank keeps a part of the optimizer's state (dtoadamw, dtosgd)"
+    group = parser.add_argument_group(
+        "several processes", "start them with torchrun; --batch-size is that of each process"
     )
-    group.add_argument("--sync-bn", action="store_true", help="batch normalization over all ranks, on GPUs")
+    group.add_argument(
+        "--kd-shard", action="store_true", help="each process keeps a part of the optimizer's state (dtoadamw, dtosgd)"
+    )
+    group.add_argument("--sync-bn", action="store_true", help="batch normalization over all processes, on GPUs")
     group.add_argument(
         "--dist-bn",
         choices=["reduce", "broadcast", ""],
         default="reduce",
-        help="statistics of batch normalization after each epoch: averaged, the first rank's, or each its own",
+        help="statistics of batch normalization after each epoch: averaged, those of the first, or each its own",
     )
     group.add_argument("--no-ddp-bb", action="store_true", help="no broadcast of buffers before each forward pass")
     group.add_argument(
@@ -299,14 +441,14 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
         type=Number(float, above=0, most=1e9),
         default=600,
         metavar="SECONDS",
-        help="how long ranks wait for each other",
+        help="how long processes wait for each other",
     )
 
 
 def add_run(parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "top5", "loss")) -> None:
     """Where a run goes, how it goes on, and which of the metrics is best; the first is the default."""
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=NATURAL, default=42, metavar="N")
+    group.add_argument("--seed", type=NATURAL, default=42, metavar="N", help="seed of the run")
     group.add_argument(
         "--data-seed",
         type=NATURAL,
@@ -314,22 +456,36 @@ def add_run(parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "
         help="seed of each epoch's order and augmentation of images, and of dropout, so that they do not depend on the "
         "teacher and the heads; default: they follow from --seed, as in timm",
     )
-    group.add_argument("--output", type=path, default=Path("output/train"), metavar="DIR")
+    group.add_argument("--output", type=path, default=Path("output/train"), metavar="DIR", help="directory of runs")
     group.add_argument(
-        "--experiment", type=file_name, default="", metavar="NAME", help="folder in it; default: made of the options"
+        "--experiment",
+        type=file_name,
+        default="",
+        metavar="NAME",
+        help="folder in --output; default: made of the options",
     )
-    group.add_argument("--resume", default="", metavar="auto|FILE", help="go on from the newest checkpoint, or this")
-    group.add_argument("--checkpoint-hist", type=COUNT, default=10, metavar="N", help="checkpoints to keep")
-    group.add_argument("--eval-metric", choices=list(metrics), default=metrics[0], help="what is best")
-    group.add_argument("--log-interval", type=COUNT, default=50, metavar="N", help="iterations from line to line")
-    group.add_argument("--log-tensorboard", action=argparse.BooleanOptionalAction, default=True)
-    group.add_argument("--log-wandb", action="store_true", help="also to Weights & Biases, as the project of --output")
-    group.add_argument("--log-mlflow", action="store_true", help="also to MLflow, as the experiment of --output")
+    group.add_argument(
+        "--resume", default="", metavar="auto|FILE", help="continue from the newest checkpoint, or from this one"
+    )
+    group.add_argument("--checkpoint-hist", type=COUNT, default=10, metavar="N", help="number of checkpoints to keep")
+    group.add_argument("--eval-metric", choices=list(metrics), default=metrics[0], help="metric of the best epoch")
+    group.add_argument(
+        "--log-interval", type=COUNT, default=50, metavar="N", help="iterations from one printed line to the next"
+    )
+    group.add_argument(
+        "--log-tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write TensorBoard's files"
+    )
+    group.add_argument(
+        "--log-wandb", action="store_true", help="log to Weights & Biases too; the project is named like --output"
+    )
+    group.add_argument(
+        "--log-mlflow", action="store_true", help="log to MLflow too; the experiment is named like --output"
+    )
     group.add_argument(
         "--kd-eval-teacher",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="measure the teacher on the validation split before training, and warn if it knows nothing",
+        help="measure the teacher on the validation split before training, and warn if it is no better than chance",
     )
     group.add_argument(
         "--baseline", type=path, metavar="RUN", help="a run of the same student without a teacher, for the report"
@@ -337,7 +493,7 @@ def add_run(parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "
     group.add_argument(
         "--dry-run",
         action="store_true",
-        help="check data and options, train some iterations, tell memory and time per epoch, and write nothing",
+        help="check data and options, train some iterations, print memory and time per epoch, and write nothing",
     )
 
 
