@@ -109,19 +109,14 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 def add_data(parser: argparse.ArgumentParser) -> None:
     """Where images come from: also for `dtokd eval`."""
     group = parser.add_argument_group("data")
+    add = group.add_argument
     add_positional(group)
-    group.add_argument(
-        "--data-dir", type=path, metavar="DIR", help="folder with a folder per split, each with a folder per class"
-    )
-    group.add_argument("--dataset", default="", metavar="NAME", help="data set as type/name, such as torch/cifar100")
-    group.add_argument("--train-split", type=not_empty, default="train", metavar="NAME", help="split to train on")
-    group.add_argument(
-        "--val-split", default="validation", metavar="NAME", help="split to evaluate on; '' for no evaluation"
-    )
-    group.add_argument("--dataset-download", action="store_true", help="download a torch/ data set")
-    group.add_argument(
-        "--class-map", default="", metavar="FILE", help="file of class names in the order of their indices"
-    )
+    add("--data-dir", type=path, metavar="DIR", help="folder with a folder per split, each with a folder per class")
+    add("--dataset", default="", metavar="NAME", help="data set as type/name, such as torch/cifar100")
+    add("--train-split", type=not_empty, default="train", metavar="NAME", help="split to train on")
+    add("--val-split", default="validation", metavar="NAME", help="split to evaluate on; '' for no evaluation")
+    add("--dataset-download", action="store_true", help="download a torch/ data set")
+    add("--class-map", default="", metavar="FILE", help="file of class names in the order of their indices")
     add_loading(group)
 
 
@@ -132,65 +127,61 @@ def add_positional(group: argparse._ArgumentGroup) -> None:
 
 def add_loading(group: argparse._ArgumentGroup) -> None:
     """How images are read; also of `dtokd detect`."""
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--on-bad-image",
         choices=["error", "skip"],
         default="skip",
         help="for an image that cannot be read: skip takes the next image instead, error ends the run",
     )
-    group.add_argument("-j", "--workers", type=NATURAL, default=4, metavar="N", help="processes that load images")
-    group.add_argument("-b", "--batch-size", type=COUNT, default=128, metavar="N", help="images per training batch")
-    group.add_argument(
+    add("-j", "--workers", type=NATURAL, default=4, metavar="N", help="processes that load images")
+    add("-b", "--batch-size", type=COUNT, default=128, metavar="N", help="images per training batch")
+    add(
         "-vb",
         "--validation-batch-size",
         type=COUNT,
         metavar="N",
         help="images per evaluation batch; default: --batch-size",
     )
-    group.add_argument("--pin-mem", action="store_true", help="pin the memory of batches on the host")
-    group.add_argument("--device", default="cuda", help="torch device; cuda falls back to cpu where torch has no GPU")
+    add("--pin-mem", action="store_true", help="pin the memory of batches on the host")
+    add("--device", default="cuda", help="torch device; cuda falls back to cpu where torch has no GPU")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("student")
-    group.add_argument("--model", type=not_empty, default="resnet50", metavar="MODEL", help="name of a timm model")
-    group.add_argument("--pretrained", action="store_true", help="start with timm's weights")
-    group.add_argument("--initial-checkpoint", default="", metavar="FILE", help="file of weights to start with")
-    group.add_argument("--num-classes", type=COUNT, metavar="N", help="number of classes; default: those of the data")
-    group.add_argument("--img-size", type=COUNT, metavar="N", help="side of the images in pixels; default: the model's")
-    group.add_argument("--in-chans", type=COUNT, choices=[1, 3], help="channels of the images, grey or RGB; default: 3")
-    group.add_argument(
-        "--input-size", type=COUNT, nargs=3, metavar=("C", "H", "W"), help="size of the images; default: the model's"
-    )
-    group.add_argument(
+    add = group.add_argument
+    add("--model", type=not_empty, default="resnet50", metavar="MODEL", help="name of a timm model")
+    add("--pretrained", action="store_true", help="start with timm's weights")
+    add("--initial-checkpoint", default="", metavar="FILE", help="file of weights to start with")
+    add("--num-classes", type=COUNT, metavar="N", help="number of classes; default: those of the data")
+    add("--img-size", type=COUNT, metavar="N", help="side of the images in pixels; default: the model's")
+    add("--in-chans", type=COUNT, choices=[1, 3], help="channels of the images, grey or RGB; default: 3")
+    add("--input-size", type=COUNT, nargs=3, metavar=("C", "H", "W"), help="size of the images; default: the model's")
+    add(
         "--crop-pct",
         type=Number(float, above=0, most=1),
         metavar="X",
         help="part of an image that the evaluation crops; default: the model's",
     )
-    group.add_argument(
-        "--mean", type=ANY_NUMBER, nargs="+", metavar="X", help="mean of the pixels per channel; default: the model's"
-    )
-    group.add_argument(
+    add("--mean", type=ANY_NUMBER, nargs="+", metavar="X", help="mean of the pixels per channel; default: the model's")
+    add(
         "--std",
         type=POSITIVE,
         nargs="+",
         metavar="X",
         help="standard deviation of the pixels per channel; default: the model's",
     )
-    group.add_argument(
+    add(
         "--interpolation",
         choices=["", *INTERPOLATIONS],
         default="",
         help="how images are resized; default: the model's",
     )
-    group.add_argument("--drop", type=FRACTION, default=0.0, metavar="P", help="rate of dropout")
-    group.add_argument("--drop-path", type=FRACTION, metavar="P", help="rate of stochastic depth")
-    group.add_argument(
-        "--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more arguments of the model"
-    )
-    group.add_argument("--grad-checkpointing", action="store_true", help="less memory, more time")
-    group.add_argument(
+    add("--drop", type=FRACTION, default=0.0, metavar="P", help="rate of dropout")
+    add("--drop-path", type=FRACTION, metavar="P", help="rate of stochastic depth")
+    add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more arguments of the model")
+    add("--grad-checkpointing", action="store_true", help="less memory, more time")
+    add(
         "--torchcompile",
         nargs="?",
         const="inductor",
@@ -198,85 +189,71 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="BACKEND",
         help="compile the student with torch.compile",
     )
-    group.add_argument("--torchcompile-mode", choices=COMPILE_MODES, help="mode of torch.compile")
+    add("--torchcompile-mode", choices=COMPILE_MODES, help="mode of torch.compile")
 
 
 def add_numerics(parser: argparse.ArgumentParser) -> None:
     """Precision, memory format, and the average of the weights."""
     group = parser.add_argument_group("precision and average")
-    group.add_argument("--channels-last", action="store_true", help="memory format of images and weights")
-    group.add_argument("--amp", action="store_true", help="automatic mixed precision")
-    group.add_argument("--amp-dtype", choices=["float16", "bfloat16"], default="float16", help="dtype of --amp")
-    group.add_argument("--model-ema", action="store_true", help="average the student's weights")
-    group.add_argument(
+    add = group.add_argument
+    add("--channels-last", action="store_true", help="memory format of images and weights")
+    add("--amp", action="store_true", help="automatic mixed precision")
+    add("--amp-dtype", choices=["float16", "bfloat16"], default="float16", help="dtype of --amp")
+    add("--model-ema", action="store_true", help="average the student's weights")
+    add(
         "--model-ema-decay",
         type=FRACTION,
         default=0.9998,
         metavar="X",
         help="part of the average that stays in each step",
     )
-    group.add_argument("--model-ema-warmup", action="store_true", help="begin the average with a smaller decay")
+    add("--model-ema-warmup", action="store_true", help="begin the average with a smaller decay")
 
 
 def add_optimization(parser: argparse.ArgumentParser) -> None:
     """Optimizer, clipping, learning rate and its schedule."""
     group = parser.add_argument_group("optimization")
-    group.add_argument("--opt", type=not_empty, default="sgd", help="a name of timm's, or the fused dtoadamw, dtosgd")
-    group.add_argument("--opt-eps", type=NOT_NEGATIVE, metavar="X", help="epsilon; default: the optimizer's")
-    group.add_argument("--opt-betas", type=BELOW_ONE, nargs="+", metavar="X", help="betas; default: the optimizer's")
-    group.add_argument("--momentum", type=FRACTION, default=0.9, metavar="X", help="momentum of SGD")
-    group.add_argument("--weight-decay", type=NOT_NEGATIVE, default=2e-5, metavar="X")
-    group.add_argument(
+    add = group.add_argument
+    add("--opt", type=not_empty, default="sgd", help="a name of timm's, or the fused dtoadamw, dtosgd")
+    add("--opt-eps", type=NOT_NEGATIVE, metavar="X", help="epsilon; default: the optimizer's")
+    add("--opt-betas", type=BELOW_ONE, nargs="+", metavar="X", help="betas; default: the optimizer's")
+    add("--momentum", type=FRACTION, default=0.9, metavar="X", help="momentum of SGD")
+    add("--weight-decay", type=NOT_NEGATIVE, default=2e-5, metavar="X")
+    add(
         "--layer-decay",
         type=Number(float, above=0, most=1),
         metavar="X",
         help="factor of the learning rate from a layer to the one below",
     )
-    group.add_argument(
-        "--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more arguments of the optimizer"
-    )
-    group.add_argument("--clip-grad", type=POSITIVE, metavar="X", help="clip the gradient to this norm or value")
-    group.add_argument("--clip-mode", choices=["norm", "value", "agc"], default="norm", help="what --clip-grad limits")
-    group.add_argument(
-        "--grad-accum-steps", type=COUNT, default=1, metavar="N", help="micro-batches per optimizer step"
-    )
-    group.add_argument(
-        "--lr", type=NOT_NEGATIVE, metavar="X", help="learning rate; default: lr-base x global batch / lr-base-size"
-    )
-    group.add_argument(
-        "--lr-base", type=POSITIVE, default=0.1, metavar="X", help="learning rate at a batch of --lr-base-size"
-    )
-    group.add_argument("--lr-base-size", type=COUNT, default=256, metavar="N")
-    group.add_argument(
+    add("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more arguments of the optimizer")
+    add("--clip-grad", type=POSITIVE, metavar="X", help="clip the gradient to this norm or value")
+    add("--clip-mode", choices=["norm", "value", "agc"], default="norm", help="what --clip-grad limits")
+    add("--grad-accum-steps", type=COUNT, default=1, metavar="N", help="micro-batches per optimizer step")
+    add("--lr", type=NOT_NEGATIVE, metavar="X", help="learning rate; default: lr-base x global batch / lr-base-size")
+    add("--lr-base", type=POSITIVE, default=0.1, metavar="X", help="learning rate at a batch of --lr-base-size")
+    add("--lr-base-size", type=COUNT, default=256, metavar="N")
+    add(
         "--lr-base-scale",
         choices=["", "linear", "sqrt"],
         default="",
         help="how it grows with the batch; default: sqrt for adaptive optimizers, else linear",
     )
-    group.add_argument("--epochs", type=COUNT, default=300, metavar="N", help="length of the schedule")
-    group.add_argument("--sched", choices=SCHEDULES, default="cosine", help="schedule of the learning rate")
-    group.add_argument(
-        "--sched-on-updates", action="store_true", help="change the learning rate after each step, not each epoch"
-    )
-    group.add_argument(
-        "--warmup-lr", type=NOT_NEGATIVE, default=1e-5, metavar="X", help="learning rate at the start of the warm-up"
-    )
-    group.add_argument("--warmup-epochs", type=NATURAL, default=5, metavar="N")
-    group.add_argument("--warmup-prefix", action="store_true", help="the schedule begins after the warm-up")
-    group.add_argument(
-        "--min-lr", type=NOT_NEGATIVE, default=0.0, metavar="X", help="smallest learning rate of the schedule"
-    )
-    group.add_argument(
+    add("--epochs", type=COUNT, default=300, metavar="N", help="length of the schedule")
+    add("--sched", choices=SCHEDULES, default="cosine", help="schedule of the learning rate")
+    add("--sched-on-updates", action="store_true", help="change the learning rate after each step, not each epoch")
+    add("--warmup-lr", type=NOT_NEGATIVE, default=1e-5, metavar="X", help="learning rate at the start of the warm-up")
+    add("--warmup-epochs", type=NATURAL, default=5, metavar="N")
+    add("--warmup-prefix", action="store_true", help="the schedule begins after the warm-up")
+    add("--min-lr", type=NOT_NEGATIVE, default=0.0, metavar="X", help="smallest learning rate of the schedule")
+    add(
         "--cooldown-epochs",
         type=NATURAL,
         default=0,
         metavar="N",
         help="epochs at the smallest learning rate, after the schedule",
     )
-    group.add_argument(
-        "--decay-epochs", type=POSITIVE, default=90, metavar="N", help="epochs from one decay to the next (step)"
-    )
-    group.add_argument(
+    add("--decay-epochs", type=POSITIVE, default=90, metavar="N", help="epochs from one decay to the next (step)")
+    add(
         "--decay-milestones",
         type=COUNT,
         nargs="+",
@@ -284,14 +261,15 @@ def add_optimization(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="epochs of the decays (multistep)",
     )
-    group.add_argument("--decay-rate", type=POSITIVE, default=0.1, metavar="X", help="factor of a decay")
+    add("--decay-rate", type=POSITIVE, default=0.1, metavar="X", help="factor of a decay")
 
 
 def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("augmentation and loss")
-    group.add_argument("--no-aug", action="store_true", help="train without augmentation")
-    group.add_argument("--train-crop-mode", choices=CROP_MODES, help="how training images are cropped")
-    group.add_argument(
+    add = group.add_argument
+    add("--no-aug", action="store_true", help="train without augmentation")
+    add("--train-crop-mode", choices=CROP_MODES, help="how training images are cropped")
+    add(
         "--scale",
         type=POSITIVE,
         nargs=2,
@@ -299,7 +277,7 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
         metavar=("MIN", "MAX"),
         help="part of the area that a random crop takes",
     )
-    group.add_argument(
+    add(
         "--ratio",
         type=POSITIVE,
         nargs=2,
@@ -307,58 +285,48 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
         metavar=("MIN", "MAX"),
         help="aspect ratio of a random crop",
     )
-    group.add_argument("--hflip", type=FRACTION, default=0.5, metavar="P", help="probability of a horizontal flip")
-    group.add_argument("--vflip", type=FRACTION, default=0.0, metavar="P", help="probability of a vertical flip")
-    group.add_argument(
-        "--color-jitter", type=NOT_NEGATIVE, default=0.4, metavar="X", help="strength of the color jitter"
-    )
-    group.add_argument("--aa", type=auto_augment, metavar="NAME", help="policy of AutoAugment or RandAugment")
-    group.add_argument(
+    add("--hflip", type=FRACTION, default=0.5, metavar="P", help="probability of a horizontal flip")
+    add("--vflip", type=FRACTION, default=0.0, metavar="P", help="probability of a vertical flip")
+    add("--color-jitter", type=NOT_NEGATIVE, default=0.4, metavar="X", help="strength of the color jitter")
+    add("--aa", type=auto_augment, metavar="NAME", help="policy of AutoAugment or RandAugment")
+    add(
         "--aug-repeats",
         type=Number(float, least=0, most=1000),
         default=0,
         metavar="N",
         help="take each image N times with other augmentations; an epoch then sees one image in N",
     )
-    group.add_argument(
+    add(
         "--train-interpolation",
         choices=["random", *INTERPOLATIONS],
         default="random",
         help="how training images are resized",
     )
-    group.add_argument("--reprob", type=FRACTION, default=0.0, metavar="P", help="probability of random erasing")
-    group.add_argument("--remode", choices=ERASING_MODES, default="pixel", help="what fills an erased part")
-    group.add_argument("--recount", type=COUNT, default=1, metavar="N", help="parts that are erased in an image")
-    group.add_argument("--mixup", type=NOT_NEGATIVE, default=0.0, metavar="X", help="alpha of mixup; 0 switches it off")
-    group.add_argument(
-        "--cutmix", type=NOT_NEGATIVE, default=0.0, metavar="X", help="alpha of CutMix; 0 switches it off"
-    )
-    group.add_argument(
+    add("--reprob", type=FRACTION, default=0.0, metavar="P", help="probability of random erasing")
+    add("--remode", choices=ERASING_MODES, default="pixel", help="what fills an erased part")
+    add("--recount", type=COUNT, default=1, metavar="N", help="parts that are erased in an image")
+    add("--mixup", type=NOT_NEGATIVE, default=0.0, metavar="X", help="alpha of mixup; 0 switches it off")
+    add("--cutmix", type=NOT_NEGATIVE, default=0.0, metavar="X", help="alpha of CutMix; 0 switches it off")
+    add(
         "--cutmix-minmax",
         type=FRACTION,
         nargs=2,
         metavar=("MIN", "MAX"),
         help="range of the size of a CutMix part; replaces --cutmix",
     )
-    group.add_argument(
-        "--mixup-prob", type=FRACTION, default=1.0, metavar="P", help="probability of mixup or CutMix in a batch"
-    )
-    group.add_argument(
-        "--mixup-switch-prob", type=FRACTION, default=0.5, metavar="P", help="probability of CutMix where both are on"
-    )
-    group.add_argument(
-        "--mixup-mode", choices=["batch", "pair", "elem"], default="batch", help="images that share a mixing ratio"
-    )
-    group.add_argument(
+    add("--mixup-prob", type=FRACTION, default=1.0, metavar="P", help="probability of mixup or CutMix in a batch")
+    add("--mixup-switch-prob", type=FRACTION, default=0.5, metavar="P", help="probability of CutMix where both are on")
+    add("--mixup-mode", choices=["batch", "pair", "elem"], default="batch", help="images that share a mixing ratio")
+    add(
         "--mixup-off-epoch",
         type=NATURAL,
         default=0,
         metavar="N",
         help="epoch after which nothing is mixed; 0: no such epoch",
     )
-    group.add_argument("--smoothing", type=BELOW_ONE, default=0.1, metavar="X", help="label smoothing")
-    group.add_argument("--bce-loss", action="store_true", help="binary cross-entropy in place of cross-entropy")
-    group.add_argument(
+    add("--smoothing", type=BELOW_ONE, default=0.1, metavar="X", help="label smoothing")
+    add("--bce-loss", action="store_true", help="binary cross-entropy in place of cross-entropy")
+    add(
         "--bce-target-thresh",
         type=FRACTION,
         metavar="X",
@@ -369,7 +337,8 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
 def add_balance(parser: argparse.ArgumentParser) -> None:
     """How the objectives' gradients are combined."""
     group = parser.add_argument_group("balance", "how the objectives' gradients are combined")
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--kd-balance",
         choices=BALANCES,
         default="none",
@@ -377,7 +346,7 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
         help=f"none is timm's weighted sum; or a weighting: {', '.join(BALANCES[1:])}. Recommended: whilebetter if the "
         "teacher has the student's classes, famo if it has others and is known to be good",
     )
-    group.add_argument(
+    add(
         "--kd-balance-kwargs",
         nargs="*",
         default={},
@@ -385,20 +354,20 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
         metavar="K=V",
         help="options of the weighting, such as c=0.4 for cagrad",
     )
-    group.add_argument(
+    add(
         "--kd-balance-gram",
         metavar="SOURCE",
         help="how gradients are measured: exact, overlap, lag, probe[:MODULES], feature:MODULE, every:N[:SOURCE], "
         "ema:B[:SOURCE]; default: exact, if the weighting needs it",
     )
-    group.add_argument(
+    add(
         "--kd-held-out",
         type=Number(float, least=0, most=0.5),
         metavar="SHARE",
         help=f"share of the training images that is held out: --kd-balance {', '.join(LOOKING)} measure on it; "
         f"default: {HELD_OUT} for these, else 0",
     )
-    group.add_argument(
+    add(
         "--kd-held-out-every",
         type=Number(int, least=1),
         default=20,
@@ -406,13 +375,13 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
         help="steps from one measurement on a held-out batch to the next; each costs a forward and K + 1 backward "
         "passes, or a forward pass of student and teacher (whilebetter)",
     )
-    group.add_argument(
+    add(
         "--kd-balance-params",
         choices=["shared", "all"],
         default="shared",
         help="balance the parameters that all objectives reach, or heads and projectors too",
     )
-    group.add_argument(
+    add(
         "--kd-balance-rescale",
         choices=["none", "sum"],
         help="none: the paper's scale 1/L; sum: the scale of a weighted sum; default: none with Adam-like optimizers "
@@ -425,18 +394,17 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "several processes", "start them with torchrun; --batch-size is that of each process"
     )
-    group.add_argument(
-        "--kd-shard", action="store_true", help="each process keeps a part of the optimizer's state (dtoadamw, dtosgd)"
-    )
-    group.add_argument("--sync-bn", action="store_true", help="batch normalization over all processes, on GPUs")
-    group.add_argument(
+    add = group.add_argument
+    add("--kd-shard", action="store_true", help="each process keeps a part of the optimizer's state (dtoadamw, dtosgd)")
+    add("--sync-bn", action="store_true", help="batch normalization over all processes, on GPUs")
+    add(
         "--dist-bn",
         choices=["reduce", "broadcast", ""],
         default="reduce",
         help="statistics of batch normalization after each epoch: averaged, those of the first, or each its own",
     )
-    group.add_argument("--no-ddp-bb", action="store_true", help="no broadcast of buffers before each forward pass")
-    group.add_argument(
+    add("--no-ddp-bb", action="store_true", help="no broadcast of buffers before each forward pass")
+    add(
         "--dist-timeout",
         type=Number(float, above=0, most=1e9),
         default=600,
@@ -448,49 +416,38 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
 def add_run(parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "top5", "loss")) -> None:
     """Where a run goes, how it goes on, and which of the metrics is best; the first is the default."""
     group = parser.add_argument_group("run")
-    group.add_argument("--seed", type=NATURAL, default=42, metavar="N", help="seed of the run")
-    group.add_argument(
+    add = group.add_argument
+    add("--seed", type=NATURAL, default=42, metavar="N", help="seed of the run")
+    add(
         "--data-seed",
         type=NATURAL,
         metavar="N",
         help="seed of each epoch's order and augmentation of images, and of dropout, so that they do not depend on the "
         "teacher and the heads; default: they follow from --seed, as in timm",
     )
-    group.add_argument("--output", type=path, default=Path("output/train"), metavar="DIR", help="directory of runs")
-    group.add_argument(
+    add("--output", type=path, default=Path("output/train"), metavar="DIR", help="directory of runs")
+    add(
         "--experiment",
         type=file_name,
         default="",
         metavar="NAME",
         help="folder in --output; default: made of the options",
     )
-    group.add_argument(
-        "--resume", default="", metavar="auto|FILE", help="continue from the newest checkpoint, or from this one"
-    )
-    group.add_argument("--checkpoint-hist", type=COUNT, default=10, metavar="N", help="number of checkpoints to keep")
-    group.add_argument("--eval-metric", choices=list(metrics), default=metrics[0], help="metric of the best epoch")
-    group.add_argument(
-        "--log-interval", type=COUNT, default=50, metavar="N", help="iterations from one printed line to the next"
-    )
-    group.add_argument(
-        "--log-tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write TensorBoard's files"
-    )
-    group.add_argument(
-        "--log-wandb", action="store_true", help="log to Weights & Biases too; the project is named like --output"
-    )
-    group.add_argument(
-        "--log-mlflow", action="store_true", help="log to MLflow too; the experiment is named like --output"
-    )
-    group.add_argument(
+    add("--resume", default="", metavar="auto|FILE", help="continue from the newest checkpoint, or from this one")
+    add("--checkpoint-hist", type=COUNT, default=10, metavar="N", help="number of checkpoints to keep")
+    add("--eval-metric", choices=list(metrics), default=metrics[0], help="metric of the best epoch")
+    add("--log-interval", type=COUNT, default=50, metavar="N", help="iterations from one printed line to the next")
+    add("--log-tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write TensorBoard's files")
+    add("--log-wandb", action="store_true", help="log to Weights & Biases too; the project is named like --output")
+    add("--log-mlflow", action="store_true", help="log to MLflow too; the experiment is named like --output")
+    add(
         "--kd-eval-teacher",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="measure the teacher on the validation split before training, and warn if it is no better than chance",
     )
-    group.add_argument(
-        "--baseline", type=path, metavar="RUN", help="a run of the same student without a teacher, for the report"
-    )
-    group.add_argument(
+    add("--baseline", type=path, metavar="RUN", help="a run of the same student without a teacher, for the report")
+    add(
         "--dry-run",
         action="store_true",
         help="check data and options, train some iterations, print memory and time per epoch, and write nothing",
