@@ -1,4 +1,4 @@
-"""Fused kernels and optimizers for DTO-KD: train on K losses, balanced in closed form each step.
+"""Fused kernels and drop-in optimizers that train on K losses and balance their gradients in every step (DTO-KD).
 
 losses --> gradients --> gram --> min_norm_weights, balance --> combine, or an optimizer's fused step
 """

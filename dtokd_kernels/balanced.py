@@ -102,7 +102,7 @@ class Balanced(Kept):
         retain_graph: bool = False,
         inputs: Sequence[Tensor] | None = None,
     ) -> None:
-        """Run one backward pass per loss and add its gradients to that objective's set; another `gram` runs others.
+        """Run one backward pass per loss and add its gradients to that objective's set, or the passes of `gram`.
 
         Call it several times between steps to accumulate. `.grad` of the parameters stays as it was.
 
@@ -168,8 +168,7 @@ class Balanced(Kept):
 
         Effects: no host sync on CUDA, but in the first step with new parameters or objectives and, where gradients are
             zero in place of None, in few later ones (see `reach.Reach`); and, for `DTOSGD` with dampening, once.
-            If a gradient or loss is not finite, nothing changes and the step counts
-            in `skipped_steps`.
+            If a gradient or loss is not finite, nothing changes and `skipped_steps` grows.
         """
         loss = None
         if closure is not None:

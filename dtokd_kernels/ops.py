@@ -101,7 +101,7 @@ def balance(
     rescale: Rescale = "none",
     loss_floor: float = 1e-8,
 ) -> Balance:
-    """From the Gram matrix of the raw gradients to what multiplies them.
+    """Weights and coefficients from the Gram matrix of the raw gradients.
 
     Source: DTO-KD (ICLR 2026), Eq. 8-12; rescaling as in FAMO (NeurIPS 2023), clipping as in torch.
 
@@ -112,7 +112,7 @@ def balance(
             the Gram of the log-gradients, or the raw one if it has `log_gradients = False`.
         max_norm: clip the combined direction to this norm.
         rescale: "none" (the paper) or "sum": coefficients divided by the sum of their sizes.
-        loss_floor: smallest loss divided by.
+        loss_floor: gradients are divided by this in place of a smaller loss.
 
     Returns:
         A `Balance`. An objective whose gradient is exactly zero has weight 0.

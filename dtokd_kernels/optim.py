@@ -22,16 +22,16 @@ _SHARED_ARGS = """weighting: how the Gram matrix becomes weights; default `weigh
             learning rates tuned for a weighted sum of the losses keep their meaning.
         private: "own": parameters that only some objectives reach (a head, a projector) stay out of the Gram and
             take those objectives' gradients at weight 1 (1 / L_i with rescale "none"); "balanced": all in the Gram.
-        loss_floor: smallest loss divided by.
+        loss_floor: gradients are divided by this in place of a smaller loss.
         gram: how the Gram matrix is obtained: "exact", "overlap", "lag", or an object of `dtokd_kernels.sources`:
             `Probe`, `Feature`, `Every`, `Ema`. Default: "exact", or "none", one backward pass of the weighted sum of
             the losses, for a weighting that needs no Gram matrix.
         backend: "cuda", "triton", "cpu" or "reference"; default: the best for the parameters' device.
         state_dtype: dtype of the moments, float32 or bfloat16; default: the parameter's, as in torch.
         master_weights: keep a float32 copy of each half-precision parameter in the state ("master"), of which the
-            parameter is the rounding, so that small updates are not lost. A parameter that other code has written
-            counts instead of its copy; what is written through `p.data` is not noticed.
-        foreach, fused: accepted as torch's, and without effect: `backend` chooses what runs.
+            parameter is the rounding, so that small updates are not lost. If other code writes a parameter, the new
+            value replaces the copy; a write through `p.data` is not noticed.
+        foreach, fused: accepted for compatibility with torch, without effect: `backend` chooses what runs.
 
     A parameter group takes `balance=False`: its gradient is the sum of the objectives' gradients."""
 
@@ -43,8 +43,8 @@ class DTOAdamW(Balanced, torch.optim.AdamW):  # noqa: D101
 
     Args:
         params: parameters or groups, as for any torch optimizer.
-        lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as in `torch.optim.AdamW`. `maximize` turns the
-            combined direction around.
+        lr, betas, eps, weight_decay, amsgrad, maximize, capturable: as in `torch.optim.AdamW`. `maximize` reverses the
+            combined direction.
         {_SHARED_ARGS}
 
     State names are torch's, so `state_dict` loads into `torch.optim.AdamW` and back.
@@ -99,15 +99,15 @@ class DTOSGD(Balanced, torch.optim.SGD):  # noqa: D101
 
     Args:
         params: parameters or groups, as for any torch optimizer.
-        lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`. `maximize` turns the
-            combined direction around.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`. `maximize` reverses the
+            combined direction.
         {_SHARED_ARGS}
 
     `rescale` is "sum" by default: SGD feels the factor 1 / L_i as a learning rate. Weightings of raw gradients
     (`Fixed`, `PCGrad`, ...) have no such factor: with them pass "none", or their sums become means.
 
     With `dampening`, the step after the one that begins the momentum waits for the device once, to learn whether that
-    was skipped; so capture a later one.
+    one was skipped; so capture a later step in a CUDA graph.
 
     Example:
         >>> import torch, dtokd_kernels as dk
@@ -156,7 +156,7 @@ class DTOLion(Balanced):  # noqa: D101
         params: parameters or groups, as for any torch optimizer.
         lr, betas, weight_decay: as in the paper, which takes an `lr` 3 to 10 times smaller than AdamW's and a
             `weight_decay` as many times larger.
-        maximize: turns the combined direction around.
+        maximize: reverses the combined direction.
         {_SHARED_ARGS}
 
     The state is that of timm's `Lion` ("exp_avg"), which `load_state_dict` takes. Each element of a parameter moves by

@@ -27,7 +27,7 @@ class Lag(Source):
 
     Cost: K backward passes; `step` is one pass over memory. As that pass cannot know what it will meet, each
     gradient is checked for NaN and Inf when autograd writes it, while it is in cache: a step with such a gradient
-    changes nothing, as ever, and an objective without any is left out. Weights: one step old. `max_norm` clips by the
+    changes nothing, as always, and an objective without any is left out. Weights: one step old. `max_norm` clips by the
     norm that the previous Gram matrix gives these weights; `balance.norm`, `gram` and `cosine` are this step's.
     """
 

@@ -17,7 +17,7 @@ from .source import Gathered, Source
 
 @dataclass(eq=False)
 class Overlap(Source):
-    """As `Exact`, but each gradient of the last pass meets the others while it is still in cache.
+    """Like `Exact`, but takes the products of each gradient of the last pass while it is still in cache.
 
     A hook on each parameter (`register_post_accumulate_grad_hook`, set for that pass only) collects a megabyte of
     gradients and takes their products; what the last objective does not reach follows after the pass. `step` adds up

@@ -1,7 +1,7 @@
 """From the Gram matrix to the weights: one small file per rule.
 
 A weighting is any callable ``(gram [K, K], losses [K]) -> weights [K]``, or of the Gram alone, as TorchJD's Gramian
-weightings are. Two attributes say what it works with, both True if absent:
+weightings are. Two attributes tell what it needs, both True if absent:
 
 - ``log_gradients``: it sees the Gram matrix of log-gradients, and its weights multiply g_i / L_i. Where it is False it
   sees the raw one, and its weights multiply the raw gradients.
@@ -30,12 +30,12 @@ name                        what the weights solve                              
 `DualProj`                  the mean projected on the dual cone                          no    yes   no
 `NashMTL`                   the largest product of gains                                 no    yes   no
 `AlignedMTL`                principal components of one length                           no    yes   no
-`DWA`                       what falls slowly gets more                                  no    no    yes
-`UncertaintyWeighting`      learned noise divides the losses                             no    no    yes
+`DWA`                       a loss that falls slowly has more weight                     no    no    yes
+`UncertaintyWeighting`      a learned variance divides each loss                         no    no    yes
 `Share`                     each weighted gradient has its share of the norms            no    yes   yes
-`TaskFirst`                 the primary gradient, and what does not work against it      no    yes   yes
-`Auto`                      one of four, by what they do for new samples                 (3)   (4)   yes
-`HeldOut`                   nearest to the task's gradient on samples that are held out  (3)   (4)   yes
+`TaskFirst`                 the primary gradient, and those not against it               no    yes   yes
+`Auto`                      one of four rules, chosen on held-out samples                (3)   (4)   yes
+`HeldOut`                   nearest to the task's gradient on held-out samples           (3)   (4)   yes
 `WhileBetter`               how much better the teacher is on held-out samples           yes   no    yes
 ==========================  ===========================================================  ====  ====  ======
 

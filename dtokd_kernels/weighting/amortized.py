@@ -38,11 +38,11 @@ class Amortized(Stateful):
     the coefficients by their sum (`rescale="sum"` of the optimizers) and whose code uses Adam with coupled decay.
 
     Memory: "learned" (w), AdamW's state; for "famo" also "log_losses" [K] (-inf where there was no gradient) and
-    "pending", whether those still wait for what came of them. On several ranks give `observe` averaged losses; those of
-    `backward` are averaged there.
+    "pending", whether the losses after that step are still to come. On several ranks give `observe` averaged losses;
+    `backward` averages its own.
 
     Args:
-        reading: what the logits descend.
+        reading: the slope that the logits follow, "famo", "gram" or "eq18".
         lr: learning rate of the logits.
         weight_decay: decoupled; pulls the weights towards 1 / K.
 
@@ -95,7 +95,7 @@ class Amortized(Stateful):
 
     @torch.no_grad()
     def observe(self, losses: Tensor | Sequence[Tensor] | Mapping[str, Tensor]) -> None:
-        """Tell what the last step made of its losses: the same batch again, with the parameters after the step.
+        """Take the losses of the last step's batch again, with the parameters after the step.
 
         Evaluate without gradient, in the objectives' order, and so that the second evaluation differs from the first
         by the parameters alone: without updating BatchNorm's statistics (set `momentum` to 0 meanwhile) and with the

@@ -33,8 +33,8 @@ class Auto(Measured):
     d is as long as the primary gradient was. `report` tells in a line what was chosen and why. Until then equal
     shares are trained.
 
-    That measurements which made the weights do not judge them is what keeps the rule with the most freedom from winning
-    by chance. What it does not see: that another weight may be right later in training; `HeldOut` follows.
+    The measurements that make the weights do not judge them; otherwise the rule with the most freedom would win by
+    chance. `Auto` does not see that another weight may be right later in training; `HeldOut` does.
 
     Memory: "gram" and "later gram" [K, K], "products" and "later products" [K], sums over the halves, in units of the
     primary gradient's square; "losses" [K] and "steps" [K], sums; "gains" [1, 4], of the candidates; "choice", its

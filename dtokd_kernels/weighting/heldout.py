@@ -37,12 +37,12 @@ class HeldOut(Measured):
 
     - A noisy gradient gets a small weight, as it is long and its product with h is not: teachers' soft labels, which
       vary less from batch to batch than hard ones, gain from it.
-    - An objective that points away from h on average has weight 0. It is measured on, and comes back if it helps again.
+    - An objective that points away from h on average has weight 0. It is still measured, and has weight when it helps.
     - The units of the losses do not matter.
     - Where no objective points along h, the primary one has weight 1 and the others 0.
 
-    It looks one step ahead: what pays off only after many steps is not seen. Held-out samples must differ from those of
-    the training set as new data would; near copies of training samples measure memorisation.
+    It looks one step ahead, and does not see what pays off only after many steps. Held-out samples must differ from
+    those of the training set as new data would; near copies of training samples measure memorisation.
 
     Related: adapting auxiliary losses by gradient similarity (Du et al., 2018, arXiv 1812.02224), weights of examples
     by the gradient on clean held-out samples (Ren et al., ICML 2018), online auxiliary weights (Lin et al., NeurIPS
@@ -53,7 +53,7 @@ class HeldOut(Measured):
 
     Args:
         primary: name or position of the task's objective.
-        beta: what the sums keep per measurement, from 0 to below 1.
+        beta: part of the sums that stays in each measurement, from 0 to below 1.
 
     Raises:
         TypeError, ValueError: a number outside its range; losses without the primary objective.

@@ -25,7 +25,7 @@ class PCGrad(Stateful):
     Memory: "step", which with the seed decides the orders: the same on all devices and ranks.
 
     Args:
-        seed: of the random orders.
+        seed: seed of the random orders.
         log_gradients: project the gradients of log L_i instead of those of L_i (published).
     """
 

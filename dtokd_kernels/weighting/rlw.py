@@ -22,7 +22,7 @@ class RLW(Stateful):
     Memory: "step", which with the seed decides what is drawn: the same on all devices and ranks. Needs no Gram matrix.
 
     Args:
-        seed: of the random numbers.
+        seed: seed of the random numbers.
         log_gradients: weigh the gradients of log L_i instead of those of L_i (published).
     """
 

@@ -16,7 +16,7 @@ from .stateful import Memory, Stateful
 
 @dataclass(eq=False)
 class Share(Stateful):
-    """Each weighted gradient has a given share of the sum of their norms, by an average over the steps.
+    """Weights that give each weighted gradient a given share of the sum of the norms, averaged over the steps.
 
     With n_i the averaged norm of objective i's gradient, and s_i its share,
 
@@ -30,7 +30,7 @@ class Share(Stateful):
     the steps in which the objective has a gradient. With beta = 0 each step has exactly these shares.
 
     What it guarantees: multiplying a loss by a constant changes nothing (but T, where it is the sum of the n_i), and no
-    objective drowns another. It does not look at the angles between gradients.
+    objective has more than its share. It does not look at the angles between gradients.
 
     Where the norms are measured is the choice of `gram=`: at all shared parameters, at a `Probe` (the last layer, as
     VQGAN does), or at a `Feature` (the model's output, as EnCodec does). `Every(n, ...)` measures now and then.
@@ -41,14 +41,14 @@ class Share(Stateful):
 
     With `freeze_after` the weights are constants after that many steps, and each step takes one backward pass of the
     weighted sum, whatever `gram=` was. Steps that were skipped count too, as the host does not know of them; but no
-    weight is frozen before each objective's gradient was measured: the host reads the memory for it, once as a rule.
+    weight is frozen before each objective's gradient was measured: for this the host reads the memory, normally once.
 
     Memory: "norms" [K], the sums, and "counts" [K], what they are divided by; "steps", how many were taken; "frozen".
 
     Args:
         shares: one positive number for each objective, or a dict from their names; they sum to 1. With `primary`
             any positive numbers: ratios of norms, such as {"task": 1, "distill": 0.3}. None for equal shares.
-        beta: what the average keeps per step, from 0 to below 1.
+        beta: part of the average that stays in each step, from 0 to below 1.
         total: T; None for the sum of the averaged norms.
         primary: name or position of an objective whose weight is 1.
         freeze_after: steps; None for never.

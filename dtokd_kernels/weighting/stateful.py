@@ -15,9 +15,9 @@ Memory = dict[str, Tensor]
 class Stateful(ABC):
     """A weighting with a memory: a few small tensors that the optimizers save and restore.
 
-    A subclass is two functions without side effects: `initial` makes the memory, `advance` returns the weights and
-    the memory of the next step. Calling the weighting changes nothing yet. `commit` takes the next memory over,
-    unless the step was skipped; `DTOAdamW`, `DTOSGD` and `backward` do that. Who calls `balance` does it himself.
+    A subclass has two functions without side effects: `initial` makes the memory, `advance` returns the weights and
+    the memory of the next step. Calling the weighting changes nothing yet. `commit` takes over the next memory,
+    unless the step was skipped; the optimizers and `backward` call it. After a `balance` of your own call it yourself.
 
     The memory is written in place, on the Gram's device and without reading it, so that a captured CUDA graph
     replays it. One object serves one optimizer.

@@ -22,7 +22,7 @@ MET = 1e-9
 
 @dataclass(eq=False)
 class TaskFirst(Stateful):
-    """The primary objective's gradient, with help of the others as far as they do not work against it.
+    """The primary objective's gradient, and those of the others where they do not work against it.
 
     `rule="cosine"`: d = g_p + sum_j r g_j over the objectives j whose gradient does not point against the primary
     one's, <g_j, g_p> >= 0. What it guarantees: <g_p, d> >= ||g_p||^2, so to first order the primary loss falls at least
@@ -43,7 +43,7 @@ class TaskFirst(Stateful):
     `patience`: an objective whose cosine with the primary one, averaged over the steps, has been negative in this many
     steps in a row is left out from then on: it has stopped helping. HASTE (NeurIPS 2025) stops at a fixed iteration.
 
-    The primary gradient being zero, d is zero.
+    If the primary gradient is zero, d is zero.
 
     Memory: "squares" [K] and "cosines" [K], sums over the steps, and "counts" [K], what they are divided by; "against"
     [K], for how many steps the averaged cosine has been negative, and "closed" [K], 1 for objectives that are left out.
@@ -51,9 +51,9 @@ class TaskFirst(Stateful):
     Args:
         primary: name or position of the primary objective.
         rule: "cosine" or "pcd".
-        ratio: r, what multiplies the other gradients, for "cosine".
+        ratio: r, the factor of the other gradients, for "cosine".
         tau: for "pcd", from 0 to 1.
-        beta: what the averages keep per step, from 0 to below 1.
+        beta: part of the averages that stays in each step, from 0 to below 1.
         patience: steps; None for never.
         log_gradients: take the gradients of log L_i instead of those of L_i.
 

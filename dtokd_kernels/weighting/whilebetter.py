@@ -15,7 +15,7 @@ from .stateful import Memory, choose
 
 @dataclass(eq=False)
 class WhileBetter(Observing):
-    """Distillation has as much weight as there is to learn from the teacher: nothing, once it is no longer better.
+    """Distillation has as much weight as there is to learn from the teacher, and none once it is no longer better.
 
     Now and then `observe` is given the student's and the teacher's error on the same samples that are not trained on.
     With their averages e_s and e_t over the calls, which decay by `beta`, the weights of the log-loss gradients are
@@ -27,16 +27,16 @@ class WhileBetter(Observing):
     student. Before the first call the primary objective alone is trained. No loss's unit or constant factor matters.
 
     The errors may be any numbers that are 0 at best and lower for the better model: error rates, or a detector's
-    1 - AP. What is not seen: a good teacher that this student cannot follow.
+    1 - AP. The rule does not notice a good teacher that this student cannot follow.
 
-    This package; that distillation should fade out when the student no longer gains from it: Cho and Hariharan, *On the
-    Efficacy of Knowledge Distillation*, ICCV 2019. How it does beside tuned weights: docs/evidence.md.
+    Source: this package. That distillation should end when the student no longer gains from it: Cho and Hariharan,
+    *On the Efficacy of Knowledge Distillation*, ICCV 2019. docs/evidence.md compares the rule with tuned weights.
 
     Memory: "student" and "teacher", scalars: decaying sums of the errors.
 
     Args:
         primary: name or position of the task's objective.
-        beta: what the averages keep per call, from 0 to below 1.
+        beta: part of the averages that stays in each call, from 0 to below 1.
 
     Raises:
         ValueError: a number outside its range; losses without the primary objective.
