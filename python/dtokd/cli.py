@@ -137,10 +137,12 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         module.add_arguments(commands.add_parser(name, help=text, absent=ABSENT, usage=usage))
     # no defaults in its help, as the run has them
     evaluation = commands.add_parser(
-        "eval", help="measure the accuracy of a student or of any timm model", formatter_class=argparse.HelpFormatter
+        "eval",
+        help="measure a student, or any timm model, on validation images",
+        formatter_class=argparse.HelpFormatter,
     )
     evaluation.add_argument(
-        "run_dir", nargs="?", type=path, help="run of dtokd train, whose student and options are used"
+        "run_dir", nargs="?", type=path, help="run of dtokd train or dtokd detect, whose student and options are used"
     )
     evaluation.add_argument("--checkpoint", type=path, metavar="FILE", help="weights to use instead of the run's best")
     _add_evaluation(evaluation)
