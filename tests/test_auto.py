@@ -118,6 +118,36 @@ def test_it_is_frozen_then_and_measures_no_more():
     assert "task" in optimizer.weighting.report()
 
 
+@pytest.mark.parametrize(
+    ("left_out", "choice"), [({3}, 3), ({5}, 3), ({1, 4, 5}, 3), ({3, 4, 5}, 0), ({0, 1, 2}, 0), (set(range(6)), 0)]
+)
+def test_it_chooses_also_where_measurements_are_left_out(left_out, choice):
+    """Also the last one, after which none would make up for it."""
+    gram = torch.tensor([[1.0, 0.1, 0.5], [0.1, 2.0, 0.9], [0.5, 0.9, 1.0]], dtype=torch.float64)
+    rule, same = Auto(window=6), Auto(window=2)
+    for number in range(6):
+        rule.observe(gram * (torch.inf if number in left_out else 1))
+    for _ in range(2):
+        same.observe(gram)
+    assert int(rule.state_dict()["choice"]) == choice
+    assert "nan" not in rule.report()
+    expected = weights_of(same) if choice else torch.tensor([1.0, 0.0], dtype=torch.float64)
+    torch.testing.assert_close(weights_of(rule), expected)
+
+
+def test_gradients_that_cancel_have_no_equal_shares():
+    """Their sum is rounding, which is not to be stretched to the primary gradient's length."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (0.3, 1.3, 2.3):
+        gradient = noise(generator).float()
+        rule = Auto(window=2)
+        for _ in range(2):
+            rule.observe(dk.gram([[gradient], [-size * gradient], [gradient + noise(generator).float()]]))
+            weights = weights_of(rule)  # of d = w_0 g - size w_1 g
+            assert float(weights @ torch.tensor([1, -size], dtype=torch.float64)) == pytest.approx(1)
+            assert weights.max() < 2
+
+
 @pytest.mark.parametrize("at", [1, 3, 5])
 def test_a_copy_goes_on_to_the_bit(at):
     def measure(rule, number):

@@ -313,6 +313,21 @@ def test_priority_constrained_descent_guarantees_its_share(K, tau):
             assert (weights >= 0).all()
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_gradients_share_and_the_order_of_the_others_does_not_matter(seed):
+    J = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    J[3] = J[2]
+
+    def solve(order):
+        rule = TaskFirst(0, "pcd", tau=0.9)
+        return rule(J[order] @ J[order].T, torch.ones(4, dtype=torch.float64))
+
+    weights = solve([0, 1, 2, 3])
+    assert weights[2] == weights[3] > 0
+    for order in ([0, 2, 1, 3], [0, 3, 2, 1]):
+        torch.testing.assert_close(solve(order), weights[order], rtol=1e-9, atol=1e-9)
+
+
 def test_patience_ends_what_works_against_the_task():
     """After so many steps in a row with a negative average of the cosine, for good; the state goes on."""
     helps, hurts = torch.tensor([[1.0, 0.5], [0.5, 1.0]]).double(), torch.tensor([[1.0, -0.5], [-0.5, 1.0]]).double()

@@ -97,6 +97,27 @@ def test_a_noisy_gradient_has_the_smaller_weight():
     assert float(weights[1] / weights[0]) == pytest.approx(4, rel=0.05)
 
 
+@pytest.mark.parametrize("rank", [2, 3, 6])
+@pytest.mark.parametrize("seed", range(4))
+def test_equal_gradients_share_and_the_order_of_the_others_does_not_matter(seed, rank):
+    """Also where the gradients depend on one another, so that many weights have one direction."""
+    generator = torch.Generator().manual_seed(seed)
+    J = torch.randn(5, rank, generator=generator, dtype=torch.float64)
+    J[3] = J[2]
+    J[4] = J[:4].sum(0) + 0.1 * J[4]  # held out
+
+    def solve(order):
+        rule = HeldOut(0)
+        rule.observe(gram_of(J[[*order, 4]]))
+        return weights_of(rule, 4)
+
+    weights = solve([0, 1, 2, 3])
+    assert weights[2] == weights[3]
+    assert weights[2] > 0 or rank == 2  # others may make it up
+    for order in ([0, 2, 1, 3], [0, 3, 2, 1]):
+        torch.testing.assert_close(solve(order), weights[order], rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("factor", [1e-12, 1e9])
 def test_units_of_the_losses_do_not_matter(factor):
     J = random(2)

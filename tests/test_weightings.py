@@ -864,6 +864,18 @@ def test_dwa_agrees_with_torchjd():
     assert moved > 0.05
 
 
+@pytest.mark.parametrize("later", [0.0, 1e-300, 1.0])
+def test_dwa_goes_on_where_a_loss_has_been_zero(later):
+    """An objective that is switched on later: weights that are not finite would skip all steps from then on."""
+    rule = weighting.DWA(period=2)
+    for i in range(10):
+        values = torch.tensor([1.0, 0.0 if i < 5 else later], dtype=torch.float64)
+        weights = step(rule, torch.eye(2).double(), values)
+        assert weights.isfinite().all()
+        assert i >= 8 or weights.tolist() == [1.0, 1.0]
+    assert (weights[1] > weights[0]) == (later > 0)
+
+
 # ---- memory
 
 

@@ -28,3 +28,19 @@ def solve_on_faces(matrix: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     identity = torch.eye(K, dtype=matrix.dtype, device=matrix.device)
     systems = torch.where(inside[:, :, None] & inside[:, None, :], matrix, identity)
     return solve_systems(systems, torch.where(inside[:, :, None], right, 0.0), EQUAL)
+
+
+def minimum_from_0(matrix: Tensor, right: Tensor) -> Tensor:
+    """Where x^T M x / 2 - r^T x is smallest over x >= 0; at the solution of a set it is -r^T x / 2.
+
+    Args:
+        matrix: [K, K] float64, as that of `solve_on_faces`.
+        right: [K].
+
+    Returns:
+        [K] float64.
+    """
+    x, solvable = solve_on_faces(matrix, right[:, None])
+    x = x[:, :, 0]
+    gains = (x @ right).where(solvable & (x >= 0).all(1), -torch.inf)
+    return x[gains.argmax(0, keepdim=True)][0]

@@ -83,6 +83,15 @@ class Measured(Observing):
             p: position of the primary objective.
         """
 
+    def conclude(self, memory: Memory, p: int) -> Memory:
+        """What follows once there are no more measurements; asked also if the last one was left out.
+
+        Args:
+            memory: after them.
+            p: position of the primary objective.
+        """
+        return {}
+
     @property
     def done(self) -> bool:
         """Whether further measurements would change nothing."""
@@ -118,5 +127,8 @@ class Measured(Observing):
         self._measurements += 1
         p = self.place(K)
         unit = gram[p, p]
-        new = {**self._memory, **self.learn(self._memory, gram / unit, p)}
-        self._write(choose(~(gram.isfinite().all() & (unit > 0)), self._memory, new))
+        measured = gram / unit
+        new = {**self._memory, **self.learn(self._memory, measured, p)}
+        self._write(choose(~(measured.isfinite().all() & (unit > 0)), self._memory, new))
+        if self.done:
+            self._write(self.conclude(self._memory, p))

@@ -36,6 +36,9 @@ class Auto(Measured):
     The measurements that make the weights do not judge them; otherwise the rule with the most freedom would win by
     chance. `Auto` does not see that another weight may be right later in training; `HeldOut` does.
 
+    A measurement that is left out, as it is not finite, counts as one of `window`: the host does not know of it. Where
+    all of a half are left out, the primary objective alone is chosen.
+
     Memory: "gram" and "later gram" [K, K], "products" and "later products" [K], sums over the halves, in units of the
     primary gradient's square; "losses" [K] and "steps" [K], sums; "gains" [1, 4], of the candidates; "choice", its
     number or -1; "weights" [K].
@@ -78,23 +81,25 @@ class Auto(Measured):
         return weights, new
 
     def learn(self, memory: Memory, gram: Tensor, p: int) -> Memory:
-        """Sums after a measurement; after the last one the choice."""
+        """Sums after a measurement, and equal shares by those of the first half."""
         K, new = len(gram) - 1, dict(memory)
         half = "" if self._measurements <= self.window // 2 else "later "
         new[half + "gram"] = memory[half + "gram"] + gram[:K, :K]
         new[half + "products"] = memory[half + "products"] + gram[:K, K]
-        losses = memory["losses"] / memory["steps"].clamp(min=1)
         if not half:
-            new["weights"] = _candidates(new["gram"], new["products"], losses, p)[1]
-        if self._measurements == self.window:
-            trained = _candidates(new["gram"], new["products"], losses, p)
-            squares = ((trained @ new["later gram"]) * trained).sum(1)
-            gains = (trained @ new["later products"]) / squares.sqrt()
-            gram, products = (new[name] + new["later " + name] for name in ("gram", "products"))
-            best = gains.argmax(0, keepdim=True)
-            new["weights"] = _candidates(gram, products, losses, p)[best][0]
-            new["gains"], new["choice"] = gains[None], best[0].double()
+            new["weights"] = _candidates(new["gram"], new["products"], _mean_losses(memory), p)[1]
         return new
+
+    def conclude(self, memory: Memory, p: int) -> Memory:
+        """The choice."""
+        losses = _mean_losses(memory)
+        trained = _candidates(memory["gram"], memory["products"], losses, p)
+        squares = ((trained @ memory["later gram"]) * trained).sum(1)
+        gains = torch.where(squares > 0, (trained @ memory["later products"]) / squares.sqrt(), 0.0)
+        gram, products = (memory[name] + memory["later " + name] for name in ("gram", "products"))
+        best = gains.argmax(0, keepdim=True)
+        weights = _candidates(gram, products, losses, p)[best][0]
+        return {"weights": weights, "gains": gains[None], "choice": best[0].double()}
 
     def report(self) -> str | None:
         """What was chosen and why, in a line; None before there is a choice. It reads the memory, so it waits."""
@@ -108,6 +113,11 @@ class Auto(Measured):
             f"auto: {list(RULES.values())[choice]} ({weights}), for which the held-out loss falls fastest for the "
             f"length of the step: {others}"
         )
+
+
+def _mean_losses(memory: Memory) -> Tensor:
+    """Averages [K] over the steps."""
+    return memory["losses"] / memory["steps"].clamp(min=1)
 
 
 def _candidates(gram: Tensor, products: Tensor, losses: Tensor, p: int) -> Tensor:

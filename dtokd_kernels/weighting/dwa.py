@@ -21,6 +21,8 @@ class DWA(Stateful):
     """Softmax of the ratio of each loss to what it was: weights K softmax(r / T) with r_i = L_i(t-1) / L_i(t-2).
 
     t counts periods, and L_i(t) is the mean of a period's losses. For two periods all weights are 1; they sum to K.
+    Where there is no finite ratio, as that of a loss whose mean was 0 (an objective that is not switched on yet), r_i
+    is 1.
 
     Source: Liu, Johns and Davison (CVPR 2019), dynamic weight average.
 
@@ -58,7 +60,8 @@ class DWA(Stateful):
 
     def advance(self, memory: Memory, gram: Tensor, losses: Tensor) -> tuple[Tensor, Memory]:
         """The weights and the memory after them."""
-        rates = torch.where(memory["periods"] >= 2, memory["newer"] / memory["older"], 1.0)
+        rates = memory["newer"] / memory["older"]
+        rates = torch.where((memory["periods"] >= 2) & rates.isfinite(), rates, 1.0)
         weights = len(gram) * (rates / self.temperature).softmax(0)
         total, count = memory["total"] + losses, memory["count"] + 1
         over = count == self.period

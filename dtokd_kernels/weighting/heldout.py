@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..reference import EQUAL
 from ._arguments import check_number
-from ._faces import solve_on_faces
+from ._faces import minimum_from_0
 from ._measured import Measured
-from ._units import unit_gram
+from ._units import in_any_order, unit_gram
 from .stateful import Memory
 
 
@@ -37,7 +38,8 @@ class HeldOut(Measured):
 
     - A noisy gradient gets a small weight, as it is long and its product with h is not: teachers' soft labels, which
       vary less from batch to batch than hard ones, gain from it.
-    - An objective that points away from h on average has weight 0. It is still measured, and has weight when it helps.
+    - An objective that points away from h on average has weight 0, unless it takes away what others have across h. It
+      is still measured, and has weight again when it helps.
     - The units of the losses do not matter.
     - Where no objective points along h, the primary one has weight 1 and the others 0.
 
@@ -85,16 +87,20 @@ def regression(gram: Tensor, products: Tensor) -> Tensor:
         gram: [K, K], products of the gradients.
         products: [K], of the gradients with the vector.
     """
+    return in_any_order(_regression, gram, products)
+
+
+def _regression(gram: Tensor, products: Tensor) -> Tensor:
     cosines, _, inverse = unit_gram(gram)
-    right = products * inverse
-    x, solvable = solve_on_faces(cosines, right[:, None])
-    x = x[:, :, 0]
-    gains = (x @ right).where(solvable & (x >= 0).all(1), -torch.inf)
-    return x[gains.argmax(0, keepdim=True)][0] * inverse
+    return minimum_from_0(cosines, products * inverse) * inverse
 
 
 def at_length(weights: Tensor, gram: Tensor, p: int) -> Tensor:
-    """The weights [K] of the same direction, as long as the gradient at position p; where it is 0, that alone."""
+    """The weights [K] of the same direction, as long as the gradient at position p; where it is 0, that alone.
+
+    A sum that cancels to rounding has no direction, and counts as 0.
+    """
     square = weights @ gram @ weights
+    parts = weights.abs() @ gram.diagonal().sqrt()
     alone = (torch.arange(len(weights), device=weights.device) == p).double()
-    return torch.where(square > 0, weights * (gram[p, p] / square).sqrt(), alone)
+    return torch.where(square > EQUAL * parts.square(), weights * (gram[p, p] / square).sqrt(), alone)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..reference import EQUAL
 from ._arguments import check_number, check_steps
-from ._faces import solve_on_faces
+from ._faces import minimum_from_0
 from ._names import check_primary, position_of
-from ._units import unit_gram
+from ._units import in_any_order, unit_gram
 from .stateful import Memory, Stateful
 
 #: A constraint counts as met up to this share of the longest normalised gradient.
@@ -131,10 +131,7 @@ def _constrained(cosines: Tensor, lengths: Tensor, inverse: Tensor, tau: float, 
     C = torch.where(others[:, None] & others, cosines, 0.0)
     # d' = l_p u_p + sum_j x_j u_j with x >= 0; where x_j > 0 the constraint of j is met exactly
     missing = torch.where(others, tau * lengths - cosines[p] * lengths[p], 0.0)
-    x, solvable = solve_on_faces(C, missing[:, None])
-    x = x[:, :, 0]
-    gains = (x @ missing).where(solvable & (x >= 0).all(1), -torch.inf)
-    best = x[gains.argmax(0, keepdim=True)][0]
+    best = in_any_order(minimum_from_0, C, missing)
     met = (C @ best >= missing - MET * lengths.amax()).all()
     units = torch.where(is_primary & used, lengths, torch.where(met, best, 0.0))
     square = units @ cosines @ units
