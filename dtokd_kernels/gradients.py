@@ -303,8 +303,10 @@ def _watched(watch: Watch | None, params: Sequence[Tensor], i: int, K: int) -> I
             handle.remove()
 
 
-def named_losses(losses: Losses, op: str, most: int = MAX_OBJECTIVES) -> tuple[tuple[str, ...], list[Tensor]]:
-    """The objectives' names ("0", "1", ... for a sequence) and tensors, which are scalars that need a gradient.
+def named_losses(
+    losses: Losses, op: str, most: int = MAX_OBJECTIVES, graph: bool = True
+) -> tuple[tuple[str, ...], list[Tensor]]:
+    """The objectives' names ("0", "1", ... for a sequence) and tensors: scalars, that need a gradient if `graph`.
 
     Raises:
         TypeError: `losses` is neither a mapping nor a sequence of tensors.
@@ -331,7 +333,7 @@ def named_losses(losses: Losses, op: str, most: int = MAX_OBJECTIVES) -> tuple[t
     if not values:
         raise ValueError(f"{op}: losses is empty; pass at least one scalar tensor")
     for name, value in zip(names, values, strict=True):
-        check_loss(f"losses[{name!r}]", value, op)
+        check_loss(f"losses[{name!r}]", value, op, graph)
     if len(values) > most:
         raise ValueError(f"{op}: losses has {len(values)} objectives, at most {most} are supported; add some up")
     return names, values
@@ -375,8 +377,8 @@ def gradients_of(values: Sequence[Tensor], params: Sequence[Tensor], op: str) ->
     return [torch.autograd.grad(v, params, torch.ones_like(v), retain_graph=True, allow_unused=True) for v in values]
 
 
-def check_loss(what: str, loss: Tensor, op: str) -> None:
-    """Refuse what is no scalar that needs a gradient.
+def check_loss(what: str, loss: Tensor, op: str, graph: bool = True) -> None:
+    """Refuse what is no scalar, or, if `graph`, needs no gradient.
 
     Raises:
         TypeError, ValueError: names `what` it is, and the remedy.
@@ -389,7 +391,7 @@ def check_loss(what: str, loss: Tensor, op: str) -> None:
         )
     if loss.is_complex():
         raise ValueError(f"{op}: {what} is complex; take its real part or its absolute value")
-    if not loss.requires_grad:
+    if graph and not loss.requires_grad:
         raise ValueError(
             f"{op}: {what} needs no gradient; compute it from the parameters, outside no_grad, without detach()"
         )

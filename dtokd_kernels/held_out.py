@@ -28,7 +28,8 @@ def measure_held_out(
 
     Call it every ten steps or so, before `backward` of the same losses, whose graph it leaves in place. It changes
     neither `.grad` nor parameters. The products are over the parameters that all losses and the held-out loss reach, in
-    the metric of the optimizer's state where that is Adam's: x^T y / (sqrt(second moment) + eps), else x^T y.
+    the metric of the optimizer's state where that is Adam's: x^T y / (sqrt(second moment) + eps) with the
+    moment that the steps divide by, else x^T y.
 
     Args:
         optimizer: whose parameters are trained; any optimizer. Groups with `balance=False` stay out.
@@ -93,16 +94,19 @@ def measure_held_out(
 def _metric(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[Tensor] | None:
     """The roots of Adam's metric, one tensor for each parameter: what each gradient is multiplied with, or None."""
     group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
-    roots = []
+    roots, begun = [], []
     for p in params:
-        state = optimizer.state.get(p, {})
-        second, group = state.get("exp_avg_sq"), group_of[p]
-        if not isinstance(second, Tensor) or second.shape != p.shape or "step" not in state:
+        state, group = optimizer.state.get(p, {}), group_of[p]
+        second = state.get("max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq")
+        if not isinstance(second, Tensor) or second.shape != p.shape or "step" not in state or "betas" not in group:
             return None  # no Adam, its first step, or a state in parts
         steps = torch.as_tensor(state["step"], dtype=torch.float64, device=p.device)
         corrected = second.float() / (1 - group["betas"][1] ** steps).float()
         roots.append((corrected.sqrt() + group["eps"]).rsqrt().to(p.dtype))
-    return roots
+        begun.append((steps > 0).to(params[0].device))
+    # a first step that was skipped has left a state without any moment
+    all_begun = torch.stack(begun).all()
+    return [torch.where(all_begun.to(root.device), root, 1.0) for root in roots]
 
 
 def _average(gradients: list[list[Tensor]], process_group: torch.distributed.ProcessGroup | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_options
-from .gradients import Losses, checked_losses, expect
+from .gradients import Losses, checked_losses, expect, named_losses
 from .ranks import Ranks
 from .sources import Feature, Probe, Source, Unmeasured, choose
 from .sources.source import Call
@@ -123,7 +124,7 @@ class BalancedLoss:
             NaN if there is a scaler, so that it skips the step.
         """
         if not torch.is_grad_enabled():
-            return torch.stack(_aligned(_listed(losses))).sum()
+            return torch.stack(_aligned(named_losses(losses, _OP, graph=False)[1])).sum()
         ranks = self._ranks()
         try:
             names, values = checked_losses(losses, self._options, ranks, _OP)
@@ -185,18 +186,22 @@ class BalancedLoss:
         """Have the memory saved and loaded with an optimizer's state, under "balanced_loss".
 
         So whatever a trainer's checkpoints hold of the optimizer holds this too. A state without the entry leaves the
-        memory as it is.
+        memory as it is, and so does one that is refused: by the optimizer, or as another weighting's.
         """
+        loading: list[Mapping[str, Any]] = []
+
+        def check(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            loading[:] = [state[_ENTRY]] if _ENTRY in state else []
+            if loading and isinstance(self.weighting, Stateful):
+                copy.copy(self.weighting).load_state_dict(loading[0].get("weighting", {}))
+
+        def take_over(_: torch.optim.Optimizer) -> None:
+            while loading:
+                self.load_state_dict(loading.pop())
+
         optimizer.register_state_dict_post_hook(lambda _, state: {**state, _ENTRY: self.state_dict()})
-        optimizer.register_load_state_dict_pre_hook(
-            lambda _, state: self.load_state_dict(state[_ENTRY]) if _ENTRY in state else None
-        )
-
-
-def _listed(losses: Losses) -> list[Tensor]:
-    if isinstance(losses, Tensor):
-        return list(losses.reshape(-1))
-    return list(losses.values() if isinstance(losses, Mapping) else losses)
+        optimizer.register_load_state_dict_pre_hook(check)
+        optimizer.register_load_state_dict_post_hook(take_over)
 
 
 def _aligned(values: Sequence[Tensor]) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .balanced import Balanced
+from .checks import is_number
 from .rules import RULES
 from .sources import Source
 from .types import Private, Rescale, Weighting
@@ -197,7 +198,8 @@ class DTOLion(Balanced):  # noqa: D101
         fused: bool | None = None,
     ) -> None:
         for name, value, below in (("lr", lr, None), ("weight_decay", weight_decay, None), *_named(betas)):
-            if not isinstance(value, Tensor) and not (value >= 0 and (below is None or value < below)):
+            good = is_number(value) and value >= 0 and (below is None or value < below)
+            if not isinstance(value, Tensor) and not good:
                 bound = "at least 0" if below is None else f"from 0 to less than {below}"
                 raise ValueError(f"DTOLion: {name} is {value!r}; pass a number {bound}")
         self._set(weighting, max_norm, rescale, private, loss_floor, gram, backend, state_dtype, master_weights)
@@ -206,4 +208,6 @@ class DTOLion(Balanced):  # noqa: D101
 
 
 def _named(betas: tuple[float | Tensor, float | Tensor]) -> list[tuple[str, float | Tensor, int | None]]:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"DTOLion: betas is {betas!r}; pass two numbers from 0 to less than 1, such as (0.9, 0.99)")
     return [(f"betas[{i}]", beta, 1) for i, beta in enumerate(betas)]

@@ -162,6 +162,11 @@ def test_bad_shares(arguments, message):
         Share(*arguments)
 
 
+def test_shares_that_are_one_number():
+    with pytest.raises(TypeError, match=r"Share: shares is 0\.5; pass a positive number for each objective"):
+        Share(0.5)
+
+
 def test_a_position_may_be_a_number_of_numpy():
     """A bool is none, though Python takes it for one."""
     gram = torch.tensor([[4.0, -1.0], [-1.0, 9.0]], dtype=torch.float64)

@@ -198,12 +198,23 @@ def measured(rule):
     return torch.cat([gram, products[:, None]], 1)
 
 
-@pytest.mark.parametrize("make", [dk.DTOAdamW, dk.DTOSGD, torch.optim.AdamW, torch.optim.SGD])
-def test_it_measures_what_plain_code_does_in_the_metric_of_the_state(make):
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (dk.DTOAdamW, {}),
+        (dk.DTOAdamW, {"amsgrad": True, "betas": (0.9, 0.5)}),
+        (dk.DTOSGD, {}),
+        (torch.optim.AdamW, {}),
+        (torch.optim.AdamW, {"amsgrad": True, "betas": (0.9, 0.5)}),
+        (torch.optim.SGD, {}),
+    ],
+)
+def test_it_measures_what_plain_code_does_in_the_metric_of_the_state(make, options):
     model = Student(torch.float32)
     rule = HeldOut("task")
     ours = make in (dk.DTOAdamW, dk.DTOSGD)
-    optimizer = make(model.parameters(), lr=1e-2, **({"weighting": rule} if ours else {}))
+    optimizer = make(model.parameters(), lr=1e-2, **options, **({"weighting": rule} if ours else {}))
+    moment, beta2 = ("max_exp_avg_sq", 0.5) if options else ("exp_avg_sq", 0.999)
     expected = 0
     for step in range(3):
         losses = losses_of(model, batch(step, torch.float32))
@@ -212,7 +223,7 @@ def test_it_measures_what_plain_code_does_in_the_metric_of_the_state(make):
         if "AdamW" in make.__name__ and step:
             roots = torch.cat(
                 [
-                    ((optimizer.state[p]["exp_avg_sq"].double() / (1 - 0.999**step)).sqrt() + 1e-8).flatten()
+                    ((optimizer.state[p][moment].double() / (1 - beta2**step)).sqrt() + 1e-8).flatten()
                     for p in shared(model)
                 ]
             ).rsqrt()
@@ -227,6 +238,22 @@ def test_it_measures_what_plain_code_does_in_the_metric_of_the_state(make):
             dk.backward(losses, model.parameters(), rule)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def test_a_first_step_that_was_skipped_is_no_metric():
+    """On a GPU, and where updates are tried on copies, it leaves moments of zero and no step."""
+    model = Student(torch.float32)
+    rule = HeldOut("task")
+    optimizer = dk.DTOAdamW(model.parameters(), weighting=rule)
+    for p in model.parameters():
+        optimizer.state[p] = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")} | {
+            "step": torch.tensor(0.0)
+        }
+    losses = losses_of(model, batch(0, torch.float32))
+    held_out = losses_of(model, batch(50, torch.float32))["task"]
+    gram = plain_gram(model, losses, held_out)
+    dk.measure_held_out(optimizer, losses, held_out)
+    torch.testing.assert_close(measured(rule), gram[:2] / gram[0, 0], rtol=1e-5, atol=1e-6)
 
 
 def test_a_step_takes_the_weighted_sum_in_one_pass():

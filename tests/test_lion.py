@@ -110,8 +110,15 @@ def test_an_update_that_measures_has_the_same_bits(backend):
 
 @pytest.mark.parametrize(
     ("options", "name"),
-    [({"lr": -1.0}, "lr"), ({"betas": (0.9, 1.0)}, r"betas\[1\]"), ({"weight_decay": -1}, "weight_decay")],
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"lr": "1e-4"}, "lr"),
+        ({"betas": (0.9, 1.0)}, r"betas\[1\]"),
+        ({"betas": 0.9}, "betas"),
+        ({"weight_decay": -1}, "weight_decay"),
+        ({"weight_decay": None}, "weight_decay"),
+    ],
 )
 def test_numbers_out_of_range_are_refused(options, name):
-    with pytest.raises(ValueError, match=f"DTOLion: {name}.* is .*; pass a number"):
+    with pytest.raises(ValueError, match=f"DTOLion: {name}.* is .*; pass (a|two) number"):
         dk.DTOLion(student().parameters(), **options)

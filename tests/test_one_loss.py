@@ -181,6 +181,10 @@ def test_evaluation_is_the_sum_and_leaves_the_memory():
         assert balanced(losses, features=hidden).item() == pytest.approx(sum(losses.values()).item(), rel=1e-15)
         assert balanced(list(losses.values())).item() == pytest.approx(sum(losses.values()).item(), rel=1e-15)
         assert balanced(losses["task"]) == losses["task"]
+        with pytest.raises(TypeError, match=r"BalancedLoss: losses\['task'\] is a float"):
+            balanced({"task": 0.5})
+        with pytest.raises(ValueError, match=r"losses\['task'\] has shape \(2,\), expected a scalar"):
+            balanced({"task": torch.ones(2)})
     assert balanced.state_dict() == {}
     assert balanced.balance is None
 
@@ -208,6 +212,31 @@ def test_saved_with_any_optimizer(source):
 
     for p, q in zip(run(3).parameters(), run(6).parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_a_state_that_is_refused_leaves_optimizer_and_memory():
+    student = Student()
+
+    def new(rule, *more):
+        balanced = dk.BalancedLoss(rule)
+        optimizer = torch.optim.SGD([{"params": student.parameters()}, *more], lr=0.1, momentum=0.9)
+        balanced.save_with(optimizer)
+        balanced(losses_of(student, batch())).backward()
+        optimizer.step()
+        return balanced, optimizer
+
+    balanced, optimizer = new(Amortized())
+    before = str(optimizer.state_dict())
+    _, more = new(Amortized(), {"params": [torch.nn.Parameter(torch.ones(1))]})
+    _, of_another_rule = new(Amortized("eq18"))
+    for state, message in (
+        (more.state_dict(), "different number of parameter groups"),
+        (of_another_rule.state_dict(), "belongs to another weighting"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state)
+        assert str(optimizer.state_dict()) == before
+    assert balanced.state_dict()
 
 
 def test_state_without_the_entry_leaves_the_memory():

@@ -1,5 +1,7 @@
 """Gram matrices of several steps: measured every n steps (`Every`), or averaged (`Ema`)."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -34,6 +36,21 @@ def test_every(backend, weighting):
             values = torch.stack([v.detach() for v in losses.values()])
             scale = 1 / values if getattr(weighting, "log_gradients", True) else 1
             assert (optimizer.balance.coefficients - measured.weights * scale).abs().max() <= tolerances.REORDERED
+
+
+def test_every_forgets_a_measurement_that_no_step_has_followed(backend):
+    """As when a run is taken back to its last state between `backward` and `step`."""
+    model = Student()
+    optimizer = dk.DTOAdamW(model.parameters(), gram=Every(3, Probe(model.trunk)))
+    train(model, optimizer, 1)
+    state = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 2)
+    optimizer.zero_grad()
+    optimizer.backward(losses_of(model, batch(3)))  # measures
+    optimizer.load_state_dict(state)
+    optimizer.zero_grad()
+    train(model, optimizer, 1)
+    assert optimizer.state_dict()["gram"]["taken"] == 2
 
 
 def test_every_measures_anew_for_other_objectives(backend):

@@ -1235,6 +1235,18 @@ def test_options_without_a_meaning_are_refused(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [[torch.tensor([0.25]), torch.tensor(0.75)], torch.tensor([0.25, 0.75]), iter([0.25, 0.75]), (0.25, 0.75)],
+    ids=["tensors", "tensor", "iterator", "tuple"],
+)
+def test_fixed_weights_are_numbers_however_they_are_given(weights):
+    rule = weighting.Fixed(weights)
+    assert all(isinstance(weight, float) for weight in rule.weights)  # reading a tensor in a step would wait
+    for _ in range(2):
+        assert step(rule, torch.eye(2).double(), losses(2)).tolist() == [0.25, 0.75]
+
+
 def test_observe_at_the_wrong_moment_is_refused():
     with pytest.raises(RuntimeError, match=r"observe: there was no step yet; call it after optimizer.step\(\)"):
         weighting.Amortized().observe(losses(2))

@@ -5,6 +5,7 @@ import csv
 from argparse import Namespace
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from dtokd.cli import main
@@ -95,6 +96,7 @@ def test_what_is_not_finite_changes_nothing():
     rule.observe(torch.tensor(float("nan")), 0.9)
     rule.observe(0.1, torch.tensor(float("inf")))
     rule.observe(0.1, float("nan"))
+    rule.observe(torch.tensor(-0.1), 0.1)
     assert {name: float(before[name]) for name in ("student", "teacher")} == {
         name: float(rule.state_dict()[name]) for name in ("student", "teacher")
     }
@@ -150,7 +152,7 @@ def test_refused_calls():
     rule = rule_of()
     with pytest.raises(ValueError, match="primary is 'task', but the losses are"):
         rule.expect(("a", "b"))
-    for bad in (-0.1, torch.ones(2)):
+    for bad in (-0.1, torch.ones(2), None, "0.1", [0.1], np.array([0.1, 0.2])):
         with pytest.raises(ValueError, match="student is"):
             rule.observe(bad, 0.1)
     assert rule.state_dict() == {}

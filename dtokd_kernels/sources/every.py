@@ -63,8 +63,9 @@ class Every(Wrapper):
 
     def weigh(self, call: Call, options: Options) -> Balance:
         """The source's weights, or the last ones."""
-        if self._measures(call.names) and self.inner.one_pass(call.names, call.params):
-            self._fresh = True
+        # and no longer what a call measured that no step has followed
+        self._fresh = self._measures(call.names) and self.inner.one_pass(call.names, call.params)
+        if self._fresh:
             return self.inner.weigh(call, options)
         assert self._weights is not None
         assert self._gram is not None

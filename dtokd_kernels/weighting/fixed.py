@@ -38,8 +38,12 @@ class Fixed:
             message = f"Fixed: weights is {self.weights!r}; pass a list of numbers, one for each objective"
             raise TypeError(message) from error
         for i, weight in enumerate(weights):
-            value = weight.item() if isinstance(weight, Tensor) and weight.numel() == 1 else weight
-            check_number("Fixed", f"weights[{i}]", value, -sys.float_info.max, "a finite number")
+            if isinstance(weight, Tensor) and weight.numel() == 1:
+                weights[i] = weight.item()
+            check_number("Fixed", f"weights[{i}]", weights[i], -sys.float_info.max, "a finite number")
+        if not isinstance(self.weights, Sequence) or any(isinstance(weight, Tensor) for weight in self.weights):
+            # here, once: the steps would wait for a GPU, and what is no list may not be read again
+            object.__setattr__(self, "weights", weights)
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
         """The weights.

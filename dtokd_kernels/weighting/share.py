@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,9 +79,12 @@ class Share(Stateful):
     _saved = ("steps", "frozen")
 
     def __post_init__(self) -> None:
-        given = [1.0] if self.shares is None else self.shares
-        values = list(given.values() if isinstance(given, Mapping) else given)
+        given: Any = [1.0] if self.shares is None else self.shares
         example = "a positive number for each objective, such as {'task': 0.75, 'distill': 0.25}"
+        try:
+            values = list(given.values() if isinstance(given, Mapping) else given)
+        except TypeError as error:
+            raise TypeError(f"Share: shares is {self.shares!r}; pass {example}") from error
         if not values:
             raise ValueError(f"Share: shares is {self.shares!r}; pass {example}")
         for value in values:

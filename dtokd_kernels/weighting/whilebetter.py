@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -85,15 +86,15 @@ class WhileBetter(Observing):
 
         Args:
             student, teacher: their errors on the same held-out samples, scalars that are not negative. On several
-                ranks pass averages. If one is not finite nothing changes.
+                ranks pass averages. If one is not finite, or a tensor is negative, nothing changes.
 
         Raises:
-            ValueError: one is no scalar, or, given as a number, negative.
+            ValueError: one is neither a number nor a tensor of one, or, given as a number, negative.
 
         Effects: no host sync.
         """
         for name, value in (("student", student), ("teacher", teacher)):
-            if (value.numel() != 1) if isinstance(value, Tensor) else value < 0:
+            if (value.numel() != 1) if isinstance(value, Tensor) else (not isinstance(value, Real) or value < 0):
                 raise ValueError(
                     f"WhileBetter.observe: {name} is {value!r}; pass an error as one number that is not negative"
                 )
@@ -108,7 +109,8 @@ class WhileBetter(Observing):
             else torch.full_like(memory[name], value)
             for name, value in (("student", student), ("teacher", teacher))
         }
-        usable = torch.stack(list(errors.values())).isfinite().all()
+        both = torch.stack(list(errors.values()))
+        usable = (both.isfinite() & (both >= 0)).all()
         new = {name: self.beta * memory[name] + (1 - self.beta) * errors[name] for name in memory}
         self._write(choose(~usable, memory, new))
         self._measurements += 1
