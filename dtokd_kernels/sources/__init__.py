@@ -15,9 +15,9 @@ gram=               full backward passes  besides                               
 
 Where one full pass is taken it is that of sum_i c_i L_i with c_i = pi_i / L_i (pi_i for weightings of raw
 gradients), a constant: log L is never differentiated, the graph is walked once, and one gradient set is stored. Every
-parameter takes the gradient of that sum. Under accumulation each call is weighed by itself; where the c_i follow
-1 / L_i (`rescale="none"`, log-gradients) the step takes the mean over the calls, else their sum, as gradients add up
-elsewhere.
+parameter takes the gradient of that sum. Under accumulation each call is weighed by itself, and counts by its
+`share`; where the c_i follow 1 / L_i (`rescale="none"`, log-gradients) shares that sum to more than 1 are refused, as
+the step would be too long, elsewhere they add up as gradients do.
 """
 
 from .ema import Ema
