@@ -45,8 +45,8 @@ def measure_held_out(
     Raises:
         TypeError: there is no `HeldOut` or `Auto` to set; a loss is no tensor; parameters that are sharded (FSDP2).
         ValueError: more than 7 losses; a loss that is no scalar or needs no gradient; a held-out loss that is not
-            finite (on the CPU; elsewhere the measurement is left out) or reaches no parameter that all losses reach.
-            Nothing has changed then.
+            finite (in one process on the CPU; elsewhere the measurement is left out) or reaches no parameter that all
+            losses reach. Nothing has changed then.
 
     Effects: K + 1 backward passes; no host sync on CUDA. Nothing once `Auto` has chosen.
 
@@ -68,7 +68,8 @@ def measure_held_out(
         return
     names, values = named_losses(losses, _OP, MAX_OBJECTIVES - 1)
     check_loss("held_out", held_out, _OP)
-    if held_out.device.type == "cpu" and not held_out.isfinite():
+    # of several ranks one that stopped here would leave the others waiting for its gradients
+    if held_out.device.type == "cpu" and not _on_ranks() and not held_out.isfinite():
         raise ValueError(f"{_OP}: held_out is {held_out.item()}; a held-out batch must have a finite loss")
     if scaler is not None and scaler.is_enabled():
         # the products' ratios do not depend on the scale: stay away from that at which training's gradients overflow
@@ -109,9 +110,13 @@ def _metric(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[
     return [torch.where(all_begun.to(root.device), root, 1.0) for root in roots]
 
 
+def _on_ranks() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _average(gradients: list[list[Tensor]], process_group: torch.distributed.ProcessGroup | None) -> None:
     """Over the ranks, in place."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _on_ranks():
         return
     size = torch.distributed.get_world_size(process_group)
     for row in gradients:
