@@ -149,6 +149,8 @@ STOPS = {
     "workers": ([1, 4, 13], VARIANTS["workers"]),
     "filled": ([1, 4, 5], VARIANTS["filled"] + " --grad-accum-steps 3"),
     "timm": ([7, 9, 15], VARIANTS["timm"] + " --aug-repeats 2"),
+    # between the first and the last batch of the held-out images
+    "heldout": ([2], VARIANTS["heldout"]),
 }
 
 

@@ -23,6 +23,7 @@ from ..errors import UsageError
 from ..objectives.judged import judged
 from ..objectives.task import DistillationTask
 from .options import HELD_OUT, LOOKING
+from .randomness import kept
 from .steps import Stepper, losses_of
 
 #: Of the choice of images.
@@ -236,12 +237,13 @@ class HeldOutImages:
     def _batch(self, number: int) -> Any:
         """The batch of a measurement, whatever came before: a resumed run takes the same."""
         place = number % len(self._loader)
-        if place != self._next or place == 0:
-            self._batches = iter(self._loader)
-            for _ in range(place):
-                next(self._batches)
-        self._next = place + 1
-        return next(self._batches)
+        with kept():  # torch's loader draws a seed when it begins, which a resumed run does at another step
+            if place != self._next or place == 0:
+                self._batches = iter(self._loader)
+                for _ in range(place):
+                    next(self._batches)
+            self._next = place + 1
+            return next(self._batches)
 
 
 @contextmanager
