@@ -2,12 +2,15 @@
 
 import argparse
 import csv
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from dtokd.cli import main
 from dtokd.train import data, heldout
 from dtokd.train.options import add_arguments, parse
+from PIL import Image
 from torch import nn
 
 from dtokd_kernels.weighting import HeldOut
@@ -19,6 +22,12 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 HELD = ["--kd-balance", "heldout", "--kd-held-out", "0.25", "--kd-held-out-every", "2"]
+
+
+def parser_of():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser
 
 
 def rows(path):
@@ -66,14 +75,42 @@ def test_auto_chooses_and_goes_on(digits, teacher, tmp_path, capsys):
     assert len(set(weights)) > 1
 
 
+def test_a_training_image_stands_in_for_one_that_cannot_be_read(digits, tmp_path):
+    """And a held-out one for a held-out one: the next in the folder may be of the other part."""
+    root = shutil.copytree(digits, tmp_path / "data")
+    options = parse(parser_of(), [*common(root, tmp_path), *distilling(tmp_path), *HELD])
+    images = data.open_dataset(options, "train")
+    for part in heldout.split(options, images):
+        place = next(i for i, at in enumerate(part.positions) if (at + 1) % 64 not in part.positions)
+        damaged = Path(images_of(part)[place])
+        kept = damaged.read_bytes()
+        damaged.write_bytes(b"none")
+        expected = images_of(part)[(place + 1) % len(part)]
+        with Image.open(expected) as image:
+            assert part[place][0].tobytes() == image.convert("RGB").tobytes()
+        damaged.write_bytes(kept)
+
+
+def test_a_last_batch_of_one_is_left_out(digits, teacher, tmp_path, monkeypatch):
+    """The student's last maps have one pixel, so that batch normalization would have one value."""
+    seen, errors = [], heldout.Classifiers.errors
+    monkeypatch.setattr(
+        heldout.Classifiers,
+        "errors",
+        lambda self, images, target: seen.append(len(target)) or errors(self, images, target),
+    )
+    options = [*common(digits, tmp_path), *distilling(teacher), "--kd-balance", "whilebetter", "--opt", "adamw"]
+    options += ["--kd-held-out", str(17 / 64), "--kd-held-out-every", "1", "-b", "8", "--epochs", "1"]
+    assert main(["train", *options]) == 0
+    assert seen == [8, 8, 8, 8, 8]
+
+
 def images_of(part):
     return [part.images.reader.samples[i][0] for i in part.positions]
 
 
 def test_held_out_images_are_never_trained_on_and_have_a_transform_of_their_own(digits, tmp_path):
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    options = parse(parser, [*common(digits, tmp_path), *distilling(tmp_path), *HELD])
+    options = parse(parser_of(), [*common(digits, tmp_path), *distilling(tmp_path), *HELD])
     images = data.open_dataset(options, "train")
     first, second = heldout.split(options, images), heldout.split(options, data.open_dataset(options, "train"))
     train, held = first

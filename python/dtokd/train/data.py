@@ -269,10 +269,28 @@ def make_loaders(
             erasing = RandomErasing(options.reprob, mode=options.remode, max_count=options.recount, device=device)
             loader = ErasedLoader(loader, erasing, keyed.seed)
     checked = None if validation is None else validation_loader(options, validation, config, device, distributed)
-    held = (
-        None if held_out is None else validation_loader(options, held_out, config, device, distributed, training=True)
-    )
+    held = None
+    if held_out is not None:
+        looked_at = _in_batches(options, held_out, dist.get_world_size() if distributed else 1)
+        held = validation_loader(options, looked_at, config, device, distributed, training=True)
     return Data(loader, checked, mixup, cached, batches, held)
+
+
+def _in_batches(options: argparse.Namespace, held_out: Any, ranks: int) -> Any:
+    """The held-out images without a last batch of one: normalization by the batch has nothing to compare there.
+
+    Raises:
+        UsageError: each rank has one image.
+    """
+    each = -(-len(held_out) // ranks)
+    if options.batch_size == 1 or each % options.batch_size != 1:
+        return held_out
+    if each == 1:
+        raise UsageError(
+            f"--kd-held-out: {options.kd_held_out:g} of the images are {len(held_out)}, one for each of {ranks} "
+            "processes; hold out two at least for each"
+        )
+    return held_out.part(held_out.positions[: (each - 1) * ranks])
 
 
 def _order(options: argparse.Namespace, keyed: KeyedDataset, mixes: bool, distributed: bool) -> KeyedOrder:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 import dtokd_kernels as dk
 from dtokd_kernels.weighting import Auto, HeldOut, WhileBetter
@@ -28,36 +27,6 @@ from .steps import Stepper, losses_of
 
 #: Of the choice of images.
 SEED = 20_17
-
-
-class Part(Dataset[Any]):
-    """Some samples of a data set, with a transform of their own.
-
-    Args:
-        images: of `data.open_dataset`.
-        positions: of the samples.
-    """
-
-    def __init__(self, images: Any, positions: list[int]) -> None:
-        # the files are shared, the transform is not
-        self.whole = copy.copy(images)
-        self.whole.images = copy.copy(images.images)
-        self.images, self.positions = self.whole.images, positions
-
-    @property
-    def transform(self) -> Any:
-        """Of these samples alone."""
-        return self.whole.transform
-
-    @transform.setter
-    def transform(self, value: Any) -> None:
-        self.whole.transform = value
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.whole[self.positions[index]]
 
 
 def check(options: argparse.Namespace) -> None:
@@ -97,7 +66,7 @@ def split(options: argparse.Namespace, images: Any) -> tuple[Any, Any | None]:
     if isinstance(images, IterableDataset):
         raise UsageError(f"--kd-held-out: --dataset {options.dataset} is a stream, whose samples have no number")
     trained, held = positions(options.kd_held_out, len(images))
-    return Part(images, trained), Part(images, held)
+    return images.part(trained), images.part(held)
 
 
 def positions(share: float, count: int) -> tuple[list[int], list[int]]:

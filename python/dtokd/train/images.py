@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,17 @@ class CheckedImages(Dataset[Any]):
         split: what messages call it.
         skip: the next image stands in for one that cannot be read; else that is an error.
         record: names of those skipped are appended to this file, also by worker processes.
+
+    Attributes:
+        images: see above.
+        positions: of its samples that are used, in their order: all of them, but for a `part`.
     """
+
+    positions: Sequence[int]
 
     def __init__(self, images: Any, split: str, skip: bool, record: Path | None) -> None:
         self.images, self.split, self.skip, self.record = images, split, skip, record
+        self.positions = range(len(images))
         if hasattr(images, "_max_retries"):
             images._max_retries = 1  # timm's ImageDataset would go on to the next one itself, and only log it
         self._mode = getattr(images, "input_img_mode", None)
@@ -47,16 +55,23 @@ class CheckedImages(Dataset[Any]):
         self._transform = value
         self.images.transform = _Converted(self._mode, value) if self._mode else value
 
+    def part(self, positions: Sequence[int]) -> CheckedImages:
+        """Some of the samples, with a transform of their own; one of them stands in for one that cannot be read."""
+        found = copy.copy(self)
+        found.images, found.positions = copy.copy(self.images), positions  # the files are shared
+        return found
+
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.positions)
 
     def __getitem__(self, index: int) -> Any:
         for _ in range(_TRIES):
+            place = self.positions[index]
             try:
                 with _quiet():
-                    return self.images[index]
+                    return self.images[place]
             except Exception as error:
-                name, reason = self._name(index), self._reason(index, error)
+                name, reason = self._name(place), self._reason(place, error)
                 if not self.skip:
                     raise UsageError(
                         f"--data-dir: image {name} of {self.split!r} cannot be read: {reason}; repair or remove it, or "
