@@ -477,3 +477,13 @@ def test_one_value_of_a_config_file_is_a_list_of_one():
     assert as_list("resnet50") == ["resnet50"]
     assert as_list(None) == []
     assert as_list(2.0) == [2.0]
+
+
+def test_a_teacher_of_grey_images_is_shown_grey_images():
+    """timm's configuration has three numbers, of which its loaders take the mean."""
+    model = timm.create_model("test_resnet", in_chans=1)
+    mean, std = (sum(model.pretrained_cfg[name]) / 3 for name in ("mean", "std"))
+    student = Normalisation((0.5,), (0.25,))
+    pixels = torch.rand(2, 1, 8, 8)
+    seen = Teacher(model, "t", student).view((pixels - 0.5) / 0.25)
+    torch.testing.assert_close(seen, (pixels - mean) / std)

@@ -7,9 +7,12 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import timm
 import torch
 from dtokd.cli import main
 from dtokd.errors import UsageError
+from dtokd.objectives.judged import judged
+from dtokd.objectives.teacher import Normalisation, Teacher
 from dtokd.train.heldout import Classifiers, HeldOutImages
 
 import dtokd_kernels as dk
@@ -179,6 +182,16 @@ def test_train_compares_on_held_out_images(digits, teacher, tmp_path, monkeypatc
             rule.observe(*seen[i // 2])
         rule.expect(("task", "kl"))
         assert weight == pytest.approx(float(rule(torch.eye(2, dtype=torch.float64), ONES[:2])[1]))
+
+
+def test_a_teacher_whose_classes_have_other_names_is_not_compared():
+    """As many are not the same: it would be taken for one that is nearly always wrong."""
+    student, model = (timm.create_model("test_resnet", num_classes=2) for _ in range(2))
+    model.pretrained_cfg = {**model.pretrained_cfg, "label_names": ["cat", "dog"]}
+    teacher = Teacher(model, "t", Normalisation.of(student))
+    assert judged(teacher, student, ["cat", "dog"]) is not None
+    assert judged(teacher, student) is not None
+    assert judged(teacher, student, ["dog", "cat"]) is None
 
 
 def test_a_teacher_without_the_classes_is_refused_before_training():

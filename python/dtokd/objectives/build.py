@@ -250,8 +250,8 @@ def _teachable(
                 "--kd-distill-type feature or multiscale"
             )
         return {kind: o for kind, o in objectives.items() if kind not in reading}
-    known = (getattr(unwrap_model(model), "pretrained_cfg", None) or {}).get("label_names")
-    if reading and names is not None and isinstance(known, list) and known != list(names):
+    known = teachers.names_of(model)
+    if reading and names is not None and known is not None and known != list(names):
         i = next(i for i, (a, b) in enumerate(zip(known, names, strict=True)) if a != b)
         raise UsageError(
             f"--kd-distill-type {' '.join(reading)}: class {i} is {names[i]!r} in the data, but {known[i]!r} for the "

@@ -9,7 +9,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .taps import Taps
-from .teacher import Teacher
+from .teacher import Teacher, names_of
 
 
 class _AsModel(nn.Module):
@@ -41,6 +41,9 @@ def judged(teacher: Teacher, student: Any, names: Sequence[str] | None = None) -
     if not own or own != theirs or detects != hasattr(model, "observe"):
         return None
     if not detects:
+        known = names_of(model)
+        if known is not None and names is not None and known != list(names):
+            return None
         return _AsModel(lambda images: teacher(images, Taps(logits=True)).logits)
     called = getattr(model, "class_names", None)  # of transformers' detectors, by number
     if called is None or names is None:

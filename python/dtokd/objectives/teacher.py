@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -32,9 +33,16 @@ class Normalisation:
     @classmethod
     def of(cls, model: nn.Module) -> Normalisation:
         """That of a timm model's `pretrained_cfg`; ImageNet's for others, as in `timm.task`."""
-        cfg: dict[str, Any] = getattr(unwrap_model(model), "pretrained_cfg", None) or {}
+        cfg = _cfg_of(model)
         mean, std = cfg.get("mean", IMAGENET_DEFAULT_MEAN), cfg.get("std", IMAGENET_DEFAULT_STD)
         return cls(tuple(mean), tuple(std))
+
+    def of_channels(self, count: int) -> Normalisation:
+        """For images of so many channels: as in timm's loaders the average, where it is of another number of them."""
+        if len(self.mean) == count:
+            return self
+        mean, std = ((math.fsum(values) / len(values),) * count for values in (self.mean, self.std))
+        return Normalisation(mean, std)
 
 
 class Teacher:
@@ -69,7 +77,7 @@ class Teacher:
         self.name, self.dtype, self.size, self.multiple = name, dtype, size, multiple
         if dtype is not None:
             self.model.to(dtype)
-        self.normalisation = Normalisation.of(model)
+        self.normalisation = Normalisation.of(model).of_channels(len(student.mean))
         self._renormalise = None if self.normalisation == student else (student, self.normalisation)
         self._read: Callable[[nn.Module, Tensor, Taps], Outputs] = torch.compile(read) if compile else read
 
@@ -128,6 +136,17 @@ class Teacher:
                 f"--kd-model-name: teacher {self.name!r} does not take the student's images of {size}: "
                 f"{reason_of(error)}; choose --kd-teacher-img-size, --img-size, or another teacher"
             ) from error
+
+
+def _cfg_of(model: nn.Module) -> dict[str, Any]:
+    """Of a timm model, what it was trained with; nothing of others."""
+    return getattr(unwrap_model(model), "pretrained_cfg", None) or {}
+
+
+def names_of(model: nn.Module) -> list[str] | None:
+    """The classes of a model of a run directory, in their order; None where they have no names."""
+    names = _cfg_of(model).get("label_names")
+    return names if isinstance(names, list) else None
 
 
 def _nearest(side: int, multiple: int) -> int:
@@ -244,7 +263,7 @@ def choose_size(
     if isinstance(option, int):
         return (option, option)
     bare: Any = unwrap_model(model)
-    cfg: dict[str, Any] = getattr(bare, "pretrained_cfg", None) or {}
+    cfg = _cfg_of(model)
     own = tuple(cfg["input_size"][-2:]) if cfg.get("input_size") else None
     patch_embed: Any = getattr(bare, "patch_embed", None)
     if getattr(patch_embed, "strict_img_size", False) and getattr(patch_embed, "img_size", None):
