@@ -1,10 +1,13 @@
 """`dtokd train --data-free`: images that are made from a teacher, and a student that learns from them."""
 
 import copy
+import json
 import math
 import os
 import shutil
 import signal
+import time
+from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,13 +18,18 @@ from dtokd.cli import main
 from dtokd.datafree.augment import Augment
 from dtokd.datafree.balance import parse_balance
 from dtokd.datafree.bank import Bank
+from dtokd.datafree.build import resolve
 from dtokd.datafree.generator import Generator
 from dtokd.datafree.loader import SyntheticBatches
 from dtokd.datafree.losses import NAMES, ImageLosses, disagreement, pixel_prior
 from dtokd.datafree.statistics import BatchStatistics, NoStatistics
 from dtokd.datafree.synthesis import Fast, Inversion, Settings, judging
 from dtokd.errors import Diverged, UsageError
+from dtokd.objectives.teacher import resolve_teachers
+from dtokd.train import options as train_options
+from dtokd.train.options import parse
 from dtokd.train.rundir import RunDir, read_rows
+from dtokd.values import parser_of
 from safetensors.torch import save_file
 from torch import nn
 
@@ -281,6 +289,86 @@ def test_a_run_goes_on_bit_for_bit(finished, how, monkeypatch):
     assert one == two
 
 
+def test_a_run_that_goes_on_from_an_earlier_epoch_puts_later_images_aside(finished, tmp_path):
+    folder, argv = finished
+    argv = [str(tmp_path / "d") if text == str(folder / "a") else text for text in argv]
+    run = shutil.copytree(folder / "a" / "x", tmp_path / "d" / "x")
+    first = str(RunDir(folder / "a" / "x").checkpoints()[1])  # of another run, with the same history
+    assert main([*argv, "--resume", first, "--epochs", "1"]) == 0
+    assert [path.name for path in (run / "synthetic").iterdir()] == ["epoch-0001.png"]
+    aside = run / "before-resume-1"
+    assert [path.name for path in (aside / "synthetic").iterdir()] == ["epoch-0002.png"]
+    before = read_rows(folder / "a" / "x" / "generator.csv")
+    assert read_rows(aside / "generator.csv") == before
+    assert read_rows(run / "generator.csv") == before[: 2 * (2 + 2)]
+
+
+def test_a_run_that_goes_on_elsewhere_takes_its_images_with_it(finished, tmp_path):
+    folder, argv = finished
+    argv = [str(tmp_path / "e") if text == str(folder / "a") else text for text in argv]
+    assert main([*argv, "--resume", str(RunDir(folder / "a" / "x").checkpoints()[1])]) == 0
+    for name in ("generator.csv", "synthetic/epoch-0001.png", "synthetic/epoch-0002.png"):
+        assert (tmp_path / "e" / "x" / name).read_bytes() == (folder / "a" / "x" / name).read_bytes()
+
+
+def test_other_learning_rates_of_the_images_hold_after_a_resume(finished, tmp_path, monkeypatch):
+    folder, argv = finished
+    argv = [str(tmp_path / "f") if text == str(folder / "a") else text for text in argv]
+    seen, make = [], SyntheticBatches.make
+
+    def watched(self):
+        seen.append([group["lr"] for group in self.synthesis._optimizer.param_groups])
+        make(self)
+
+    monkeypatch.setattr(SyntheticBatches, "make", watched)
+    more = ["--df-lr", "0.02", "--df-latent-lr", "0.5", "--resume", str(RunDir(folder / "a" / "x").checkpoints()[1])]
+    assert main([*argv, *more]) == 0
+    assert seen == [[0.02, 0.5]] * 2
+
+
+def test_the_best_student_stays_where_later_epochs_are_not_judged(finished, tmp_path):
+    folder, argv = finished
+    run = shutil.copytree(folder / "a" / "x", tmp_path / "g" / "x")
+    argv = [str(tmp_path / "g") if text == str(folder / "a") else text for text in argv]
+    at = argv.index("--data-dir")
+    before = (run / "student.safetensors").read_bytes()
+    assert main([*argv[:at], *argv[at + 2 :], "--resume", "auto", "--epochs", "3"]) == 0
+    assert (run / "student.safetensors").read_bytes() == before
+    assert (run / "student-last.safetensors").read_bytes() != before
+
+
+def test_a_run_has_room_beside_its_own_checkpoints(finished, tmp_path, monkeypatch, capsys):
+    folder, argv = finished
+    argv = [str(tmp_path / "h") if text == str(folder / "a") else text for text in argv]
+    run = shutil.copytree(folder / "a" / "x", tmp_path / "h" / "x")
+    held = sum(path.stat().st_size for path in RunDir(run).checkpoints().values())
+    need = (10 + 2) * 20 * 3 * 32 * 32
+    for free, code in ((need - held, 0), (need - held - 1, 2)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: Namespace(free=free))
+        assert main([*argv, "--resume", "auto"]) == code
+    assert "GiB more" in capsys.readouterr().err
+
+
+def test_a_dry_run_counts_each_making_of_images_once(digits, tmp_path, monkeypatch, capsys):
+    """By a clock on which a making takes a second, and all else next to nothing."""
+    clock, synthesise = [0.0], Fast.make
+
+    def slow(self, watch):
+        clock[0] += 1
+        return synthesise(self, watch)
+
+    monkeypatch.setattr(Fast, "make", slow)
+    for name in ("monotonic", "perf_counter"):
+        real = getattr(time, name)
+        monkeypatch.setattr(time, name, lambda real=real: clock[0] + real() / 1e4)
+    more = ["--dry-run", "--df-every", "5", "--df-iterations", "100", "--df-warmup", "20"]
+    assert main([*options(digits, tmp_path), *more]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        "an epoch (100 iterations) takes about 20 s, 2 epochs 1 min 0 s with the first images, which take 20 s" in told
+    )
+
+
 def test_a_signal_ends_the_making_of_the_first_images(finished, monkeypatch):
     folder, argv = finished
     argv = [str(folder / "c") if text == str(folder / "a") else text for text in argv]
@@ -298,6 +386,22 @@ def test_a_signal_ends_the_making_of_the_first_images(finished, monkeypatch):
     assert main([*argv, "--resume", "auto"]) == 0
     one, two = ((folder / part / "x" / "generator.csv").read_text() for part in ("a", "c"))
     assert one == two
+
+
+def test_classes_and_channels_are_those_of_the_teachers_run(finished, digits, tmp_path, capsys):
+    run = tmp_path / "teacher"
+    run.mkdir()
+    card = json.loads((finished[0] / "a" / "x" / "config.json").read_text())
+    card["label_names"] = card["label_names"][::-1]
+    card["pretrained_cfg"] |= {"input_size": [1, 32, 32], "mean": [0.25], "std": [0.5]}
+    (run / "config.json").write_text(json.dumps(card))
+    argv = f"--data-free fast --kd-teacher-path {run} --kd-distill-type feature --img-size 48 --output {tmp_path}"
+    chosen = parse(parser_of(train_options), argv.split())
+    resolve_teachers(chosen)
+    resolve(chosen)
+    assert (chosen.in_chans, chosen.img_size, chosen.mean, chosen.std) == (1, 48, [0.25], [0.5])
+    assert main(["train", *argv.split(), "--data-dir", str(digits), "--device", "cpu"]) == 2
+    assert "has the classes 0, 1, 2, 3, 4, ... (10), the teacher 9, 8, 7, 6, 5, ..." in capsys.readouterr().err
 
 
 def test_the_report_shows_images_and_conflicts(finished):
@@ -321,6 +425,9 @@ def test_inversion_without_any_images(digits, tmp_path):
 
 
 REFUSED = {
+    "--data-free fast --kd-model-name test_resnet --kd-teacher-path {file} --num-classes 5 --img-size 32 "
+    "--kd-distill-type feature": "has 10 classes; pass 10",
+    "--data-free fast --kd-model-name test_resnet --kd-balance whilebetter --opt dtoadamw": "looks at held-out images",
     "--df-lr 0.1": "--df-lr",
     "--data-free fast": "--data-free: there is no teacher",
     "--data-free fast --kd-model-name test_resnet test_resnet": "one teacher",
@@ -427,12 +534,14 @@ def test_the_demo_ends_with_a_table_and_a_picture(tmp_path, monkeypatch, capsys)
     short = "--df-iterations 2 --df-warmup 1 --df-batch-size 8 --df-steps 1 --df-width 2"
     runs = {name: (title, f"{texts} {short}" if texts else "", has) for name, (title, texts, has) in demo.RUNS.items()}
     monkeypatch.setattr(demo, "RUNS", runs)
-    assert main(["demo", "--data-free", "--output", str(tmp_path)]) == 0
+    for seed in ("0", "1"):  # the teacher stays
+        assert main(["demo", "--data-free", "--output", str(tmp_path), "--seeds", seed]) == 0
     out = capsys.readouterr().out
     for title, _, _ in runs.values():
         assert title in out
-    assert (tmp_path / "made" / "synthetic" / "epoch-0001.png").read_bytes()[:4] == b"\x89PNG"
-    page = (tmp_path / "report.html").read_text()
+    students = tmp_path / "seed-1"
+    assert (students / "made" / "synthetic" / "epoch-0001.png").read_bytes()[:4] == b"\x89PNG"
+    page = (students / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "of that with data" in page
     assert main(["demo", "--data-free", "--output", str(tmp_path), "--seeds", "0", "1"]) == 2

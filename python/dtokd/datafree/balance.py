@@ -11,9 +11,8 @@ from dtokd_kernels.types import Weighting
 from ..errors import UsageError
 from ..values import ANY_NUMBER, read_yaml
 from .losses import NAMES
+from .options import LOOKING
 
-#: They look at held-out images, which there are none of.
-_LOOKING = ("auto", "heldout", "whilebetter")
 #: Rules that take a number for each loss after the colon, and their argument.
 _NUMBERED = {"fixed": "weights", "share": "shares"}
 
@@ -32,8 +31,8 @@ def parse_balance(text: str) -> Weighting:
         Fixed(weights=[10.0, 0.4, 1.1], log_gradients=False)
     """
     name, _, rest = text.partition(":")
-    if name not in weighting.NAMES or name in _LOOKING:
-        names = ", ".join(n for n in weighting.NAMES if n not in _LOOKING)
+    if name not in weighting.NAMES or name in LOOKING:
+        names = ", ".join(n for n in weighting.NAMES if n not in LOOKING)
         raise UsageError(f"--df-balance: {text!r}; choose fixed:10,0.4,1.1 or one of {names}")
     keywords: dict[str, Any] = {}
     parts = rest.split(",") if rest else []

@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,14 @@ def resolve(options: argparse.Namespace) -> None:
             raise UsageError(f"--num-classes: nothing tells how many classes the teacher {names[0]} has; pass it")
         options.num_classes = told["num_classes"]
     size = told.get("input_size")
+    if options.in_chans is None and size:
+        options.in_chans = options.input_size[0] if options.input_size else size[0]
     if options.img_size is None and options.input_size is None:
         if not size:
             raise UsageError(
                 f"--img-size: nothing tells the size of the images that the teacher {names[0]} was trained with; pass "
                 "it, or --input-size, or the run's directory as --kd-teacher-path"
             )
-        options.in_chans = size[0] if options.in_chans is None else options.in_chans
         if size[1] == size[2]:
             options.img_size = size[1]
         else:
@@ -93,7 +94,7 @@ def classes_of(options: argparse.Namespace, world: World, images: Any | None) ->
         images: the validation split; None without one.
 
     Raises:
-        UsageError: the images have other classes, or several processes train.
+        UsageError: the images have other classes than the teacher, or several processes train.
     """
     if world.joined:
         raise UsageError("--data-free: one process makes the images; start it without torchrun")
@@ -104,9 +105,13 @@ def classes_of(options: argparse.Namespace, world: World, images: Any | None) ->
             f"{options.num_classes}; judge on images of the teacher's classes, or pass --val-split ''"
         )
     path = next(iter(as_list(options.kd_teacher_path)), PRETRAINED)
-    if names is None and os.path.isdir(path):
-        names = read_card(path, "--kd-teacher-path").get("label_names")
-    return options.num_classes, names
+    known = read_card(path, "--kd-teacher-path").get("label_names") if os.path.isdir(path) else None
+    if names is not None and known is not None and known != names:
+        raise UsageError(
+            f"--val-split: {options.val_split!r} has the classes {some(names)}, the teacher {some(known)}, so that its "
+            "labels would not mean the same; judge on images of the teacher's classes, or pass --val-split ''"
+        )
+    return options.num_classes, known if names is None else names
 
 
 def make_batches(
@@ -115,6 +120,7 @@ def make_batches(
     config: Mapping[str, Any],
     device: torch.device,
     say: Callable[[str], None],
+    checkpoints: Iterable[Path] = (),
 ) -> SyntheticBatches:
     """What the student of a task learns from.
 
@@ -124,20 +130,27 @@ def make_batches(
         config: of `card.input_config`.
         device: of student and images.
         say: takes a line for the user.
+        checkpoints: that the run has already.
 
     Raises:
-        UsageError: the teacher has no statistics, the images have a size that cannot be made, or the bank does not fit
-            on the disk.
+        UsageError: the teacher has no statistics or other classes, the images have a size that cannot be made, or the
+            bank does not fit on the disk.
     """
     size = tuple(config["input_size"])
     teacher, _ = task.lessons[0]
     student = unwrap_model(task.get_trainable_module()).student
+    theirs = getattr(unwrap_model(teacher.model), "num_classes", None)
+    if theirs != options.num_classes:
+        raise UsageError(
+            f"--num-classes: {options.num_classes}, but the teacher {teacher.name!r}, from which images and their "
+            f"labels are made, has {theirs or 'no'} classes; pass {theirs or 'a teacher with a classifier'}"
+        )
     try:
         statistics = BatchStatistics(teacher.model, options.df_momentum)
     except NoStatistics as error:
         raise UsageError(f"--data-free: the teacher {teacher.name!r}: {error}") from error
     _check_size(options, size)
-    _check_room(options, size)
+    _check_room(options, size, sum(path.stat().st_size for path in checkpoints))
     gram = options.df_balance_gram
     rule = parse_balance(options.df_balance)
     prior = pixel_prior(options.df_prior_tv, options.df_prior_l2) if options.data_free == "inversion" else None
@@ -206,15 +219,22 @@ def _check_size(options: argparse.Namespace, size: tuple[int, ...]) -> None:
         )
 
 
-def _check_room(options: argparse.Namespace, size: tuple[int, ...]) -> None:
-    """Raises UsageError: the checkpoints that are kept, each with a full bank, are larger than what is free."""
+def _check_room(options: argparse.Namespace, size: tuple[int, ...], there: int) -> None:
+    """Raises UsageError: the checkpoints that are kept, each with a full bank, are larger than what is free.
+
+    Args:
+        options: of the run.
+        size: of an image.
+        there: bytes of the run's checkpoints, which later ones replace.
+    """
     files = options.checkpoint_hist + 2  # one that is being written, and the best one
-    need = files * bytes_of(options.df_bank, size)  # type: ignore[arg-type]
+    need = files * bytes_of(options.df_bank, size) - there  # type: ignore[arg-type]
     folder = next(path for path in (options.output, *Path(options.output).absolute().parents) if path.exists())
     free = shutil.disk_usage(folder).free
     if need > free and not options.dry_run:
+        more = " more" if there else ""
         raise UsageError(
             f"--df-bank: {options.df_bank} images are a part of each checkpoint, and {files} of these need "
-            f"{need / 2**30:.3g} GiB, but {folder} has {free / 2**30:.3g} GiB free; pass a smaller --df-bank or "
+            f"{need / 2**30:.3g} GiB{more}, but {folder} has {free / 2**30:.3g} GiB free; pass a smaller --df-bank or "
             "--checkpoint-hist, or another --output"
         )

@@ -57,18 +57,20 @@ def run(output: Path, seed: int) -> int:
     torch.set_num_threads(1)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     write_digits(output / "digits")
-    where = ["--output", str(output), "--data-dir"]
-    argv = [*SHARED.split(), *TEACHER.split(), *where, str(output / "digits" / "teacher")]
+    students = output / f"seed-{seed}"  # a run goes on with its own seed alone
+    argv = [*SHARED.split(), *TEACHER.split(), "--output", str(output)]
+    argv += ["--data-dir", str(output / "digits" / "teacher")]
     if code := _train(argv, console):
         return code
     for name, (_, texts, has_data) in RUNS.items():
         # both folders hold the same digits to judge by
         argv = [*SHARED.split(), *_STUDENT.split(), *texts.split(), "--experiment", name, "--seed", str(seed)]
-        argv += ["--kd-teacher-path", str(output / "teacher"), *where]
-        argv += [str(output / "digits" / ("students" if has_data else "teacher"))]
+        argv += ["--kd-teacher-path", str(output / "teacher"), "--output", str(students)]
+        argv += ["--data-dir", str(output / "digits" / ("students" if has_data else "teacher"))]
         if code := _train(argv, console):
             return code
-    accuracies = {name: read_columns(output / name / "summary.csv")["eval_top1"][-1] for name in (*RUNS, "teacher")}
+    folders = {name: students / name for name in RUNS} | {"teacher": output / "teacher"}
+    accuracies = {name: read_columns(path / "summary.csv")["eval_top1"][-1] for name, path in folders.items()}
     rows = list(_rows(accuracies))
     shown = Table(box=box.SIMPLE, padding=(0, 1))
     for heading in _HEAD:
@@ -76,11 +78,10 @@ def run(output: Path, seed: int) -> int:
     for row in rows:
         shown.add_row(*row)
     console.print(shown)
-    write_text(output / "report.html", _page(output, rows))
-    picture = max((output / "made" / "synthetic").glob("epoch-*.png"))
-    console.print(
-        f"{time.monotonic() - start:.0f} s; the images that were made: {picture}; all: {output / 'report.html'}"
-    )
+    page = students / "report.html"
+    write_text(page, _page(students, rows))
+    picture = max((students / "made" / "synthetic").glob("epoch-*.png"))
+    console.print(f"{time.monotonic() - start:.0f} s; the images that were made: {picture}; all: {page}")
     return 0
 
 
@@ -95,8 +96,8 @@ def _rows(accuracies: dict[str, float]) -> list[tuple[str, ...]]:
     return [*rows, ("(the teacher, of 3000 digits)", f"{accuracies['teacher']:.1f}", "")]
 
 
-def _page(output: Path, rows: list[tuple[str, ...]]) -> str:
-    epochs = {name: read_columns(output / name / "summary.csv") for name in RUNS}
+def _page(students: Path, rows: list[tuple[str, ...]]) -> str:
+    epochs = {name: read_columns(students / name / "summary.csv") for name in RUNS}
     lines = {
         RUNS[name][0]: [(epoch + 1, top1) for epoch, top1 in zip(held["epoch"], held["eval_top1"], strict=True)]
         for name, held in epochs.items()
@@ -107,7 +108,7 @@ def _page(output: Path, rows: list[tuple[str, ...]]) -> str:
         f"<p>{escape(_NOTE)}</p>",
         table([_HEAD, *rows]),
         f'<div class="grid-of">{line_chart("Accuracy on real digits, percent", lines, "epoch")}</div>',
-        synthetic_part(output / "made"),
+        synthetic_part(students / "made"),
         f"<p>Reports of the runs: {links}.</p>",
     ]
     return document("dtokd demo --data-free", parts)

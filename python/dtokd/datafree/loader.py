@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import Diverged, UsageError
 from ..monitor import CSV, BalanceLogger, Row, means_of
-from ..train.rundir import read_rows, write_rows
 from ..train.signals import Stopped
 from .augment import Augment
 from .bank import Bank
 from .pictures import write_pictures
 from .synthesis import Settings, Synthesis, judging
 
-#: In the run's directory: the maker's steps, and its pictures.
-STEPS, PICTURES = "generator.csv", "synthetic"
 #: Images in a picture.
 SHOWN = 40
 
@@ -45,6 +42,11 @@ class SyntheticBatches:
         warmup: such calls before the first batch of all.
         balance: the text of --df-balance, for messages.
         say: takes a line on what is going on.
+
+    Attributes:
+        steps: of the maker's optimizer.
+        watch: a context around the making of each batch of images, such as a `Stopwatch`.
+        warmup: see above.
     """
 
     def __init__(
@@ -65,13 +67,14 @@ class SyntheticBatches:
     ) -> None:
         self.synthesis, self.settings, self.bank = synthesis, settings, bank
         self._student, self._label, self._augment = student, label, augment
-        self._count, self._batch_size, self._every, self._warmup = count, batch_size, every, warmup
+        self._count, self._batch_size, self._every, self.warmup = count, batch_size, every, warmup
         self._balance, self._say = balance, say
         self._begin = 0
         self._log: BalanceLogger | None = None
         self._stopped: Callable[[], int] = lambda: 0
         self._rows: list[Row] = []
         self.steps = 0
+        self.watch: Any = nullcontext()
         self.dataset = _Described(count * batch_size)
 
     def __len__(self) -> int:
@@ -80,8 +83,8 @@ class SyntheticBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         begin, self._begin = self._begin, 0
         if not len(self.bank):
-            self._say(f"making the first {self._warmup} batches of {self.settings.batch} images")
-            for _ in range(self._warmup):
+            self._say(f"making the first {self.warmup} batches of {self.settings.batch} images")
+            for _ in range(self.warmup):
                 if signal := self._stopped():
                     raise Stopped(signal)
                 self.make()
@@ -91,6 +94,10 @@ class SyntheticBatches:
             pixels, labels = self.bank.sample(self._batch_size)
             yield self._augment(self.settings.normalise(pixels)), labels
 
+    def makings(self, batches: int) -> int:
+        """How often new images are made in so many batches from the beginning of an epoch."""
+        return -(-batches // self._every)
+
     def make(self) -> None:
         """Add a batch of new images to the bank.
 
@@ -99,7 +106,7 @@ class SyntheticBatches:
             UsageError: the weighting refuses a loss.
         """
         try:
-            with judging(self._student):
+            with self.watch, judging(self._student):
                 pixels, _ = self.synthesis.make(self._watch)
                 with torch.no_grad():
                     labels = self._label(self.settings.normalise(pixels)).argmax(-1)
@@ -115,18 +122,14 @@ class SyntheticBatches:
             self._log.log(balance, **{f"loss_{name}": loss for name, loss in losses.items()})
 
     @contextmanager
-    def attached(self, folder: Path, stopped: Callable[[], int]) -> Iterator[None]:
-        """While this goes on, note the maker's steps in a file of the run; lines of later steps than now are removed.
+    def attached(self, path: Path, stopped: Callable[[], int]) -> Iterator[None]:
+        """While this goes on, note the maker's steps in a file of the run.
 
         Args:
-            folder: of the run.
+            path: of the file; it holds the lines of the steps until now.
             stopped: the number of the signal that ends the run, or 0; asked between the first batches of images.
         """
         self._stopped = stopped
-        path = folder / STEPS
-        rows = [row for row in read_rows(path) if float(row["step"]) < self.steps]
-        if path.exists():
-            write_rows(path, rows)
         with BalanceLogger([CSV(path, append=True), self], every=100, step=self.steps) as self._log:
             yield
         self._log = None
@@ -154,10 +157,9 @@ class SyntheticBatches:
         if self._log is not None:
             self._log.flush()
 
-    def draw(self, folder: Path, epoch: int) -> None:
-        """Write a picture of the newest images into the run's directory."""
-        images, labels = self.bank.newest(SHOWN)
-        write_pictures(folder / PICTURES / f"epoch-{epoch + 1:04d}.png", images, labels)
+    def draw(self, path: Path) -> None:
+        """Write a picture of the newest images into this file."""
+        write_pictures(path, *self.bank.newest(SHOWN))
 
     def state_dict(self, done: int = 0) -> dict[str, Any]:
         """Where the loader is; the images are in `whole_state`.

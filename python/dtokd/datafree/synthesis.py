@@ -103,8 +103,11 @@ class _Optimised:
         return {"optimizer": self._optimizer.state_dict(), "statistics": self._losses.statistics.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Go on from there, at the learning rates of the settings."""
+        rates = [group["lr"] for group in self._optimizer.param_groups]
         self._optimizer.load_state_dict(state["optimizer"])
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
         self._losses.statistics.load_state_dict(state["statistics"])
 
 

@@ -41,8 +41,8 @@ def judged(teacher: Teacher, student: Any, names: Sequence[str] | None = None) -
     if not own or own != theirs or detects != hasattr(model, "observe"):
         return None
     if not detects:
-        known = names_of(model)
-        if known is not None and names is not None and known != list(names):
+        theirs_named = names_of(model)
+        if theirs_named is not None and names is not None and theirs_named != list(names):
             return None
         return _AsModel(lambda images: teacher(images, Taps(logits=True)).logits)
     called = getattr(model, "class_names", None)  # of transformers' detectors, by number

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..stopwatch import Stopwatch
 from .data import Data
 from .engine import Engine
 from .images import skipped
@@ -54,10 +55,16 @@ def rehearse(engine: Engine, loaders: Data, run: RunDir) -> None:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(engine.device)
         engine.train_epoch(_First(loaders.train, WARM), 0)
-        timed = _First(loaders.train, TIMED)
+        timed, made = _First(loaders.train, TIMED), loaders.synthetic
+        if made is not None:
+            made.watch = Stopwatch(engine.device)
         start = time.monotonic()
         engine.train_epoch(timed, 0)  # its last line waits for the device
-        each = (time.monotonic() - start) / len(timed)
+        each, before = (time.monotonic() - start) / len(timed), 0.0
+        if made is not None:  # images are made in some iterations only, in more of these than of an epoch's
+            making = made.watch.take() / made.makings(len(timed))
+            before = made.warmup * making
+            each += (made.makings(len(made)) / len(made) - made.makings(len(timed)) / len(timed)) * making
         share = min(engine.teacher_seconds / len(timed) / each, 1)
         size = engine.options.batch_size * engine.world.size
         of_teacher = f", of which the teacher takes {share:.0%}" if share else ""
@@ -72,7 +79,9 @@ def rehearse(engine: Engine, loaders: Data, run: RunDir) -> None:
             epoch += (time.monotonic() - start) / len(some) * len(loaders.validation)
             told += f" and {len(loaders.validation)} batches of validation"
         epochs = engine.progress.epochs
-        say(f"dry run: an epoch ({told}) takes about {duration(epoch)}, {epochs} epochs {duration(epoch * epochs)}")
+        whole = duration(before + epoch * epochs)
+        first = f" with the first images, which take {duration(before)}" if made is not None else ""
+        say(f"dry run: an epoch ({told}) takes about {duration(epoch)}, {epochs} epochs {whole}{first}")
         say(f"dry run: {_memory(engine.device)}; nothing was written")
         for line in skipped(run.bad_images):
             say(f"dry run: skipped image: {line}")

@@ -164,7 +164,7 @@ def prepare(
         )
     task = _make_task(options, student, loaders, device, config["input_size"], names)
     if options.data_free:
-        made = datafree.make_batches(options, task, config, device, progress.say)
+        made = datafree.make_batches(options, task, config, device, progress.say, run.checkpoints().values())
         loaders.train = loaders.batches = loaders.synthetic = made
     loaders.judges = heldout.Classifiers(task, names)
     world.apart(options.seed)
@@ -293,7 +293,7 @@ def fit(
         anew, found = found is None, None  # its tensors need no room any more
         collected = _Collected()
         if loaders.synthetic is not None:
-            stack.enter_context(loaders.synthetic.attached(run.path, engine.stopped))
+            stack.enter_context(loaders.synthetic.attached(run.generator, engine.stopped))
         with world.agreed():
             trackers = open_trackers(run.path, options, engine.updates, progress.say) if world.first else []
         for tracker in trackers:
@@ -488,11 +488,11 @@ def _epoch(
     def write() -> dict[str, str]:
         run.add_summary(row)
         if loaders.synthetic is not None:
-            loaders.synthetic.draw(run.path, epoch)
+            loaders.synthetic.draw(run.picture(epoch + 1))
         for tracker in trackers:
             tracker.scalars(_scalars(row), engine.updates - 1)  # where the epoch's last step is
         exported = {run.last_student.name: run.export(run.last_student, weights)}
-        if better or not metrics:
+        if better or (not metrics and best is None):  # without an evaluation the last one, but not after one
             exported[run.student.name] = run.export(run.student, weights)
             details = engine.judged.details() if metrics and hasattr(engine.judged, "details") else {}
             run.write_classes({"epoch": epoch, "names": engine.names, **details} if details else None)

@@ -24,7 +24,16 @@ from torch import Tensor
 import dtokd_kernels
 
 from ..errors import UsageError
-from ..files import as_json, digest_of, remove_unfinished, sync_folder, write_tensors, write_text, writing
+from ..files import (
+    as_json,
+    digest_of,
+    remove_unfinished,
+    sync_folder,
+    write_bytes,
+    write_tensors,
+    write_text,
+    writing,
+)
 from ..identity import versions
 from ..texts import parse_yaml
 from .checkpoint import load_run, peek, save_checkpoint
@@ -46,6 +55,8 @@ class RunDir:
         self.args = path / "args.yaml"
         self.summary = path / "summary.csv"
         self.steps = path / "steps.csv"
+        self.generator = path / "generator.csv"
+        self.synthetic = path / "synthetic"
         self.bad_images = path / "bad_images.txt"
         self.student = path / "student.safetensors"
         self.last_student = path / "student-last.safetensors"
@@ -63,6 +74,10 @@ class RunDir:
             if match := _CHECKPOINT.fullmatch(path.name):
                 found[int(match[1])] = path
         return dict(sorted(found.items()))
+
+    def picture(self, epoch: int) -> Path:
+        """Of the images that were made until so many epochs were finished."""
+        return self.synthetic / f"epoch-{epoch:04d}.png"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -173,12 +188,13 @@ class RunDir:
             # of a file that was copied from elsewhere the run beside it may have the history
             runs = [self] if own else [self, RunDir(folder.parent)]
             rows = {run: [row for row in read_rows(run.summary) if _first(row) < epoch] for run in runs}
-            source = next((run for run in runs if chained(rows[run]) == state["history"]), None)
+            source: RunDir | None = next((run for run in runs if chained(rows[run]) == state["history"]), None)
             students = self._students(state, [*([] if source is None else [source.path / "checkpoints"]), folder])
             whole = source is not None and students is not None
-            kept = rows[source] if whole and source is not None else []
-            steps = read_rows(source.steps) if whole and source is not None else []
-            steps = [row for row in steps if _first(row) < state["updates"]]
+            past = source if whole else None
+            kept = [] if past is None else rows[past]
+            steps = [] if past is None else _steps_of(past.steps, state["updates"])
+            making = [] if past is None else _steps_of(past.generator, state.get("synthetic", {}).get("steps", 0))
             # the newest first: what is left if that is interrupted is a run
             for number, checkpoint in sorted(self.checkpoints().items(), reverse=True):
                 replaced = not own and (source is not self or (number == epoch and not state["batches"]))
@@ -191,10 +207,12 @@ class RunDir:
                 write_rows(self.summary, kept)
             # of other objectives, by options that have changed
             others = bool(steps) and list(steps[0]) != list(columns)
-            if others or _differs(self.steps, steps):
-                if others or aside.files:  # else they are of an unfinished epoch, which takes the same steps again
-                    aside.copy(self.steps)
-                write_rows(self.steps, [] if others else steps)
+            for file, lines, other in ((self.steps, steps, others), (self.generator, making, False)):
+                if other or _differs(file, lines):
+                    if other or aside.files:  # else they are of an unfinished epoch, which takes the same steps again
+                        aside.copy(file)
+                    write_rows(file, [] if other else lines)
+            self._show_images_of(past, epoch, aside)
             for file in (self.student, self.last_student):
                 expected = state["students"].get(file.name) if whole else None
                 if expected == _digest(file):
@@ -220,6 +238,16 @@ class RunDir:
                 )
             return whole
 
+    def _show_images_of(self, past: RunDir | None, epoch: int, aside: _Aside) -> None:
+        """Have the pictures of a run's first epochs here, and no others."""
+        known = {} if past is None else {self.picture(n): past.picture(n) for n in range(1, epoch + 1)}
+        for file in sorted(self.synthetic.glob("*.png")):
+            if known.get(file) != file:
+                aside.move(file)
+        for file, there in known.items():
+            if file != there and there.exists():
+                write_bytes(file, there.read_bytes())
+
     @contextmanager
     def _legible(self) -> Iterator[None]:
         try:
@@ -228,8 +256,8 @@ class RunDir:
             raise
         except ValueError as error:
             raise UsageError(
-                f"--experiment: summary.csv or steps.csv of {self.path} cannot be read ({error}); remove what is no "
-                "line of numbers, or choose another --experiment"
+                f"--experiment: summary.csv, steps.csv or generator.csv of {self.path} cannot be read ({error}); "
+                "remove what is no line of numbers, or choose another --experiment"
             ) from error
 
     def _students(self, state: Mapping[str, Any], folders: Sequence[Path]) -> dict[str, dict[str, Tensor]] | None:
@@ -363,6 +391,11 @@ def _differs(path: Path, rows: Sequence[Mapping[str, str]]) -> bool:
     """Whether the file holds other lines, or one that was cut off."""
     held = path.read_text(encoding="utf-8") if path.exists() else ""
     return held != (_as_csv(rows) if rows else "")
+
+
+def _steps_of(path: Path, count: int) -> list[dict[str, str]]:
+    """The lines of the first steps in a file that has a line for each."""
+    return [row for row in read_rows(path) if _first(row) < count]
 
 
 def _first(row: Mapping[str, str]) -> float:
