@@ -177,6 +177,26 @@ def test_undecided():
     assert "more seeds would hardly settle it" in words(hopeless)
 
 
+def test_undecided_where_the_best_arm_hurts():
+    """Its interval excludes 0, that of an arm which varies more does not."""
+    arms = [BARE, arm("fixed:0.5", 60.0, 61.1, 59.0), arm("dto", 64.0, 60.0, 53.0)]
+    found = verdict.judge(arms, setting())
+    gains = {line.arm.text: line.to_none for line in found.lines}
+    assert gains["fixed:0.5"].worse
+    assert not gains["dto"].worse
+    assert found.kind == "undecided"
+    assert "with the best arm, fixed:0.5, so that it hurts; dto cannot be told apart from no teacher" in words(found)
+    assert "chance" not in words(found)
+    assert "The best so far" not in words(found)
+
+
+def test_a_stream_judges():
+    """How many images it has is not known."""
+    found = verdict.judge([BARE, arm("dto", 75.0, 76.1, 74.1)], setting(images=0))
+    assert found.kind == "helps"
+    assert "'val' chose, the images of 'test' judged." in words(found)
+
+
 def test_one_seed_decides_nothing():
     found = verdict.judge([arm("none", 70.0), arm("dto", 90.0)], setting(seeds=[0]))
     assert found.kind == "undecided"
@@ -308,6 +328,10 @@ def test_an_arm_is_what_its_text_tells(digits, teacher, tmp_path):
     assert [found[arm].kd_balance for arm in plan.arms] == ["none", "none", "dto"]
     assert [found[arm].kd_balance_gram for arm in plan.arms] == [None, None, "overlap"]
     assert [found[arm].kd_balance_kwargs for arm in plan.arms] == [{}, {}, {}]
+    flags = [flags_of(arm, plan.options, changes) for arm, changes in plan.arms.items()]
+    assert flags[1].endswith("--kd-balance-kwargs, without --kd-balance-gram")
+    given = train_options.parse(_parser()[1]["train"], [*common(digits, tmp_path), *more, *shlex.split(flags[2])])
+    assert (given.kd_balance, given.kd_balance_kwargs, given.kd_balance_gram) == ("dto", {}, "overlap")
 
 
 # ---- the command
@@ -529,6 +553,9 @@ def test_a_shorter_schedule(digits, teacher, tmp_path):
     plan = plans.Plan(parsed([*options_of(digits, teacher, tmp_path), *more]))
     own = next(plan.runs()).options
     assert (own.epochs, own.warmup_epochs, own.decay_milestones, own.decay_epochs) == (5, 1, [2, 4], 22.5)
+    for epoch, expected in (("0", 0), ("1", 1), ("12", 3)):  # 0 would be never
+        plan = plans.Plan(parsed([*options_of(digits, teacher, tmp_path), *more, "--mixup-off-epoch", epoch]))
+        assert next(plan.runs()).options.mixup_off_epoch == expected
 
 
 def test_preview_trains_nothing(compared, digits, teacher, tmp_path, capsys):

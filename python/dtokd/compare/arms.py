@@ -154,7 +154,7 @@ def folder_of(text: str) -> str:
 
 
 def flags_of(text: str, options: argparse.Namespace, changes: dict[str, Any]) -> str:
-    """What to give to `dtokd train` or `detect` besides the options that all arms share.
+    """What to give to `dtokd train` or `detect` besides the options that all arms share, which it overrides.
 
     Args:
         text: the arm.
@@ -167,10 +167,12 @@ def flags_of(text: str, options: argparse.Namespace, changes: dict[str, Any]) ->
     """
     if text == NONE:
         return "no --kd-model-name and no --kd-teacher-path: train without a teacher"
-    opt = apply(options, changes).opt
-    if opt != options.opt or "opt" in changes:
-        changes = {**changes, "opt": opt}
-    return " ".join(f"{flag(key)} {_written(value)}" for key, value in changes.items() if value != {})
+    base, own = vars(options), vars(apply(options, changes))
+    told = {key: own[key] for key in changes if own[key] != {}}
+    told |= {key: value for key, value in own.items() if key in base and value != base[key]}
+    flags = " ".join(f"{flag(key)} {_written(value)}".strip() for key, value in told.items() if value is not None)
+    absent = [flag(key) for key, value in told.items() if value is None]
+    return flags + (f", without {' and '.join(absent)}" if absent else "")
 
 
 def _written(value: Any) -> str:

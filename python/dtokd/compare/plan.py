@@ -112,7 +112,7 @@ class Plan:
         seeds: see `--seeds`.
         arms: from each arm's text to the options that it changes.
         judges: the split that judges; the one that chooses if there is no other.
-        images: of the split that judges.
+        images: of the split that judges; 0 if that is not known.
 
     Raises:
         UsageError: an arm, the seeds, or an option that all share is of no use.
@@ -247,6 +247,8 @@ def _shortened(options: argparse.Namespace) -> argparse.Namespace:
         for key in _EPOCHS:
             if key in own:
                 setattr(own, key, round(share * getattr(own, key)))
+        if getattr(own, "mixup_off_epoch", 0) == 0 < getattr(options, "mixup_off_epoch", 0):
+            own.mixup_off_epoch = 1  # 0 is never
         own.decay_epochs = max(share * own.decay_epochs, 1e-3)
         own.decay_milestones = [max(1, round(share * value)) for value in own.decay_milestones]
     return own

@@ -48,7 +48,7 @@ class Setting:
         seeds: of each arm.
         epochs, full: of the runs, and of the schedule that they shorten.
         chooses, judges: names of the splits; the same where one does both.
-        images: of the split that judges.
+        images: of the split that judges; 0 where that is not known, as of a stream.
         jobs: runs at a time, which disturb each other's times.
     """
 
@@ -110,7 +110,7 @@ def judge(arms: Sequence[Arm], setting: Setting) -> Verdict:
     whole = [arm for arm in arms if not arm.failed]
     order = sorted(whole, key=lambda arm: -rank(fmean(arm.chosen), lower))
     fixed = next((arm.text for arm in order if arm.text.startswith("fixed")), None)
-    resolution = 100 / setting.images if "top" in setting.metric else 0.0
+    resolution = 100 / setting.images if "top" in setting.metric and setting.images else 0.0
     paired = Paired({arm.text: arm.judged for arm in whole}, -1 if lower else 1, resolution) if whole else None
     there = {arm.text for arm in whole}
 
@@ -157,6 +157,11 @@ def _decide(candidates: Sequence[Line], paired: Paired, setting: Setting) -> tup
     if all(gain.worse for _, gain in gains):
         told = f"Distillation hurts: {_told(gain, setting)} even with the best arm, {name}."
         return "hurts", name, [told, "Use: no teacher; or try another teacher, temperature or --kd-distill-type."]
+    if gain.worse:  # an arm with a worse mean varies more, so that it may help
+        left = _listed([line.arm.text for line, other in gains if not other.worse])
+        told = f"Undecided: {_told(gain, setting)} with the best arm, {name}, so that it hurts; {left} cannot be told"
+        text = [f"{told} apart from no teacher {with_seeds}."]
+        return "undecided", name, [*text, "Use: no teacher; or add seeds with --seeds: the finished runs are kept."]
     if paired.seeds < 2:
         told = f"Undecided: one seed shows no spread; it gave {_number(gain.mean, setting)} with the best arm, {name}."
         return "undecided", name, [told, "Add seeds, as in --seeds 0 1 2: the finished runs are kept."]
@@ -188,16 +193,20 @@ def _limits(setting: Setting) -> list[str]:
     text = []
     if setting.chooses == setting.judges:
         text.append(
-            f"The same {setting.images} images of {setting.judges!r} chose and judged, so the best arm's number is a "
-            "little too good; --judge-split NAME judges with others."
+            f"The same {_images(setting)} of {setting.judges!r} chose and judged, so the best arm's number is a little "
+            "too good; --judge-split NAME judges with others."
         )
     else:
-        text.append(f"{setting.chooses!r} chose, the {setting.images} images of {setting.judges!r} judged.")
+        text.append(f"{setting.chooses!r} chose, the {_images(setting)} of {setting.judges!r} judged.")
     if setting.epochs < setting.full:
         text.append(
             f"The runs had {setting.epochs} of {setting.full} epochs: what helps early may not help at the end."
         )
     return text
+
+
+def _images(setting: Setting) -> str:
+    return f"{setting.images} images" if setting.images else "images"
 
 
 def _told(difference: Difference, setting: Setting) -> str:
