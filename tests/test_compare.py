@@ -22,7 +22,7 @@ from dtokd.compare.arms import flags_of, parse_arm, parse_arms
 from dtokd.compare.differences import Paired, student_t, studentized_range
 from dtokd.compare.options import ARMS
 from dtokd.errors import UsageError
-from dtokd.train import options as train_options
+from dtokd.train import reading
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
@@ -44,7 +44,7 @@ def options_of(digits, teacher, output, *more):
 
 
 def parsed(argv):
-    return train_options.parse(_parser()[1]["compare"], argv[1:])
+    return reading.parse(_parser()[1]["compare"], argv[1:])
 
 
 # ---- the statistics
@@ -303,7 +303,7 @@ def test_flags_make_the_arm(digits, teacher, tmp_path):
         "logit",
         "feature",
     ]
-    options = train_options.parse(_parser()[1]["train"], base)
+    options = reading.parse(_parser()[1]["train"], base)
     for text in (
         "fixed:0.3",
         "heldout:0.1,every=5",
@@ -315,7 +315,7 @@ def test_flags_make_the_arm(digits, teacher, tmp_path):
         "taskfirst",
     ):
         changes = parse_arm(text, 2)
-        given = train_options.parse(_parser()[1]["train"], base + shlex.split(flags_of(text, options, changes)))
+        given = reading.parse(_parser()[1]["train"], base + shlex.split(flags_of(text, options, changes)))
         assert {key: getattr(given, key) for key in changes} == changes
         assert given.opt == ("adamw" if text.startswith(("fixed", "dto")) else "dtoadamw")
 
@@ -330,7 +330,7 @@ def test_an_arm_is_what_its_text_tells(digits, teacher, tmp_path):
     assert [found[arm].kd_balance_kwargs for arm in plan.arms] == [{}, {}, {}]
     flags = [flags_of(arm, plan.options, changes) for arm, changes in plan.arms.items()]
     assert flags[1].endswith("--kd-balance-kwargs, without --kd-balance-gram")
-    given = train_options.parse(_parser()[1]["train"], [*common(digits, tmp_path), *more, *shlex.split(flags[2])])
+    given = reading.parse(_parser()[1]["train"], [*common(digits, tmp_path), *more, *shlex.split(flags[2])])
     assert (given.kd_balance, given.kd_balance_kwargs, given.kd_balance_gram) == ("dto", {}, "overlap")
 
 

@@ -27,7 +27,7 @@ from dtokd.datafree.synthesis import Fast, Inversion, Settings, judging
 from dtokd.errors import Diverged, UsageError
 from dtokd.objectives.teacher import resolve_teachers
 from dtokd.train import options as train_options
-from dtokd.train.options import parse
+from dtokd.train.reading import parse
 from dtokd.train.rundir import RunDir, read_rows
 from dtokd.values import parser_of
 from safetensors.torch import save_file

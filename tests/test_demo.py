@@ -12,7 +12,7 @@ from dtokd.compare.plan import Plan
 from dtokd.demo import data
 from dtokd.demo import run as demo
 from dtokd.demo.agreement import compare_steps
-from dtokd.train.options import parse
+from dtokd.train.reading import parse
 from dtokd.train.rundir import read_rows
 from dtokd.values import Parser
 from torchvision.datasets import MNIST

@@ -13,7 +13,7 @@ from dtokd.compare.kinds import detects, kind_of
 from dtokd.compare.plan import Plan
 from dtokd.detect import options as detect_options
 from dtokd.errors import UsageError
-from dtokd.train.options import parse
+from dtokd.train.reading import parse
 from dtokd.values import parser_of
 
 from .coco import FCOS, VIDT, common, write_coco

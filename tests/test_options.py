@@ -14,6 +14,7 @@ from dtokd import recipes
 from dtokd.cli import _parser
 from dtokd.errors import UsageError
 from dtokd.train import options as train_options
+from dtokd.train import reading
 from timm.data.transforms import _str_to_pil_interpolation
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -65,13 +66,13 @@ def valued(parser):
 
 def read(command, parser, argv):
     if command in ("train", "compare", "detect"):
-        return train_options.parse(parser, argv)
+        return reading.parse(parser, argv)
     return parser.parse_args(argv)
 
 
 def read_file(parser, path):
-    values = train_options.read_config(parser, path)
-    train_options.check(argparse.Namespace(**values))
+    values = reading.read_config(parser, path)
+    reading.check(argparse.Namespace(**values))
 
 
 def refusal(call, *arguments):
@@ -141,9 +142,9 @@ def test_null_in_a_file(tmp_path):
     for key in ("epochs", "batch_size", "model", "kd_balance"):
         path.write_text(f"{key}: null\n")
         with pytest.raises(UsageError, match=f"{key} is null"):
-            train_options.read_config(_parser()[1]["detect"], path)
+            reading.read_config(_parser()[1]["detect"], path)
     path.write_text("clip_grad: null\nlr: null\nkd_model_name: null\n")
-    assert train_options.read_config(_parser()[1]["detect"], path)["clip_grad"] is None
+    assert reading.read_config(_parser()[1]["detect"], path)["clip_grad"] is None
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "detect"])
@@ -153,7 +154,7 @@ def test_defaults_are_values(command):
     told = train_options.plain(parser.parse_args([]))
     for action in parser._actions:
         if action.dest in told:
-            assert train_options.read_value(action, told[action.dest], action.dest) == getattr(
+            assert reading.read_value(action, told[action.dest], action.dest) == getattr(
                 parser.parse_args([]), action.dest
             )
 
@@ -183,7 +184,7 @@ def test_values_that_do_not_go_together(more, option):
 def test_policies_that_timm_reads():
     parser = _parser()[1]["train"]
     for text in ("rand-m9-mstd0.5-inc1", "rand-tweights", "augmix-m3-w2", "v0", "original-mstd0.5", "3a"):
-        assert train_options.parse(parser, ["--aa", text]).aa == text
+        assert reading.parse(parser, ["--aa", text]).aa == text
 
 
 def weights():

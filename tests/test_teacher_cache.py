@@ -19,7 +19,7 @@ from dtokd.objectives.detection import Predictions
 from dtokd.objectives.logits import soft_kl
 from dtokd.objectives.taps import Outputs, Taps
 from dtokd.objectives.teacher import Normalisation, Teacher
-from dtokd.train import data, options
+from dtokd.train import data, options, reading
 from dtokd.train.keyed import KeyedDataset, KeyedOrder
 from safetensors.torch import load_file, save_file
 
@@ -105,7 +105,7 @@ def loader(folder, *texts, workers=0):
     parser = argparse.ArgumentParser()
     options.add_arguments(parser)
     given = [*common(folder, folder / "out"), *distilling(folder / "t"), "--kd-cache-teacher", str(folder / "cache")]
-    parsed = options.parse(parser, [*given, "--kd-cache-views", "2", *texts, "--workers", str(workers)])
+    parsed = reading.parse(parser, [*given, "--kd-cache-views", "2", *texts, "--workers", str(workers)])
     config = {"input_size": SIZE, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
     images = data.open_dataset(parsed, "train")
     return data.make_loaders(parsed, images, None, config, 10, torch.device("cpu")).train

@@ -20,7 +20,7 @@ from dtokd.report.conclusion import sentences
 from dtokd.report.recorded import Recorded
 from dtokd.train import about, absent, progress
 from dtokd.train import options as train_options
-from dtokd.train.options import parse
+from dtokd.train.reading import parse
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from timm.task import ClassificationEvaluator

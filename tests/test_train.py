@@ -15,6 +15,7 @@ from dtokd.cli import main
 from dtokd.errors import UsageError
 from dtokd.objectives.teacher import Teacher
 from dtokd.train import options as train_options
+from dtokd.train import reading
 from dtokd.train.optimizer import parse_source
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -250,7 +251,7 @@ def parser():
 def test_config(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: vit\nlr: 1e-3\nopt-betas: [0.9, 0.95]\namp: true\nopt_kwargs: {a: 1}\n")
-    options = train_options.parse(parser(), ["-c", str(path), "--model", "resnet"])
+    options = reading.parse(parser(), ["-c", str(path), "--model", "resnet"])
     assert (options.model, options.lr, options.opt_betas, options.amp) == ("resnet", 1e-3, [0.9, 0.95], True)
     assert options.opt_kwargs == {"a": 1}
 
@@ -272,12 +273,12 @@ def test_bad_config(tmp_path, text, message):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=message.replace("(", r"\(")):
-        train_options.parse(parser(), ["--config", str(path)])
+        reading.parse(parser(), ["--config", str(path)])
 
 
 def test_args_are_a_config(digits, tmp_path):
     path = run(digits, tmp_path, "--epochs", 1)
-    again = train_options.parse(parser(), ["-c", str(path / "args.yaml")])
+    again = reading.parse(parser(), ["-c", str(path / "args.yaml")])
     assert train_options.plain(again) == yaml.safe_load((path / "args.yaml").read_text())
 
 

@@ -14,6 +14,7 @@ from .compare import options as compare_options
 from .detect import options as detect_options
 from .errors import Diverged, ToldElsewhere, UsageError
 from .train import options as train_options
+from .train import reading
 from .train.absent import ABSENT
 from .values import COUNT, FRACTION, NATURAL, NOT_NEGATIVE, Parser, parser_of, path
 
@@ -33,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = argv[0] if argv and argv[0] in commands else None
     try:
         if command == "compare" and "--detect" in argv:
-            options = train_options.parse(_comparison_of_detectors(), argv[1:])
+            options = reading.parse(_comparison_of_detectors(), argv[1:])
         elif command in ("train", "compare", "detect"):
-            options = train_options.parse(commands[command], argv[1:])
+            options = reading.parse(commands[command], argv[1:])
         elif command is not None:
             options = commands[command].parse_args(argv[1:])
         else:

@@ -17,7 +17,7 @@ from .train import data
 from .train.engine import autocast, evaluate
 from .train.found import class_names, some
 from .train.images import new_record, skipped
-from .train.options import check
+from .train.reading import check
 from .train.student import check_size, make_student
 from .train.world import World
 

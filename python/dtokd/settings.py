@@ -9,6 +9,7 @@ from .detect import options as detect_options
 from .errors import UsageError
 from .texts import parse_yaml
 from .train import options as train_options
+from .train.reading import read_value
 from .values import parser_of
 
 
@@ -36,6 +37,6 @@ def settings_of(run: Path, command: str) -> dict[str, Any]:
         if action.option_strings and action.dest not in ("help", "config"):
             where = f"{command}: {file}: {action.dest}"
             settings[action.dest] = (
-                train_options.read_value(action, held[action.dest], where) if action.dest in held else action.default
+                read_value(action, held[action.dest], where) if action.dest in held else action.default
             )
     return settings

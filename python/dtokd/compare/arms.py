@@ -13,7 +13,8 @@ from ..detect import options as detect_options
 from ..errors import UsageError
 from ..objectives.teacher import as_list
 from ..train import options as train_options
-from ..train.options import BALANCES, HELD_OUT, LOOKING, flag, read_value
+from ..train.options import BALANCES, HELD_OUT, LOOKING, flag
+from ..train.reading import read_value
 from ..values import FRACTION, parser_of, read_yaml
 
 #: The arm without a teacher.

@@ -21,8 +21,8 @@ from ..report.columns import read_columns
 from ..report.html import document, table
 from ..report.synthetic import synthetic_part
 from ..train import options as train_options
-from ..train.options import parse
 from ..train.progress import Progress
+from ..train.reading import parse
 from ..train.run import train
 from ..values import parser_of
 

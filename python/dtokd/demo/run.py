@@ -17,8 +17,8 @@ from ..compare import run as comparison
 from ..compare.plan import Plan
 from ..files import as_json, write_text
 from ..train import options as train_options
-from ..train.options import parse
 from ..train.progress import Progress
+from ..train.reading import parse
 from ..train.run import train
 from ..values import parser_of
 from .agreement import compare_steps

@@ -23,8 +23,8 @@ from ..files import write_tensors, write_text
 from ..report.chart import line_chart
 from ..report.columns import read_columns
 from ..report.html import document, pictures, table
-from ..train.options import parse
 from ..train.progress import Progress
+from ..train.reading import parse
 from ..train.rundir import write_rows
 from ..values import parser_of
 from . import options as detect_options
