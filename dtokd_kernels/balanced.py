@@ -270,17 +270,20 @@ class Balanced(Kept):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         return {
             **super().__getstate__(),
             "_options": self._options,
             "_source": self._source,
             "_precision": self._precision,
+            "reach": self._sets.reach.state_dict(self._params()),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_sets" not in self.__dict__:  # a copy or an unpickled optimizer
             self._forget()
+            self._sets.reach.load_state_dict(self.__dict__.pop("reach", {}), self._params())
         for group in self.param_groups:
             group.setdefault("balance", True)
 

@@ -276,6 +276,28 @@ def test_copies_find_out_by_themselves(source, copied):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
+@pytest.mark.parametrize("source", [lambda m: "exact", Probe, lambda m: Every(2, Probe(m))])
+def test_a_gradient_that_is_zero_by_chance_after_a_copy(source, copied):
+    """The parameter stays shared in the copy too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3, dtype=torch.float64), nn.Linear(3, 2, dtype=torch.float64))
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.1, momentum=0.9, gram=source(model))
+
+    def train(model, optimizer, steps):
+        for number in steps:
+            hidden = model[0](torch.full((2, 4), 1.0 + number, dtype=torch.float64))
+            out = model[1](hidden)
+            distill = (number < 3) * (out - 1).square().mean() + hidden.square().mean()
+            step(optimizer, {"task": out.square().mean() + 1, "distill": distill})
+
+    train(model, optimizer, range(3))
+    other, twin = copied((model, optimizer))
+    train(model, optimizer, range(3, 6))
+    train(other, twin, range(3, 6))
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
 @pytest.mark.parametrize("filled", [False, True], ids=["optimizer", "backward"])
 def test_a_gradient_that_is_zero_by_chance_after_a_resume(filled):
     """The parameter stays shared, as in the run that was not stopped."""

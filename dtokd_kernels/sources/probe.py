@@ -53,6 +53,10 @@ class Probe(Source):
     def __repr__(self) -> str:
         return "Probe()" if self._of is None else f"Probe(<{len(self._of)} parameters>)"
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy's parameters are others
+        return {**self.__dict__, "_reach": Reach(), "_loaded": self._known_reach()}
+
     @property
     def of(self) -> list[Tensor] | None:
         """The parameters that the user chose; None where the probe finds them itself."""
@@ -124,8 +128,11 @@ class Probe(Source):
     def state_dict(self) -> dict[str, Any]:
         """Which parameters were found, and which of their gradients are zero in place of None."""
         found = {"positions": list(self._positions)} if self._positions else {}
-        reach = self._loaded or self._reach.state_dict(self._reach.params)
+        reach = self._known_reach()
         return {**found, "reach": reach} if reach else found
+
+    def _known_reach(self) -> Mapping[str, Any]:
+        return self._loaded or self._reach.state_dict(self._reach.params)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the parameters that were found."""
