@@ -83,9 +83,13 @@ def measure_held_out(
         raise ValueError(
             f"{_OP}: no parameter of the optimizer is reached by the held-out loss and by all of {', '.join(names)}"
         )
-    gradients = [[g for t in shared if (g := row[t]) is not None] for row in rows]
+    chosen = [[row[t] for t in shared] for row in rows]
     with torch.no_grad():
-        _average(gradients, process_group)
+        if _on_ranks():
+            from .distributed.replicas import average
+
+            chosen = average(chosen, process_group)
+        gradients = [[g for g in row if g is not None] for row in chosen]
         roots = _metric(optimizer, [params[t] for t in shared])
         if roots is not None:
             gradients = [list(torch._foreach_mul(row, roots)) for row in gradients]
@@ -112,15 +116,3 @@ def _metric(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[
 
 def _on_ranks() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _average(gradients: list[list[Tensor]], process_group: torch.distributed.ProcessGroup | None) -> None:
-    """Over the ranks, in place."""
-    if not _on_ranks():
-        return
-    size = torch.distributed.get_world_size(process_group)
-    for row in gradients:
-        flat = torch.cat([g.flatten() for g in row]) / size
-        torch.distributed.all_reduce(flat, group=process_group)
-        for g, part in zip(row, flat.split([g.numel() for g in row]), strict=True):
-            g.copy_(part.view_as(g))

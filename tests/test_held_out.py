@@ -351,6 +351,24 @@ def test_the_scale_of_a_scaler_cancels():
     torch.testing.assert_close(measured(scaled), measured(plain), rtol=1e-5, atol=1e-6)
 
 
+def test_ranks_average_gradients_that_autograd_has_made_of_one_number():
+    """All elements of the gradient of a sum lie at one place, which cannot be written to."""
+    w = nn.Parameter(torch.tensor([1.0, 2.0, -1.0]))
+    found = []
+    for on_ranks in (False, True):
+        if on_ranks:
+            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            rule = HeldOut(0)
+            losses, held_out = [w.square().sum(), w.sum()], (w - 1.5).square().sum()
+            dk.measure_held_out(torch.optim.SGD([w], lr=0.1), losses, held_out, weighting=rule)
+            found.append(measured(rule))
+        finally:
+            if on_ranks:
+                torch.distributed.destroy_process_group()
+    assert torch.equal(*found)
+
+
 def one_of_two(rank, folder):
     """A rank with its half of each batch."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
