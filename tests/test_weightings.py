@@ -1255,3 +1255,6 @@ def test_observe_at_the_wrong_moment_is_refused():
         rule.observe(losses(3))
     with pytest.raises(ValueError, match=r"observe: losses has shape \(2,\), expected \(3,\): one per objective"):
         remember("famo").observe(losses(2))
+    for bad in (0.5, "abc", [torch.ones(2)] * 3, [None] * 3):
+        with pytest.raises(TypeError, match=r"observe: losses is .*; pass one number for each objective"):
+            remember("famo").observe(bad)

@@ -106,6 +106,7 @@ class Amortized(Stateful):
 
         Raises:
             RuntimeError: the reading is not "famo", or there was no step before.
+            TypeError: `losses` holds something else than numbers.
             ValueError: there are not K losses, or their names are others.
 
         Effects: no host sync. After a skipped step, or a second time for one step, nothing changes.
@@ -122,7 +123,13 @@ class Amortized(Stateful):
                 raise ValueError(f"Amortized.observe: losses are {list(named)}, expected {list(self._names)}")
             losses = [named[name] for name in self._names]
         if not isinstance(losses, Tensor):
-            losses = torch.stack([torch.as_tensor(loss).reshape(()) for loss in losses])
+            try:
+                losses = torch.stack([torch.as_tensor(loss).reshape(()) for loss in losses])
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(
+                    f"Amortized.observe: losses is {losses!r}; pass one number for each objective, in a list, a tensor "
+                    "or a dict from names"
+                ) from error
         if losses.shape != before.shape:
             raise ValueError(
                 f"Amortized.observe: losses has shape {tuple(losses.shape)}, expected {tuple(before.shape)}: "
