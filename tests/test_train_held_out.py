@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from dtokd.cli import main
+from dtokd.errors import UsageError
 from dtokd.train import data, heldout
 from dtokd.train.options import add_arguments, parse
 from PIL import Image
@@ -75,6 +76,18 @@ def test_auto_chooses_and_goes_on(digits, teacher, tmp_path, capsys):
     assert len(set(weights)) > 1
 
 
+def test_the_last_image_of_a_class_is_trained_on():
+    everyone = heldout.positions(0.5, 40)
+    assert heldout.positions(0.5, 40, [(0,)] * 40) == everyone
+    rare = everyone[1][3:5]  # the only two of their class, and both would be held out
+    trained, held = heldout.positions(0.5, 40, [(1 if i in rare else 0,) for i in range(40)])
+    assert rare[0] in held
+    assert rare[1] in trained
+    assert len(held) == 20
+    with pytest.raises(UsageError, match="of 4 images are 0 that are not the last of a class"):
+        heldout.positions(0.5, 4, [(i,) for i in range(4)])
+
+
 def test_a_training_image_stands_in_for_one_that_cannot_be_read(digits, tmp_path):
     """And a held-out one for a held-out one: the next in the folder may be of the other part."""
     root = shutil.copytree(digits, tmp_path / "data")
@@ -114,6 +127,7 @@ def test_held_out_images_are_never_trained_on_and_have_a_transform_of_their_own(
     images = data.open_dataset(options, "train")
     first, second = heldout.split(options, images), heldout.split(options, data.open_dataset(options, "train"))
     train, held = first
+    assert heldout.labels_of(images) == [(label,) for _, label in images.images.reader.samples]
     assert len(train) == 48
     assert len(held) == 16
     assert set(images_of(train)) | set(images_of(held)) == {path for path, _ in images.images.reader.samples}

@@ -30,7 +30,10 @@ def split(options: argparse.Namespace, train: Annotations, world: World) -> tupl
     """
     if not options.kd_held_out:
         return train, None
-    trained, held = (train.part(numbers) for numbers in positions(options.kd_held_out, len(train.image_ids)))
+    shown: list[set[int]] = [set() for _ in train.image_ids]
+    for a in train.content["annotations"]:
+        shown[a["image_id"]].add(a["category_id"])
+    trained, held = (train.part(numbers) for numbers in positions(options.kd_held_out, len(shown), shown))
     count = len(held.image_ids)
     if count < world.size or held.empty == count:
         lacking = f"fewer than the {world.size} processes" if count < world.size else "and they have no box"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -65,21 +66,48 @@ def split(options: argparse.Namespace, images: Any) -> tuple[Any, Any | None]:
         return images, None
     if isinstance(images, IterableDataset):
         raise UsageError(f"--kd-held-out: --dataset {options.dataset} is a stream, whose samples have no number")
-    trained, held = positions(options.kd_held_out, len(images))
+    trained, held = positions(options.kd_held_out, len(images), labels_of(images))
     return images.part(trained), images.part(held)
 
 
-def positions(share: float, count: int) -> tuple[list[int], list[int]]:
+def positions(
+    share: float, count: int, classes: Sequence[Collection[int]] | None = None
+) -> tuple[list[int], list[int]]:
     """Those of `count` images that are trained on, in their order, and those that are held out, in the order of looks.
+
+    Args:
+        share: of the images, to be held out.
+        count: of the images.
+        classes: that each image shows; the last image of a class is trained on. None if they are not known.
 
     Raises:
         UsageError: fewer than two are held out.
     """
-    held = round(count * share)
-    if held < 2:
-        raise UsageError(f"--kd-held-out: {share:g} of {count} images are {held}; hold out two at least")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).tolist()
-    return sorted(order[held:]), order[:held]
+    most = round(count * share)
+    left = Counter(label for labels in classes or () for label in labels)
+    held: list[int] = []
+    for i in torch.randperm(count, generator=torch.Generator().manual_seed(SEED)).tolist():
+        labels = () if classes is None else classes[i]
+        if len(held) < most and all(left[label] > 1 for label in labels):
+            held.append(i)
+            left.subtract(labels)
+    if len(held) < 2:
+        spared = " that are not the last of a class" if len(held) < most else ""
+        raise UsageError(f"--kd-held-out: {share:g} of {count} images are {len(held)}{spared}; hold out two at least")
+    chosen = set(held)
+    return [i for i in range(count) if i not in chosen], held
+
+
+def labels_of(images: Any) -> list[tuple[int]] | None:
+    """The class of each image of a data set of timm or torchvision; None where they are not known."""
+    inner = getattr(images, "images", images)
+    labels = getattr(inner, "targets", getattr(inner, "labels", None))
+    try:
+        if labels is None:
+            labels = [sample[1] for sample in getattr(inner, "reader", inner).samples]
+        return [(int(label),) for label in labels] if len(labels) == len(images) else None
+    except (TypeError, ValueError, LookupError, AttributeError):  # of a format of its own
+        return None
 
 
 class Judges(ABC):
