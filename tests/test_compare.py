@@ -589,6 +589,35 @@ def test_refused(digits, teacher, tmp_path, capsys, more, told):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("--kd-teacher-path {there}/nothing.safetensors", "there is no file"),
+        ("--kd-model-name test_vit", "does not hold weights of 'test_vit'"),
+        ("--kd-distill-type feature --arms fixed:0.5 whilebetter", "--arms: 'whilebetter': no teacher predicts"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused_before_the_first_run(digits, tmp_path, capsys, more, told):
+    """After it the folder would be one of another teacher."""
+    path = tmp_path / "teacher.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=4).state_dict(), path)
+    argv = [*options_of(digits, path, tmp_path / "out"), *more.format(there=tmp_path).split()]
+    assert main(argv) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_objectives_of_several_teachers_are_counted(digits, teacher, tmp_path):
+    """One has a classifier of other classes: its features alone are imitated."""
+    other = tmp_path / "other.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=4).state_dict(), other)
+    more = ["--kd-model-name", "test_resnet", "test_resnet", "--kd-teacher-path", str(teacher), str(other)]
+    more += ["--kd-distill-type", "logit", "feature", "--arms", "fixed:0.4", "share:0.4"]
+    plan = plans.Plan(parsed([*options_of(digits, teacher, tmp_path), *more]))
+    assert plan.arms["fixed:0.4"]["distill_loss_weight"] == [0.2]
+    assert plan.arms["share:0.4"]["kd_balance_kwargs"] == {"shares": [0.4, 0.2, 0.2, 0.2]}
+
+
 def test_refused_without_a_teacher(digits, tmp_path, capsys):
     assert main(["compare", *common(digits, tmp_path)]) == 2
     assert "--kd-model-name: missing" in capsys.readouterr().err

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from timm.task import TrainingTask
 
 from ..objectives.teacher import as_list
 from ..train import data, heldout
 from ..train.progress import Progress
-from ..train.run import Outcome, train
+from ..train.run import Outcome, prepare, train
+from ..train.rundir import RunDir
 from ..train.world import World
 
 
@@ -17,7 +22,14 @@ class Classifying:
 
     def objectives(self, options: argparse.Namespace) -> int:
         """How many distillation objectives these options make; raises UsageError: they contradict each other."""
-        return len(as_list(options.kd_model_name)) * len(as_list(options.kd_distill_type))
+        teachers = as_list(options.kd_model_name)
+        if len(teachers) > 1 and not options.kd_cache_teacher:  # of those with other classes the features alone
+            return len(self.make(options)[0].distill_loss_weights)
+        return len(teachers) * len(as_list(options.kd_distill_type))
+
+    def make(self, options: argparse.Namespace) -> tuple[Any, data.Data]:
+        """A run's task and loaders, on the CPU; raises UsageError: as the run would before its first step."""
+        return _made(prepare, options)
 
     def open(self, options: argparse.Namespace, split: str) -> Any:
         """A split; raises UsageError: there is none."""
@@ -54,6 +66,12 @@ class Detecting:
 
         return objectives_of(options)
 
+    def make(self, options: argparse.Namespace) -> tuple[Any, data.Data]:
+        """See `Classifying`."""
+        from ..detect.run import prepare as prepare_detector
+
+        return _made(prepare_detector, options)
+
     def open(self, options: argparse.Namespace, split: str) -> Any:
         """See `Classifying`."""
         from ..detect.data import read_split
@@ -81,6 +99,16 @@ class Detecting:
         from ..detect.run import detect
 
         return detect(options, progress)
+
+
+def _made(
+    prepare: Callable[..., tuple[TrainingTask, data.Data, Any, Any, Any]], options: argparse.Namespace
+) -> tuple[Any, data.Data]:
+    own = argparse.Namespace(**{**vars(options), "device": "cpu", "kd_teacher_compile": False})
+    progress = Progress(own.epochs)
+    progress.console.quiet = True
+    task, loaders, *_ = prepare(own, RunDir(Path(own.output)), World(), progress)
+    return task, loaders
 
 
 def detects(options: argparse.Namespace) -> bool:

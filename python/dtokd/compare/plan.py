@@ -20,7 +20,7 @@ from ..texts import read_json
 from ..train import optimizer
 from ..train.options import OUTSIDE, flag, plain
 from ..train.rundir import environment
-from .arms import apply, folder_of, parse_arms
+from .arms import NONE, apply, folder_of, parse_arms
 from .kinds import detects, kind_of
 from .options import OWN
 
@@ -159,6 +159,23 @@ class Plan:
                 self.kind.check_held_out(own, images)
             except UsageError as error:
                 raise UsageError(f"--arms: {arm!r}: {error}") from error
+
+    def try_models(self) -> None:
+        """Make student and teachers once, so that what does not fit is found before the first run.
+
+        Raises:
+            UsageError: as a run would, or the errors of student and teacher are to be compared and cannot be.
+        """
+        if self.options.kd_cache_teacher:  # whose teachers need not be there
+            return
+        looking = [arm for arm, changes in self.arms.items() if changes["kd_balance"] == "whilebetter"]
+        arm = (looking or [arm for arm in self.arms if arm != NONE])[0]
+        _, loaders = self.kind.make(apply(self.options, self.arms[arm]))
+        if looking and not (loaders.judges and loaders.judges.teachers):
+            raise UsageError(
+                f"--arms: {arm!r}: no teacher predicts the student's classes, so that their errors cannot be compared; "
+                "leave it out"
+            )
 
     def runs(self) -> Iterator[Run]:
         """Seed by seed, so that an early end leaves whole pairs."""

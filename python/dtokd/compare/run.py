@@ -37,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
     plan.check()
     devices = processes.gpus(options)
     jobs = options.jobs or max(1, len(devices))
+    if any(Result.read(run) is None for run in plan.runs()):
+        plan.try_models()
     if options.dry_run:
         progress.say(_preview(plan, jobs))
         return 0
