@@ -424,6 +424,16 @@ def test_inversion_without_any_images(digits, tmp_path):
     assert max(RunDir(tmp_path / "x").checkpoints()) == 2
 
 
+def test_statistics_of_the_teacher_leave_the_images_as_they_were(digits, tmp_path):
+    """They are estimated on the first images, before the run's directory is there."""
+    argv = options(digits, tmp_path, "--kd-distill-type", "feature", "--epochs", "1", "--df-balance", "famo")
+    assert main([*argv, "--experiment", "without"]) == 0
+    assert main([*argv, "--experiment", "with", "--kd-feature-norm", "phi-s", "--kd-statistics-batches", "3"]) == 0
+    one, two = (read_rows(tmp_path / name / "generator.csv") for name in ("without", "with"))
+    assert len(one) == len(two) == 2 * (2 + 2)
+    assert one[: 2 * (2 + 1)] == two[: 2 * (2 + 1)]  # until the student's first step
+
+
 REFUSED = {
     "--data-free fast --kd-model-name test_resnet --kd-teacher-path {file} --num-classes 5 --img-size 32 "
     "--kd-distill-type feature": "has 10 classes; pass 10",

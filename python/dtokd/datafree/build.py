@@ -23,7 +23,7 @@ from ..objectives.teacher import as_list
 from ..train.found import class_names, some
 from ..train.world import World
 from .augment import Augment
-from .balance import parse_balance
+from .balance import LOOKING, parse_balance
 from .bank import Bank, bytes_of
 from .generator import MULTIPLE, Generator
 from .loader import SyntheticBatches
@@ -44,6 +44,11 @@ def resolve(options: argparse.Namespace) -> None:
     Raises:
         UsageError: options contradict each other, or classes or size cannot be known.
     """
+    if options.data_free is not None and options.kd_balance in LOOKING:
+        raise UsageError(
+            f"--kd-balance: {options.kd_balance} looks at held-out images, which --data-free has none of; choose "
+            "another rule, such as famo"
+        )
     check(options)
     if options.data_free is None:
         return

@@ -37,8 +37,6 @@ OF_ONE = {
     "inversion": {"df_prior_tv": 0.01, "df_prior_l2": 1e-3},
 }
 METHODS = tuple(DEFAULTS)
-#: Rules that look at held-out images, which there are none of.
-LOOKING = ("heldout", "auto", "whilebetter")
 #: Options of training that need images on disk, or several passes over the same ones, and what they must be.
 _WITHOUT: dict[str, Any] = {
     "aa": None,
@@ -154,11 +152,6 @@ def check(options: argparse.Namespace) -> None:
     if not options.kd_model_name and not options.kd_teacher_path:
         raise UsageError(
             "--data-free: there is no teacher to make images from; pass --kd-model-name, or a run as --kd-teacher-path"
-        )
-    if options.kd_balance in LOOKING:
-        raise UsageError(
-            f"--kd-balance: {options.kd_balance} looks at held-out images, which --data-free has none of; choose "
-            "another rule, such as famo"
         )
     for name, value in _WITHOUT.items():
         if (getattr(options, name) or None) != (value or None):

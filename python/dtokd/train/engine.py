@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from timm.task import TrainingTask
 from timm.task.evaluator import evaluation_sample_limit
 from torch import Tensor
 
+from ..datafree.loader import SyntheticBatches
 from ..errors import UsageError
 from ..lopsided import LopsidedWeights
 from ..monitor import BalanceLogger
@@ -147,7 +149,7 @@ class Engine:
     def estimate(self, loader: Any) -> None:
         """Show the task the first batches, where an objective needs statistics of its teacher before the first step.
 
-        The random numbers go on as if it had not been. All ranks call it.
+        Random numbers, and a loader that makes its images, go on as if it had not been. All ranks call it.
 
         Args:
             loader: of (input, target).
@@ -157,12 +159,15 @@ class Engine:
         """
         if not isinstance(self.task, DistillationTask) or self.task.settled:
             return
+        before = copy.deepcopy(loader.whole_state()) if isinstance(loader, SyntheticBatches) else None
         with kept():
             for input, target in islice(loader, self.options.kd_statistics_batches):
                 if self.options.channels_last:
                     input = input.contiguous(memory_format=torch.channels_last)
                 with self.autocast():
                     self.task.observe(input, target)
+        if before is not None:
+            loader.load_whole_state(before)
         self.task.settle()
 
     def _backward(self, result: dict[str, Any], parts: int, epoch: int, index: int) -> None:

@@ -57,7 +57,7 @@ BALANCES = (
     "whilebetter",
 )
 #: Those that look at held-out images, and the share of the training images that is kept for them by default.
-LOOKING, HELD_OUT = datafree.LOOKING, 0.05
+LOOKING, HELD_OUT = ("heldout", "auto", "whilebetter"), 0.05
 #: timm's and torch's own, which a test compares with theirs.
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")

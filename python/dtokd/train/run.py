@@ -474,8 +474,9 @@ def _epoch(
     row["seconds"] = round(time.monotonic() - start, 3)
     if per_iteration and engine.teacher_seconds:
         share = min(row["teacher_seconds"] / per_iteration, 1)
+        besides = "" if loaders.synthetic is None else ", besides its part in making images"
         engine.progress.say(
-            f"epoch {epoch + 1}/{engine.progress.epochs}  {share:.0%} of an iteration's time is the teacher's"
+            f"epoch {epoch + 1}/{engine.progress.epochs}  {share:.0%} of an iteration's time is the teacher's{besides}"
         )
     if metrics:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
