@@ -409,6 +409,7 @@ def test_the_report_shows_images_and_conflicts(finished):
     assert text.count("data:image/png;base64,") == 2
     assert "<th>disagreement</th>" in text
     assert "Images made from the teacher" in text
+    assert "time, besides its part in making images." in text
 
 
 def test_a_comparison_refuses_it(digits, tmp_path, capsys):

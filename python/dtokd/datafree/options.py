@@ -37,6 +37,8 @@ OF_ONE = {
     "inversion": {"df_prior_tv": 0.01, "df_prior_l2": 1e-3},
 }
 METHODS = tuple(DEFAULTS)
+#: Follows on the teacher's time, which is measured in the student's iterations alone.
+BESIDES = ", besides its part in making images"
 #: Options of training that need images on disk, or several passes over the same ones, and what they must be.
 _WITHOUT: dict[str, Any] = {
     "aa": None,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..datafree.options import BESIDES
 from ..errors import UsageError
 from ..metric import is_lower_better
 from .recorded import Recorded, metric_of
@@ -56,4 +57,5 @@ def sentences(run: Recorded, baseline: Recorded | None) -> Iterator[str]:
         yield text + ("; the others are hardly trained." if most >= NEARLY_ALL else ".")
     seconds, share = run.epochs.get("iteration_seconds"), run.epochs.get("teacher_seconds")
     if seconds and share and seconds[-1] > 0 and share[-1] > 0:
-        yield f"The teacher takes {min(share[-1] / seconds[-1], 1):.0%} of an iteration's time."
+        besides = BESIDES if run.settings.get("data_free") else ""
+        yield f"The teacher takes {min(share[-1] / seconds[-1], 1):.0%} of an iteration's time{besides}."

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..datafree.options import BESIDES
 from ..stopwatch import Stopwatch
 from .data import Data
 from .engine import Engine
@@ -67,7 +68,8 @@ def rehearse(engine: Engine, loaders: Data, run: RunDir) -> None:
             each += (made.makings(len(made)) / len(made) - made.makings(len(timed)) / len(timed)) * making
         share = min(engine.teacher_seconds / len(timed) / each, 1)
         size = engine.options.batch_size * engine.world.size
-        of_teacher = f", of which the teacher takes {share:.0%}" if share else ""
+        besides = "" if made is None else BESIDES
+        of_teacher = f", of which the teacher takes {share:.0%}{besides}" if share else ""
         say(f"dry run: an iteration of {size} images takes {each:.3g} s{of_teacher}; {size / each:.3g} img/s")
         epoch = each * len(loaders.train)
         told = f"{len(loaders.train)} iterations"

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..card import CARD, input_config, make_card
 from ..datafree import build as datafree
+from ..datafree.options import BESIDES
 from ..errors import UsageError
 from ..files import as_json, write_text, writing
 from ..lopsided import REMEDY, LopsidedWeights, may_be_lopsided
@@ -474,7 +475,7 @@ def _epoch(
     row["seconds"] = round(time.monotonic() - start, 3)
     if per_iteration and engine.teacher_seconds:
         share = min(row["teacher_seconds"] / per_iteration, 1)
-        besides = "" if loaders.synthetic is None else ", besides its part in making images"
+        besides = "" if loaders.synthetic is None else BESIDES
         engine.progress.say(
             f"epoch {epoch + 1}/{engine.progress.epochs}  {share:.0%} of an iteration's time is the teacher's{besides}"
         )
