@@ -151,6 +151,22 @@ def test_the_bank_keeps_the_newest():
     assert sorted(bank.newest(9)[1].tolist()) == [7, 8, 9, 10, 11]
 
 
+def test_a_larger_bank_goes_on_from_a_full_one():
+    def add(bank, first, count):
+        values = torch.arange(first, first + count)
+        bank.add(values.view(-1, 1, 1, 1).expand(-1, 1, 2, 2) / 255, values)
+
+    small, large = Bank(5, (1, 2, 2)), Bank(8, (1, 2, 2))
+    add(small, 0, 4)
+    add(small, 4, 3)
+    large.load_state_dict(small.state_dict())
+    for first, kept in ((7, range(2, 9)), (9, range(3, 11)), (11, range(5, 13))):
+        add(large, first, 2)
+        images, labels = large.newest(8)
+        assert labels.tolist() == list(kept)
+        assert images[:, 0, 0, 0].tolist() == list(kept)
+
+
 def test_augment_shifts_and_flips():
     image = torch.arange(12.0).view(1, 1, 3, 4)
     assert torch.equal(Augment()(image), image)

@@ -17,7 +17,7 @@ class Bank:
         device: where they are kept.
 
     Attributes:
-        added: images that were added since the beginning.
+        added: images that were added since the beginning; image number n is at the place n % limit.
     """
 
     def __init__(self, limit: int, size: tuple[int, int, int], device: torch.device | str = "cpu") -> None:
@@ -78,7 +78,10 @@ class Bank:
         device = self._images.device
         # copies: what was loaded may be kept by its owner
         self._images, self._labels = images.to(device, copy=True), state["labels"].to(device, copy=True)
-        self.added = state["added"]
+        self.added, count = state["added"], len(images)
+        if count < min(self.added, self.limit):  # of a smaller bank that was full: the oldest image to the front
+            self._images, self._labels = (t.roll(-(self.added % count), 0) for t in (self._images, self._labels))
+            self.added = count
 
 
 def bytes_of(count: int, size: tuple[int, int, int]) -> int:
