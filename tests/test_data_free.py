@@ -151,7 +151,7 @@ def test_the_bank_keeps_the_newest():
     assert sorted(bank.newest(9)[1].tolist()) == [7, 8, 9, 10, 11]
 
 
-def test_a_larger_bank_goes_on_from_a_full_one():
+def test_a_bank_goes_on_from_one_of_another_size():
     def add(bank, first, count):
         values = torch.arange(first, first + count)
         bank.add(values.view(-1, 1, 1, 1).expand(-1, 1, 2, 2) / 255, values)
@@ -165,6 +165,12 @@ def test_a_larger_bank_goes_on_from_a_full_one():
         images, labels = large.newest(8)
         assert labels.tolist() == list(kept)
         assert images[:, 0, 0, 0].tolist() == list(kept)
+    tiny = Bank(3, (1, 2, 2))
+    for bank, kept in ((small, [4, 5, 6]), (large, [10, 11, 12])):
+        tiny.load_state_dict(bank.state_dict())
+        assert tiny.newest(3)[1].tolist() == kept
+        add(tiny, 20, 2)
+        assert tiny.newest(3)[1].tolist() == [kept[-1], 20, 21]
 
 
 def test_augment_shifts_and_flips():

@@ -65,23 +65,22 @@ class Bank:
         return {"images": self._images, "labels": self._labels, "added": self.added}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """As it was.
+        """As it was; where there was another limit with the newest that fit.
 
         Raises:
-            ValueError: the images are of another size, or more than there is room for.
+            ValueError: the images are of another size.
         """
         images = state["images"]
-        if tuple(images.shape[1:]) != self.size or len(images) > self.limit:
-            raise ValueError(
-                f"Bank: {len(images)} images of {tuple(images.shape[1:])}, expected at most {self.limit} of {self.size}"
-            )
+        if tuple(images.shape[1:]) != self.size:
+            raise ValueError(f"Bank: images of {tuple(images.shape[1:])}, expected {self.size}")
         device = self._images.device
         # copies: what was loaded may be kept by its owner
         self._images, self._labels = images.to(device, copy=True), state["labels"].to(device, copy=True)
         self.added, count = state["added"], len(images)
-        if count < min(self.added, self.limit):  # of a smaller bank that was full: the oldest image to the front
-            self._images, self._labels = (t.roll(-(self.added % count), 0) for t in (self._images, self._labels))
-            self.added = count
+        if count > self.limit or count < min(self.added, self.limit):  # of a larger one, or a smaller one that was full
+            ordered = (t.roll(-(self.added % count), 0)[-self.limit :] for t in (self._images, self._labels))
+            self._images, self._labels = ordered
+            self.added = len(self)
 
 
 def bytes_of(count: int, size: tuple[int, int, int]) -> int:
