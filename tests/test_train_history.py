@@ -284,7 +284,7 @@ def test_damaged_lists(finished, capsys):
     (path / "summary.csv").write_text(whole.replace("\n1,", "\nx,"))
     before = contents(path)
     assert main([*options, "--resume", "auto"]) == 2
-    assert "summary.csv or steps.csv of" in capsys.readouterr().err
+    assert "summary.csv, steps.csv or generator.csv of" in capsys.readouterr().err
     assert contents(path) == before
     (path / "summary.csv").write_text(whole)
     (path / "args.yaml").write_text("{")
