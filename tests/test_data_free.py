@@ -494,7 +494,6 @@ def test_the_benchmark_tunes_judges_and_goes_on(tmp_path, monkeypatch):
     held = Images(images, torch.arange(80) % 10)
     world = World(
         tiny(1, classes=10),
-        lambda images: images,
         lambda: tiny(1, seed=2, classes=10).requires_grad_(True),
         (1, 8, 8),
         10,
