@@ -8,7 +8,7 @@ from dtokd import recipes
 from dtokd.cli import main
 from dtokd.detect import options as detect_options
 from dtokd.detect.detectors import deformable
-from dtokd.train.options import read_config
+from dtokd.train.reading import read_config
 from safetensors.torch import save_file
 
 from .coco import TINY, common, write_coco

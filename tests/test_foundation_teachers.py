@@ -21,7 +21,7 @@ from dtokd.objectives.phi import Phi, PhiS, hadamard
 from dtokd.objectives.taps import Taps
 from dtokd.objectives.teacher import Normalisation, Teacher, choose_size, patch_of
 from dtokd.train import options as train_options
-from dtokd.train.options import read_config
+from dtokd.train.reading import read_config
 from safetensors.torch import load_file, save_file
 from timm.models import register_model
 from torch import nn

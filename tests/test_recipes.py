@@ -9,7 +9,8 @@ import timm
 import torch
 from dtokd import recipes
 from dtokd.objectives.build import build
-from dtokd.train.options import add_arguments, read_config
+from dtokd.train.options import add_arguments
+from dtokd.train.reading import read_config
 from safetensors.torch import save_file
 from torch import nn
 

@@ -10,7 +10,8 @@ import torch
 from dtokd.cli import main
 from dtokd.errors import UsageError
 from dtokd.train import data, heldout
-from dtokd.train.options import add_arguments, parse
+from dtokd.train.options import add_arguments
+from dtokd.train.reading import parse
 from PIL import Image
 from torch import nn
 
