@@ -79,7 +79,8 @@ class Measured(Observing):
 
         Args:
             memory: before it.
-            gram: [K + 1, K + 1] float64, of the K objectives and the held-out gradient, over the primary one's square.
+            gram: [K + 1, K + 1] float64, of the K objectives and the held-out gradient, in units of the larger of the
+                squares of the primary and the held-out one.
             p: position of the primary objective.
         """
 
@@ -126,9 +127,11 @@ class Measured(Observing):
         self._names = self._expected
         self._measurements += 1
         p = self.place(K)
-        unit = gram[p, p]
+        # gradients shrink while a model learns, and the first measurements are not to rule an average; nor is a batch
+        # that the model fits already, whose own square as the unit would make all its other products large
+        unit = torch.maximum(gram[p, p], gram[K, K])
         measured = gram / unit
         new = {**self._memory, **self.learn(self._memory, measured, p)}
-        self._write(choose(~(measured.isfinite().all() & (unit > 0)), self._memory, new))
+        self._write(choose(~(measured.isfinite().all() & (gram[p, p] > 0)), self._memory, new))
         if self.done:
             self._write(self.conclude(self._memory, p))

@@ -39,8 +39,8 @@ class Auto(Measured):
     A measurement that is left out, as it is not finite, counts as one of `window`: the host does not know of it. Where
     all of a half are left out, the primary objective alone is chosen.
 
-    Memory: "gram" and "later gram" [K, K], "products" and "later products" [K], sums over the halves, in units of the
-    primary gradient's square; "losses" [K] and "steps" [K], sums; "gains" [1, 4], of the candidates; "choice", its
+    Memory: "gram" and "later gram" [K, K], "products" and "later products" [K], sums over the halves, in the units
+    of `HeldOut`; "losses" [K] and "steps" [K], sums; "gains" [1, 4], of the candidates; "choice", its
     number or -1; "weights" [K].
 
     Args:

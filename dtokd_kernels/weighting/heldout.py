@@ -50,8 +50,8 @@ class HeldOut(Measured):
     by the gradient on clean held-out samples (Ren et al., ICML 2018), online auxiliary weights (Lin et al., NeurIPS
     2019).
 
-    Memory: "gram" [K, K] and "products" [K], decaying sums over the measurements, in units of the primary gradient's
-    square; "weights" [K], of the steps until the next measurement.
+    Memory: "gram" [K, K] and "products" [K], decaying sums over the measurements, each in units of the larger of
+    ||g_p||^2 and ||h||^2; "weights" [K], of the steps until the next measurement.
 
     Args:
         primary: name or position of the task's objective.
