@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from ..digits import ROLES, Images, accuracy, make_model
 from ..evidence.data import (
     PHOTOS,
+    STUDENT_PIXELS,
     draw_silhouettes,
     fit_classifier,
     imagenet_mobilenet,
     mobilenet_features,
     photo_crops,
+    shrunk,
     silhouettes_teacher,
 )
 
@@ -91,9 +93,9 @@ def silhouettes(name: str, kept: _Kept) -> World:
 def photos(kept: _Kept) -> World:
     """Which of 16 photos a crop of 32 x 32 pixels is from, for ImageNet's MobileNetV2 with a linear classifier.
 
-    The evidence enlarges the crops for this teacher. Here teacher and student see the images as they are made.
+    In the evidence this teacher sees them larger. Here both see the images as they are made.
     """
-    crops = photo_crops()
+    crops = {part: (shrunk(images), labels) for part, (images, labels) in photo_crops().items()}
     network: Any = imagenet_mobilenet()
 
     def fitted() -> nn.Module:
@@ -107,7 +109,7 @@ def photos(kept: _Kept) -> World:
     return World(
         teacher,
         partial(timm.create_model, "test_resnet", num_classes=len(PHOTOS), **ROLES["student"]),
-        (3, 32, 32),
+        (3, STUDENT_PIXELS, STUDENT_PIXELS),
         len(PHOTOS),
         parts["train"].images,
         parts["validation"],

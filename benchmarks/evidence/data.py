@@ -200,8 +200,7 @@ def photos() -> DataSet:
     classifier = fit_classifier(features["train"], crops["train"][1])
     with torch.no_grad():
         logits = {part: classifier(features[part]) for part in features}
-    ratio = TEACHER_PIXELS // STUDENT_PIXELS
-    small = {part: F.avg_pool2d(images, ratio) * 2 - 1 for part, (images, _) in crops.items()}
+    small = {part: shrunk(images) * 2 - 1 for part, (images, _) in crops.items()}
     right = {part: (logits[part].argmax(1) == crops[part][1]).double().mean() for part in ("test", "validation")}
     return DataSet(
         small["train"],
@@ -215,6 +214,11 @@ def photos() -> DataSet:
         right["test"],
         right["validation"],
     )
+
+
+def shrunk(crops: Tensor) -> Tensor:
+    """Crops [N, 3, 96, 96] as the student sees them, [N, 3, 32, 32]."""
+    return F.avg_pool2d(crops, TEACHER_PIXELS // STUDENT_PIXELS)
 
 
 def photo_crops() -> dict[str, tuple[Tensor, Tensor]]:
