@@ -495,7 +495,6 @@ def test_the_benchmark_tunes_judges_and_goes_on(tmp_path, monkeypatch):
     world = World(
         tiny(1, classes=10),
         lambda: tiny(1, seed=2, classes=10).requires_grad_(True),
-        (1, 8, 8),
         10,
         images,
         held,

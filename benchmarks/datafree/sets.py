@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..digits import ROLES, Images, accuracy, make_model
 from ..evidence.data import (
     PHOTOS,
-    STUDENT_PIXELS,
     draw_silhouettes,
     fit_classifier,
     imagenet_mobilenet,
@@ -35,7 +34,6 @@ class World:
     Attributes:
         teacher: a frozen network with batch normalisation; images [B, C, H, W] in [-1, 1] to logits.
         student: makes a new one, from torch's random numbers.
-        size: channels, height and width of the images that are made.
         classes: of teacher and student.
         images: real ones, without labels, for the student that has data.
         validation, test: with labels, to choose by and to judge by.
@@ -44,12 +42,17 @@ class World:
 
     teacher: nn.Module
     student: Callable[[], nn.Module]
-    size: tuple[int, int, int]
     classes: int
     images: Tensor
     validation: Images
     test: Images
     teacher_accuracy: float
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Channels, height and width of all images, also of those that are made."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
 
 def load(name: str, folder: Path) -> World:
@@ -81,7 +84,6 @@ def silhouettes(name: str, kept: _Kept) -> World:
     return World(
         teacher,
         partial(make_model, "student"),
-        (1, 28, 28),
         10,
         parts.pool.images,
         parts.validation,
@@ -109,7 +111,6 @@ def photos(kept: _Kept) -> World:
     return World(
         teacher,
         partial(timm.create_model, "test_resnet", num_classes=len(PHOTOS), **ROLES["student"]),
-        (3, STUDENT_PIXELS, STUDENT_PIXELS),
         len(PHOTOS),
         parts["train"].images,
         parts["validation"],
