@@ -17,6 +17,8 @@ from .texts import parse_yaml
 MOST = 2**31 - 1
 #: Of a file's name in bytes, with room for what temporary files add.
 LONGEST = 200
+#: Values of --kd-balance: the rules that look at held-out images.
+LOOKING = ("heldout", "auto", "whilebetter")
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,9 +13,9 @@ from ..detect import options as detect_options
 from ..errors import UsageError
 from ..objectives.teacher import as_list
 from ..train import options as train_options
-from ..train.options import BALANCES, HELD_OUT, LOOKING, flag
+from ..train.options import BALANCES, HELD_OUT, flag
 from ..train.reading import read_value
-from ..values import FRACTION, parser_of, read_yaml
+from ..values import FRACTION, LOOKING, parser_of, read_yaml
 
 #: The arm without a teacher.
 NONE = "none"

@@ -9,11 +9,9 @@ from dtokd_kernels import weighting
 from dtokd_kernels.types import Weighting
 
 from ..errors import UsageError
-from ..values import ANY_NUMBER, read_yaml
+from ..values import ANY_NUMBER, LOOKING, read_yaml
 from .losses import NAMES
 
-#: They look at held-out images, which there are none of.
-LOOKING = ("auto", "heldout", "whilebetter")
 #: Rules that take a number for each loss after the colon, and their argument.
 _NUMBERED = {"fixed": "weights", "share": "shares"}
 

@@ -22,8 +22,9 @@ from ..objectives.task import DistillationTask
 from ..objectives.teacher import as_list
 from ..train.found import class_names, some
 from ..train.world import World
+from ..values import LOOKING
 from .augment import Augment
-from .balance import LOOKING, parse_balance
+from .balance import parse_balance
 from .bank import Bank, bytes_of
 from .generator import MULTIPLE, Generator
 from .loader import SyntheticBatches

@@ -22,7 +22,8 @@ from dtokd_kernels.weighting import Auto, HeldOut, WhileBetter
 from ..errors import UsageError
 from ..objectives.judged import judged
 from ..objectives.task import DistillationTask
-from .options import HELD_OUT, LOOKING
+from ..values import LOOKING
+from .options import HELD_OUT
 from .randomness import kept
 from .steps import Stepper, losses_of
 

@@ -16,6 +16,7 @@ from ..values import (
     BELOW_ONE,
     COUNT,
     FRACTION,
+    LOOKING,
     NATURAL,
     NOT_NEGATIVE,
     POSITIVE,
@@ -56,8 +57,8 @@ BALANCES = (
     "upgrad",
     "whilebetter",
 )
-#: Those that look at held-out images, and the share of the training images that is kept for them by default.
-LOOKING, HELD_OUT = ("heldout", "auto", "whilebetter"), 0.05
+#: The share of the training images that is kept for those that look at held-out ones, by default.
+HELD_OUT = 0.05
 #: timm's and torch's own, which a test compares with theirs.
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "plateau", "none")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")

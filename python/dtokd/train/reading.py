@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..values import KeyValues, Number, Parser
-from .options import HELD_OUT, LOOKING, NULLABLE, POSITIONAL, flag
+from ..values import LOOKING, KeyValues, Number, Parser
+from .options import HELD_OUT, NULLABLE, POSITIONAL, flag
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
