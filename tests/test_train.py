@@ -290,6 +290,8 @@ def test_args_are_a_config(digits, tmp_path):
         (["--val-split", "holdout"], "has no folder 'holdout'"),
         (["-b", "1000"], "--batch-size: 1000, but 'train' holds 64 images"),
         (["-b", "15", "--mixup", "0.1"], "pass an even one"),
+        (["-b", "1"], "--batch-size: 1, but the model needs more images to normalize by; pass 2 or more"),
+        (["--baseline", "nowhere"], "--baseline: nowhere is no run directory"),
         (["--opt", "adamwx"], "--opt: no optimizer is called 'adamwx'"),
         (["--opt", "more_adamw"], "--opt: no optimizer is called 'more_adamw'"),
         (["--opt", "lookahead_dtoadamw"], "choose dtoadamw, or lookahead_adamw with --kd-balance"),

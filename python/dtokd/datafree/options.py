@@ -41,6 +41,11 @@ METHODS = tuple(DEFAULTS)
 BESIDES = ", besides its part in making images"
 #: Options of training that need images on disk, or several passes over the same ones, and what they must be.
 _WITHOUT: dict[str, Any] = {
+    "train_crop_mode": None,
+    "scale": [0.08, 1.0],
+    "ratio": [3 / 4, 4 / 3],
+    "color_jitter": 0.4,
+    "train_interpolation": "random",
     "aa": None,
     "aug_repeats": 0,
     "mixup": 0,

@@ -32,6 +32,7 @@ from ..objectives.cache import TeacherCache
 from ..objectives.task import DistillationTask
 from ..objectives.teacher import resolve_teachers
 from ..readme import write_readme
+from ..report.conclusion import read_baseline
 from ..report.page import write_report
 from ..texts import read_notes
 from . import data, heldout, state
@@ -112,7 +113,7 @@ def opened(options: argparse.Namespace, name: Callable[[], str], progress: Progr
         progress: what the user sees: nothing but of the first process.
 
     Raises:
-        UsageError: the directory is in use, or as `name`.
+        UsageError: the directory is in use, --baseline is no run without a teacher, or as `name`.
     """
     with join(options.device, options.dist_timeout) as world, ExitStack() as stack:
         if not world.first:
@@ -121,6 +122,8 @@ def opened(options: argparse.Namespace, name: Callable[[], str], progress: Progr
             options.kd_cache_teacher = None  # it would be written
         with world.agreed():
             named = name()
+            if options.baseline is not None:
+                read_baseline(options.baseline)  # reports need it: an unfit one would end the run after an epoch
             run = RunDir(options.output / (options.experiment or named))
         world.first_does(lambda: stack.enter_context(run.locked()))
         yield run, world
@@ -149,7 +152,7 @@ def prepare(
     random_seed(options.seed, 0)  # student and heads begin alike on all ranks, also what DDP does not send
     student: Any = make_student(options, classes).to(device)
     config = input_config(options, student)
-    check_size(student, config["input_size"], device)
+    check_size(student, config["input_size"], device, options.batch_size)
     card = make_card(options.model, student, config, names)
     # timm's tasks translate the student's normalization into the teacher's: it has to be the one in use
     student.pretrained_cfg = {**student.pretrained_cfg, "mean": config["mean"], "std": config["std"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from typing import Any
 
 import timm
@@ -57,15 +58,29 @@ def make_student(options: argparse.Namespace, classes: int | None) -> Any:
 
 
 @torch.no_grad()
-def check_size(student: nn.Module, size: tuple[int, int, int], device: torch.device) -> None:
+def check_size(student: nn.Module, size: tuple[int, int, int], device: torch.device, batch_size: int = 0) -> None:
     """Show the student one image, so that a size which it does not take is found before training.
 
+    Args:
+        student: on `device`; it is in evaluation mode afterwards.
+        size: of the images: channels, height, width.
+        device: of the student.
+        batch_size: that it is to be trained with; 0 if it is not trained.
+
     Raises:
-        UsageError: it does not.
+        UsageError: it does not, or its batch normalization cannot be trained with batches of one image.
     """
+    image = torch.zeros(1, *size, device=device)
     try:
-        student.eval()(torch.zeros(1, *size, device=device))
+        student.eval()(image)
     except Exception as error:
         raise UsageError(
             f"--img-size, --input-size, --in-chans: the model does not take images of {tuple(size)}: {reason_of(error)}"
         ) from error
+    if batch_size == 1:
+        try:
+            copy.deepcopy(student).train()(image)
+        except ValueError as error:  # of a layer that normalizes over batch, height and width
+            raise UsageError(
+                f"--batch-size: 1, but the model needs more images to normalize by; pass 2 or more ({reason_of(error)})"
+            ) from error
