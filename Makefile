@@ -71,7 +71,7 @@ kernels:
 	$(BIN)/python -m benchmarks.kernels $(KERNELS)
 
 # On a machine with a GPU, with the torch that is installed there and without a network: builds what did not travel
-# along, and answers in stages what only a GPU knows, the most telling first (benchmarks/lease.py). Another call goes on.
+# along, and measures in stages what needs a GPU, the most informative first (benchmarks/lease.py). Another call goes on.
 gpu:
 	$(PYTHON) -m benchmarks.lease $(GPU)
 

@@ -493,7 +493,7 @@ def test_bad_image(coco, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(coco, data)
     (data / "train" / "0.png").write_bytes((coco / "train" / "1.png").read_bytes())
-    assert "it has (64, 48) pixels, the annotations say 48 x 64" in fails(
+    assert "it has (64, 48) pixels, the annotations have 48 x 64" in fails(
         capsys, *common(data, tmp_path / "r"), *FCOS, "--on-bad-image", "error"
     )
     shutil.copy(coco / "train" / "0.png", data / "train" / "0.png")

@@ -77,7 +77,7 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert page.count("<img") == 4 * 6
     assert page.count("<svg") == 3
     assert "Fig. 4" in page
-    assert "says anything about COCO" in page
+    assert "do not carry over to COCO" in page
     assert (tmp_path / "demo" / "dto" / "report.html").exists()
     assert main(options) == 0
     with (tmp_path / "demo" / "results.csv").open(newline="") as file:

@@ -249,7 +249,10 @@ def test_a_teacher_is_asked_for_the_same_numbers_or_not_at_all(coco, tmp_path, m
     ("texts", "message"),
     [
         ("", "feature maps and tokens take too much room"),
-        ("--kd-distill-type prediction", "as many as --kd-cache-topk says; pass it (1000, for example), or --square"),
+        (
+            "--kd-distill-type prediction",
+            "a row has room for --kd-cache-topk of them; pass it (1000, for example), or --square",
+        ),
     ],
 )
 def test_what_a_cache_cannot_serve(coco, tmp_path, capsys, fcos_teacher, texts, message):

@@ -126,6 +126,6 @@ def _outcome(run: Run, code: int) -> Diverged | None:
     how = f"by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"with exit code {code}"
     memory = "; it may have had too little memory: try fewer --jobs" if code == -signal.SIGKILL else ""
     raise UsageError(
-        f"--jobs: the process of {run.arm} with seed {run.seed} was ended {how}{memory}; {log_of(run)} tells what it "
+        f"--jobs: the process of {run.arm} with seed {run.seed} was ended {how}{memory}; {log_of(run)} has what it "
         "printed; the finished runs are kept, and the same command goes on"
     )

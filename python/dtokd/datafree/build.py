@@ -60,7 +60,7 @@ def resolve(options: argparse.Namespace) -> None:
     told = _told(names[0], paths[0] if paths else PRETRAINED)
     if options.num_classes is None:
         if not told.get("num_classes"):
-            raise UsageError(f"--num-classes: nothing tells how many classes the teacher {names[0]} has; pass it")
+            raise UsageError(f"--num-classes: the number of classes of the teacher {names[0]} is not known; pass it")
         options.num_classes = told["num_classes"]
     size = told.get("input_size")
     if options.in_chans is None and size:
@@ -68,7 +68,7 @@ def resolve(options: argparse.Namespace) -> None:
     if options.img_size is None and options.input_size is None:
         if not size:
             raise UsageError(
-                f"--img-size: nothing tells the size of the images that the teacher {names[0]} was trained with; pass "
+                f"--img-size: the size of the images that trained the teacher {names[0]} is not known; pass "
                 "it, or --input-size, or the run's directory as --kd-teacher-path"
             )
         if size[1] == size[2]:

@@ -109,7 +109,7 @@ def layers_of(model: nn.Module) -> list[Any]:
     if not found:
         raise NoStatistics(
             f"{type(model).__name__} has no batch normalisation with running statistics (as transformers with layer "
-            "normalisation have none), so nothing in it tells what its training images were like; choose a teacher "
+            "normalisation have none), so it has no record of what its training images were like; choose a teacher "
             "with batch normalisation, such as a ResNet, a RegNet or an EfficientNet"
         )
     kept = torch.stack([torch.stack([m.running_mean.float().abs().max(), _farthest(m.running_var)]) for m in found])

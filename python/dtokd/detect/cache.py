@@ -93,8 +93,8 @@ def prepare_cache(
         raise UsageError(TOO_LARGE)
     if k is None and detector.dense and not options.square:
         raise UsageError(
-            f"{OPTION}: images of different sizes have different numbers of places, and a row has room for as many as "
-            "--kd-cache-topk says; pass it (1000, for example), or --square"
+            f"{OPTION}: images of different sizes have different numbers of places, and a row has room for "
+            "--kd-cache-topk of them; pass it (1000, for example), or --square"
         )
     kept = Whole(dtype) if k is None else TopPlaces(dtype, k, predictions[0].sureness)
     taps = merge([o.teacher for o in objectives])

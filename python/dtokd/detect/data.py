@@ -82,7 +82,7 @@ class CocoImages(CocoDetection):
             orientation = stored.getexif().get(ORIENTATION, 1)
             upright = stored.size[::-1] if orientation in SIDEWAYS else stored.size
             if size not in (stored.size, upright):  # boxes would be scaled wrongly
-                raise ValueError(f"it has {upright} pixels, the annotations say {size[0]} x {size[1]}")
+                raise ValueError(f"it has {upright} pixels, the annotations have {size[0]} x {size[1]}")
             turned = ImageOps.exif_transpose(stored) if orientation != 1 and size == upright else stored
             return convert(turned, "RGB")
 

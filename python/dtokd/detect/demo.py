@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
 
 NOTE = (
     "Last epoch of one seed, 100 synthetic scenes (MNIST digits on photographs): differences of a few hundredths are "
-    "noise, and nothing here says anything about COCO. Errors: points of AP50 that each kind costs (TIDE)."
+    "noise, and do not carry over to COCO. Errors: points of AP50 that each kind costs (TIDE)."
 )
 
 

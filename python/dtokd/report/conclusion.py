@@ -40,7 +40,7 @@ def sentences(run: Recorded, baseline: Recorded | None) -> Iterator[str]:
             yield (
                 f"The student is {compared(other, 'worse than')} its baseline {baseline.name}, trained without a "
                 f"teacher: {metric} {own:.4g} against {other:.4g}. One run each may differ by luck; dtokd compare "
-                "tells whether it is more."
+                "measures whether it is more."
             )
         for teacher in run.teachers:
             if (value := metric_of(teacher, metric)) is not None:

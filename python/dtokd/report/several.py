@@ -73,7 +73,7 @@ def several(paths: Sequence[Path], baseline: Recorded | None) -> str:
     text = f"{len(runs)} runs; the best by {metric} is {names[runs[0].path]}: {runs[0].best()[1]:.4g}."
     if not math.isnan(reference) and baseline is not None:
         text += f" The baseline {baseline.name}, without a teacher, has {reference:.4g}."
-    text += " One run each may differ by luck; dtokd compare tells whether it is more."
+    text += " One run each may differ by luck; dtokd compare measures whether it is more."
     curves = {names[run.path]: run.curve(run.prefix + metric) for run in runs}
     if baseline is not None:
         curves[f"baseline {baseline.name}"] = baseline.curve(baseline.prefix + metric)

@@ -172,7 +172,7 @@ def number_of_classes(options: argparse.Namespace, train: Any, validation: Any |
     names = class_names(train)
     if names is None:
         if options.num_classes is None:
-            raise UsageError("--num-classes: missing, and the data does not say how many classes there are")
+            raise UsageError("--num-classes: missing, and the data does not name its classes; pass their number")
         return int(options.num_classes)
     if options.num_classes is not None and options.num_classes != len(names):
         raise UsageError(

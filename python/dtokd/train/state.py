@@ -265,14 +265,14 @@ def _check_options(path: Path, state: dict[str, Any], engine: Engine, loaders: D
     samples = state["ranks"][0]["samples"]
     if samples != _samples(loaders):
         raise UsageError(
-            f"{middle} of {samples} samples, --data-dir now has {_samples(loaders)}: nobody knows which of "
-            f"them were seen; pass one of the checkpoints epoch-*.safetensors"
+            f"{middle} of {samples} samples, --data-dir now has {_samples(loaders)}: which of them "
+            f"were seen is not known; pass one of the checkpoints epoch-*.safetensors"
         )
     before, now = state["ranks"][0].get("data"), engine.data
     if before is not None and now is not None and before != now:
         raise UsageError(
-            f"{middle} of other training data than --data-dir now has (names, labels or contents have changed): nobody "
-            "knows which of it was seen; restore it, or pass one of the checkpoints epoch-*.safetensors"
+            f"{middle} of other training data than --data-dir now has (names, labels or contents have changed): which "
+            "of it was seen is not known; restore it, or pass one of the checkpoints epoch-*.safetensors"
         )
 
 

@@ -70,8 +70,8 @@ def check_size(student: nn.Module, size: tuple[int, int, int], device: torch.dev
     Raises:
         UsageError: it does not, or its batch normalization cannot be trained with batches of one image.
     """
-    image = torch.zeros(1, *size, device=device)
     try:
+        image = torch.zeros(1, *size, device=device)
         student.eval()(image)
     except Exception as error:
         raise UsageError(
