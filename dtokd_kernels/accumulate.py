@@ -93,7 +93,7 @@ def backward(
     sets.reach.look(sets.grads, ranks)
     columns = list(zip(*sets.grads, strict=True))
     reached = [t for t, column in enumerate(columns) if any(g is not None for g in column)]
-    roles = [options.role(True, sets.reach.of(t, columns[t]), len(columns[t])) for t in reached]
+    roles = options.roles([sets.reach.of(t, columns[t]) for t in reached])
     rows = GradientRows.of([columns[t] for t in reached], roles)
     combined = [column[0] for column in rows.columns()]
     parts = combined

@@ -318,16 +318,16 @@ class Balanced(Kept):
         return plan
 
     def _make_plan(self) -> Plan:
-        grads, K = self._sets.grads, len(self._sets.grads)
+        grads = self._sets.grads
         owners = [(i, p) for i, group in enumerate(self.param_groups) for p in group["params"]]
         columns = list(zip(*grads, strict=True))
         positions = [t for t, column in enumerate(columns) if any(g is not None for g in column)]
-        roles = []
+        reaches: list[tuple[int, ...] | None] = []
         for t in positions:
             # one set for all objectives is their weighted sum already, for unbalanced parameters as well
             balanced = self.param_groups[owners[t][0]]["balance"] or self._sets.weighed is not None
-            roles.append(self._options.role(balanced, self._sets.reach.of(t, columns[t]), K))
-        rows = GradientRows.of([columns[t] for t in positions], roles)
+            reaches.append(self._sets.reach.of(t, columns[t]) if balanced else None)
+        rows = GradientRows.of([columns[t] for t in positions], self._options.roles(reaches))
         return Plan(
             self._rule, [owners[t][1] for t in positions], positions, [owners[t][0] for t in positions], rows.layout
         )

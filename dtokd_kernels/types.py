@@ -53,17 +53,25 @@ class Options:
         """Whether the weighting has stopped looking at it, for good."""
         return getattr(self.weighting, "frozen", False)
 
-    def role(self, balanced: bool, reach: tuple[int, ...], K: int) -> Role:
-        """The role of a parameter.
+    def roles(self, reaches: Sequence[tuple[int, ...] | None]) -> list[Role]:
+        """The roles of a step's parameters.
+
+        A parameter is shared if all objectives reach it, but for those that meet no other one anywhere: one without a
+        gradient, or with a head of its own on detached features, leaves the others balanced as if it were not there.
 
         Args:
-            balanced: what its group says.
-            reach: the objectives that have a gradient there.
-            K: how many objectives there are.
+            reaches: of each parameter, the objectives that have a gradient there; None if its group is not balanced.
         """
-        if not balanced:
-            return Role.PLAIN
-        return Role.PRIVATE if len(reach) < K and self.private == "own" else Role.SHARED
+        balanced = [set(reach) for reach in reaches if reach is not None]
+        nobody: set[int] = set()
+        meeting = nobody.union(*(reach for reach in balanced if len(reach) > 1)) or nobody.union(*balanced)
+
+        def role(reach: tuple[int, ...] | None) -> Role:
+            if reach is None:
+                return Role.PLAIN
+            return Role.PRIVATE if len(reach) < len(meeting) and self.private == "own" else Role.SHARED
+
+        return [role(reach) for reach in reaches]
 
 
 def limit_of(dtypes: Iterable[torch.dtype]) -> float:

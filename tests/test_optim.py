@@ -492,6 +492,35 @@ def test_one_objective_without_gradient_is_left_out(backend, make):
     assert_unchanged(model.parameters(), list(alone.parameters()))
 
 
+def left_out(how, model, data):
+    """A third loss that meets no other one: a constant, one that reaches no parameter, or with a layer of its own."""
+    if how == "zeros":
+        return 0 * losses_of(model, data)["task"] + 3
+    return model.unused.square().sum() if how == "own layer" else torch.ones(()).requires_grad_() * 3
+
+
+@pytest.mark.parametrize("gram", ["exact", "overlap", "backward"])
+@pytest.mark.parametrize("how", ["zeros", "nothing", "own layer"])
+def test_a_loss_that_meets_no_other_leaves_these_balanced(how, gram):
+    """The weights of two losses are the same beside a third one that has no gradient at what they share."""
+    records = []
+    for third in (True, False):
+        model = Student()
+        losses = losses_of(model, batch(5))
+        losses |= {"third": left_out(how, model, batch(5))} if third else {}
+        if gram == "backward":
+            records.append(dk.backward(losses, model.parameters()))
+            continue
+        optimizer = dk.DTOSGD(model.parameters(), lr=0.1, gram=gram)
+        optimizer.backward(losses)
+        optimizer.step()
+        records.append(optimizer.balance)
+    assert (records[0].weights[:2] - records[1].weights).abs().max() <= 8 * U
+    assert (records[0].gram[:2, :2] - records[1].gram).abs().max() <= 8 * U * records[1].gram.max()
+    assert 0 < records[1].weights[0] < 1
+    assert records[0].weights[2] == 0
+
+
 # ---- kinds of parameters ---------------------------------------------------------------------------
 
 

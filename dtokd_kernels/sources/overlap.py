@@ -86,9 +86,9 @@ class _Products:
         return self._version == self._reach.version
 
     def grams(self, losses: Tensor) -> Tensor:
-        K = len(losses)
         grams: dict[Role, Tensor] = {}
-        for (balanced, reach, _, _), part in self._buckets.grams.items():
-            role = self._options.role(balanced, reach, K)
+        parts = self._buckets.grams
+        roles = self._options.roles([reach if balanced else None for balanced, reach, _, _ in parts])
+        for role, part in zip(roles, parts.values(), strict=True):
             grams[role] = grams[role] + part.to(grams[role].device) if role in grams else part
         return kernels.by_role(grams, losses)
