@@ -145,12 +145,12 @@ class Balanced(Kept):
         return [group["balance"] for group in self.param_groups for _ in group["params"]]
 
     def _look(self, params: Sequence[Tensor]) -> None:
-        """Find out, once, whether other ranks train these parameters."""
+        """Find out whether other ranks train these parameters, once there are ranks."""
         if self._ranks is None and torch.distributed.is_available() and torch.distributed.is_initialized():
             from .distributed.find import find
 
             self._ranks = find(params, self._source, f"{type(self).__name__}.backward")
-        self._looked = True
+            self._looked = True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -254,9 +254,11 @@ class Balanced(Kept):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; `balance=False` in it keeps its parameters out of the balance (see the class).
 
+        On several ranks all of them call it, and parameters outside of the attached modules become those of rank 0.
+
         Raises:
-            TypeError, ValueError: a complex parameter, or a `balance` that is not True or False, besides what torch
-                refuses.
+            TypeError, ValueError: a complex parameter, a `balance` that is not True or False, or a parameter that is
+                not sharded beside some that are, besides what torch refuses.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -265,6 +267,9 @@ class Balanced(Kept):
                 check_params(type(self).__name__, group["params"])
             group.setdefault("balance", True)
             check_flag(f"{type(self).__name__}: balance of a group", group["balance"])
+            if self._ranks is not None:
+                self._ranks.adopt(group["params"])
+            self._looked = False  # the new ones may belong to a module of several ranks
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise

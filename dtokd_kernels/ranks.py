@@ -49,6 +49,14 @@ class Ranks:
         finally:
             self._closed = before
 
+    def adopt(self, params: Sequence[Tensor]) -> None:
+        """Train these parameters too, of a group that an optimizer is given later; all ranks call it.
+
+        Raises:
+            ValueError: they are not laid out as the others are.
+        """
+        raise NotImplementedError
+
     def agrees_before(self, one_pass: bool) -> bool:
         """Whether `agree` comes before the backward passes of a call; else losses travel with the Gram matrices."""
         return one_pass or (self.syncs and not self.shards)

@@ -141,6 +141,20 @@ def test_groups_that_change(pools, source, shard):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_group_that_comes_later_begins_alike(pools, shard):
+    """Its values are those of rank 0."""
+    answers = pools[2].run(ddp.late_group, shard)
+    assert_same_bits(answers)
+    for a, b in zip(answers[0][0], ddp.late_group(0, 1, shard)[0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_ranks_that_come_later_are_found(pools):
+    for messages in pools[2].run(ddp.ranks_that_come_later):
+        assert all("distributed.attach(optimizer, module)" in message for message in messages)
+
+
 @pytest.mark.parametrize(("source", "shard"), [("exact", False), ("exact", True), ("overlap", False), ("lag", False)])
 def test_gradient_that_is_undefined(pools, source, shard):
     answers = pools[2].run(ddp.undefined_gradient, source, shard)
@@ -354,6 +368,12 @@ def test_fsdp_refuses_sources_that_see_unreduced_gradients(pools, source):
 
 def test_fsdp_without_reduction_is_refused(pools):
     assert all("set_requires_gradient_sync" in message for message in pools[2].run(fsdp.unsynced))
+
+
+def test_fsdp_refuses_a_later_group_that_is_not_sharded(pools):
+    for message, added in pools[2].run(fsdp.late_group):
+        assert "one of shape (3,) is not, so nobody averages its gradient" in message
+        assert added == 0
 
 
 def test_fsdp_state_is_divided_by_the_ranks(pools):

@@ -45,20 +45,12 @@ def group_of(modules: Sequence[DistributedDataParallel], op: str) -> dist.Proces
     return next(iter(groups.values()), None)
 
 
-def outside(params: Sequence[Tensor], modules: Sequence[DistributedDataParallel]) -> list[Tensor]:
-    """Those of the parameters that belong to none of the modules."""
-    wrapped = {id(p) for module in modules for p in module.module.parameters()}
-    return [p for p in params if id(p) not in wrapped]
-
-
 def connect(ranks: Replicas, params: Sequence[Tensor], modules: Sequence[DistributedDataParallel]) -> None:
     """From here on `ranks` reduces the gradients, and the modules do not. All ranks call it.
 
     Effects: parameters outside of the modules become those of rank 0, as the modules have done with their own.
     """
-    for p in outside(params, modules):
-        dist.broadcast(p.detach(), group_src=0, group=ranks.group)
-    ranks.hook(params)
+    ranks.adopt(params)
     for module in modules:
         module._remove_autograd_hooks()
         module._static_graph_delay_allreduce_enqueued = True  # else a static graph's first pass reduces on its own

@@ -15,8 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ranks import Ranks
 from ..sources.source import Source
-from .connect import check_complete, connect, group_of, outside
-from .replicas import Replicas
+from .connect import check_complete, connect, group_of
+from .replicas import Replicas, outside
 from .shards import Shards, shard_of_whole
 
 

@@ -161,6 +161,12 @@ class Replicas(Ranks):
         self._reached = {(i, K, tuple(leaves)): frozenset(to) for i, K, leaves, to in state["reached"]}
         self._slots = {}
 
+    def adopt(self, params: Sequence[Tensor]) -> None:
+        """Those outside of the modules become those of rank 0; the gradients of all are seen from here on."""
+        for p in outside(params, self.modules):
+            dist.broadcast(p.detach(), group_src=0, group=self.group)
+        self.hook(params)
+
     def hook(self, params: Sequence[Tensor]) -> None:
         """Be told of each gradient that autograd writes, in passes of `optimizer.backward` and outside of them."""
         for p in params:
@@ -298,6 +304,12 @@ class Replicas(Ranks):
     def average(self, rows: Sequence[Sequence[Tensor | None]]) -> list[list[Tensor | None]]:
         """Gradients from `torch.autograd.grad`, averaged."""
         return average(rows, self.group)
+
+
+def outside(params: Sequence[Tensor], modules: Sequence[DistributedDataParallel]) -> list[Tensor]:
+    """Those of the parameters that belong to none of the modules."""
+    wrapped = {id(p) for module in modules for p in module.module.parameters()}
+    return [p for p in params if id(p) not in wrapped]
 
 
 def average(rows: Sequence[Sequence[Tensor | None]], group: dist.ProcessGroup | None) -> list[list[Tensor | None]]:

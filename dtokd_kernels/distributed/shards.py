@@ -15,8 +15,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ranks import Ranks
@@ -36,17 +37,7 @@ class Shards(Ranks):
     shards = True
 
     def __init__(self, params: Sequence[Tensor], op: str) -> None:
-        layouts = set()
-        for p in params:
-            if not isinstance(p, DTensor):
-                raise ValueError(
-                    f"{op}: some parameters are sharded, but one of shape {tuple(p.shape)} is not, so nobody averages "
-                    "its gradient; call fully_shard on its module too, before the optimizer is made"
-                )
-            layouts.add((p.device_mesh, tuple(type(placement) for placement in p.placements)))
-        if len(layouts) > 1:
-            raise ValueError(f"{op}: parameters lie on {len(layouts)} meshes or in several layouts; shard them alike")
-        mesh, kinds = layouts.pop()
+        mesh, kinds = _layout_of(params, op)
         if list(kinds).count(Shard) != 1 or any(kind not in (Shard, Replicate) for kind in kinds):
             names = ", ".join(kind.__name__ for kind in kinds)
             raise ValueError(
@@ -56,9 +47,14 @@ class Shards(Ranks):
         super().__init__(mesh.get_group(kinds.index(Shard)), op)
         self._replicas = [mesh.get_group(d) for d, kind in enumerate(kinds) if kind is Replicate]
         self.size = mesh.size()
-        known = {id(p) for p in params}
-        # weakly: what is remembered by the parameters must not keep them alive
-        self._modules = [weakref.ref(m) for m in _modules() if any(id(p) in known for p, _ in _pairs(m))]
+        self._layout = mesh, kinds
+        self._modules = _modules_of(params)
+
+    def adopt(self, params: Sequence[Tensor]) -> None:
+        """Parameters of a group that comes later: sharded as the others are."""
+        if _layout_of(params, self.op) != self._layout:
+            raise ValueError(f"{self.op}: parameters lie on 2 meshes or in several layouts; shard them alike")
+        self._modules += _modules_of(params)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -111,6 +107,31 @@ class Shards(Ranks):
         """This rank's parts of parameters and state."""
         local = [dict(zip(state, self.local(list(state.values())), strict=True)) for state in states]
         return self.local(params), local
+
+
+def _layout_of(params: Sequence[Tensor], op: str) -> tuple[DeviceMesh, tuple[type[Placement], ...]]:
+    """The one mesh and the kinds of placements of all parameters.
+
+    Raises:
+        ValueError: some are not sharded, or they are sharded in several ways.
+    """
+    layouts = set()
+    for p in params:
+        if not isinstance(p, DTensor):
+            raise ValueError(
+                f"{op}: some parameters are sharded, but one of shape {tuple(p.shape)} is not, so nobody averages "
+                "its gradient; call fully_shard on its module too, before the optimizer has its parameters"
+            )
+        layouts.add((p.device_mesh, tuple(type(placement) for placement in p.placements)))
+    if len(layouts) > 1:
+        raise ValueError(f"{op}: parameters lie on {len(layouts)} meshes or in several layouts; shard them alike")
+    return layouts.pop()
+
+
+def _modules_of(params: Sequence[Tensor]) -> list[weakref.ref[FSDPModule]]:
+    """The modules whose parameters these are; weakly: what the parameters remember must not keep them alive."""
+    known = {id(p) for p in params}
+    return [weakref.ref(m) for m in _modules() if any(id(p) in known for p, _ in _pairs(m))]
 
 
 def shard_of_whole() -> WeakIdKeyDictionary:

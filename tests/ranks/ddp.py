@@ -1,6 +1,7 @@
 """What each rank does in the tests of DistributedDataParallel; `size` 1 is the one process to compare with."""
 
 import contextlib
+import unittest.mock
 
 import torch
 import torch.distributed as dist
@@ -179,6 +180,40 @@ def changing_groups(rank, size, shard, source):
     weights += [step(late, number) for number in range(2)]
     weights.append(step(["first", *late], 3))  # a removed one gets gradients of its own
     return [p.detach() for p in params.values()], weights
+
+
+def late_group(rank, size, shard):
+    """A head that comes after the optimizer was attached, made with another seed on each rank."""
+    torch.manual_seed(3)
+    trunk = nn.Linear(4, 3, dtype=torch.float64)
+    optimizer = dk.DTOAdamW(trunk.parameters(), lr=0.1)
+    if size > 1:
+        dk.distributed.attach(optimizer, shard=shard)
+    torch.manual_seed(rank)
+    head = nn.Linear(3, 2, dtype=torch.float64)
+    optimizer.add_param_group({"params": list(head.parameters())})
+    for _ in range(2):
+        out = head(trunk(torch.ones(3, 4, dtype=torch.float64)))
+        optimizer.backward({"task": out.square().mean(), "distill": (out - 1).square().mean()})
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in (*trunk.parameters(), *head.parameters())], []
+
+
+def ranks_that_come_later(rank, size):
+    """A first backward before torch.distributed is initialized, or a group of a wrapped module after it."""
+    answers = []
+    for late in (False, True):
+        model, optimizer = _linear(size)
+        with unittest.mock.patch("torch.distributed.is_initialized", lambda late=late: late):
+            optimizer.backward(_losses(model))
+        optimizer.zero_grad()
+        if late:
+            model = nn.Sequential(model, nn.Linear(2, 2, dtype=torch.float64))
+            optimizer.add_param_group({"params": list(model[1].parameters())})
+        wrapped = DistributedDataParallel(model)
+        answers.append(_error(RuntimeError, lambda o=optimizer, w=wrapped: o.backward(_losses(w))))
+    return answers
 
 
 class _NoGradient(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -98,6 +99,16 @@ def unsynced(rank, size):
     student, optimizer = _make(size, {})
     student.set_requires_gradient_sync(False)
     return _error(RuntimeError, _step, rank, size, student, optimizer, _batches(1)[0])
+
+
+def late_group(rank, size):
+    """A parameter that is not sharded, in a group that comes after a step."""
+    student, optimizer = _make(size, {})
+    _step(rank, size, student, optimizer, _batches(1)[0])
+    groups = len(optimizer.param_groups)
+    late = {"params": [nn.Parameter(torch.ones(3, dtype=torch.float64))]}
+    message = _error(ValueError, optimizer.add_param_group, late)
+    return message, len(optimizer.param_groups) - groups
 
 
 def state_numbers(rank, size):
