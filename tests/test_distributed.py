@@ -155,6 +155,12 @@ def test_ranks_that_come_later_are_found(pools):
         assert all("distributed.attach(optimizer, module)" in message for message in messages)
 
 
+def test_whole_state_of_a_model_that_the_first_rank_does_not_train(pools):
+    nobody, held = pools[2].run(ddp.state_of_some_ranks)
+    assert nobody is None
+    assert held == [["exp_avg", "exp_avg_sq", "step"]] * 4
+
+
 @pytest.mark.parametrize(("source", "shard"), [("exact", False), ("exact", True), ("overlap", False), ("lag", False)])
 def test_gradient_that_is_undefined(pools, source, shard):
     answers = pools[2].run(ddp.undefined_gradient, source, shard)

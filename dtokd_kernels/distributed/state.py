@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from ..balanced import Balanced
@@ -19,8 +18,8 @@ def whole_state(optimizer: Balanced) -> dict[str, Any]:
         optimizer: `DTOAdamW` or `DTOSGD`.
 
     Returns:
-        What was sharded is whole and on the CPU on the first rank, and left out on the others. The rest is as
-        `state_dict()` has it.
+        What was sharded is whole and on the CPU on the first of the ranks that train it, and left out on the others.
+        The rest is as `state_dict()` has it.
     """
     state = optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -29,8 +28,9 @@ def whole_state(optimizer: Balanced) -> dict[str, Any]:
     for i, p in zip(numbers, params, strict=True):
         for name, value in state["state"].get(i, {}).items():
             if isinstance(value, DTensor):
+                first = not any(value.device_mesh.get_coordinate() or ())  # of the ranks that train it
                 value = value.full_tensor().reshape(-1)[: p.numel()].view(p.shape)  # a shard may be filled up
-                if dist.get_rank():
+                if not first:
                     continue
                 value = value.cpu()
             whole.setdefault(i, {})[name] = value

@@ -200,6 +200,18 @@ def late_group(rank, size, shard):
     return [p.detach() for p in (*trunk.parameters(), *head.parameters())], []
 
 
+def state_of_some_ranks(rank, size):
+    """The last rank alone trains a model, with a sharded state; what it gets of that."""
+    group = dist.new_group([size - 1])
+    if rank != size - 1:
+        return None
+    model, optimizer = _linear(size)
+    dk.distributed.attach(optimizer, process_group=group, shard=True)
+    optimizer.backward(_losses(model))
+    optimizer.step()
+    return [sorted(state) for state in dk.distributed.whole_state(optimizer)["state"].values()]
+
+
 def ranks_that_come_later(rank, size):
     """A first backward before torch.distributed is initialized, or a group of a wrapped module after it."""
     answers = []
