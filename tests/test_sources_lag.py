@@ -171,3 +171,33 @@ def test_large_gradients_are_finite_to_the_watch_of_lag():
         optimizer.step()
         assert not optimizer.balance.skipped
     assert optimizer.skipped_steps == 0
+
+
+def test_an_objective_that_was_away_is_weighed_at_once(backend):
+    """Alone it has weight 1 in each step, as the other one has in the steps between; nothing is skipped."""
+    trained = []
+    for source in ("exact", "lag"):
+        w = nn.Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
+        optimizer = dk.DTOSGD([w], lr=0.1, gram=source)
+        for step in range(4):
+            away = 0 * w.sum() + 3
+            optimizer.zero_grad()
+            optimizer.backward([away if step % 2 else w.square().sum(), (w - 1).square().sum() if step % 2 else away])
+            optimizer.step()
+            assert optimizer.balance.weights.tolist() == [1 - step % 2, step % 2]
+        assert optimizer.skipped_steps == 0
+        trained.append(w)
+    assert torch.equal(*trained)
+
+
+def test_an_objective_that_comes_later_is_weighed_by_its_length(backend):
+    w = nn.Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
+    optimizer = dk.DTOSGD([w], lr=0.0, weighting=dk.weighting.DTO(log_gradients=False), gram="lag")
+    for later in (0.0, 1.0):
+        optimizer.zero_grad()
+        optimizer.backward([w.sum(), later * 3 * w.sum()])
+        optimizer.step()
+    # squares of 2 and 18, taken as orthogonal
+    assert (
+        optimizer.balance.weights - torch.tensor([0.9, 0.1], dtype=torch.float64)
+    ).abs().max() <= 8 * tolerances.REORDERED
