@@ -180,6 +180,8 @@ class GradientSets:
         source = self.source
         one_pass = self.weighed is not None or (not started and source.one_pass(names, params))
         if one_pass and options.log_gradients and options.rescale == "none" and self.shares + share > 1 + 1e-6:
+            if ranks is not None:
+                ranks.refuse()
             raise ValueError(
                 f"{op}: the shares of this step's calls sum to {self.shares + share:g}, but log-gradients do not get "
                 "shorter when a loss is divided: the step would be too long; pass share=1/n to each of n calls"

@@ -216,13 +216,15 @@ def test_precision_of_the_state_is_kept_in_parts(pools, name):
             assert not all(torch.equal(t, t.bfloat16().float()) for t in masters)
 
 
-@pytest.mark.parametrize("what", ["constant", "missing"])
+@pytest.mark.parametrize("what", ["constant", "missing", "share"])
 def test_error_on_one_rank_stops_the_others_at_once(pools, what):
     messages, weights = zip(*pools[3].run(ddp.error_on_one, what), strict=True)
     assert "ranks" in messages[0]
     assert "ranks" in messages[2]
     if what == "constant":
         assert "needs no gradient" in messages[1]
+    if what == "share":
+        assert "shares of this step's calls sum to 1.25" in messages[1]
     assert_same_bits([[w] for w in weights])
 
 

@@ -339,15 +339,18 @@ def overflow_on_one(rank, size, shard, where):
 
 def error_on_one(rank, size, what):
     """Rank 1 is given what it must refuse; the next step works."""
-    model, optimizer = _linear(size)
+    model, optimizer = _linear(size, gram="none", weighting=weighting.LogSum()) if what == "share" else _linear(size)
     ddp = DistributedDataParallel(model)
     dk.distributed.attach(optimizer, ddp)
+    if what == "share":
+        optimizer.backward(_losses(ddp), share=0.5)
     losses = _losses(ddp)
     if rank == 1 and what == "constant":
         losses["distill"] = torch.ones((), dtype=torch.float64)
     if rank == 1 and what == "missing":
         del losses["distill"]
-    message = _error((ValueError, RuntimeError), optimizer.backward, losses)
+    share = 0.75 if rank == 1 and what == "share" else 0.5
+    message = _error((ValueError, RuntimeError), lambda: optimizer.backward(losses, share=share))
     optimizer.zero_grad()
     optimizer.backward(_losses(ddp))
     optimizer.step()
