@@ -257,8 +257,8 @@ class Balanced(Kept):
         On several ranks all of them call it, and parameters outside of the attached modules become those of rank 0.
 
         Raises:
-            TypeError, ValueError: a complex parameter, a `balance` that is not True or False, or a parameter that is
-                not sharded beside some that are, besides what torch refuses.
+            TypeError, ValueError: a complex parameter, a `balance` that is not True or False, an option of torch's that
+                has no effect here, or a parameter that is not sharded beside some that are, besides what torch refuses.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -267,6 +267,12 @@ class Balanced(Kept):
                 check_params(type(self).__name__, group["params"])
             group.setdefault("balance", True)
             check_flag(f"{type(self).__name__}: balance of a group", group["balance"])
+            for name, only in (("decoupled_weight_decay", True), ("differentiable", False)):
+                if bool(group.get(name, only)) is not only:
+                    raise ValueError(
+                        f"{type(self).__name__}: {name} of a group is {group[name]!r}, which torch's optimizer follows "
+                        "and this one does not; leave it out"
+                    )
             if self._ranks is not None:
                 self._ranks.adopt(group["params"])
             self._looked = False  # the new ones may belong to a module of several ranks

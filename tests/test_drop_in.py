@@ -237,6 +237,18 @@ def test_add_param_group(backend, rule):
     assert_same_run(make(torch_class(rule)), make(ours_class(rule), weighting=RAW), each=each)
 
 
+@pytest.mark.parametrize("option", [{"decoupled_weight_decay": False}, {"differentiable": True}])
+def test_options_of_torchs_groups_without_effect_are_refused(option):
+    p, late = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    [name] = option
+    with pytest.raises(ValueError, match=f"^DTOAdamW: {name} of a group is {option[name]}"):
+        dk.DTOAdamW([{"params": [p], **option}])
+    optimizer = dk.DTOAdamW([p])
+    with pytest.raises(ValueError, match=f"^DTOAdamW: {name} of a group"):
+        optimizer.add_param_group({"params": [late], **option})
+    assert len(optimizer.param_groups) == 1
+
+
 @pytest.mark.parametrize("rule", ["adamw", "sgd"])
 def test_add_param_group_between_backward_and_step(backend, rule):
     """Gradients gathered so far stay with their parameters; the new ones wait for the next backward."""
