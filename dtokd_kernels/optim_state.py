@@ -12,6 +12,7 @@ from torch import Tensor
 from .checks import check_flag
 from .gradients import GradientSets
 from .ranks import Ranks
+from .reach import Reach
 from .rules import Rule
 from .sources import Source
 from .types import Options, Weighting
@@ -128,7 +129,8 @@ class Kept(torch.optim.Optimizer):
 
         Raises:
             TypeError, ValueError: it is no optimizer's state, its groups are not those of this optimizer, its moments
-                are of other shapes, or its weighting's memory is another rule's. Nothing has changed then.
+                are of other shapes, its weighting's memory is another rule's, or another memory is damaged. Nothing has
+                changed then.
         """
         self._settle()
         loaded: list[dict[str, Any]] = []
@@ -152,8 +154,8 @@ class Kept(torch.optim.Optimizer):
         """A state that is to be loaded, with this optimizer's `balance` of groups that have none.
 
         Raises:
-            ValueError: it is no optimizer's, its moments are of other shapes, or its weighting's memory is another
-                rule's.
+            ValueError: it is no optimizer's, its moments are of other shapes, its weighting's memory is another rule's,
+                or that of the Gram's source or of what is reached is damaged.
             TypeError: a group's `balance` is not True or False.
         """
         op = f"{type(self).__name__}.load_state_dict"
@@ -172,6 +174,17 @@ class Kept(torch.optim.Optimizer):
         self._check_shapes(state)
         if isinstance(self.weighting, Stateful) and "weighting" in state:
             copy.copy(self.weighting).load_state_dict(state["weighting"])
+        for name, load in (
+            ("gram", self._source.begin().load_state_dict),
+            ("reach", lambda held: Reach().load_state_dict(held, self._params())),
+        ):
+            try:
+                load(state.get(name, {}))
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{op}: {name!r} of the state is not what state_dict() returned ({error}); leave it out, and it is "
+                    "found out anew"
+                ) from error
         return {**state, "param_groups": groups}
 
     def _take_over(self, state: dict[str, Any]) -> None:

@@ -217,7 +217,20 @@ def test_hooks_see_the_memories(backend):
     assert torch.equal(source["total"], state["wrapped"]["gram"]["total"])
 
 
+def with_other_moments(state):
+    held = {i: {**of_one, "exp_avg": of_one["exp_avg"] + 1} for i, of_one in state["state"].items()}
+    return {**state, "state": held}
+
+
 BAD_STATES = {
+    "gram": (
+        lambda state: {**with_other_moments(state), "gram": {**state["gram"], "shares": 0.5}},
+        r"'gram' of the state is not what state_dict\(\) returned",
+    ),
+    "reach": (
+        lambda state: {**with_other_moments(state), "reach": None},
+        r"'reach' of the state is not what state_dict\(\) returned",
+    ),
     "wrapped": (
         lambda state: {"optimizer": state},
         r"the state has \['optimizer'\], expected 'state' and 'param_groups'",
@@ -233,7 +246,7 @@ BAD_STATES = {
 def test_bad_states(backend, case):
     change, message = BAD_STATES[case]
     model = Student()
-    optimizer = dk.DTOAdamW(model.parameters())
+    optimizer = dk.DTOAdamW(model.parameters(), gram=dk.sources.Ema(0.5))
     run_two(optimizer, model, 0, 1)
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises((TypeError, ValueError), match=f"^DTOAdamW.load_state_dict: {message}"):
