@@ -190,12 +190,14 @@ def test_an_objective_that_was_away_is_weighed_at_once(backend):
     assert torch.equal(*trained)
 
 
-def test_an_objective_that_comes_later_is_weighed_by_its_length(backend):
+@pytest.mark.parametrize("parts", [1, 3])
+def test_an_objective_that_comes_later_is_weighed_by_its_length(backend, parts):
     w = nn.Parameter(torch.tensor([2.0, -1.0], dtype=torch.float64))
     optimizer = dk.DTOSGD([w], lr=0.0, weighting=dk.weighting.DTO(log_gradients=False), gram="lag")
     for later in (0.0, 1.0):
         optimizer.zero_grad()
-        optimizer.backward([w.sum(), later * 3 * w.sum()])
+        for _ in range(parts):
+            optimizer.backward([w.sum(), later * 3 * w.sum()], share=1 / parts)
         optimizer.step()
     # squares of 2 and 18, taken as orthogonal
     assert (

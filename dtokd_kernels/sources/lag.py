@@ -128,18 +128,24 @@ class _Finite:
         self._backend = options.backend
         self._totals: dict[int, Tensor] = {}  # [1, 1] float64 of each objective that has gradients
         self._objectives = 0
+        self._written: set[tuple[int, int]] = set()  # (objective, parameter), by the calls before this one
 
     def watches(self, i: int, K: int) -> bool:
         return True
 
     def start(self, rows: Sequence[Sequence[Tensor | None]], balanced: Sequence[bool], reach: Reach) -> None:
         self._buckets, self._objectives = Buckets(self._backend), len(rows)
+        self._now: set[tuple[int, int]] = set()
 
     def ready(self, i: int, t: int, gradient: Tensor) -> None:
+        self._now.add((i, t))
         self._buckets.add((i, gradient.dtype, gradient.device), [gradient])
 
     def finish(self) -> None:
         self._buckets.finish()
+        if self._now >= self._written:  # else what was written before counts, though some of it has grown since
+            self._totals = {}
+        self._written |= self._now
         for (i, _, _), part in self._buckets.grams.items():
             self._totals[i] = self._totals[i] + part.to(self._totals[i].device) if i in self._totals else part
 
