@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .rules import Rule
+from .types import Role
 
 #: Dtypes that kernels know.
 DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -38,6 +40,12 @@ class Layout:
     def roles(self) -> int:
         """Bit r is set if there are rows of role r."""
         return sum(1 << role for role in set(self.role))
+
+    @functools.cached_property
+    def shared(self) -> int:
+        """Bit i is set if objective i has a gradient in a row that is in the Gram matrix."""
+        reaches = [reach for reach, role in zip(self.reach, self.role, strict=True) if role == Role.SHARED]
+        return functools.reduce(operator.or_, reaches, 0)
 
 
 @dataclass(eq=False)

@@ -203,3 +203,18 @@ def test_an_objective_that_comes_later_is_weighed_by_its_length(backend, parts):
     assert (
         optimizer.balance.weights - torch.tensor([0.9, 0.1], dtype=torch.float64)
     ).abs().max() <= 8 * tolerances.REORDERED
+
+
+def test_an_objective_whose_gradient_was_private_is_weighed_at_once(backend):
+    """In the first step distillation stops at its own layer, and the trunk is the task's alone."""
+    model = Student()
+    optimizer = dk.DTOSGD(model.parameters(), lr=0.1, gram="lag")
+    x, y, z = batch()
+    out, _ = model(x)
+    detached = model.projector(torch.tanh(model.trunk(x)).detach())
+    optimizer.backward({"task": (out - y).square().mean(), "distill": (detached - z).square().mean()})
+    optimizer.step()
+    before = model.trunk.weight.detach().clone()
+    train(model, optimizer, 1)
+    assert (optimizer.balance.weights > 0).all()
+    assert not torch.equal(model.trunk.weight, before)

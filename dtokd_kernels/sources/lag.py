@@ -28,8 +28,9 @@ class Lag(Source):
     Cost: K backward passes; `step` is one pass over memory. As that pass cannot know what it will meet, each
     gradient is checked for NaN and Inf when autograd writes it, while it is in cache: a step with such a gradient
     changes nothing, as always, and an objective without any is left out. Weights: one step old; an objective that had
-    no gradient in that step is weighed by its length in this one, as if at right angles to the others. `max_norm` clips
-    by the norm that the previous Gram matrix gives these weights; `balance.norm`, `gram` and `cosine` are this step's.
+    no shared gradient in that step is weighed by its length in this one, as if at right angles to the others.
+    `max_norm` clips by the norm that the previous Gram matrix gives these weights; `balance.norm`, `gram` and `cosine`
+    are this step's.
     """
 
     _names: tuple[str, ...] = field(default=(), init=False, repr=False)
@@ -64,8 +65,11 @@ class Lag(Source):
         assert isinstance(gathered.watch, _Finite)
         squares = kernels.unscaled(gathered.watch.squares().to(losses.device), self._scale)
         before, losses_before = (kept.to(losses.device) for kept in self._kept)
-        # of objectives without a gradient in that step nothing is known but this step's squares
-        new = torch.where(before.diagonal(dim1=1, dim2=2).sum(0) == 0, squares, 0.0)
+        # of objectives without a shared gradient in that step nothing is known but this step's squares
+        new = torch.where(before[Role.SHARED].diagonal() == 0, squares, 0.0)
+        for i in range(len(losses)):
+            if not gathered.rows.layout.shared >> i & 1:
+                new[i].zero_()
         known = before.clone()
         known[Role.SHARED].diagonal().add_(new)
         losses_before = torch.where(new > 0, losses, losses_before)
