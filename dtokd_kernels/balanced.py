@@ -245,7 +245,7 @@ class Balanced(Kept):
         """
         super().zero_grad(set_to_none)
         if self._ranks is not None:
-            self._ranks.unsynced = False
+            self._ranks.cleared()
         if set_to_none:
             self._sets.clear()
         else:

@@ -49,6 +49,10 @@ class Ranks:
         finally:
             self._closed = before
 
+    def cleared(self) -> None:
+        """The gradient sets hold nothing, or zeros."""
+        self.unsynced = False
+
     def adopt(self, params: Sequence[Tensor]) -> None:
         """Train these parameters too, of a group that an optimizer is given later; all ranks call it.
 

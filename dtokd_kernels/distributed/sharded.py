@@ -61,6 +61,7 @@ class Sharded(Replicas):
         self._pool: list[Tensor] = []
         self._sent: list[Tensor] = []  # buckets of this pass
         self._whole: set[int] = set()  # passes whose gradients are this rank's, of whole parameters
+        self._begun: set[int] = set()  # passes since the sets were cleared
         self._earlier: list[Tensor | None] = []
         self._parts: list[Tensor | None] = []
 
@@ -73,11 +74,21 @@ class Sharded(Replicas):
         if isinstance(innermost(source), Lag):
             raise ValueError(f"{op}: gram='lag' does not go with shard=True; use 'overlap', or shard=False")
 
+    def cleared(self) -> None:
+        """The gradient sets hold nothing, or zeros."""
+        super().cleared()
+        self._begun.clear()
+
     def start(self, i: int, row: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Whole gradients of earlier parts of the batch; reduced ones are kept, as they do not fit in `.grad`."""
+        begun = i in self._begun
+        self._begun.add(i)
         if i in self._whole or all(g is None for g in row):
             self._earlier = [None] * len(row)
             return list(row)
+        if not self.syncs and not begun:  # parts of zeros, which whole gradients take the place of
+            self._earlier = [None] * len(row)
+            return self._earlier
         if not self.syncs:
             raise RuntimeError(
                 f"{self.op}: inside no_sync() after a part of the batch that was reduced; with shard=True enter it for "
