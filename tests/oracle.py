@@ -94,10 +94,13 @@ def balanced(
     grads = [torch.autograd.grad(loss, list(params), retain_graph=True, allow_unused=True) for loss in losses]
     reach = [[i for i in range(K) if grads[i][t] is not None] for t in range(len(params))]
 
+    together = {i for t in range(len(params)) if not plain[t] and len(reach[t]) > 1 for i in reach[t]}
+    anywhere = {i for t in range(len(params)) if not plain[t] for i in reach[t]}
+
     def role(t: int) -> str:
         if plain[t]:
             return "plain"
-        return "private" if private == "own" and len(reach[t]) < K else "shared"
+        return "private" if private == "own" and len(reach[t]) < len(together or anywhere) else "shared"
 
     values = torch.stack([loss.detach().double() for loss in losses])
     scale = 1 / values.clamp(min=loss_floor) if log_gradients else torch.ones(K, dtype=torch.float64)
