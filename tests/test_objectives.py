@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from dtokd.errors import UsageError
 from dtokd.objectives.base import Objective, at_bound
-from dtokd.objectives.build import build
+from dtokd.objectives.build import build, weights_of
 from dtokd.objectives.features import DISTANCES, Attention, attention_distance, normalise
 from dtokd.objectives.logits import decoupled_kl, soft_kl
 from dtokd.objectives.options import add_arguments
@@ -85,6 +85,14 @@ WEIGHTS = [
         {"task_loss_weight": 0.7, "distill_loss_weight": 0.2},
     ),
 ]
+
+
+def test_weights_below_zero_are_refused():
+    """With timm's rule that the teacher's weight is 1 minus the task's."""
+    assert weights_of(options("--task-loss-weight", 1), ["kl"]) == (1.0, {"kl": 0.0})
+    with pytest.raises(UsageError, match="--task-loss-weight: 3 alone leaves -2"):
+        weights_of(options("--task-loss-weight", 3), ["kl"])
+    assert weights_of(options("--task-loss-weight", 3, "--distill-loss-weight", 1), ["kl"]) == (3.0, {"kl": 1.0})
 
 
 @pytest.mark.parametrize(("arguments", "keywords"), WEIGHTS)

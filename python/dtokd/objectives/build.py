@@ -336,10 +336,15 @@ def weights_of(options: argparse.Namespace, names: Sequence[str]) -> tuple[float
     """The weights of the task and of each objective in the sum, as timm's train.py reads --task-loss-weight.
 
     Raises:
-        UsageError: weights for another number of objectives.
+        UsageError: weights for another number of objectives, or the task's weight leaves less than 0 for them.
     """
     task, distill = options.task_loss_weight, as_list(options.distill_loss_weight)
     if not distill:
+        if task is not None and task > 1:
+            raise UsageError(
+                f"--task-loss-weight: {task:g} alone leaves {1 - task:g} for what the teacher teaches, so the student "
+                "would avoid it; pass --distill-loss-weight too"
+            )
         shared = 1.0 if task is None else (1.0 - task) / len(names)
         return (1.0 if task is None else task), dict.fromkeys(names, shared)
     if len(distill) not in (1, len(names)):
