@@ -113,6 +113,9 @@ def test_perfect_detections(coco):
     assert sum(metrics[f"error_{kind}"] for kind in KINDS) == pytest.approx(0)
     metrics = nothing.compute()
     assert metrics["ap"] == 0
+    assert np.isnan(metrics["ap_large"])
+    assert nothing.details()["ap"] == [0.0 if count else None for count in nothing.details()["objects"]]
+    assert np.isnan(CocoEvaluator(annotations.part([1])).average_precision())  # an image without a box
     assert metrics["error_missed"] == 0  # with no detection at all, asking for less finds no more
 
 

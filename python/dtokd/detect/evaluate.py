@@ -82,12 +82,12 @@ class CocoEvaluator:
         return np.concatenate([found[number] for number in sorted(found)]) if found else np.zeros((0, 7))
 
     def _metrics(self, rows: np.ndarray[Any, Any]) -> dict[str, float]:
-        if not len(rows):
-            return dict.fromkeys(METRICS, 0.0)
         from pycocotools.cocoeval import COCOeval
 
         with redirect_stdout(StringIO()):
-            judged = COCOeval(self._truth, self._truth.loadRes(rows), "bbox")
+            # pycocotools loads no empty list
+            found = self._truth.loadRes(rows) if len(rows) else index({**self._truth.dataset, "annotations": []})
+            judged = COCOeval(self._truth, found, "bbox")
             judged.evaluate()
             judged.accumulate()
             judged.summarize()
@@ -100,7 +100,7 @@ class CocoEvaluator:
         """For `classes.json`: AP in [0, 1] and objects of each class, in the order of the labels; after `compute`."""
         categories = sorted(self._truth.getCatIds())
         objects = [len(self._truth.getAnnIds(catIds=[category], iscrowd=False)) for category in categories]
-        return {"ap": self._per_class or [0.0 if count else None for count in objects], "objects": objects}
+        return {"ap": self._per_class, "objects": objects}
 
 
 def _numbers(x: Tensor) -> np.ndarray[Any, Any]:
