@@ -14,8 +14,9 @@ from dtokd.train.checkpoint import load_checkpoint
 from dtokd.train.rundir import RunDir
 from safetensors.torch import load_file, save_file
 
-from .coco import CATEGORIES, TINY, VIDT, common, write_coco
+from .coco import CATEGORIES, TINY, VIDT, common, edited, write_coco
 from .coco import FCOS as FCOS_OPTIONS
+from .refused import refused
 from .test_detect import configuration, dense, vidt
 from .test_train_resume import die_and_resume, stop_and_resume
 
@@ -192,8 +193,8 @@ def test_a_run_of_its_own(coco, tmp_path, capsys):
     assert {path: path.read_bytes() for path in (tmp_path / "x").rglob("*") if path.is_file()} == files
 
 
-def test_run_names_its_classes(coco, tmp_path):
-    """In the order of the labels, with their categories and the preprocessing."""
+def test_run_names_its_classes(coco, tmp_path, capsys):
+    """In the order of the labels, with their categories and the preprocessing; other data is not judged by them."""
     options = [*common(coco, tmp_path), *FCOS_OPTIONS, "--experiment", "x", "--epochs", "1", "--pictures", "0"]
     assert main(["detect", *options]) == 0
     card = json.loads((tmp_path / "x" / "config.json").read_text())
@@ -202,6 +203,14 @@ def test_run_names_its_classes(coco, tmp_path):
     assert (card["architecture"], card["num_classes"]) == ("fcos:test_resnet", len(ids))
     assert card["input"]["img_size"] == 48
     assert len(card["input"]["mean"]) == 3
+
+    def exchange(content):
+        one, two = content["categories"][:2]
+        one["name"], two["name"] = two["name"], one["name"]
+
+    other = edited(coco, tmp_path / "other", "val", exchange)
+    capsys.readouterr()
+    assert "labels would not mean the same" in refused(capsys, "eval", tmp_path / "x", "--data-dir", other)
 
 
 CACHED = {

@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..card import CARD, read_card
 from ..errors import UsageError
 from ..files import load_weights
 from ..train.engine import autocast, evaluate
+from ..train.found import some
 from ..train.images import new_record, skipped
 from ..train.world import World
 from .data import make_loader, read_split
@@ -33,6 +35,7 @@ def judge(run: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
         raise UsageError("dtokd eval: the run has no validation split; pass --val-split")
     weights = given.get("checkpoint") or Path(given["run_dir"]) / "student.safetensors"
     split = read_split(options, options.val_split)
+    _check_classes(Path(given["run_dir"]), options.val_split, list(split.categories.values()))
     device = World().device(options.device)
     student = make_student(options, len(split.categories))
     load_weights(student, weights, "--checkpoint", options.model)
@@ -44,3 +47,13 @@ def judge(run: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     if bad := skipped(record):
         result["skipped_images"] = len(bad)
     return result
+
+
+def _check_classes(run: Path, split: str, names: list[str]) -> None:
+    """Raises UsageError: the split's labels mean other classes than the run's."""
+    known = read_card(run, "dtokd eval", detects=True)["label_names"] if (run / CARD).exists() else names
+    if known != names:
+        raise UsageError(
+            f"dtokd eval: {split!r} has the categories {some(names)}, the run {some(known)}; labels would not mean the "
+            "same"
+        )
