@@ -1,12 +1,14 @@
 """`dtokd detect`: detectors, and objectives between them."""
 
+import argparse
 import itertools
 
 import pytest
 import torch
 import transformers
 from dtokd.detect.batch import Images
-from dtokd.detect.build import share_queries
+from dtokd.detect.build import _objective, share_queries
+from dtokd.detect.cache import AbsentDetector
 from dtokd.detect.data import collate
 from dtokd.detect.detectors import deformable
 from dtokd.detect.detectors.build import DENSE, columns
@@ -433,6 +435,23 @@ def test_negative_loss_reaches_the_balance():
     assert losses["negative"] < -1
     with pytest.raises(ValueError, match=r"losses\['negative'\] is -.*need a positive loss"):
         dk.backward(losses, task.get_eval_model().parameters())
+
+
+def test_boxes_of_two_kinds_are_not_compared():
+    """RetinaNet has nine at a place, FCOS one, in another code; a cache that does not know the kind is believed."""
+    student, teacher = dense("fcos"), dense("retinanet")
+    options = argparse.Namespace(kd_feature_norm="none", kd_projector="linear", kd_feature_loss="mse", model="fcos:x")
+    asked = options, student, teacher, "retinanet:x", torch.arange(3)
+    assert isinstance(_objective("feature", *asked), MultiScale)
+    with pytest.raises(UsageError, match="write boxes in different ways"):
+        _objective("prediction", *asked)
+    facts = {
+        name: getattr(student, name) for name in ("dense", "queries", "sigmoid", "classes", "widths", "token_width")
+    }
+    absent = AbsentDetector({**facts, "columns": [0, 1, 2]})
+    assert isinstance(
+        _objective("prediction", options, student, absent, "fcos:x", absent.columns), objectives.Predictions
+    )
 
 
 def test_predictions_do_not_round_below_zero():

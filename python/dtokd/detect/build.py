@@ -371,4 +371,10 @@ def _objective(
         raise UsageError(
             f"--kd-distill-type prediction: the student {options.model} has a softmax over its classes; take token"
         )
+    if student.dense and teacher.kind not in (None, student.kind):
+        raise UsageError(
+            f"--kd-distill-type prediction: the teacher {name} and the student {options.model} write boxes in "
+            "different ways, and have different numbers of them at a place; take feature, or a teacher of the "
+            "student's kind"
+        )
     return Predictions(kind, student.dense, known, softmax=not teacher.sigmoid)

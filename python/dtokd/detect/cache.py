@@ -22,7 +22,7 @@ from .batch import Images, padded
 from .detectors.base import Detector
 
 #: What is asked of a teacher when its task is made.
-_FACTS = ("dense", "queries", "sigmoid", "classes", "widths", "token_width")
+_FACTS = ("dense", "kind", "queries", "sigmoid", "classes", "widths", "token_width")
 
 
 class AbsentDetector(Detector):
@@ -37,7 +37,8 @@ class AbsentDetector(Detector):
     def __init__(self, facts: Mapping[str, Any]) -> None:
         super().__init__()
         for name in _FACTS:
-            setattr(self, name, facts[name])
+            if name in facts:  # an older cache has no kind
+                setattr(self, name, facts[name])
         self.columns: Tensor | None = None if facts["columns"] is None else torch.tensor(facts["columns"])
 
 

@@ -39,6 +39,7 @@ class Detector(nn.Module):
 
     Attributes:
         dense: predictions belong to places of feature maps; otherwise to queries.
+        kind: the name of its architecture, on which the meaning of its boxes depends; None if unknown.
         queries: how many, or None.
         sigmoid: classes are scored one by one; otherwise a softmax with "no object" as last class.
         classes: without "no object".
@@ -47,6 +48,7 @@ class Detector(nn.Module):
     """
 
     dense: bool
+    kind: str | None = None
     queries: int | None = None
     sigmoid: bool = True
     classes: int
