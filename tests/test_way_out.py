@@ -144,6 +144,10 @@ def test_folder_that_timm_loads(run, tmp_path, capsys):
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model(images), load_trained(run, "test").model(images))
+    # of the run's results only those of the weights that it has
+    assert "| top1 |" in (tmp_path / "out" / "README.md").read_text()
+    lines(capsys, "export", run, "--output", tmp_path / "out", "--checkpoint", run / "student-last.safetensors")
+    assert "| top1 |" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_program_of_torch(run, capsys):

@@ -22,7 +22,7 @@ from .errors import UsageError, reason_of
 from .files import as_json, write_bytes, write_text, writing
 from .readme import make_readme
 from .train import data
-from .trained import Trained, load_trained
+from .trained import STUDENT, Trained, load_trained
 
 #: Packages that `--format onnx` needs, which are no part of torch.
 ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -174,7 +174,9 @@ def _timm(trained: Trained, target: Path) -> Model:
     """A folder as timm's hub has it: `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it."""
     write_text(target / CARD, as_json(trained.card, indent=2) + "\n")
     write_bytes(target / WEIGHTS, save(dict(trained.model.state_dict()), {"format": "pt"}))
-    write_text(target / "README.md", make_readme(trained.run, folder=True))
+    write_text(
+        target / "README.md", make_readme(trained.run, folder=True, best=trained.weights == trained.run / STUDENT)
+    )
     try:
         made: Model = timm.create_model(f"local-dir:{target}", pretrained=True).eval()
         return made

@@ -14,12 +14,13 @@ from .train.options import flag
 README = "README.md"
 
 
-def make_readme(path: Path, folder: bool = False) -> str:
+def make_readme(path: Path, folder: bool = False, best: bool = True) -> str:
     """The text.
 
     Args:
         path: the directory of a run of `dtokd train` or `dtokd detect`, with a finished epoch.
         folder: whether it is for a folder of `dtokd export --format timm` instead of the run's directory.
+        best: whether the weights are those of the best epoch, whose results are known.
 
     Raises:
         UsageError: it is no run directory, no epoch is finished, or a file of it is damaged.
@@ -38,7 +39,7 @@ def make_readme(path: Path, folder: bool = False) -> str:
         "",
         _what(run.settings, detects),
         "",
-        *_results(run),
+        *(_results(run) if best else ()),
         "## Training",
         "",
         *_training(run),
