@@ -140,6 +140,23 @@ def test_the_teachers_evaluation_changes_nothing(digits, teacher, tmp_path, monk
     assert judged == [1, 1]
 
 
+def test_teachers_of_one_architecture(digits, teacher, tmp_path, capsys):
+    """Each keeps its own metrics when the run goes on, and its own line in the report."""
+    other = timm.create_model("test_resnet", num_classes=10)
+    with torch.no_grad():
+        other.get_classifier().bias[3] += 100
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    options = ["train", *common(digits, tmp_path), "--experiment", "x", "--kd-model-name", "test_resnet", "test_resnet"]
+    options += ["--kd-teacher-path", str(teacher), str(tmp_path / "other.safetensors"), "--epochs"]
+    assert main([*options, "1"]) == 0
+    before = json.loads((tmp_path / "x" / "about.json").read_text())["teachers"]
+    assert before[0]["metrics"] != before[1]["metrics"]
+    assert main([*options, "2", "--resume", "auto"]) == 0
+    assert json.loads((tmp_path / "x" / "about.json").read_text())["teachers"] == before
+    page = (tmp_path / "x" / "report.html").read_text()
+    assert all(f"teacher test_resnet ({number}): top1" in page for number in (1, 2))
+
+
 def test_teacher_of_a_detector_is_judged(tmp_path, monkeypatch, capsys):
     """By AP; an untrained one is told."""
     data = write_coco(tmp_path / "data")

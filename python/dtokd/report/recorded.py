@@ -82,8 +82,13 @@ class Recorded:
 
     @property
     def teachers(self) -> list[Mapping[str, Any]]:
-        """What is known of each teacher."""
-        return list(self.about.get("teachers", ()))
+        """What is known of each teacher; a name that several have gets a number."""
+        found = list(self.about.get("teachers", ()))
+        names = [teacher["name"] for teacher in found]
+        numbered = [
+            f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name for i, name in enumerate(names)
+        ]
+        return [{**teacher, "name": name} for teacher, name in zip(found, numbered, strict=True)]
 
     @property
     def models(self) -> list[Mapping[str, Any]]:

@@ -69,17 +69,18 @@ def find_out(engine: Engine, loaders: Data, known: Known, before: Mapping[str, A
     told["judged_with"] = {name: str(getattr(engine.options, name, None)) for name in _JUDGED_WITH}
     known_already = before.get("teachers", ()) if before.get("judged_with") == told["judged_with"] else ()
     for number, (teacher, objectives) in enumerate(lessons):
+        # by its place: teachers of one architecture differ in nothing but their weights
+        held = known_already[number] if number < len(known_already) else None
+        held = held if isinstance(held, dict) else {}
         if is_absent(teacher.model):
-            held = known_already[number] if number < len(known_already) else {}
-            there = isinstance(held, dict) and held.get("name") == teacher.name
+            there = held.get("name") == teacher.name
             stored = {"name": teacher.name, "told": f"{teacher.name}: not loaded, as all of its outputs are stored"}
             told["teachers"].append(held if there else stored)
             continue
         example = None if known.example is None else teacher.view(known.example)
         part = describe(teacher.name, teacher.model, example)
-        earlier = [t for t in known_already if isinstance(t, dict) and t.get("told") == part["told"] and "metrics" in t]
-        if earlier:
-            part |= earlier[0]
+        if held.get("told") == part["told"] and "metrics" in held:
+            part |= held
         elif engine.options.kd_eval_teacher and loaders.validation is not None:
             part |= _judge(engine, loaders.validation, teacher, objectives, student)
         told["teachers"].append(part)
