@@ -139,6 +139,11 @@ def test_sixteen_bits(capsys, data, tmp_path, extension, more):
     assert "more than 8 bits per value" in error
 
 
+def test_channels_of_torchvisions_folders(data, tmp_path):
+    """Grey images for a student of one channel, as in folders that timm reads."""
+    run(data, tmp_path, "--dataset", "torch/image_folder", "--in-chans", "1", "--dry-run")
+
+
 def test_tar(capsys, digits, tmp_path):
     """Its classes are counted; it has no splits."""
     with tarfile.open(tmp_path / "train.tar", "w") as file:

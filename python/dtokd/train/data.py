@@ -139,7 +139,7 @@ def open_dataset(options: argparse.Namespace, split: str, record: Path | None = 
         return images
     if len(images) == 0:
         raise UsageError(f"--data-dir: split {split!r} of {root} holds no images")
-    return CheckedImages(images, split, options.on_bad_image == "skip", record)
+    return CheckedImages(images, split, options.on_bad_image == "skip", record, _mode(options))
 
 
 def _check_class_map(path: str) -> None:
@@ -159,8 +159,13 @@ def _reading(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "class_map": options.class_map or None,
         "seed": getattr(options, "seed", 42),
-        "input_img_mode": "L" if getattr(options, "in_chans", None) == 1 else "RGB",
+        "input_img_mode": _mode(options),
     }
+
+
+def _mode(options: argparse.Namespace) -> str:
+    """Pillow's, of the images."""
+    return "L" if getattr(options, "in_chans", None) == 1 else "RGB"
 
 
 def number_of_classes(options: argparse.Namespace, train: Any, validation: Any | None) -> int:

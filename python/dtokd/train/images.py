@@ -25,6 +25,7 @@ class CheckedImages(Dataset[Any]):
         split: what messages call it.
         skip: the next image stands in for one that cannot be read; else that is an error.
         record: names of those skipped are appended to this file, also by worker processes.
+        mode: Pillow's, that images are converted to; None leaves them to the transform.
 
     Attributes:
         images: see above.
@@ -33,15 +34,15 @@ class CheckedImages(Dataset[Any]):
 
     positions: Sequence[int]
 
-    def __init__(self, images: Any, split: str, skip: bool, record: Path | None) -> None:
+    def __init__(self, images: Any, split: str, skip: bool, record: Path | None, mode: str | None = None) -> None:
         self.images, self.split, self.skip, self.record = images, split, skip, record
         self.positions = range(len(images))
         if hasattr(images, "_max_retries"):
             images._max_retries = 1  # timm's ImageDataset would go on to the next one itself, and only log it
-        self._mode = getattr(images, "input_img_mode", None)
-        if self._mode:
+        self._mode = mode
+        if hasattr(images, "input_img_mode"):
             images.input_img_mode = None  # converted below instead
-        if hasattr(images, "loader"):  # torchvision's folders
+        if hasattr(images, "loader"):  # torchvision's folders, in RGB
             images.loader = _load
         self.transform = images.transform
 
@@ -130,7 +131,8 @@ def _load(path: str) -> Any:
     from PIL import Image
 
     with Image.open(path) as image:
-        return convert(image, "RGB")
+        image.load()
+        return image
 
 
 @contextmanager
