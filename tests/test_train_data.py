@@ -1,5 +1,6 @@
 """What `dtokd train` finds in the data, what it passes over, and what it stores with the student."""
 
+import argparse
 import json
 import shutil
 import tarfile
@@ -10,10 +11,15 @@ import timm
 import torch
 import yaml
 from dtokd.cli import main
+from dtokd.predict import _classifier_transform
+from dtokd.train import options as train_options
+from dtokd.train import reading
+from dtokd.train.data import open_dataset, validation_loader
 from dtokd.train.found import FORMATS
+from dtokd.trained import Trained
 from PIL import Image
 from safetensors.torch import load_file
-from timm.data import resolve_data_config
+from timm.data import create_transform, resolve_data_config
 
 from .digits import common, distilling, write_digits
 from .refused import refused
@@ -142,6 +148,27 @@ def test_sixteen_bits(capsys, data, tmp_path, extension, more):
 def test_channels_of_torchvisions_folders(data, tmp_path):
     """Grey images for a student of one channel, as in folders that timm reads."""
     run(data, tmp_path, "--dataset", "torch/image_folder", "--in-chans", "1", "--dry-run")
+
+
+def test_wide_images_are_judged_as_the_model_was_trained(tmp_path):
+    """Some are squashed, not cropped: by the evaluation, by `dtokd predict`, and by who reads the model card."""
+    folder = tmp_path / "validation" / "0"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    image = Image.fromarray(random.integers(0, 255, (40, 90, 3), dtype=np.uint8))
+    image.save(folder / "0.png")
+    config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    config |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    parser = argparse.ArgumentParser()
+    train_options.add_arguments(parser)
+    options = reading.parse(parser, common(tmp_path, tmp_path))
+    images = open_dataset(options, "validation")
+    ((shown, _),) = validation_loader(options, images, config, torch.device("cpu"))
+    expected = create_transform(**config)(image)
+    torch.testing.assert_close(shown[0], expected, rtol=0, atol=1e-5)
+    model = argparse.Namespace(pretrained_cfg=config)
+    predicts = _classifier_transform(Trained(tmp_path, options, {}, tmp_path, model))
+    assert torch.equal(predicts(image), expected)
 
 
 def test_tar(capsys, digits, tmp_path):

@@ -145,7 +145,7 @@ def _validation_images(trained: Trained, options: argparse.Namespace) -> Tensor:
         return pixels
     settings.dataset_download = False
     cfg = trained.model.pretrained_cfg
-    config = {name: cfg[name] for name in ("input_size", "interpolation", "mean", "std", "crop_pct")}
+    config = {name: cfg[name] for name in ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")}
     images = data.open_dataset(settings, settings.val_split)
     input: Tensor = next(iter(data.validation_loader(settings, images, config, cpu)))[0]
     return input

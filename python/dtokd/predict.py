@@ -153,7 +153,7 @@ def _start_worker(number: int) -> None:
 def _classifier_transform(trained: Trained) -> Any:
     """As `train.data.validation_loader` prepares images, to rounding: it normalises on the device."""
     cfg = trained.model.pretrained_cfg
-    kept = {name: cfg[name] for name in ("interpolation", "mean", "std", "crop_pct")}
+    kept = {name: cfg[name] for name in ("interpolation", "mean", "std", "crop_pct", "crop_mode")}
     return create_transform(trained.input_size, is_training=False, **kept)
 
 

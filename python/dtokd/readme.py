@@ -103,7 +103,7 @@ def _training(run: Recorded) -> Iterator[str]:
 
 def _input(card: Mapping[str, Any]) -> Iterator[str]:
     cfg = card.get("pretrained_cfg") or card.get("input") or {}
-    keys = ("input_size", "img_size", "max_size", "square", "interpolation", "crop_pct", "mean", "std")
+    keys = ("input_size", "img_size", "max_size", "square", "interpolation", "crop_pct", "crop_mode", "mean", "std")
     yield "- " + ", ".join(f"{key} {cfg[key]}" for key in keys if key in cfg)
     names = [str(name) for name in card.get("label_names") or ()]
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

@@ -344,6 +344,7 @@ def validation_loader(
         is_training=False,
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
         **_loading(options, config, device, distributed),
     )
 
