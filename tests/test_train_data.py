@@ -145,6 +145,13 @@ def test_sixteen_bits(capsys, data, tmp_path, extension, more):
     assert "more than 8 bits per value" in error
 
 
+@pytest.mark.parametrize("text", ["in_chans=1", "num_classes=20"])
+def test_arguments_that_the_data_depends_on(capsys, digits, tmp_path, text):
+    """The student alone would have them: images of three channels, names of ten classes."""
+    told = fails(capsys, digits, tmp_path, "--model-kwargs", text)
+    assert f"pass --{text.partition('=')[0].replace('_', '-')} instead" in told
+
+
 def test_channels_of_torchvisions_folders(data, tmp_path):
     """Grey images for a student of one channel, as in folders that timm reads."""
     run(data, tmp_path, "--dataset", "torch/image_folder", "--in-chans", "1", "--dry-run")

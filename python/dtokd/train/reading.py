@@ -59,6 +59,9 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError(
             f"--input-size: {size[0]} channels, but --in-chans is {channels}; pass the same number to both"
         )
+    for name in ("in_chans", "num_classes"):
+        if name in values and name in (values.get("model_kwargs") or {}):
+            raise UsageError(f"--model-kwargs: {name} decides on the data too; pass {flag(name)} instead")
     for name in ("mean", "std"):
         given = values.get(name)
         if given is not None and len(given) not in (1, channels):
