@@ -11,7 +11,7 @@ from dtokd.detect.build import _objective, share_queries
 from dtokd.detect.cache import AbsentDetector
 from dtokd.detect.data import collate
 from dtokd.detect.detectors import deformable
-from dtokd.detect.detectors.build import DENSE, columns
+from dtokd.detect.detectors.build import DENSE, check_directory, columns
 from dtokd.detect.detectors.dense import Dense, make_backbone
 from dtokd.detect.detectors.hf import KINDS, HFDetector, load_folder
 from dtokd.detect.matching import match_queries
@@ -435,6 +435,14 @@ def test_negative_loss_reaches_the_balance():
     assert losses["negative"] < -1
     with pytest.raises(ValueError, match=r"losses\['negative'\] is -.*need a positive loss"):
         dk.backward(losses, task.get_eval_model().parameters())
+
+
+def test_a_directory_holds_the_whole_detector(tmp_path):
+    """What would change it is refused, as it has no effect."""
+    check_directory(str(tmp_path), {"--pretrained": False, "--model-kwargs": {}})
+    check_directory("vidt_nano", {"--model-kwargs": {"num_queries": 9}})
+    with pytest.raises(UsageError, match="--freeze-bn: no effect on the checkpoint directory"):
+        check_directory(str(tmp_path), {"--pretrained": False, "--freeze-bn": True})
 
 
 def test_boxes_of_two_kinds_are_not_compared():

@@ -25,7 +25,7 @@ from .annotations import Annotations
 from .batch import Images, padded
 from .cache import AbsentDetector, open_cache, prepare_cache
 from .detectors.base import Detector
-from .detectors.build import DENSE, columns, is_detector, make_teacher
+from .detectors.build import DENSE, check_directory, columns, is_detector, make_teacher
 from .evaluate import CocoEvaluator
 from .matching import match_queries
 
@@ -69,6 +69,8 @@ def build(
     )  # for args.yaml and the report
     if not named:
         return DistillationTask(student, None, evaluator=evaluator, device=device)
+    if len(named) == 1:  # of several teachers the arguments may be another one's
+        check_directory(named[0][0], {"--kd-model-kwargs": options.kd_model_kwargs})
     match: Match | None = None
     lessons: list[Lesson] = []
     blank = blank_images(options, device)

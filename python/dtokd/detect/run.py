@@ -17,7 +17,7 @@ from ..report.page import write_report
 from ..train.about import Known
 from ..train.batches import Batches
 from ..train.data import Data
-from ..train.options import experiment_name
+from ..train.options import experiment_name, flag
 from ..train.progress import Progress
 from ..train.run import Outcome, fit, opened
 from ..train.rundir import RunDir
@@ -27,7 +27,7 @@ from .batch import blank
 from .build import build
 from .data import OnDevice, cached, first_images, make_loader, read_splits, small_boxes
 from .detectors.base import Detector
-from .detectors.build import make_student
+from .detectors.build import check_directory, make_student
 from .heldout import Detectors, split
 from .pictures import draw_pictures
 
@@ -75,6 +75,8 @@ def prepare(
             f"--eval-metric {options.eval_metric}: {validation.path.name} has no object of this size, so it is nan in "
             "all epochs and the last one counts as the best; ap would tell them apart"
         )
+    of_student = ("pretrained", "backbone_checkpoint", "model_kwargs", "freeze_bn")
+    check_directory(options.model, {flag(name): getattr(options, name) for name in of_student})
     random_seed(options.seed, 0)
     student = make_student(options, len(train.categories)).to(device)
     shared: dict[str, Any] = {"device": device, "record": run.bad_images, "world": world}

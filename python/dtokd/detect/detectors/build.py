@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,24 @@ def make_student(options: argparse.Namespace, classes: int) -> Detector:
     if options.initial_checkpoint:
         load_weights(student, options.initial_checkpoint, "--initial-checkpoint", options.model)
     return student
+
+
+def check_directory(name: str, given: Mapping[str, Any]) -> None:
+    """Refuse what changes a detector, where it is a checkpoint directory, which holds the whole of it.
+
+    Args:
+        name: of the detector.
+        given: values of options, by their names.
+
+    Raises:
+        UsageError: one of them has a value that would have no effect.
+    """
+    told = [option for option, value in given.items() if value]
+    if told and Path(name).is_dir():
+        raise UsageError(
+            f"{', '.join(told)}: no effect on the checkpoint directory {name}, which holds the whole detector; change "
+            "its config.json, or leave it out"
+        )
 
 
 def is_detector(name: str) -> bool:
