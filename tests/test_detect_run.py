@@ -211,6 +211,8 @@ def test_run_names_its_classes(coco, tmp_path, capsys):
     other = edited(coco, tmp_path / "other", "val", exchange)
     capsys.readouterr()
     assert "labels would not mean the same" in refused(capsys, "eval", tmp_path / "x", "--data-dir", other)
+    told = refused(capsys, "eval", tmp_path / "x", "--crop-pct", 0.5, "--num-classes", 3, "--img-size", 48)
+    assert "--num-classes, --crop-pct: of classifiers, but" in told
 
 
 CACHED = {

@@ -17,6 +17,7 @@ from .train import data
 from .train.engine import autocast, evaluate
 from .train.found import class_names, some
 from .train.images import new_record, skipped
+from .train.options import flag
 from .train.reading import check
 from .train.student import check_size, make_student
 from .train.world import World
@@ -46,7 +47,13 @@ def measure(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, 
     if "annotations" in told:
         from .detect.judge import judge
 
-        return judge(told, _given(options))
+        given = _given(options)
+        foreign = [flag(name) for name in given if name not in ("run_dir", "checkpoint", *told)]
+        if foreign:
+            raise UsageError(
+                f"{', '.join(foreign)}: of classifiers, but {options.run_dir} holds a detector; leave it out"
+            )
+        return judge(told, given)
     settings = argparse.Namespace(**{**defaults, **told, **_given(options)})
     check(settings)
     weights = options.checkpoint
