@@ -13,7 +13,7 @@ from dtokd.detect.data import collate
 from dtokd.detect.detectors import deformable
 from dtokd.detect.detectors.build import DENSE, check_directory, columns
 from dtokd.detect.detectors.dense import Dense, make_backbone
-from dtokd.detect.detectors.hf import KINDS, HFDetector, load_folder
+from dtokd.detect.detectors.hf import KINDS, UNMASKED, HFDetector, load_folder
 from dtokd.detect.matching import match_queries
 from dtokd.errors import UsageError
 from dtokd.objectives import detection as objectives
@@ -244,6 +244,24 @@ def test_images_are_padded_as_alone():
             alone = collated([unequal()[n]])
             assert torch.equal(pixels, alone.pixels[0])
             assert torch.equal(mask, alone.mask[0])
+
+
+@pytest.mark.parametrize("kind", UNMASKED)
+def test_boxes_beside_padding_that_is_not_seen(kind):
+    """To these detectors a padded image is a whole one, and so is what they learn and find in pixels."""
+    torch.manual_seed(0)
+    detector = HFDetector(transformers.AutoModelForObjectDetection.from_config(configuration(kind)))
+    padded = collated([torch.rand(3, 40, 50)])
+    pixels = torch.where(padded.mask[:, None], padded.pixels, detector.mean)
+    whole = Images(pixels, torch.ones_like(padded.mask), [(64, 64)])
+    learned = [{"boxes": torch.tensor([[5.0, 6.0, 30.0, 35.0]]), "labels": torch.tensor([1])}]
+    seen = []
+    for images in (padded, whole):
+        torch.manual_seed(1)  # of the denoising
+        outputs = detector.train().observe(images, learned)
+        height, width = images.sizes[0]
+        seen.append((outputs.loss, outputs.boxes * torch.tensor([width, height] * 2)))
+    torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-3)
 
 
 def test_class_names(tmp_path):

@@ -65,7 +65,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     shared.add_loading(group)
     add("--img-size", type=COUNT, default=800, metavar="N", help="shorter side of the images")
     add("--max-size", type=COUNT, default=1333, metavar="N", help="longer side at most")
-    add("--square", action="store_true", help="resize to img-size x img-size, without padding, as RT-DETR needs it")
+    add("--square", action="store_true", help="resize to img-size x img-size, without padding, as RT-DETR has it")
     add("--scales", type=COUNT, nargs="+", metavar="N", help="shorter sides to choose from in training")
     add("--crop", action="store_true", help="crop half of the training images at random, as DETR and ViDT do")
     add("--hflip", type=FRACTION, default=0.5, metavar="P", help="probability of a horizontal flip")

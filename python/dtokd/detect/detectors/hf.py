@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from .base import MEAN, MOST, STD, Detector, take_any_image
 
 #: Kinds whose classes compete in a softmax with "no object".
 SOFTMAX = ("detr", "yolos")
+#: Kinds that do not read the mask: their boxes are parts of the padded image.
+UNMASKED = ("rt_detr", "rt_detr_v2", "d_fine")
 #: Kinds that the wrapper knows to read.
 KINDS = ("detr", "conditional_detr", "dab-detr", "deformable_detr", "rt_detr", "rt_detr_v2", "d_fine", "yolos")
 
@@ -65,8 +67,9 @@ class HFDetector(Detector):
         """
         if targets is None:
             return self._outputs(self._run(images), images)
+        padded = images.pixels.shape[-2:]
         labels = [
-            {"class_labels": t["labels"], "boxes": _relative(t["boxes"], size)}
+            {"class_labels": t["labels"], "boxes": _relative(t["boxes"], padded if self.kind in UNMASKED else size)}
             for t, size in zip(targets, images.sizes, strict=True)
         ]
         result = self._run(images, labels=labels)
@@ -80,6 +83,10 @@ class HFDetector(Detector):
         """In training RT-DETR has denoising queries before its own."""
         n = self.queries
         logits, boxes = result.logits[:, -n:], result.pred_boxes[:, -n:]
+        if self.kind in UNMASKED:
+            height, width = images.pixels.shape[-2:]
+            parts = [[width / w, height / h] * 2 for h, w in images.sizes]
+            boxes = boxes * boxes.new_tensor(parts)[:, None]
         last = result.last_hidden_state
         if self.kind == "yolos":
             patches = last[:, 1 : last.shape[1] - n]
@@ -146,7 +153,7 @@ def _of_finite_boxes(loss_function: Callable[..., Any]) -> Callable[..., Any]:
     return loss
 
 
-def _relative(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def _relative(boxes: Tensor, size: Sequence[int]) -> Tensor:
     return box_convert(boxes, "xyxy", "cxcywh") / boxes.new_tensor([size[1], size[0]] * 2)
 
 
