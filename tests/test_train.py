@@ -229,6 +229,19 @@ def test_names_of_the_balances():
     assert ("none", *sorted(weighting.NAMES)) == train_options.BALANCES
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "none"])
+def test_learning_rates_of_layers(digits, tmp_path, schedule):
+    """The report has the schedule's, of which lower layers have a part, also without a schedule."""
+    from dtokd.train.checkpoint import load_checkpoint
+
+    path = run(digits, tmp_path, "--epochs", 1, "--layer-decay", 0.5, "--sched", schedule)
+    assert [float(row["lr"]) for row in rows(path / "summary.csv")] == [0.001]
+    state = load_checkpoint(path / "checkpoints" / "epoch-0001.safetensors")
+    for group in state["stepper"]["optimizer"]["param_groups"]:
+        scheduled = 0.0 if schedule == "cosine" else 0.001
+        assert group["lr"] == pytest.approx(scheduled * group["lr_scale"])
+
+
 @pytest.mark.parametrize(
     "text", ["exact", "overlap", "lag", "probe", "probe:conv1,layer1.0", "feature:layer2", "every:5"]
 )

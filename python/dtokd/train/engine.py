@@ -127,7 +127,7 @@ class Engine:
                 told = (index + 1) % self.options.log_interval == 0 or index + 1 == count
                 if told or not self._spoken:
                     self._spoken = True
-                    shown.line(index + 1, sums.compute(), self.stepper.optimizer.param_groups[0]["lr"], images)
+                    shown.line(index + 1, sums.compute(), self.stepper.lr, images)
                     self.teacher_seconds += watch.take() if watch is not None else 0.0
                 else:
                     shown.advance(index + 1, images)
@@ -185,8 +185,8 @@ class Engine:
 
     def _check(self, epoch: int, done: int, count: int, sums: Losses, statistics: Statistics) -> None:
         """Raises Diverged, see `train_epoch`; else there is nothing in the model that is not finite."""
-        group = self.stepper.optimizer.param_groups[0]
-        lr = group.get("initial_lr", group["lr"])  # before the schedule
+        # before the schedule
+        lr = max(group.get("initial_lr", group["lr"]) for group in self.stepper.optimizer.param_groups)
         sums.check(epoch, done, count, self.stepper.skips, lr)
         if sums.bad:
             statistics.mend()

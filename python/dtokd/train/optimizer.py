@@ -75,6 +75,9 @@ def make_stepper(
             if (value := getattr(options, name))
         ]
         raise UsageError(f"{', '.join([f'--opt {options.opt}', *given])}: {error}") from error
+    if options.sched == "none":  # the other schedules of timm decay by layers themselves
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     scaler = torch.amp.GradScaler(device.type, enabled=options.amp and options.amp_dtype == "float16")
     if isinstance(optimizer, Balanced):
         return Fused(optimizer, scaler)

@@ -318,8 +318,7 @@ def fit(
                 if number := engine.stopped():
                     raise Stopped(number)
                 if not at.batches:
-                    lr = stepper.optimizer.param_groups[0]["lr"]
-                    at = replace(at, updates=engine.updates, lr=lr)
+                    at = replace(at, updates=engine.updates, lr=stepper.lr)
                 at = _epoch(run, engine, loaders, collected, at, trackers)
                 skips = _tell_skipped(run, progress, world, skips)
                 seldom(partial(_report, run, progress, world))

@@ -311,7 +311,7 @@ def _restore_options(engine: Engine, state: dict[str, Any]) -> None:
     As timm's train.py does; what has not changed stays as it was loaded, as it may be the optimizer's memory.
     """
     groups, scheduler = engine.stepper.optimizer.param_groups, engine.scheduler
-    before = groups[0]["lr"]
+    before = engine.stepper.lr
     for group, then, now in zip(groups, state["groups"], engine.groups, strict=True):
         group.update({key: value for key, value in now.items() if key not in then or then[key] != value})
     epoch, updates = state["epoch"], state["updates"]
@@ -325,8 +325,8 @@ def _restore_options(engine: Engine, state: dict[str, Any]) -> None:
         for group, base in zip(groups, scheduler.base_values, strict=True):
             group["initial_lr"] = base
         _restore_schedule(scheduler, state["scheduler"] or {}, epoch, updates and updates + engine.ahead)
-    if groups[0]["lr"] != before:
-        engine.progress.say(f"--resume: the learning rate goes on at {groups[0]['lr']:.6g}; it was {before:.6g}")
+    if engine.stepper.lr != before:
+        engine.progress.say(f"--resume: the learning rate goes on at {engine.stepper.lr:.6g}; it was {before:.6g}")
 
 
 def _restore_schedule(scheduler: Any, held: dict[str, Any], epoch: int, updates: int) -> None:

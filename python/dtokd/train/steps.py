@@ -44,6 +44,11 @@ class Stepper:
         self.optimizer, self.scaler, self._clip = optimizer, scaler, clip
 
     @property
+    def lr(self) -> Any:
+        """The schedule's learning rate: that of the last layer, where --layer-decay gives parts of it to the others."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
     def skips(self) -> bool:
         """Whether a step with a loss that is not finite changes nothing; otherwise it spoils the parameters."""
         return self.scaler.is_enabled()
