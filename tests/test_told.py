@@ -79,6 +79,13 @@ def test_a_line_comes_though_iterations_are_slow(monkeypatch):
     assert " ".join(line.split()) == expected
 
 
+def test_lines_are_printed_as_they_are():
+    """Rich would make a picture of :100:, and an attribute of [b]."""
+    told = io.StringIO()
+    progress.Progress(1, Console(file=told, width=200)).say("[b] every:100:overlap")
+    assert told.getvalue() == "[b] every:100:overlap\n"
+
+
 def test_macs_are_counted():
     """Of two layers by hand: a convolution and a matrix."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(4 * 64, 5))

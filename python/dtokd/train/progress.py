@@ -40,7 +40,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, emoji=False)
         self.note(text)
 
     def note(self, text: str) -> None:
