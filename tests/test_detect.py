@@ -11,7 +11,7 @@ from dtokd.detect.build import _objective, share_queries
 from dtokd.detect.cache import AbsentDetector
 from dtokd.detect.data import collate
 from dtokd.detect.detectors import deformable
-from dtokd.detect.detectors.build import DENSE, check_directory, columns
+from dtokd.detect.detectors.build import DENSE, check_directory, check_order, columns
 from dtokd.detect.detectors.dense import Dense, make_backbone
 from dtokd.detect.detectors.hf import KINDS, UNMASKED, HFDetector, load_folder
 from dtokd.detect.matching import match_queries
@@ -271,6 +271,11 @@ def test_class_names(tmp_path):
     assert columns(detector, ["cat", "person"]).tolist() == [2, 1]
     assert columns(detector, ["cat", "dog"]) is None
     assert columns(vidt(), ["a", "b", "c"]).tolist() == [0, 1, 2]
+    for others in (["n/a", "person", "cat"], ["n/a", "person", "dog"]):
+        check_order(detector, others, "x")
+    check_order(vidt(), ["a", "b", "c"], "vidt_nano")
+    with pytest.raises(UsageError, match="class 1 is 'cat' in the data, but 'person' in x"):
+        check_order(detector, ["n/a", "cat", "person"], "x")
     with pytest.raises(UsageError, match="is no checkpoint of transformers"):
         load_folder(tmp_path, "--kd-model-name")
     transformers.BertConfig().save_pretrained(tmp_path)

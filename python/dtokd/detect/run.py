@@ -27,7 +27,7 @@ from .batch import blank
 from .build import build
 from .data import OnDevice, cached, first_images, make_loader, read_splits, small_boxes
 from .detectors.base import Detector
-from .detectors.build import check_directory, make_student
+from .detectors.build import check_directory, check_order, make_student
 from .heldout import Detectors, split
 from .pictures import draw_pictures
 
@@ -79,6 +79,8 @@ def prepare(
     check_directory(options.model, {flag(name): getattr(options, name) for name in of_student})
     random_seed(options.seed, 0)
     student = make_student(options, len(train.categories)).to(device)
+    if not options.initial_checkpoint:
+        check_order(student, list(train.categories.values()), options.model)
     shared: dict[str, Any] = {"device": device, "record": run.bad_images, "world": world}
     trained, held = split(options, train, world)
     learned = make_loader(options, trained, options.train_split, training=True, **shared)

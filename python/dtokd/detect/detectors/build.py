@@ -52,6 +52,29 @@ def make_student(options: argparse.Namespace, classes: int) -> Detector:
     return student
 
 
+def check_order(student: Detector, classes: Sequence[str], name: str) -> None:
+    """Refuse a checkpoint directory as student whose classes are the data's in another order.
+
+    Args:
+        student: with the directory's weights.
+        classes: the data's names, in the order of the labels.
+        name: of the directory.
+
+    Raises:
+        UsageError: the student would begin with each class's weights for another one.
+    """
+    if not isinstance(student, HFDetector):
+        return
+    known = [student.class_names[label].lower() for label in sorted(student.class_names)]
+    own = [text.lower() for text in classes]
+    if known != own and sorted(known) == sorted(own):
+        first = next(label for label, pair in enumerate(zip(known, own, strict=True)) if pair[0] != pair[1])
+        raise UsageError(
+            f"--model: class {first} is {own[first]!r} in the data, but {known[first]!r} in {name}; give "
+            "the categories ids in the directory's order"
+        )
+
+
 def check_directory(name: str, given: Mapping[str, Any]) -> None:
     """Refuse what changes a detector, where it is a checkpoint directory, which holds the whole of it.
 
