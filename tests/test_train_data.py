@@ -130,6 +130,8 @@ def test_class_map(capsys, data, tmp_path):
     assert ".png of classes that --class-map does not name" in capsys.readouterr().out
     classes.write_text("".join(f"{i}\n" for i in range(11)))
     assert "'train' has no image of 10" in fails(capsys, data, tmp_path / "b", "--class-map", classes)
+    theirs = ["--dataset", "torch/image_folder", "--class-map", classes]
+    assert "--class-map: --dataset torch/image_folder" in fails(capsys, data, tmp_path / "b", *theirs)
 
 
 @pytest.mark.parametrize("extension", ["png", "tiff"])

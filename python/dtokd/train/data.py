@@ -100,6 +100,10 @@ def open_dataset(options: argparse.Namespace, split: str, record: Path | None = 
     folder = not name or name.lower() in ("torch/image_folder", "torch/folder")
     if options.class_map and not options.class_map.lower().endswith(".txt"):
         raise UsageError(f"--class-map: {options.class_map}; expected a .txt file with the name of a class per line")
+    if options.class_map and name.lower().startswith("torch/"):
+        raise UsageError(
+            f"--class-map: --dataset {name} is torchvision's, which orders its classes itself; leave it out"
+        )
     if options.class_map:
         _check_class_map(options.class_map)
     if folder:
