@@ -155,6 +155,10 @@ def test_metric_that_is_nan_in_all_epochs(coco, tmp_path, capsys):
         ("--kd-model-name fcos:test_resnet --kd-model-kwargs width=64", "does not hold weights of fcos:test_resnet"),
         ("--kd-model-name vidt_nano --kd-teacher-path {vidt}", "are of two kinds"),
         ("--kd-model-name fcos:test_resnet --kd-distill-type token", "has no detection tokens"),
+        (
+            "--kd-model-name fcos:test_resnet --kd-teacher-dtype bfloat16 --kd-teacher-img-size 64",
+            "--kd-teacher-img-size, --kd-teacher-dtype: of timm's models as teachers, but fcos:test_resnet is",
+        ),
         ("--kd-model-name fcos:test_resnet --kd-share-queries", "--kd-share-queries: student and teacher need"),
         ("--kd-model-name fcos:test_resnet --distill-loss-weight 1 2 3", "--distill-loss-weight: got 3"),
         ("--kd-model-name fcos:test_resnet --kd-teacher-path absent", "--kd-teacher-path: there is no file absent"),

@@ -20,6 +20,7 @@ from ..objectives.features import MultiScale
 from ..objectives.taps import Outputs, Taps, choose_stages
 from ..objectives.task import DistillationTask, Match
 from ..objectives.teacher import Normalisation, Teacher, as_list, choose_size
+from ..train.options import flag
 from ..train.world import World
 from .annotations import Annotations
 from .batch import Images, padded
@@ -69,6 +70,7 @@ def build(
     )  # for args.yaml and the report
     if not named:
         return DistillationTask(student, None, evaluator=evaluator, device=device)
+    _check_reading(options, [name for name, _, _ in named])
     if len(named) == 1:  # of several teachers the arguments may be another one's
         check_directory(named[0][0], {"--kd-model-kwargs": options.kd_model_kwargs})
     match: Match | None = None
@@ -96,6 +98,16 @@ def build(
     )
     task.check(blank)
     return task
+
+
+def _check_reading(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """Raises UsageError: there are options of timm's models as teachers, but no such teacher."""
+    read_with = ("kd_teacher_img_size", "kd_teacher_dtype", "kd_teacher_compile")
+    given = [flag(name) for name in read_with if getattr(options, name)]
+    if given and all(is_detector(name) for name in names):
+        raise UsageError(
+            f"{', '.join(given)}: of timm's models as teachers, but {names[0]} is a detector; leave it out"
+        )
 
 
 def objectives_of(options: argparse.Namespace) -> int:
