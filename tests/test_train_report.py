@@ -169,6 +169,24 @@ def test_eval_is_the_runs_own(trained, capsys):
     assert result["images"] == 30
 
 
+def test_eval_takes_its_batch_size(trained, tmp_path, monkeypatch):
+    """Also of a run that was judged with another one."""
+    path = shutil.copytree(trained, tmp_path / "x")
+    text = (path / "args.yaml").read_text()
+    (path / "args.yaml").write_text(text.replace("validation_batch_size: null", "validation_batch_size: 30"))
+    assert text != (path / "args.yaml").read_text()
+    sizes, load = [], evaluate.data.validation_loader
+
+    def noted(*arguments):
+        loader = load(*arguments)
+        sizes.append(loader.loader.batch_size)
+        return loader
+
+    monkeypatch.setattr(evaluate.data, "validation_loader", noted)
+    assert main(["eval", str(path)]) == main(["eval", str(path), "-b", "5"]) == 0
+    assert sizes == [30, 5]
+
+
 def test_eval_prints_json(trained, capsys, monkeypatch):
     """NaN, as the loss of a student that has diverged, is no number of JSON."""
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: {"top1": 10.0, "loss": float("nan"), "x": float("inf")})

@@ -95,4 +95,7 @@ def measure(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, 
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    return {key: value for key, value in vars(options).items() if value is not None and key not in ("command",)}
+    given = {key: value for key, value in vars(options).items() if value is not None and key not in ("command",)}
+    if "batch_size" in given:
+        given["validation_batch_size"] = None  # the run's would count instead
+    return given
