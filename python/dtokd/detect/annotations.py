@@ -50,7 +50,8 @@ class Annotations:
     repeated: int
 
     def part(self, numbers: Sequence[int]) -> Annotations:
-        """The images with these numbers alone, in this order, which are numbered anew, and so are their objects."""
+        """The images with these numbers alone, each once, in this order; numbered anew, and so are their objects."""
+        numbers = list(dict.fromkeys(numbers))  # one may stand in for another that cannot be read
         place = {number: index for index, number in enumerate(numbers)}
         images = [{**self.content["images"][number], "id": index} for number, index in place.items()]
         objects = [
