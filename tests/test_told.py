@@ -147,6 +147,18 @@ def test_the_teachers_evaluation_changes_nothing(digits, teacher, tmp_path, monk
     assert judged == [1, 1]
 
 
+@pytest.mark.parametrize(("name", "value"), [("square", True), ("max_size", 64), ("amp_dtype", "bfloat16")])
+def test_a_teacher_is_judged_again_with_other_images(name, value):
+    """A run that goes on with another option keeps no metrics that depend on it."""
+    settings = {"model": "x", "square": False, "max_size": 1333, "amp_dtype": "float16"}
+    task = types.SimpleNamespace(get_eval_model=lambda: torch.nn.Linear(1, 1))
+    one, two = (
+        about.find_out(types.SimpleNamespace(task=task, options=types.SimpleNamespace(**held)), None, about.Known(), {})
+        for held in (settings, {**settings, name: value})
+    )
+    assert one["judged_with"] != two["judged_with"]
+
+
 def test_teachers_of_one_architecture(digits, teacher, tmp_path, capsys):
     """Each keeps its own metrics when the run goes on, and its own line in the report."""
     other = timm.create_model("test_resnet", num_classes=10)

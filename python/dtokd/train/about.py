@@ -29,6 +29,7 @@ NOTHING = 0.01
 _JUDGED_WITH = (
     *("kd_model_name", "kd_teacher_path", "kd_model_kwargs", "kd_teacher_img_size", "kd_teacher_dtype", "amp"),
     *("data_dir", "dataset", "annotations", "val_split", "img_size", "input_size", "crop_pct", "interpolation"),
+    *("amp_dtype", "max_size", "square"),
 )
 
 
