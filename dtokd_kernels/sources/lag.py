@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import kernels
 from ..plan import Step
 from ..reach import Reach
+from ..rows import Layout
 from ..types import Balance, Options, Role
 from ..watch import Watch
 from .buckets import Buckets
@@ -65,14 +66,12 @@ class Lag(Source):
         assert isinstance(gathered.watch, _Finite)
         squares = kernels.unscaled(gathered.watch.squares().to(losses.device), self._scale)
         before, losses_before = (kept.to(losses.device) for kept in self._kept)
-        # of objectives without a shared gradient in that step nothing is known but this step's squares
-        new = torch.where(before[Role.SHARED].diagonal() == 0, squares, 0.0)
-        for i in range(len(losses)):
-            if not gathered.rows.layout.shared >> i & 1:
-                new[i].zero_()
         known = before.clone()
-        known[Role.SHARED].diagonal().add_(new)
-        losses_before = torch.where(new > 0, losses, losses_before)
+        lengths = known[Role.SHARED].diagonal()
+        present = lengths != 0
+        # of objectives without a shared gradient in that step nothing is known but this step's squares
+        torch.where(present, lengths, _of_shared(squares, gathered.rows.layout), out=lengths)
+        losses_before = torch.where(present, losses_before, losses)
         roles = gathered.rows.layout.roles
         record = kernels.balance_before(known, losses_before, losses, squares, roles, options)
         self._weights, self._next = record.weights, (before, losses)
@@ -123,6 +122,17 @@ class Lag(Source):
         fits = state.keys() >= {"grams", "losses", "names"}
         self._kept = (state["grams"].clone(), state["losses"].clone()) if fits else None
         self._names = tuple(state["names"]) if fits else ()
+
+
+def _of_shared(squares: Tensor, layout: Layout) -> Tensor:
+    """The squares [K], 0 for objectives without a gradient in what is shared."""
+    alone = [i for i in range(len(squares)) if not layout.shared >> i & 1]
+    if not alone:
+        return squares
+    squares = squares.clone()
+    for i in alone:
+        squares[i].zero_()
+    return squares
 
 
 class _Finite:
