@@ -187,6 +187,12 @@ def test_eval_takes_its_batch_size(trained, tmp_path, monkeypatch):
     assert sizes == [30, 5]
 
 
+def test_eval_of_a_run_with_published_weights_is_refused(trained, capsys):
+    """It would judge the run's own weights."""
+    assert main(["eval", str(trained), "--pretrained"]) == 2
+    assert "--pretrained" in capsys.readouterr().err
+
+
 def test_eval_prints_json(trained, capsys, monkeypatch):
     """NaN, as the loss of a student that has diverged, is no number of JSON."""
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: {"top1": 10.0, "loss": float("nan"), "x": float("inf")})

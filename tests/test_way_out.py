@@ -85,6 +85,8 @@ def test_predictions_as_files(run, digits, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == told
     with Image.open(told[0]["picture"]) as picture:
         assert min(picture.size) >= 224
+    # the picture of a picture would be the next result
+    assert "pictures are drawn" in refused(capsys, "predict", run, tmp_path, "--output", tmp_path / "out")
     assert "there is no nowhere" in refused(capsys, "predict", run, "nowhere")
     (tmp_path / "empty").mkdir()
     assert "has no image" in refused(capsys, "predict", run, tmp_path / "empty")

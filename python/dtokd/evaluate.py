@@ -43,6 +43,8 @@ def measure(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, 
     Raises:
         UsageError: no such run, model, weights or data, or they do not fit each other.
     """
+    if options.pretrained and (own := options.checkpoint or options.run_dir) is not None:
+        raise UsageError(f"--pretrained: the weights come from {own}; give the one or the other")
     told = {} if options.run_dir is None else settings_of(options.run_dir, "dtokd eval")
     if "annotations" in told:
         from .detect.judge import judge

@@ -40,10 +40,16 @@ def run(options: argparse.Namespace) -> int:
         0, or 1 if an image could not be read.
 
     Raises:
-        UsageError: no such run, file or folder; or a folder without an image.
+        UsageError: no such run, file or folder; a folder without an image; or images where pictures would be drawn.
     """
     trained = load_trained(options.run_dir, "dtokd predict", options.checkpoint)
     files = list(_files(options.paths))
+    drawn = None if options.output is None else _pictures(options.output).resolve()
+    if within := [file for file in files if drawn in file.resolve().parents]:
+        raise UsageError(
+            f"--output: {drawn} is where pictures are drawn, and {len(within)} of the images are in it, such as "
+            f"{within[0]}; remove those of an earlier run, or give another folder"
+        )
     device = World().device(options.device)
     results = []
     for result in predict(trained, files, device, options):
@@ -76,6 +82,11 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
             yield path
         else:
             raise UsageError(f"paths: there is no {path}; pass images, or folders of images")
+
+
+def _pictures(output: Path) -> Path:
+    """Where images with what was found in them go."""
+    return output / "pictures"
 
 
 @torch.inference_mode()
@@ -213,7 +224,7 @@ def _draw(output: Path, files: Sequence[Path], place: int, trained: Trained, res
     image = _read(files[place], mode, trained.detects).convert("RGB")
     root = os.path.commonpath([file.absolute().parent for file in files])
     name = quote(str(files[place].absolute().relative_to(root)), safe="")
-    target = output / "pictures" / f"{name}.jpg"
+    target = _pictures(output) / f"{name}.jpg"
     with writing(output, "--output"):
         target.parent.mkdir(parents=True, exist_ok=True)
         if trained.detects:
