@@ -28,6 +28,7 @@ from dtokd_kernels import libraries
 from dtokd_kernels._version import built_from
 
 from . import report
+from .documents import replaced
 from .record import Row, read, write_rows
 
 ROOT = Path(__file__).parents[1]
@@ -246,20 +247,6 @@ class Run:
         (self.folder / "README.md").write_text(text + "\n")
 
 
-def with_figures(text: str, figures: str) -> str:
-    """A document with its GPU figures made anew.
-
-    Raises:
-        ValueError: it has no place for them.
-    """
-    before, found, rest = text.partition(BEGIN)
-    _, ended, after = rest.partition(END)
-    if not found or not ended:
-        raise ValueError(f"the document has no lines {BEGIN!r} and {END!r}, between which the figures stand")
-    gap = rest[: len(rest) - len(rest.lstrip("\n"))]  # in a paragraph, or one by itself
-    return f"{before}{BEGIN}{gap}{figures}{gap}{END}{after}"
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -281,8 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not path.exists():
             parser.error(f"{path} is not there; run `make gpu` on a machine with a GPU first")
         for document, figures in DOCUMENTS.items():
-            written = with_figures((ROOT / document).read_text(), figures(read(path)))
-            (ROOT / document).write_text(written)
+            text = (ROOT / document).read_text()
+            (ROOT / document).write_text(replaced(text, BEGIN, END, figures(read(path))))
         return
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device")

@@ -15,7 +15,7 @@ from dtokd.detect.detectors.dense import Dense, make_backbone
 from dtokd.detect.scenes import Scenes, write_scenes
 from torch import nn
 
-from benchmarks.evidence import protocol, tables
+from benchmarks.evidence import pages, protocol, tables
 from benchmarks.evidence.classifiers import MODELS, RESNET
 from benchmarks.evidence.data import (
     MAKERS,
@@ -248,12 +248,10 @@ def test_tables_compare_with_the_fixed_weights_that_validation_chose(tmp_path):
 
 
 def test_documented_numbers_are_those_of_the_csv_file():
-    page = (ROOT / "docs" / "evidence.md").read_text()
-    done = read(ROOT / "benchmarks" / "results" / "evidence.csv")
-    found = tables.parts(done)
-    assert len(found) == 2 + 24
-    for text in found.values():
-        assert text in page
+    done = read(pages.RESULTS)
+    assert len(tables.parts(done)) == 2 + 24
+    for document, text in pages.written(done).items():
+        assert document.read_text() == text
     for name in dict.fromkeys(run.data for run in done):
         assert all(len(o.results) in (5, 10) for o in outcomes(done, name))
 

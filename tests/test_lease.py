@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cases, gate, gpu, iterations, lease, report
+from benchmarks.documents import replaced
 from benchmarks.record import Measurement, read, write
 from dtokd_kernels import implementations
 
@@ -294,7 +295,7 @@ def test_documents_have_the_figures_of_the_csv_file(document):
     text, path = (ROOT / document).read_text(), lease.RESULTS / "gpu.csv"
     assert text.count(lease.BEGIN) == text.count(lease.END) == 1
     if path.exists():
-        assert lease.with_figures(text, lease.DOCUMENTS[document](read(path))) == text
+        assert replaced(text, lease.BEGIN, lease.END, lease.DOCUMENTS[document](read(path))) == text
     else:
         assert "No GPU figure has been measured" in text
 
@@ -307,8 +308,8 @@ def test_figures_are_written_between_their_marks(gap):
     for make in lease.DOCUMENTS.values():
         assert "1.38" in make(rows)
         assert make([])
-        written = lease.with_figures(text, make(rows))
+        written = replaced(text, lease.BEGIN, lease.END, make(rows))
         assert written == f"before {lease.BEGIN}{gap}{make(rows)}{gap}{lease.END}\nafter\n"
-        assert written == lease.with_figures(written, make(rows))
+        assert written == replaced(written, lease.BEGIN, lease.END, make(rows))
     with pytest.raises(ValueError, match="no lines"):
-        lease.with_figures("nothing", "")
+        replaced("nothing", lease.BEGIN, lease.END, "")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from ..journal import Journal, commit
-from . import tables, worker
+from . import pages, tables, worker
 from .methods import METHODS, NONE, SETTINGS
 from .protocol import Run, carry_out, read
 from .students import Result
@@ -30,7 +30,16 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="that are counted")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each; no result depends on it")
     parser.add_argument("--output", type=Path, default=Path("runs/evidence"), help="folder for images and results")
+    parser.add_argument(
+        "--docs",
+        action="store_true",
+        help="only write the tables of benchmarks/results/evidence.csv into the documents",
+    )
     options = parser.parse_args()
+    if options.docs:
+        for document, text in pages.written(read(pages.RESULTS)).items():
+            document.write_text(text, encoding="utf-8")
+        return
     torch.set_num_threads(1)
     for name in options.data:
         print(
