@@ -5,7 +5,6 @@ import pickle
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
-from pathlib import Path
 
 import pytest
 import timm
@@ -36,7 +35,6 @@ from benchmarks.evidence.students import Result, train
 from benchmarks.evidence.trials import AdamMetric, OwnMomentum
 from benchmarks.journal import Journal
 
-ROOT = Path(__file__).parents[1]
 RUN = Run("digits", "logits, T = 4", "DTO", lr=float("nan"), seed=0, iterations=9)
 RESULT = Result(50.0, 60.0, 1.0, 2.0, 0.5, 10.0, 20.0, 1.0, 0.25, 0)
 
