@@ -47,6 +47,8 @@ def pytest_configure(config) -> None:
     # Triton's interpreter computes in numpy, which warns of what kernels do on purpose, such as inf * 0
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:numpy.*")
+    # timm's reader leaves files to the garbage collector
+    config.addinivalue_line("filterwarnings", "ignore:unclosed file:ResourceWarning")
     # many tests take state or copies that some backend has no kernel for; test_plan.py is about the warning
     config.addinivalue_line("filterwarnings", "ignore:.*updated in plain torch, which is slower:UserWarning")
     for text in (

@@ -29,11 +29,7 @@ from scipy import stats
 from .digits import common, distilling
 from .test_train_report import Page
 
-#: timm's reader leaves files to the garbage collector
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAN = float("nan")
 
 

@@ -42,10 +42,7 @@ from dtokd_kernels.weighting import Fixed
 from .digits import write_digits
 from .test_train_resume import die_and_resume, stop_and_resume
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 SIZE = (3, 16, 16)
 ROOT = Path(__file__).parents[1]
 

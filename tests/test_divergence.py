@@ -18,11 +18,7 @@ from .coco import common as common_coco
 from .digits import common, distilling
 from .test_detect import configuration, images, targets
 
-#: timm's reader leaves files to the garbage collector
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAN, ONE = torch.tensor(torch.nan), torch.tensor(1.0)
 BALANCED = ["--kd-balance", "dto", "--opt", "dtoadamw"]

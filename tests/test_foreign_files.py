@@ -21,11 +21,7 @@ from .digits import common, distilling, write_digits
 from .refused import refused
 from .test_train_resume import signal_at
 
-#: timm's reader leaves files to the garbage collector
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 DEEP = "[" * 100_000
 
 

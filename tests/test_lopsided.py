@@ -13,11 +13,7 @@ import dtokd_kernels as dk
 
 from .digits import common, distilling
 
-#: timm's reader leaves files to the garbage collector
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def row(task, vertex=0.0, skipped=0.0):

@@ -24,10 +24,7 @@ from .coco import write_coco
 from .digits import common, distilling
 from .refused import refused
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 HUGE, WIDE = "9" * 30, "1e30"
 NONSENSE = ("nan", "inf", "-1", "0", WIDE, HUGE, "foo", "")

@@ -26,11 +26,7 @@ from safetensors.torch import load_file, save_file
 from .digits import common, distilling, write_digits, write_teacher
 from .test_train_resume import die_and_resume, signal_at, stop_and_resume
 
-#: timm's reader leaves files to the garbage collector
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
 MIXING = "--mixup 0.8 --cutmix 1 --reprob 0.5 --remode pixel --recount 2 --aa rand-m9-mstd0.5 --smoothing 0.1"
 MIXED = MIXING.split()

@@ -30,11 +30,7 @@ from dtokd_kernels import weighting
 from .digits import common, distilling, write_teacher
 from .refused import refused
 
-#: timm's reader leaves files to the garbage collector
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def run(digits, output, *more):

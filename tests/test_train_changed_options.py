@@ -11,9 +11,7 @@ from dtokd.train.rundir import RunDir
 from .digits import common
 from .test_train_resume import signal_at
 
-#: timm's reader leaves files to the garbage collector
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated"),
     pytest.mark.usefixtures("one_thread"),
 ]

@@ -24,10 +24,7 @@ from timm.data import create_transform, resolve_data_config
 from .digits import common, distilling, write_digits
 from .refused import refused
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

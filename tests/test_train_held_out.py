@@ -19,10 +19,7 @@ from dtokd_kernels.weighting import HeldOut
 
 from .digits import common, distilling
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 HELD = ["--kd-balance", "heldout", "--kd-held-out", "0.25", "--kd-held-out-every", "2"]
 
 

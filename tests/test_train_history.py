@@ -19,11 +19,7 @@ from safetensors.torch import load_file
 from .digits import common, distilling
 from .test_train_resume import Died, die_at, same_results, start, wait_for
 
-#: timm's reader leaves files to the garbage collector
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def contents(folder):

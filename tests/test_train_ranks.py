@@ -26,11 +26,7 @@ from .test_detect_run import distilling as taught
 from .test_train_resume import TIMES, same_results
 
 ROOT = Path(__file__).parents[1]
-#: timm's reader leaves files to the garbage collector
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Alone:

@@ -16,26 +16,15 @@ from dtokd.report.page import write_report
 
 from .digits import common, distilling
 
-#: timm's reader leaves files to the garbage collector
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 NAN = float("nan")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
 def trained(digits, teacher, tmp_path_factory):
     """Two epochs, with TensorBoard; the last one's EMA is the student."""
+    torch.set_num_threads(1)
     options = common(digits, tmp_path_factory.mktemp("runs"))
     options += [*distilling(teacher), "--kd-balance", "dto", "--opt", "dtoadamw", "--log-tensorboard"]
     assert main(["train", *options, "--experiment", "a<b", "--kd-distill-type", "feature"]) == 0

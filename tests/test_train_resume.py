@@ -22,11 +22,7 @@ from safetensors.torch import load_file
 
 from .digits import common, distilling
 
-#: timm's reader leaves files to the garbage collector
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Died(Exception):

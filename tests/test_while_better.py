@@ -20,10 +20,7 @@ from dtokd_kernels.weighting import WhileBetter
 
 from .digits import common, distilling
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = pytest.mark.usefixtures("one_thread")
 EYE = torch.eye(3, dtype=torch.float64)
 ONES = torch.ones(3, dtype=torch.float64)
 CLOSED = [1.0, 0.0, 0.0]
