@@ -172,6 +172,14 @@ def teacher(tmp_path_factory):
     return write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
 
 
+@pytest.fixture(scope="session")
+def coco(tmp_path_factory):
+    """Images and annotations for `dtokd detect`."""
+    from .coco import write_coco
+
+    return write_coco(tmp_path_factory.mktemp("coco") / "data")
+
+
 @pytest.fixture
 def one_thread():
     """Another number rounds otherwise; `reproducible` puts it back."""

@@ -16,15 +16,10 @@ from dtokd.errors import UsageError
 from dtokd.train.reading import parse
 from dtokd.values import parser_of
 
-from .coco import FCOS, VIDT, common, write_coco
+from .coco import FCOS, VIDT, common
 from .test_detect import taught_by_fcos
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_coco(tmp_path_factory.mktemp("coco") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -18,14 +18,9 @@ from dtokd.detect.evaluate import CocoEvaluator
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
-from .coco import CATEGORIES, FCOS, VIDT, common, edited, write_coco
+from .coco import CATEGORIES, FCOS, VIDT, common, edited
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_coco(tmp_path_factory.mktemp("coco") / "data")
 
 
 def settings(*texts):

@@ -21,17 +21,12 @@ from safetensors.torch import save_file
 
 from dtokd_kernels.weighting import HeldOut, WhileBetter
 
-from .coco import FCOS, common, write_coco
+from .coco import FCOS, common
 from .test_detect import dense, taught_by_fcos, vidt
 from .test_train_resume import die_and_resume
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HELD = ["--kd-held-out", "0.25", "--kd-held-out-every", "2", "--log-interval", "1", "--pictures", "0"]
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_coco(tmp_path_factory.mktemp("coco") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from dtokd.detect.detectors import deformable
 from dtokd.train.reading import read_config
 from safetensors.torch import save_file
 
-from .coco import TINY, common, write_coco
+from .coco import TINY, common
 from .test_detect import vidt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,11 +28,6 @@ def options(name):
     parser = argparse.ArgumentParser()
     detect_options.add_arguments(parser)
     return argparse.Namespace(**{**vars(parser.parse_args([])), **read_config(parser, f"recipe:{name}")})
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_coco(tmp_path_factory.mktemp("coco") / "data")
 
 
 @pytest.fixture(scope="module")

@@ -14,18 +14,13 @@ from dtokd.train.checkpoint import load_checkpoint
 from dtokd.train.rundir import RunDir
 from safetensors.torch import load_file, save_file
 
-from .coco import CATEGORIES, TINY, VIDT, common, edited, write_coco
+from .coco import CATEGORIES, TINY, VIDT, common, edited
 from .coco import FCOS as FCOS_OPTIONS
 from .refused import refused
 from .test_detect import configuration, dense, vidt
 from .test_train_resume import die_and_resume, stop_and_resume
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_coco(tmp_path_factory.mktemp("coco") / "data")
 
 
 @pytest.fixture(scope="module")

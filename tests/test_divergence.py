@@ -13,7 +13,7 @@ from dtokd.train.divergence import PATIENCE, Losses
 from dtokd.train.world import World
 from safetensors.torch import load_file
 
-from .coco import FCOS, VIDT, write_coco
+from .coco import FCOS, VIDT
 from .coco import common as common_coco
 from .digits import common, distilling
 from .test_detect import configuration, images, targets
@@ -22,11 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAN, ONE = torch.tensor(torch.nan), torch.tensor(1.0)
 BALANCED = ["--kd-balance", "dto", "--opt", "dtoadamw"]
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_coco(tmp_path_factory.mktemp("coco") / "data")
 
 
 def spoil(monkeypatch, numbers):

@@ -20,7 +20,6 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 
 from .coco import common as coco_options
-from .coco import write_coco
 from .digits import common, distilling
 from .refused import refused
 
@@ -210,11 +209,6 @@ def test_choices_are_those_of_timm_and_torch():
         transforms_imagenet_train(8, train_crop_mode=mode)
     with pytest.raises(ValueError, match="foo"):
         create_scheduler_v2(create_optimizer_v2(weights(), opt="sgd"), sched="foo")
-
-
-@pytest.fixture(scope="module")
-def coco(tmp_path_factory):
-    return write_coco(tmp_path_factory.mktemp("coco") / "data")
 
 
 REFUSED = {
