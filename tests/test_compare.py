@@ -1,6 +1,5 @@
 """`dtokd compare`: the arms, the statistics, the verdict in words, and the command on tiny data."""
 
-import csv
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from scipy import stats
 
 from .digits import common, distilling
 from .test_train_report import Page
+from .written import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAN = float("nan")
@@ -333,11 +333,6 @@ def test_an_arm_is_what_its_text_tells(digits, teacher, tmp_path):
 # ---- the command
 
 
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
 def compared(digits, teacher, tmp_path_factory):
     output = tmp_path_factory.mktemp("compared")
@@ -351,8 +346,8 @@ def test_compare(compared, digits, teacher, tmp_path, capsys, monkeypatch):
     folder = output / "compare"
     options = options_of(digits, teacher, output)
     first = {name: (folder / name).read_text() for name in ("compare.md", "compare.csv", "compare.json", "report.html")}
-    rows = read(folder / "compare.csv")
-    assert [(row["arm"], row["seed"]) for row in rows] == [
+    lines = rows(folder / "compare.csv")
+    assert [(row["arm"], row["seed"]) for row in lines] == [
         (name, seed) for seed in "01" for name in ("none", "fixed:0.5", "dto:rescale=sum")
     ]
     told = json.loads(first["compare.json"], parse_constant=pytest.fail)
@@ -361,7 +356,7 @@ def test_compare(compared, digits, teacher, tmp_path, capsys, monkeypatch):
     assert 0 <= dto["share_kl"] <= 1
     assert dto["time_to_none"] > 0
     assert dto["time_to_best_fixed"] > 0
-    assert dto["judged"] == [float(row["top1_judged"]) for row in rows if row["arm"].startswith("dto")]
+    assert dto["judged"] == [float(row["top1_judged"]) for row in lines if row["arm"].startswith("dto")]
     page = Page(first["report.html"])
     assert page.open == []
     assert page.outside == []
@@ -374,7 +369,7 @@ def test_compare(compared, digits, teacher, tmp_path, capsys, monkeypatch):
     assert first["compare.md"].strip() in capsys.readouterr().out
     shutil.rmtree(folder / "fixed_0.5" / "seed-1")
     assert main(options) == 0
-    for row, again in zip(rows, read(folder / "compare.csv"), strict=True):
+    for row, again in zip(lines, rows(folder / "compare.csv"), strict=True):
         assert {**again, "seconds": row["seconds"]} == row
 
 
@@ -444,7 +439,7 @@ def test_an_interrupted_comparison_goes_on(digits, teacher, tmp_path, monkeypatc
     assert main(options) == 128 + signal.SIGINT
     assert not (tmp_path / "compare" / "compare.md").exists()
     assert main(options) == 0
-    for row, again in zip(read(compared / "compare/compare.csv"), read(tmp_path / "compare/compare.csv"), strict=True):
+    for row, again in zip(rows(compared / "compare/compare.csv"), rows(tmp_path / "compare/compare.csv"), strict=True):
         assert {**again, "seconds": row["seconds"]} == row
 
 
@@ -510,7 +505,7 @@ def test_a_diverged_run(digits, teacher, tmp_path, capsys, monkeypatch):
     assert main(argv) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "fixed:0.5,lr=1e12 has no result with the seeds 0: it diverged" in out
-    assert {row["arm"]: bool(row["diverged"]) for row in read(tmp_path / "compare" / "compare.csv")} == {
+    assert {row["arm"]: bool(row["diverged"]) for row in rows(tmp_path / "compare" / "compare.csv")} == {
         "none": False, "fixed:0.5,lr=1e12": True, "fixed:0.5": False,
     }  # fmt: skip
     with monkeypatch.context() as patch:
@@ -527,10 +522,10 @@ def test_a_split_of_its_own_judges(digits, teacher, tmp_path):
     image.unlink()
     argv = [*options_of(data, teacher, tmp_path), "--seeds", "0", "--arms", "fixed:0.5", "--judge-split", "test"]
     assert main(argv) == 0
-    rows = read(tmp_path / "compare" / "compare.csv")
+    lines = rows(tmp_path / "compare" / "compare.csv")
     number = 29 / 100
     assert all(
-        float(row["top1_judged"]) * number == pytest.approx(round(float(row["top1_judged"]) * number)) for row in rows
+        float(row["top1_judged"]) * number == pytest.approx(round(float(row["top1_judged"]) * number)) for row in lines
     )
     text = (tmp_path / "compare" / "compare.md").read_text()
     assert "'validation' chose, the 29 images of 'test' judged." in text
@@ -539,9 +534,9 @@ def test_a_split_of_its_own_judges(digits, teacher, tmp_path):
 def test_images_are_held_out_for_one_arm_alone(digits, teacher, tmp_path):
     argv = [*options_of(digits, teacher, tmp_path), "--seeds", "0", "--arms", "heldout:0.25,every=2", "dto"]
     assert main([*argv, "--jobs", "2"]) == 0
-    rows = read(tmp_path / "compare" / "compare.csv")
-    assert [row["arm"] for row in rows] == ["none", "heldout:0.25,every=2", "dto"]
-    assert all(row["top1_judged"] for row in rows)
+    lines = rows(tmp_path / "compare" / "compare.csv")
+    assert [row["arm"] for row in lines] == ["none", "heldout:0.25,every=2", "dto"]
+    assert all(row["top1_judged"] for row in lines)
 
 
 def test_a_shorter_schedule(digits, teacher, tmp_path):
@@ -654,7 +649,7 @@ def test_damaged_notes(compared, digits, teacher, tmp_path, capsys, name, text):
 def test_in_processes(digits, teacher, tmp_path, capsys, compared):
     """Two at a time have the results of one after the other."""
     assert main([*options_of(digits, teacher, tmp_path), "--jobs", "2"]) == 0
-    for row, again in zip(read(compared / "compare/compare.csv"), read(tmp_path / "compare/compare.csv"), strict=True):
+    for row, again in zip(rows(compared / "compare/compare.csv"), rows(tmp_path / "compare/compare.csv"), strict=True):
         assert {**again, "seconds": row["seconds"]} == row
     assert "2 runs shared the machine" in (tmp_path / "compare" / "compare.md").read_text()
     assert "epoch 1/1" in (tmp_path / "compare" / "none" / "seed-0.log").read_text()

@@ -1,6 +1,5 @@
 """`dtokd detect --demo`: its scenes, its weights, and one epoch of it."""
 
-import csv
 import json
 from importlib.util import find_spec
 from itertools import pairwise
@@ -15,6 +14,8 @@ from dtokd.detect import demo
 from dtokd.detect.annotations import read_annotations
 from dtokd.detect.scenes import PHOTOS, Scenes, write_scenes
 from PIL import Image
+
+from .written import rows
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -68,10 +69,9 @@ def test_demo(tmp_path, monkeypatch, capsys):
     options = ["detect", "--demo", "--output", str(tmp_path), "--epochs", "1"]
     assert main(options) == 0
     told = capsys.readouterr().out
-    with (tmp_path / "demo" / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["run"] for row in rows] == list(demo.RUNS)
-    assert all(0 <= float(row["eval_ap"]) <= 1 for row in rows)
+    results = rows(tmp_path / "demo" / "results.csv")
+    assert [row["run"] for row in results] == list(demo.RUNS)
+    assert all(0 <= float(row["eval_ap"]) <= 1 for row in results)
     assert all(title in told for title, _ in demo.RUNS.values())
     page = (tmp_path / "demo" / "report.html").read_text()
     assert page.count("<img") == 4 * 6
@@ -80,5 +80,4 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert "do not carry over to COCO" in page
     assert (tmp_path / "demo" / "dto" / "report.html").exists()
     assert main(options) == 0
-    with (tmp_path / "demo" / "results.csv").open(newline="") as file:
-        assert list(csv.DictReader(file)) == rows
+    assert rows(tmp_path / "demo" / "results.csv") == results

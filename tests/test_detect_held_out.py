@@ -1,7 +1,6 @@
 """`dtokd detect --kd-balance whilebetter` and `heldout`: images that are never trained on set the weights."""
 
 import argparse
-import csv
 
 import pytest
 import timm
@@ -24,6 +23,7 @@ from dtokd_kernels.weighting import HeldOut, WhileBetter
 from .coco import FCOS, common
 from .test_detect import dense, taught_by_fcos, vidt
 from .test_train_resume import die_and_resume
+from .written import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HELD = ["--kd-held-out", "0.25", "--kd-held-out-every", "2", "--log-interval", "1", "--pictures", "0"]
@@ -35,8 +35,7 @@ def teaching(tmp_path_factory):
 
 
 def weights_of(run):
-    with (run / "steps.csv").open(newline="") as file:
-        return [float(row["weight_prediction"]) for row in csv.DictReader(file)]
+    return [float(row["weight_prediction"]) for row in rows(run / "steps.csv")]
 
 
 def test_errors_set_the_weight_and_a_killed_run_goes_on(coco, teaching, tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Every recipe for COCO loads, builds its student and teacher, and runs steps on a small set, at reduced sizes."""
 
 import argparse
-import csv
 
 import pytest
 from dtokd import recipes
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 
 from .coco import TINY, common
 from .test_detect import vidt
+from .written import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = [name for name in recipes.names() if name.startswith("coco/")]
@@ -67,8 +67,7 @@ def test_recipe_trains(name, coco, teacher, tmp_path):
     if options(name).pretrained:
         texts = ["--config", str(without_weights(name, tmp_path)), *texts[2:]]
     assert main(["detect", *texts]) == 0
-    with (tmp_path / folder_of(name) / "summary.csv").open(newline="") as file:
-        (row,) = csv.DictReader(file)
+    (row,) = rows(tmp_path / folder_of(name) / "summary.csv")
     assert ("train_token" in row) == (name in DISTILLED)
     assert ("weight_token" in row) == (options(name).kd_balance == "dto")
 

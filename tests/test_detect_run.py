@@ -1,6 +1,5 @@
 """Runs of `dtokd detect`: resumed, stopped, with every kind of teacher; what does not fit is refused."""
 
-import csv
 import json
 
 import pytest
@@ -19,6 +18,7 @@ from .coco import FCOS as FCOS_OPTIONS
 from .refused import refused
 from .test_detect import configuration, dense, vidt
 from .test_train_resume import die_and_resume, stop_and_resume
+from .written import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,11 +35,6 @@ def fcos_teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp("teacher") / "fcos.safetensors"
     save_file(dense(seed=7).state_dict(), path)
     return path
-
-
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def distilling(kind, path):

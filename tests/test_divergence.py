@@ -1,7 +1,5 @@
 """Losses that are not finite: one batch of them is survived, a run that has diverged ends in one sentence."""
 
-import csv
-
 import pytest
 import torch
 from dtokd.cli import main
@@ -17,6 +15,7 @@ from .coco import FCOS, VIDT
 from .coco import common as common_coco
 from .digits import common, distilling
 from .test_detect import configuration, images, targets
+from .written import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,11 +38,6 @@ def spoil(monkeypatch, numbers):
         return inner
 
     monkeypatch.setattr(DistillationTask, "forward", spoiled(DistillationTask.forward))
-
-
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def all_finite(path):

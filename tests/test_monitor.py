@@ -1,6 +1,5 @@
 """The log of balanced steps: what is written, when, and that nothing waits in between; warnings about weightings."""
 
-import csv
 import math
 import sys
 import types
@@ -15,6 +14,7 @@ from torch import nn
 import dtokd_kernels as dk
 
 from .oracle import Student, batch, losses_of, nothing_with_gradient
+from .written import rows
 
 
 class Kept:
@@ -49,11 +49,6 @@ def train(steps, optimizer=None, each=lambda balance: None, model=None, bad=()):
         balances.append(optimizer.balance)
         each(optimizer.balance)
     return balances
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_columns_of_a_step(backend):
@@ -221,7 +216,7 @@ def test_written_after_an_exception(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert len(read(path)) == 5
+    assert len(rows(path)) == 5
     assert other.closed == 1
 
 
@@ -242,12 +237,12 @@ def test_csv_of_steps_and_of_means(tmp_path):
     steps, means = tmp_path / "steps.csv", tmp_path / "means.csv"
     with BalanceLogger([CSV(steps), CSV(means, means=True)], every=4) as logger:
         balances = train(8, each=logger.log)
-        assert len(read(steps)) == 8  # on disk after each flush
-    rows = read(steps)
-    assert [float(row["norm"]) for row in rows] == pytest.approx([b.norm.item() for b in balances], rel=1e-8)
-    assert [row["step"] for row in rows] == [str(i) for i in range(8)]
-    assert [row["step"] for row in read(means)] == ["3", "7"]
-    assert "conflict_rate" in read(means)[0]
+        assert len(rows(steps)) == 8  # on disk after each flush
+    lines = rows(steps)
+    assert [float(row["norm"]) for row in lines] == pytest.approx([b.norm.item() for b in balances], rel=1e-8)
+    assert [row["step"] for row in lines] == [str(i) for i in range(8)]
+    assert [row["step"] for row in rows(means)] == ["3", "7"]
+    assert "conflict_rate" in rows(means)[0]
 
 
 def test_csv_goes_on_or_starts_anew(tmp_path):
@@ -260,12 +255,12 @@ def test_csv_goes_on_or_starts_anew(tmp_path):
 
     run(record, append=True)
     run(record, append=True)
-    assert len(read(path)) == 2
+    assert len(rows(path)) == 2
     with pytest.raises(ValueError, match=r"steps\.csv has the columns"):
         run(three, append=True)
-    assert len(read(path)) == 2
+    assert len(rows(path)) == 2
     run(three)
-    assert len(read(path)) == 1
+    assert len(rows(path)) == 1
 
 
 class Writer:

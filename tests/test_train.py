@@ -1,7 +1,6 @@
 """`dtokd train`: options, timm's own loop, objectives, gradients, errors."""
 
 import argparse
-import csv
 import shutil
 import sys
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from dtokd_kernels import weighting
 
 from .digits import common, distilling, write_teacher
 from .refused import refused
+from .written import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,11 +36,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def run(digits, output, *more):
     assert main(["train", *common(digits, output), "--experiment", "x", *map(str, more)]) == 0
     return output / "x"
-
-
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def fails(capsys, digits, output, *more):

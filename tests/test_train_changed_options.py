@@ -1,6 +1,5 @@
 """Options that change at `--resume`: the schedule and the optimizer follow them from the epoch that begins."""
 
-import csv
 import shutil
 
 import pytest
@@ -10,6 +9,7 @@ from dtokd.train.rundir import RunDir
 
 from .digits import common
 from .test_train_resume import signal_at
+from .written import rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated"),
@@ -22,8 +22,7 @@ def command(digits, output, *more):
 
 
 def rates(output):
-    with (output / "x" / "summary.csv").open(newline="") as file:
-        return [float(row["lr"]) for row in csv.DictReader(file)]
+    return [float(row["lr"]) for row in rows(output / "x" / "summary.csv")]
 
 
 def groups(output, epoch):
@@ -111,8 +110,7 @@ def test_other_objectives_have_other_columns(digits, teacher, tmp_path, capsys):
     before = (tmp_path / "x" / "steps.csv").read_text()
     assert main([*first, "--epochs", "2", "--kd-distill-type", "dkd", "--resume", "auto"]) == 0
     assert (tmp_path / "x" / "before-resume-1" / "steps.csv").read_text() == before
-    with (tmp_path / "x" / "steps.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = rows(tmp_path / "x" / "steps.csv")
     assert [line["step"] for line in lines] == ["4", "5", "6", "7"]
     assert "weight_dkd" in lines[0]
 

@@ -1,7 +1,6 @@
 """`dtokd train --kd-balance heldout`: images that are never trained on set the weights."""
 
 import argparse
-import csv
 import shutil
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import nn
 from dtokd_kernels.weighting import HeldOut
 
 from .digits import common, distilling
+from .written import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HELD = ["--kd-balance", "heldout", "--kd-held-out", "0.25", "--kd-held-out-every", "2"]
@@ -27,11 +27,6 @@ def parser_of():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return parser
-
-
-def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """What is in a run's directory stays true and is never lost, whatever is resumed, refused, damaged or killed."""
 
-import csv
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 
 from .digits import common, distilling
 from .test_train_resume import Died, die_at, same_results, start, wait_for
+from .written import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -34,8 +34,7 @@ def scripted(monkeypatch, scores):
 
 
 def epochs_of(path):
-    with (path / "summary.csv").open(newline="") as file:
-        return [int(row["epoch"]) for row in csv.DictReader(file)]
+    return [int(row["epoch"]) for row in rows(path / "summary.csv")]
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """`dtokd train` and `detect` on several ranks: one process on the whole batch, the same bits, written once, resumed."""
 
-import csv
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from .ranks.pool import Pool, free_port
 from .test_detect import dense, vidt
 from .test_detect_run import distilling as taught
 from .test_train_resume import TIMES, same_results
+from .written import rows
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -79,9 +79,8 @@ def succeeded(answers):
     return answers
 
 
-def rows(path):
-    with path.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+def numbers(path):
+    return [{key: float(value) for key, value in row.items()} for row in rows(path)]
 
 
 WAYS = {
@@ -113,7 +112,7 @@ def test_two_ranks_with_half_the_batch_are_one_with_the_whole(pools, uneven, tea
     alone, together = (tmp_path / str(size) / "x" for size in (1, 2))
     compared = ["summary.csv", "steps.csv"] if "--kd-balance" in WAYS[way] else ["summary.csv"]
     for name in compared:
-        for one, two in zip(rows(alone / name), rows(together / name), strict=True):
+        for one, two in zip(numbers(alone / name), numbers(together / name), strict=True):
             [row.pop(key, None) for row in (one, two) for key in TIMES]
             assert two == pytest.approx(one, rel=1e-3, abs=1e-5, nan_ok=True)
 
@@ -156,7 +155,7 @@ def test_nan_on_one_rank_skips_the_step_on_all(pools, digits, teacher, tmp_path,
     answers = succeeded(pools[2].run(training.train, options, None, {1: 2}))
     same_weights(answers)
     assert all(value.isfinite().all() for value in answers[0][2].values())
-    assert [row["skipped"] for row in rows(tmp_path / "x" / "steps.csv")] == [0, 1, 0, 0]
+    assert [row["skipped"] for row in numbers(tmp_path / "x" / "steps.csv")] == [0, 1, 0, 0]
 
 
 def test_another_number_of_ranks_goes_on_with_the_weights(pools, digits, teacher, tmp_path):
@@ -239,7 +238,7 @@ def test_detectors_stopped_on_one_rank_and_resumed_on_all(pools, coco, tmp_path,
     assert main(["eval", str(tmp_path / "a" / "x"), "--checkpoint", str(last)]) == 0
     alone = json.loads(capsys.readouterr().out)
     prefix = "eval_ema_" if kind == "fcos" else "eval_"
-    together = rows(tmp_path / "a" / "x" / "summary.csv")[-1]
+    together = numbers(tmp_path / "a" / "x" / "summary.csv")[-1]
     found = {name.removeprefix(prefix): value for name, value in together.items() if name.startswith(prefix)}
     wanted = {name: math.nan if alone[name] is None else alone[name] for name in found}
     assert found == pytest.approx(wanted, rel=0, abs=0, nan_ok=True)

@@ -1,6 +1,5 @@
 """`dtokd report`, `dtokd eval`."""
 
-import csv
 import json
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from dtokd.report.chart import line_chart
 from dtokd.report.page import write_report
 
 from .digits import common, distilling
+from .written import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAN = float("nan")
@@ -102,12 +102,11 @@ def test_tensorboard(trained):
     """Losses, evaluation and learning rate where each epoch ends, beside the balanced steps."""
     found = scalars(trained)
     assert "dto/weight_task" in found
-    with (trained / "summary.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    epochs = rows(trained / "summary.csv")
     for name, column in (("train/loss", "train_loss"), ("train/feature", "train_feature"), ("lr", "lr")):
         assert [step for step, _ in found[name]] == [3, 7]
-        assert [v for _, v in found[name]] == pytest.approx([float(row[column]) for row in rows], rel=1e-6)
-    assert [value for _, value in found["eval/top1"]] == pytest.approx([float(row["eval_top1"]) for row in rows])
+        assert [v for _, v in found[name]] == pytest.approx([float(row[column]) for row in epochs], rel=1e-6)
+    assert [value for _, value in found["eval/top1"]] == pytest.approx([float(row["eval_top1"]) for row in epochs])
 
 
 def test_tensorboard_of_a_weighted_sum(digits, tmp_path):
@@ -152,8 +151,7 @@ def test_chart():
 def test_eval_is_the_runs_own(trained, capsys):
     assert main(["eval", str(trained), "--workers", "0"]) == 0
     result = json.loads(capsys.readouterr().out)
-    with (trained / "summary.csv").open(newline="") as file:
-        best = max(csv.DictReader(file), key=lambda row: float(row["eval_top1"]))
+    best = max(rows(trained / "summary.csv"), key=lambda row: float(row["eval_top1"]))
     assert (result["top1"], result["loss"]) == (float(best["eval_top1"]), pytest.approx(float(best["eval_loss"])))
     assert result["images"] == 30
 

@@ -1,6 +1,5 @@
 """`dtokd train --resume`: an interrupted run ends as an undisturbed one, and files are whole or not there."""
 
-import csv
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ from dtokd.train.rundir import RunDir
 from safetensors.torch import load_file
 
 from .digits import common, distilling
+from .written import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,10 +70,10 @@ def same_results(a, b):
     assert differences(first, second) == []
     for name in ("summary.csv", "steps.csv"):
         if (a / name).exists():
-            rows = [list(csv.DictReader((p / name).read_text().splitlines())) for p in (a, b)]
-            for row in (*rows[0], *rows[1]):
+            one, two = rows(a / name), rows(b / name)
+            for row in (*one, *two):
                 [row.pop(key, None) for key in TIMES]
-            assert rows[0] == rows[1], name
+            assert one == two, name
     for name in ("student.safetensors", "student-last.safetensors"):
         one, two = load_file(a / name), load_file(b / name)
         assert all(torch.equal(one[key], two[key]) for key in one)

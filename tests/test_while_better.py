@@ -1,7 +1,6 @@
 """`WhileBetter`: distillation weighs what part of the student's errors the teacher does not make."""
 
 import copy
-import csv
 from argparse import Namespace
 from contextlib import nullcontext
 
@@ -19,6 +18,7 @@ import dtokd_kernels as dk
 from dtokd_kernels.weighting import WhileBetter
 
 from .digits import common, distilling
+from .written import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EYE = torch.eye(3, dtype=torch.float64)
@@ -169,8 +169,7 @@ def test_train_compares_on_held_out_images(digits, teacher, tmp_path, monkeypatc
     options = [*common(digits, tmp_path), *distilling(teacher), "--kd-balance", "whilebetter", "--kd-held-out", "0.25"]
     options += ["--kd-held-out-every", "2", "--opt", "adamw", "-b", "8", "--log-interval", "1", "--experiment", "x"]
     assert main(["train", *options]) == 0
-    with (tmp_path / "x" / "steps.csv").open(newline="") as file:
-        found = [float(row["weight_kl"]) for row in csv.DictReader(file)]
+    found = [float(row["weight_kl"]) for row in rows(tmp_path / "x" / "steps.csv")]
     assert len(seen) == -(-len(found) // 2)
     assert all(0 <= rate <= 1 for pair in seen for rate in pair)
     rule = WhileBetter("task")
