@@ -113,3 +113,8 @@ def families(K: int, seed: int = 0, n: int = 12) -> dict[str, Tensor]:
 
 
 FAMILIES = tuple(families(2))
+
+
+def gram_of(J: Tensor) -> Tensor:
+    """Of the rows of J."""
+    return J @ J.T

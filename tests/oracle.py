@@ -6,7 +6,7 @@ as the docstrings state it. Only the K weights are taken from `min_norm_weights`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,33 @@ class _Nothing(torch.autograd.Function):
 def nothing_with_gradient(p: Tensor, gradient: float) -> Tensor:
     """A scalar 0 whose gradient is `gradient` for every element of p: a finite loss with gradients that are not."""
     return _Nothing.apply(p, gradient)  # type: ignore[no-any-return]
+
+
+class NoGradient(torch.autograd.Function):
+    """x + sum(y) that has no gradient for y, though y requires one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return x + y.sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return grad, None
+
+
+def of_many_reaches(K: int) -> tuple[list[nn.Parameter], Callable[[], list[Tensor]]]:
+    """K + 1 parameters and what makes K losses: i to K - 1 reach parameter i, all the last one."""
+    parts = [nn.Parameter(torch.randn(4, dtype=torch.float64)) for _ in range(K)]
+    shared = nn.Parameter(torch.randn(9, dtype=torch.float64))
+    targets = torch.randn(K, 9, dtype=torch.float64)
+
+    def losses() -> list[Tensor]:
+        return [
+            (shared - targets[i]).square().sum() + sum((i + 1) * (p - 1).square().sum() for p in parts[: i + 1])
+            for i in range(K)
+        ]
+
+    return [*parts, shared], losses
 
 
 @dataclass

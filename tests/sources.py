@@ -78,6 +78,12 @@ def copies(params):
     return [p.detach().clone() for p in params]
 
 
+def state_of(optimizer):
+    return {
+        (i, n): v.clone() for i, s in optimizer.state_dict()["state"].items() for n, v in s.items() if v is not None
+    }
+
+
 def assert_same(one, two, tolerance=0.0):
     assert all((p - q).abs().max() <= tolerance for p, q in zip(one, two, strict=True))
 

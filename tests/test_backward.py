@@ -11,7 +11,7 @@ import dtokd_kernels as dk
 
 from . import tolerances
 from .device import DEVICE
-from .oracle import Student, assert_directions, balanced, batch, losses_of, nothing_with_gradient
+from .oracle import Student, assert_directions, balanced, batch, losses_of, nothing_with_gradient, of_many_reaches
 
 
 @pytest.mark.parametrize("private", ["own", "balanced"])
@@ -108,19 +108,10 @@ def test_one_objective(backend):
 @pytest.mark.parametrize("K", [3, 8])
 def test_many_objectives_of_many_reaches(backend, K):
     """Parameters reached by one, several and all objectives."""
-    parts = [nn.Parameter(torch.randn(4, dtype=torch.float64)) for _ in range(K)]
-    shared = nn.Parameter(torch.randn(9, dtype=torch.float64))
-    targets = torch.randn(K, 9, dtype=torch.float64)
-
-    def losses():
-        return [
-            (shared - targets[i]).square().sum() + sum((i + 1) * (p - 1).square().sum() for p in parts[: i + 1])
-            for i in range(K)
-        ]
-
-    expected = balanced(losses(), [*parts, shared])
-    dk.backward(losses(), [*parts, shared])
-    assert_directions([p.grad for p in [*parts, shared]], expected)
+    params, losses = of_many_reaches(K)
+    expected = balanced(losses(), params)
+    dk.backward(losses(), params)
+    assert_directions([p.grad for p in params], expected)
 
 
 def test_everything_private(backend):

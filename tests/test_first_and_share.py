@@ -9,15 +9,11 @@ import torch
 import dtokd_kernels as dk
 from dtokd_kernels.weighting import Share, TaskFirst
 
-from .inputs import families
+from .inputs import families, gram_of
 from .oracle import Student, batch, losses_of
 
 U = 2.0**-53
 NO = torch.tensor(False)
-
-
-def gram_of(J):
-    return J @ J.T
 
 
 def step(rule, gram, skipped=NO):

@@ -10,11 +10,8 @@ from torch import nn
 import dtokd_kernels as dk
 from dtokd_kernels.weighting import HeldOut
 
+from .inputs import gram_of
 from .oracle import Student, batch, losses_of
-
-
-def gram_of(J):
-    return J @ J.T
 
 
 def random(K, seed=0, n=60):

@@ -16,7 +16,8 @@ from dtokd_kernels import balanced as base
 from . import tolerances
 from .device import DEVICE
 from .inputs import CHUNK
-from .oracle import Student, assert_directions, balanced, batch, losses_of, nothing_with_gradient
+from .oracle import Student, assert_directions, balanced, batch, losses_of, nothing_with_gradient, of_many_reaches
+from .sources import copies, state_of
 
 U = 2.0**-53
 OPTIMIZERS = {
@@ -24,10 +25,6 @@ OPTIMIZERS = {
     "sgd": lambda params, **options: dk.DTOSGD(params, lr=1e-2, momentum=0.9, **options),
 }
 each_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-
-
-def copies(params):
-    return [p.detach().clone() for p in params]
 
 
 def assert_unchanged(params, before):
@@ -89,18 +86,8 @@ def test_weighting_and_floor(backend, loss_floor, log_gradients, clamp):
 
 @pytest.mark.parametrize("K", [1, 3, 8])
 def test_many_objectives_of_many_reaches(backend, K):
-    """Parameter i is reached by objectives i to K - 1, one more by all: every size of bucket."""
-    parts = [nn.Parameter(torch.randn(4, dtype=torch.float64)) for _ in range(K)]
-    shared = nn.Parameter(torch.randn(9, dtype=torch.float64))
-    targets = torch.randn(K, 9, dtype=torch.float64)
-
-    def losses():
-        return [
-            (shared - targets[i]).square().sum() + sum((i + 1) * (p - 1).square().sum() for p in parts[: i + 1])
-            for i in range(K)
-        ]
-
-    params = [*parts, shared]
+    """Every size of bucket."""
+    params, losses = of_many_reaches(K)
     expected = balanced(losses(), params)
     _, directions = step_of_one(params, losses())
     assert_directions(directions, expected)
@@ -379,15 +366,6 @@ def test_objectives_and_balance(backend):
 
 
 # ---- skipped steps ---------------------------------------------------------------------------------
-
-
-def state_of(optimizer):
-    return {
-        (index, name): value.clone()
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-        if value is not None
-    }
 
 
 @each_optimizer

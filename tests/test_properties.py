@@ -6,9 +6,9 @@ import torch
 import dtokd_kernels as dk
 
 from . import tolerances
-from .inputs import DTYPES, LAYOUTS, gradients
+from .inputs import DTYPES, LAYOUTS, gradients, gram_of
 from .test_gram import assert_gram
-from .test_weights import U, gram_of, kkt_gap
+from .test_weights import U, kkt_gap
 
 pytest.importorskip("hypothesis")
 

@@ -11,7 +11,16 @@ import dtokd_kernels as dk
 from dtokd_kernels.sources import Ema, Every, Feature, Lag, Probe
 
 from . import tolerances
-from .oracle import Student, assert_directions, balanced, batch, losses_of, nothing_with_gradient
+from .oracle import (
+    NoGradient,
+    Student,
+    assert_directions,
+    balanced,
+    batch,
+    losses_of,
+    nothing_with_gradient,
+    of_many_reaches,
+)
 from .sources import (
     SOURCES,
     assert_same,
@@ -19,6 +28,7 @@ from .sources import (
     each_optimizer,
     each_source,
     each_weighting,
+    state_of,
     train,
 )
 
@@ -58,19 +68,15 @@ def test_default_is_exact():
 @pytest.mark.parametrize("source", ["overlap", "lag"])
 @pytest.mark.parametrize("K", [1, 2, 3, 8])
 def test_many_objectives_of_many_reaches(backend, K, source):
-    """Parameter i is reached by objectives i to K - 1, one more by all, one by all but the last."""
-    parts = [nn.Parameter(torch.randn(4, dtype=torch.float64)) for _ in range(K)]
-    shared, early = (nn.Parameter(torch.randn(9, dtype=torch.float64)) for _ in range(2))
-    targets = torch.randn(K, 9, dtype=torch.float64)
+    """And one more parameter that all but the last reach."""
+    reached, of_reached = of_many_reaches(K)
+    early = nn.Parameter(torch.randn(9, dtype=torch.float64))
 
     def losses():
-        values = [
-            (shared - targets[i]).square().sum() + sum((i + 1) * (p - 1).square().sum() for p in parts[: i + 1])
-            for i in range(K)
-        ]
-        return [v + (early - 2).square().sum() for v in values[:-1]] + values[-1:]
+        *values, last = of_reached()
+        return [v + (early - 2).square().sum() for v in values] + [last]
 
-    params = [*parts, shared, early]
+    params = [*reached, early]
     expected = balanced(losses(), params)
     optimizer = dk.DTOSGD(params, lr=1.0, rescale="none", gram=source)
     before = copies(params)
@@ -147,12 +153,6 @@ def test_accumulation(backend, make, source):
             optimizer.step()
         ends.append(copies(model.parameters()))
     assert_same(ends[0], ends[1], 1e3 * tolerances.REORDERED)
-
-
-def state_of(optimizer):
-    return {
-        (i, n): v.clone() for i, s in optimizer.state_dict()["state"].items() for n, v in s.items() if v is not None
-    }
 
 
 @each_source
@@ -361,18 +361,6 @@ def test_backward(backend, weighting, name):
                 if p.grad is not None:
                     p -= 0.05 * p.grad
         assert_same(one.parameters(), two.parameters(), 1e3 * tolerances.REORDERED)
-
-
-class NoGradient(torch.autograd.Function):
-    """x + sum(y) that has no gradient for y, though y requires one."""
-
-    @staticmethod
-    def forward(ctx, x, y):
-        return x + y.sum()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
 
 
 @each_source

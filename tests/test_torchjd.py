@@ -6,9 +6,9 @@ import torch
 import dtokd_kernels as dk
 
 from . import tolerances
-from .inputs import families
+from .inputs import families, gram_of
 from .test_balance import GRAM, LOSSES, close
-from .test_weights import direction, gram_of
+from .test_weights import direction
 
 jd = pytest.importorskip("torchjd.aggregation")
 

@@ -22,7 +22,7 @@ from dtokd_kernels.types import Options
 from dtokd_kernels.weighting import _eigen, _random, pcgrad
 
 from . import tolerances
-from .inputs import FAMILIES, families
+from .inputs import FAMILIES, families, gram_of
 from .oracle import Student, batch, losses_of, nothing_with_gradient
 
 U = 2.0**-53
@@ -43,10 +43,6 @@ NEED_NO_GRAM = {"amortized", "dwa", "eq18", "famo", "fixed", "logsum", "rlw", "u
 each_weighting = pytest.mark.parametrize("name", MAKERS)
 each_stateful = pytest.mark.parametrize("name", STATEFUL)
 learning_from_steps = pytest.mark.parametrize("name", [name for name in STATEFUL if name not in OBSERVING])
-
-
-def gram_of(J):
-    return J @ J.T
 
 
 def losses(K, seed=0):

@@ -11,15 +11,11 @@ from scipy.optimize import minimize
 import dtokd_kernels as dk
 
 from . import tolerances
-from .inputs import FAMILIES, families
+from .inputs import FAMILIES, families, gram_of
 
 #: Affinely independent gradients: weights are unique, and well enough conditioned to be compared.
 GENERIC = ("random", "aligned", "tiny", "huge")
 U = 2.0**-53
-
-
-def gram_of(J):
-    return J @ J.T
 
 
 def direction(J, weights):
