@@ -57,7 +57,7 @@ class _Random(nn.Module):
         return 3 * torch.randn(len(images), CLASSES)
 
 
-def lookup(k: int | None, batch: int, folder: Path, repeats: int = 30) -> tuple[float, int]:
+def lookup(k: int | None, batch: int, folder: Path) -> tuple[float, int]:
     """Seconds of a look into a complete cache, the median; and bytes of a row."""
     cache = TeacherCache(folder / str(k), CachedImages(ROWS, {0: torch.arange(ROWS)}, 0, {}), {})
     cache.keep(kept_of(k, CLASSES), Taps(logits=True), {})
@@ -72,7 +72,7 @@ def lookup(k: int | None, batch: int, folder: Path, repeats: int = 30) -> tuple[
 
     for samples in torch.arange(ROWS).split(512):
         look(samples)
-    times = [seconds_of(lambda: look(torch.randint(ROWS, (batch,)))) for _ in range(repeats)]
+    times = [seconds_of(lambda: look(torch.randint(ROWS, (batch,)))) for _ in range(30)]
     return median(times), int(told[0].split(" bytes a row")[0].rsplit(" ", 1)[1])
 
 

@@ -74,9 +74,9 @@ class Case:
     kind: Kind
 
     @classmethod
-    def build(cls, shapes: Shapes, kind: Kind, seed: int = 0, device: str = "cpu") -> Case:
-        """Seeded inputs, float32."""
-        generator = torch.Generator(device).manual_seed(seed)
+    def build(cls, shapes: Shapes, kind: Kind, device: str = "cpu") -> Case:
+        """The same inputs each time, float32."""
+        generator = torch.Generator(device).manual_seed(0)
         numbers = sum(math.prod(shape) for shape in shapes)
         scale = GRADIENT_NORM / math.sqrt(numbers)
 

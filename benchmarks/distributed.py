@@ -27,6 +27,8 @@ K = 2
 WAYS = ("naive", "replicas", "sharded")
 #: What is sent per rank and step, in units of (n - 1) / n times the bytes of the parameters.
 UNITS = {"naive": 2 * K, "replicas": 2 * K, "sharded": K + 1}
+#: Bytes per collective.
+BUCKET = 25 * 2**20
 
 
 def sent_bytes() -> int:
@@ -190,9 +192,7 @@ def ring(n: int, size: float, machine: Machine) -> float:
     return (n - 1) / n * size / bandwidth + (n - 1) * machine.latency
 
 
-def modelled(
-    n: int, parameters: float, backward: float, machine: Machine, bucket: float = 25 * 2**20
-) -> dict[str, Any]:
+def modelled(n: int, parameters: float, backward: float, machine: Machine) -> dict[str, Any]:
     """Bytes and seconds that a balanced step adds to computation on n GPUs.
 
     Args:
@@ -200,22 +200,22 @@ def modelled(
         parameters: their number; gradients of 2 bytes, state and update of `step` of 4.
         backward: seconds of one backward pass, which hides communication.
         machine: the cluster.
-        bucket: bytes per collective.
 
     Returns:
         For each way: "sent" bytes per rank; "exposed" seconds: what K passes do not hide, the all-gather, and
         reading and writing gradients, state and parameters in the step.
     """
     size = 2 * parameters
-    count = max(1.0, size / bucket)
+    count = max(1.0, size / BUCKET)
     scatter = count * ring(n, size / count, machine)
     hidden = K * backward * (1 - 1 / count)  # the last bucket of a pass comes when the pass is over
     # Gram and update read K gradients twice; update reads and writes two moments, a master copy and the parameter
     step = parameters * (2 * K * 2 + 2 * 3 * 4 + 2) / machine.memory
     small = ring(n, 88, machine) * 2
+    averaged = max(K * 2 * scatter - hidden, K * 2 * scatter / count) + step + small
     times = {
-        "naive": max(K * 2 * scatter - hidden, K * 2 * scatter / count) + step + small,
-        "replicas": max(K * 2 * scatter - hidden, K * 2 * scatter / count) + step + small,
+        "naive": averaged,
+        "replicas": averaged,
         "sharded": max(K * scatter - hidden, K * scatter / count) + scatter + step / n + small,
     }
     return {way: {"sent": UNITS[way] * (n - 1) / n * size, "exposed": times[way]} for way in WAYS}

@@ -26,6 +26,7 @@ from dtokd_kernels import backends, implementations
 
 from . import gate, iterations, report
 from .cases import (
+    COMPETITORS,
     UNIT,
     Case,
     Competitor,
@@ -134,8 +135,6 @@ def competitors(
         return found
     found |= {"clip_fused": clip_fused, "foreach_fused": foreach_fused, "foreach": foreach}
     if find_spec("torchjd"):
-        from .cases import COMPETITORS
-
         found |= {name: COMPETITORS[name] for name in ("mgda", "mgda_gramian")}
     elif results is not None:
         results.leave_out("TorchJD", "not installed")
@@ -346,7 +345,8 @@ def whole_iterations(results: Results, student: str, teacher: str, batch: int, s
     for mode in ("eager", "bf16", "compiled"):
         config = f"student {student}, teacher {teacher}, batch {batch}, {size} px"
         with results.or_left_out(f"iterations, {mode}"):
-            iteration = iterations.Iteration(student, teacher, batch, size, device=results.device, mode=mode)
+            pair = iterations.Pair(student, teacher, batch, size, device=results.device, mode=mode)
+            iteration = iterations.Iteration(pair)
             names = {(name, cached) for name in WAYS for cached in ((False, True) if name == "exact" else (False,))}
             taken: dict[tuple[str, bool], list[float]] = {}
             for number in range(rounds + 1):

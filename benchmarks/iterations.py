@@ -62,6 +62,7 @@ class Pair:
         self, student: str, teacher: str, batch: int, size: int, device: str = "cpu", mode: str = "eager"
     ) -> None:
         torch.manual_seed(0)
+        self.device = device
         self.student = timm.create_model(MODELS.get(student, student)).to(device)
         self._teacher = timm.create_model(MODELS.get(teacher, teacher)).eval().to(device)
         self._images = torch.rand(batch, 3, size, size).to(device)
@@ -90,20 +91,14 @@ class Iteration:
     """A training iteration, the same but for the way from losses to parameters.
 
     Args:
-        student, teacher: models of timm, or their short names.
-        batch: images per iteration.
-        size: their height and width in pixels.
-        device, mode: as `Pair` has them.
+        pair: student and teacher.
     """
 
-    def __init__(
-        self, student: str, teacher: str, batch: int, size: int, device: str = "cpu", mode: str = "eager"
-    ) -> None:
-        self._device = device
+    def __init__(self, pair: Pair) -> None:
+        self._pair = pair
         self._target: Tensor | None = None  # the teacher's cached predictions
-        self._pair = Pair(student, teacher, batch, size, device, mode)
-        self._params = list(self._pair.student.parameters())
-        *_, last = self._pair.student.get_submodule("blocks").children()
+        self._params = list(pair.student.parameters())
+        *_, last = pair.student.get_submodule("blocks").children()
         self.ways: dict[str, Way] = {
             SUM: self._sum(),
             "exact": self._balanced(gram="exact"),
@@ -151,10 +146,10 @@ class Iteration:
             cached_target = self._target if cached else None
             way.backward(self._pair.losses(self._pair.teach() if cached_target is None else cached_target))
             way.step()
-            if self._device == "cuda":
+            if self._pair.device == "cuda":
                 torch.cuda.synchronize()
 
-        if self._device == "cuda":
+        if self._pair.device == "cuda":
             torch.cuda.synchronize()
         return seconds_of(iteration)
 
@@ -185,14 +180,13 @@ def measure_iterations(
     rounds: int,
     names: Sequence[str] | None = None,
     quiet_limit: float | None = None,
-    seed: int = 0,
 ) -> list[Measurement]:
     """Milliseconds of the parts, and ratios to the iteration of the weighted sum in the same round."""
-    iteration = Iteration(student, teacher, batch, size)
+    iteration = Iteration(Pair(student, teacher, batch, size))
     chosen = list(iteration.ways if names is None else [SUM, *names])
     for name in chosen:  # warms up, and makes the one measurement of `Every`
         iteration.run(name)
-    shuffle, quiet = random.Random(seed), Quiet(quiet_limit)
+    shuffle, quiet = random.Random(0), Quiet(quiet_limit)
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     for _ in range(rounds):
         order = shuffle.sample(chosen, len(chosen))
@@ -206,19 +200,18 @@ def measure_iterations(
                 more["backward / exact's"] = seconds["backward"] / found["exact"]["backward"]
             taken[name].append({**seconds, **more})
     config = f"student {student}, teacher {teacher}, batch {batch}, {size} px, {rounds} rounds"
-    results = [_measurement("iteration", "other processes", "load", "cores", batch, [quiet.load], config)]
+
+    def entry(name: str, metric: str, unit: str, values: Sequence[float]) -> Measurement:
+        threads = torch.get_num_threads()
+        return Measurement("iteration", name, f"batch {batch}", metric, unit, "", values, threads, config)
+
+    results = [entry("other processes", "load", "cores", [quiet.load])]
     for name, runs in taken.items():
         for metric in runs[0]:
             is_time = metric in ("forward", "backward", "step", "iteration")
             values = [(1e3 if is_time else 1) * run[metric] for run in runs]
-            results.append(_measurement("iteration", name, metric, "ms" if is_time else "1", batch, values, config))
+            results.append(entry(name, metric, "ms" if is_time else "1", values))
     return results
-
-
-def _measurement(
-    what: str, name: str, metric: str, unit: str, batch: int, values: Sequence[float], config: str
-) -> Measurement:
-    return Measurement(what, name, f"batch {batch}", metric, unit, "", values, torch.get_num_threads(), config)
 
 
 def overlap_step(case: Case, backend: str | None = None) -> Competitor:

@@ -168,13 +168,13 @@ class Compiled:
     spilled_by_calls: int  # the same of the functions it calls: rare paths, and what one block does once
     code: tuple[Instruction, ...]
 
-    def occupancy(self, threads: int = THREADS) -> float:
+    def occupancy(self) -> float:
         """The share of a multiprocessor's threads that its registers and shared memory leave room for."""
         # registers are granted to warps in portions of 256; a block's shared memory has 1 KiB beside it
         per_warp = -(-self.registers * 32 // 256) * 256
-        blocks = 65536 // (per_warp * threads // 32)
+        blocks = 65536 // (per_warp * THREADS // 32)
         kibibytes, most = ROOM[self.arch]
-        return min(blocks, (kibibytes << 10) // (self.shared + 1024), most // threads) * threads / most
+        return min(blocks, (kibibytes << 10) // (self.shared + 1024), most // THREADS) * THREADS / most
 
     def _loops(self) -> list[Loop]:
         loops = []
@@ -254,7 +254,7 @@ def cuda_kernels(
     folder: Path, arch: int, kernels: Sequence[Kernel] = KERNELS, flags: Sequence[str] = ()
 ) -> dict[Kernel, Compiled]:
     """The project's CUDA kernels, compiled for an architecture (90: sm_90) in `folder`, with more flags for nvcc."""
-    compiled = assemble(toolchain.compile_kernels([k.name for k in kernels], folder, arch, "ptx", flags), arch)
+    compiled = assemble(toolchain.compile_kernels([k.name for k in kernels], folder, arch, flags), arch)
     names = toolchain.run(["c++filt", *(c.symbol for c in compiled)]).splitlines()
     result = {}
     for kernel in kernels:

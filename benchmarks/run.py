@@ -38,14 +38,13 @@ def measure_step(
     what: str = "step",
     ways: Mapping[str, Callable[[Case], Competitor]] = COMPETITORS,
     quiet_limit: float | None = None,
-    seed: int = 0,
 ) -> list[Measurement]:
     """Times, ratios to the unit and bandwidths of all competitors, and the bytes they move by count."""
     torch.set_num_threads(threads)
-    case = Case.build(shapes, kind, seed)
+    case = Case.build(shapes, kind)
     competitors = {name: make(case) for name, make in ways.items()}
     quiet = Quiet(quiet_limit)
-    samples = time_rounds(competitors, rounds, slow_rounds, seed, quiet)
+    samples = time_rounds(competitors, rounds, slow_rounds, quiet)
     results = [Measurement(what, "other processes", kind, "load", "cores", model, [quiet.load], threads)]
     for name, taken in samples.items():
         config = f"K=2 float32 AdamW with clipping; {case.parameters} parameters; {len(taken)} rounds"

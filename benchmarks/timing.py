@@ -77,7 +77,7 @@ class Sample:
 
 
 def time_rounds(
-    competitors: Mapping[str, Competitor], rounds: int, slow_rounds: int, seed: int, quiet: Quiet
+    competitors: Mapping[str, Competitor], rounds: int, slow_rounds: int, quiet: Quiet
 ) -> dict[str, list[Sample]]:
     """Time every competitor, interleaved.
 
@@ -86,7 +86,7 @@ def time_rounds(
     """
     schedule = [[name for name in competitors if name not in SLOW] for _ in range(rounds)]
     schedule += [[UNIT, name] for name in competitors if name in SLOW for _ in range(slow_rounds)]
-    shuffle = random.Random(seed)
+    shuffle = random.Random(0)
     shuffle.shuffle(schedule)
     samples: dict[str, list[Sample]] = {name: [] for name in competitors}
     with _no_garbage_collection():
@@ -99,16 +99,16 @@ def time_rounds(
     return samples
 
 
-def read_bandwidth(threads: int, quiet: Quiet, samples: int = 7) -> dict[str, Sequence[float]]:
+def read_bandwidth(threads: int, quiet: Quiet) -> dict[str, Sequence[float]]:
     """GB/s at which torch reads a buffer that fits no cache, and reads and writes it in place."""
     torch.set_num_threads(threads)
     buffer = torch.ones(PROBE_BYTES // 4)
 
     def probe() -> dict[str, Sequence[float]]:
         return {
-            "read (torch.sum)": [PROBE_BYTES / 1e9 / seconds_of(buffer.sum) for _ in range(samples)],
+            "read (torch.sum)": [PROBE_BYTES / 1e9 / seconds_of(buffer.sum) for _ in range(7)],
             "read and write in place (mul_)": [
-                2 * PROBE_BYTES / 1e9 / seconds_of(lambda: buffer.mul_(1.0)) for _ in range(samples)
+                2 * PROBE_BYTES / 1e9 / seconds_of(lambda: buffer.mul_(1.0)) for _ in range(7)
             ],
         }
 

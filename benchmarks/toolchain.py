@@ -76,14 +76,13 @@ def missing() -> str | None:
     return f"neither nvcc's toolkit nor triton has {' and '.join(absent)}" if absent else None
 
 
-def compile_kernels(kernels: Sequence[str], folder: Path, arch: int, kind: str, flags: Sequence[str] = ()) -> Path:
-    """Compiles some instances of the kernel templates.
+def compile_kernels(kernels: Sequence[str], folder: Path, arch: int, flags: Sequence[str] = ()) -> Path:
+    """Compiles some instances of the kernel templates to PTX.
 
     Args:
         kernels: Such as "gram_kernel<float, 2>".
         folder: Where the files go.
         arch: Such as 90.
-        kind: "ptx", or "cubin" for what ptxas makes of it.
         flags: More of nvcc's.
 
     Returns:
@@ -95,13 +94,12 @@ def compile_kernels(kernels: Sequence[str], folder: Path, arch: int, kind: str, 
     compiler = nvcc()
     if compiler is None:
         raise ToolError("no nvcc on PATH or in CUDA_HOME")
-    source, output = folder / f"kernels_{arch}.cu", folder / f"kernels_{arch}.{kind}"
+    source, output = folder / f"kernels_{arch}.cu", folder / f"kernels_{arch}.ptx"
     headers = "".join(f'#include "cuda/{path.name}"\n' for path in sorted(CSRC.glob("cuda/*.cuh")))
     addresses = "".join(f"    reinterpret_cast<const void*>(&{kernel}),\n" for kernel in kernels)
     source.write_text(
         f"{headers}using namespace dtokd;\nusing namespace dtokd::cuda;\n"
         f"extern const void* const kernels[] = {{\n{addresses}}};\n"
     )
-    target = f"compute_{arch}" if kind == "ptx" else f"sm_{arch}"
-    run([compiler, f"-{kind}", f"-arch={target}", *NVCC_FLAGS, *flags, source, "-o", output])
+    run([compiler, "-ptx", f"-arch=compute_{arch}", *NVCC_FLAGS, *flags, source, "-o", output])
     return output

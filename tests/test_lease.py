@@ -56,14 +56,14 @@ def test_every_part_writes_what_it_measures(cuda, tmp_path, capsys):
 
 def test_iterations_of_every_mode(tmp_path, monkeypatch):
     """One whose compilation fails leaves the others."""
-    made = iterations.Iteration
+    made = iterations.Pair
 
     def without_compiler(*args, mode, **options):
         if mode == "compiled":
             raise RuntimeError("no compiler")
         return made(*args, mode=mode, **options)
 
-    monkeypatch.setattr(iterations, "Iteration", without_compiler)
+    monkeypatch.setattr(iterations, "Pair", without_compiler)
     gpu.main(["iterations", *SMALL, *TINY, "--output", str(tmp_path)])
     rows = read(tmp_path / "gpu.csv")
     for mode in ("eager", "bf16"):

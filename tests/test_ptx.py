@@ -273,7 +273,7 @@ def test_kernels_with_sums_in_parts(emulated):
 def test_ptx_of_nvcc_has_the_bits_of_the_emulation(emulated, tmp_path, target, kernels, arch):
     folder, (expected,) = emulated(target)
     translated = tmp_path / "kernels.cpp"
-    ptx = toolchain.compile_kernels(kernels, tmp_path, arch, "ptx").read_text()
+    ptx = toolchain.compile_kernels(kernels, tmp_path, arch).read_text()
     translated.write_text(translate_module(ptx, "kernels.ptx"))
     *launches, last = run_cuda_tests(cmake.build(folder, target, DTOKD_PTX=translated) / target)
     assert len(launches) == len(kernels)
