@@ -11,7 +11,7 @@ from torch import Tensor
 from . import kernels
 from .checks import check_options, check_params, check_share
 from .gradients import GradientSets, Losses
-from .ranks import Ranks
+from .ranks import Ranks, initialized
 from .reach import of_backward
 from .rows import GradientRows
 from .solve import commit, solve_sets
@@ -83,7 +83,7 @@ def backward(
     check_share("backward", share)
     listed: Sequence[Tensor] = [p for p in _check_once(check_params("backward", params)) if p.requires_grad]
     ranks: Ranks | None = None
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if initialized():
         from .distributed.find import of_backward as ranks_of
 
         listed, ranks = ranks_of(listed, source, "backward")

@@ -18,6 +18,7 @@ from .gradients import GradientSets, Losses
 from .implementations import Numbers
 from .optim_state import Kept
 from .plan import Group, Plan, Step, make_parts
+from .ranks import initialized
 from .rows import GradientRows
 from .solve import commit, solve_sets
 from .sources import Exact, Source, choose
@@ -146,7 +147,7 @@ class Balanced(Kept):
 
     def _look(self, params: Sequence[Tensor]) -> None:
         """Find out whether other ranks train these parameters, once there are ranks."""
-        if self._ranks is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if self._ranks is None and initialized():
             from .distributed.find import find
 
             self._ranks = find(params, self._source, f"{type(self).__name__}.backward")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import ops
 from .gradients import Losses, check_loss, gradients_of, named_losses
+from .ranks import initialized
 from .types import MAX_OBJECTIVES
 from .weighting import Auto, HeldOut
 
@@ -69,7 +70,7 @@ def measure_held_out(
     names, values = named_losses(losses, _OP, MAX_OBJECTIVES - 1)
     check_loss("held_out", held_out, _OP)
     # of several ranks one that stopped here would leave the others waiting for its gradients
-    if held_out.device.type == "cpu" and not _on_ranks() and not held_out.isfinite():
+    if held_out.device.type == "cpu" and not initialized() and not held_out.isfinite():
         raise ValueError(f"{_OP}: held_out is {held_out.item()}; a held-out batch must have a finite loss")
     if scaler is not None and scaler.is_enabled():
         # the products' ratios do not depend on the scale: stay away from that at which training's gradients overflow
@@ -85,7 +86,7 @@ def measure_held_out(
         )
     chosen = [[row[t] for t in shared] for row in rows]
     with torch.no_grad():
-        if _on_ranks():
+        if initialized():
             from .distributed.replicas import average
 
             chosen = average(chosen, process_group)
@@ -112,7 +113,3 @@ def _metric(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> list[
     # a first step that was skipped has left a state without any moment
     all_begun = torch.stack(begun).all()
     return [torch.where(all_begun.to(root.device), root, 1.0) for root in roots]
-
-
-def _on_ranks() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .checks import check_options
 from .gradients import Losses, checked_losses, expect, named_losses
-from .ranks import Ranks
+from .ranks import Ranks, initialized
 from .sources import Feature, Probe, Source, Unmeasured, choose
 from .sources.source import Call
 from .sources.wrapper import innermost
@@ -158,9 +158,7 @@ class BalancedLoss:
 
     def _ranks(self) -> Ranks | None:
         """The other processes; None if there are none."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return None
-        if torch.distributed.get_world_size(self._group) == 1:
+        if not initialized() or torch.distributed.get_world_size(self._group) == 1:
             return None
         from .distributed.averaged import Averaged
 

@@ -14,6 +14,11 @@ from .types import MAX_OBJECTIVES
 from .watch import Watch
 
 
+def initialized() -> bool:
+    """Whether torch.distributed is there and initialized, so that there may be other ranks."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class Ranks:
     """The processes of a group that train one model on different samples. A subclass says how gradients meet.
 

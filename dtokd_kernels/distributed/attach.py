@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..balanced import Balanced
 from ..checks import check_flag, check_params, is_number
+from ..ranks import initialized
 from .connect import check_complete, connect, group_of
 from .find import remember
 from .replicas import BUCKET_BYTES, Replicas
@@ -70,7 +71,7 @@ def attach(
                 f"attach: got a {type(module).__name__} beside the optimizer; pass modules that are wrapped in "
                 "DistributedDataParallel (parameters of plain ones are averaged as well)"
             )
-    if not dist.is_available() or not dist.is_initialized():
+    if not initialized():
         raise RuntimeError("attach: torch.distributed is not initialized; call init_process_group first")
     if not is_number(bucket_bytes) or bucket_bytes < 1:
         raise ValueError(f"attach: bucket_bytes is {bucket_bytes!r}; pass a positive number, such as {BUCKET_BYTES}")

@@ -44,22 +44,17 @@ class NashMTL:
         Returns:
             [K] float64, positive where there is a gradient.
         """
-        return nash_weights(gram)
-
-
-def nash_weights(gram: Tensor) -> Tensor:
-    """Weights [K] of a Gram matrix [K, K] float64, by Newton's method."""
-    K = len(gram)
-    cosines, _, inverse = unit_gram(gram)
-    identity = torch.eye(K, dtype=torch.float64, device=gram.device)
-    # a zero gradient takes no part: as if it were orthogonal to all
-    cosines = cosines + identity * torch.where(inverse > 0, RIDGE, 1.0)
-    b = torch.ones_like(inverse)
-    # two gradients need 1 step; 16 (K = 3) to 32 are enough where the gradients cancel up to a share of 1e-3
-    for _ in range(min(8 * (K - 1), 32)):
-        scaled = b[:, None] * cosines * b
-        residual = scaled.sum(1) - 1
-        step, _ = torch.linalg.solve_ex(scaled + identity, residual)
-        b = b * (1 - step / (1 + (residual @ step).sqrt()))  # the root is Newton's decrement
-        b = b * (K / (b @ cosines @ b)).sqrt()
-    return b * inverse
+        K = len(gram)
+        cosines, _, inverse = unit_gram(gram)
+        identity = torch.eye(K, dtype=torch.float64, device=gram.device)
+        # a zero gradient takes no part: as if it were orthogonal to all
+        cosines = cosines + identity * torch.where(inverse > 0, RIDGE, 1.0)
+        b = torch.ones_like(inverse)
+        # two gradients need 1 step; 16 (K = 3) to 32 are enough where the gradients cancel up to a share of 1e-3
+        for _ in range(min(8 * (K - 1), 32)):
+            scaled = b[:, None] * cosines * b
+            residual = scaled.sum(1) - 1
+            step, _ = torch.linalg.solve_ex(scaled + identity, residual)
+            b = b * (1 - step / (1 + (residual @ step).sqrt()))  # the root is Newton's decrement
+            b = b * (K / (b @ cosines @ b)).sqrt()
+        return b * inverse
