@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
@@ -27,3 +27,12 @@ def read_columns(path: Path, expected: Sequence[str] = ()) -> dict[str, list[flo
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} does not hold the numbers of a run: {error}; remove what is no number") from error
     return columns
+
+
+def over_steps(steps: Mapping[str, Sequence[float]], prefix: str) -> dict[str, list[tuple[float, float]]]:
+    """The columns that begin so, by the rest of their names, as points over "step"."""
+    return {
+        name.removeprefix(prefix): list(zip(steps["step"], values, strict=True))
+        for name, values in steps.items()
+        if name.startswith(prefix)
+    }

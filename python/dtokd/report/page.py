@@ -14,7 +14,7 @@ from ..texts import read_json, read_notes
 from ..train.images import skipped
 from .chart import line_chart
 from .classes import classes_part
-from .columns import read_columns
+from .columns import over_steps, read_columns
 from .conclusion import read_baseline, sentences
 from .html import document, fold, pictures, table
 from .recorded import Points, Recorded, listed, metric_of
@@ -102,13 +102,6 @@ def _charts(run: Recorded, steps: Mapping[str, Sequence[float]], beside: Mapping
     def over_epochs(begin: str, label: str = "") -> dict[str, Points]:
         return {f"{label}{name.removeprefix(begin)}": run.curve(name) for name in run.epochs if name.startswith(begin)}
 
-    def over_steps(begin: str) -> dict[str, Points]:
-        return {
-            name.removeprefix(begin): list(zip(steps["step"], values, strict=True))
-            for name, values in steps.items()
-            if name.startswith(begin)
-        }
-
     def compared(part: str) -> dict[str, Points]:
         return {name: points for name, points in beside.items() if f": {part}" in name}
 
@@ -123,11 +116,13 @@ def _charts(run: Recorded, steps: Mapping[str, Sequence[float]], beside: Mapping
     yield line_chart("Losses", losses | compared("loss"), "epoch")
     yield line_chart("Weights, mean over the epoch (paper: Fig. 3)", over_epochs("weight_"), "epoch")
     if steps:
-        yield line_chart("Conflict: cosine of the gradients (Fig. 1)", over_steps("cosine_"), "iteration", mark=0)
-        norms = over_steps("norm_")
+        yield line_chart(
+            "Conflict: cosine of the gradients (Fig. 1)", over_steps(steps, "cosine_"), "iteration", mark=0
+        )
+        norms = over_steps(steps, "norm_")
         if "dominance" in steps:
             title = "Dominance: ratio of the gradients' norms (Fig. 1)"
-            ratio = {"{1} / {0}".format(*norms): over_steps("dominance")[""]}
+            ratio = {"{1} / {0}".format(*norms): over_steps(steps, "dominance")[""]}
             yield line_chart(title, ratio, "iteration", log=True, mark=1)
         yield line_chart("Norms of the gradients", norms, "iteration", log=True)
     rates = {name: run.curve(name) for name in run.epochs if name.endswith("_rate")}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .chart import line_chart
-from .columns import read_columns
+from .columns import over_steps, read_columns
 from .html import table
 
 #: Pictures on the page: the first and the last epoch's, and some between.
@@ -28,24 +28,16 @@ def synthetic_part(run: Path) -> str:
     if not steps:
         return ""
     charts = [
-        line_chart("Losses of the images", _over(steps, "loss_"), "step of the images' optimizer"),
-        line_chart("Weights of these losses", _over(steps, "weight_"), "step", log=True),
-        line_chart("Conflict of these losses: cosine of their gradients", _over(steps, "cosine_"), "step", mark=0),
-        line_chart("Norms of their gradients", _over(steps, "norm_"), "step", log=True),
+        line_chart("Losses of the images", over_steps(steps, "loss_"), "step of the images' optimizer"),
+        line_chart("Weights of these losses", over_steps(steps, "weight_"), "step", log=True),
+        line_chart("Conflict of these losses: cosine of their gradients", over_steps(steps, "cosine_"), "step", mark=0),
+        line_chart("Norms of their gradients", over_steps(steps, "norm_"), "step", log=True),
     ]
     return (
         "<h2>Images made from the teacher</h2>"
         f"{_pictures(run / 'synthetic')}{conflicts(steps)}"
         f'<div class="grid-of">{"".join(charts)}</div>'
     )
-
-
-def _over(steps: Mapping[str, list[float]], prefix: str) -> dict[str, list[tuple[float, float]]]:
-    return {
-        name.removeprefix(prefix): list(zip(steps["step"], values, strict=True))
-        for name, values in steps.items()
-        if name.startswith(prefix)
-    }
 
 
 def _pictures(folder: Path) -> str:
