@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import shlex
 import time
 from html import escape
 from pathlib import Path
@@ -13,8 +11,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..compare.page import mean_curve
 from ..demo.data import write_digits
-from ..demo.run import SHARED, STUDENT, TEACHER
+from ..demo.run import SHARED, STUDENT, TEACHER, options_of
 from ..files import write_text
 from ..report.chart import line_chart
 from ..report.columns import read_columns
@@ -22,9 +21,7 @@ from ..report.html import document, table
 from ..report.synthetic import synthetic_part
 from ..train import options as train_options
 from ..train.progress import Progress
-from ..train.reading import parse
 from ..train.run import train
-from ..values import parser_of
 
 #: Options of all students: as `dtokd demo`'s, whose optimizer without a balance is AdamW.
 _STUDENT = STUDENT.replace("dtoadamw", "adamw") + " --kd-distill-type logit --resume auto --task-loss-weight 0.1"
@@ -97,10 +94,9 @@ def _rows(accuracies: dict[str, float]) -> list[tuple[str, ...]]:
 
 
 def _page(students: Path, rows: list[tuple[str, ...]]) -> str:
-    epochs = {name: read_columns(students / name / "summary.csv") for name in RUNS}
     lines = {
-        RUNS[name][0]: [(epoch + 1, top1) for epoch, top1 in zip(held["epoch"], held["eval_top1"], strict=True)]
-        for name, held in epochs.items()
+        title: mean_curve([read_columns(students / name / "summary.csv")], "eval_top1")
+        for name, (title, *_) in RUNS.items()
     }
     links = ", ".join(f'<a href="{name}/report.html">{escape(name)}</a>' for name in RUNS)
     parts = [
@@ -121,8 +117,5 @@ _NOTE = (
 
 
 def _train(argv: list[str], console: Console) -> int:
-    """Run `dtokd train`, which the user can run again by hand."""
-    console.rule()
-    console.print(f"dtokd train {shlex.join(argv)}")
-    options: argparse.Namespace = parse(parser_of(train_options), argv)
+    options = options_of(train_options, "train", argv, console)
     return train(options, Progress(options.epochs, console)).exit_code

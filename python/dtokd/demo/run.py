@@ -62,7 +62,7 @@ def run(output: Path, seeds: list[int], objectives: list[str]) -> int:
     write_digits(output / "digits")
     where = ["--output", str(output), "--data-dir"]
     argv = [*SHARED.split(), *TEACHER.split(), *where, str(output / "digits" / "teacher")]
-    teacher = _options(train_options, "train", argv, console)
+    teacher = options_of(train_options, "train", argv, console)
     if code := train(teacher, Progress(teacher.epochs, console)).exit_code:
         return code
     failed, agreements = 0, []
@@ -70,7 +70,7 @@ def run(output: Path, seeds: list[int], objectives: list[str]) -> int:
         argv = [*SHARED.split(), *STUDENT.split(), *where, str(output / "digits" / "students")]
         argv += ["--kd-teacher-path", str(output / "teacher"), "--kd-distill-type", objective]
         argv += ["--arms", *ARMS, "--seeds", *map(str, seeds), "--experiment", objective]
-        students = _options(compare_options, "compare", argv, console)
+        students = options_of(compare_options, "compare", argv, console)
         code = comparison.run(argparse.Namespace(**vars(students)))
         if code > 1:
             return code
@@ -85,7 +85,7 @@ def run(output: Path, seeds: list[int], objectives: list[str]) -> int:
     return int(failed)
 
 
-def _options(module: object, command: str, argv: list[str], console: Console) -> argparse.Namespace:
+def options_of(module: object, command: str, argv: list[str], console: Console) -> argparse.Namespace:
     """The options of a command, which the user can give again by hand."""
     console.rule()
     console.print(f"dtokd {command} {shlex.join(argv)}")
