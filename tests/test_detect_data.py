@@ -1,6 +1,5 @@
 """`dtokd detect`: what is read, what is refused, how it is judged."""
 
-import argparse
 import json
 import shutil
 
@@ -15,6 +14,7 @@ from dtokd.detect.batch import Detections
 from dtokd.detect.data import CocoImages, collate, index, make_transforms, small_boxes
 from dtokd.detect.errors import KINDS, _Matched, split_errors
 from dtokd.detect.evaluate import CocoEvaluator
+from dtokd.values import parser_of
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
@@ -24,9 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def settings(*texts):
-    parser = argparse.ArgumentParser()
-    detect_options.add_arguments(parser)
-    return parser.parse_args(list(texts))
+    return parser_of(detect_options).parse_args(list(texts))
 
 
 def dataset(coco, *texts, training=False):

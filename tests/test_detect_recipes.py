@@ -8,6 +8,7 @@ from dtokd.cli import main
 from dtokd.detect import options as detect_options
 from dtokd.detect.detectors import deformable
 from dtokd.train.reading import read_config
+from dtokd.values import parser_of
 from safetensors.torch import save_file
 
 from .coco import TINY, common
@@ -25,8 +26,7 @@ KINDS = [
 
 def options(name):
     """As `dtokd detect` reads them: each known, each value allowed."""
-    parser = argparse.ArgumentParser()
-    detect_options.add_arguments(parser)
+    parser = parser_of(detect_options)
     return argparse.Namespace(**{**vars(parser.parse_args([])), **read_config(parser, f"recipe:{name}")})
 
 

@@ -22,6 +22,7 @@ from dtokd.objectives.taps import Taps
 from dtokd.objectives.teacher import Normalisation, Teacher, choose_size, patch_of
 from dtokd.train import options as train_options
 from dtokd.train.reading import read_config
+from dtokd.values import parser_of
 from safetensors.torch import load_file, save_file
 from timm.models import register_model
 from torch import nn
@@ -79,9 +80,7 @@ def weights(tmp_path):
 
 
 def namespace(module, *arguments, **changes):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return argparse.Namespace(**{**vars(parser.parse_args([str(a) for a in arguments])), **changes})
+    return argparse.Namespace(**{**vars(parser_of(module).parse_args([str(a) for a in arguments])), **changes})
 
 
 def student(name="test_resnet", classes=5):
@@ -375,9 +374,7 @@ RECIPES = {
 
 
 def recipe(command, name, **changes):
-    module = {"train": train_options, "detect": detect_options}[command]
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
+    parser = parser_of({"train": train_options, "detect": detect_options}[command])
     given = read_config(parser, f"recipe:{name}")
     return argparse.Namespace(**{**vars(parser.parse_args([])), **given, **changes})
 

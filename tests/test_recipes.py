@@ -9,8 +9,9 @@ import timm
 import torch
 from dtokd import recipes
 from dtokd.objectives.build import build
-from dtokd.train.options import add_arguments
+from dtokd.train import options as train_options
 from dtokd.train.reading import read_config
+from dtokd.values import parser_of
 from safetensors.torch import save_file
 from torch import nn
 
@@ -21,8 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 def namespace(name, **changes):
     """The recipe's options as `dtokd train` reads them: each known, each value allowed."""
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
+    parser = parser_of(train_options)
     given = read_config(parser, f"recipe:{name}")
     return argparse.Namespace(**{**vars(parser.parse_args([])), **given, **changes})
 

@@ -1,6 +1,5 @@
 """Teachers' outputs on disk: the same numbers, no forward pass, and never another teacher's or image's."""
 
-import argparse
 import json
 import random
 import shutil
@@ -21,6 +20,7 @@ from dtokd.objectives.taps import Outputs, Taps
 from dtokd.objectives.teacher import Normalisation, Teacher
 from dtokd.train import data, options, reading
 from dtokd.train.keyed import KeyedDataset, KeyedOrder
+from dtokd.values import parser_of
 from safetensors.torch import load_file, save_file
 
 from .digits import common, distilling, write_digits, write_teacher
@@ -98,10 +98,8 @@ def test_an_epoch_has_the_groups_of_its_view_in_an_order_of_its_own():
 
 
 def loader(folder, *texts, workers=0):
-    parser = argparse.ArgumentParser()
-    options.add_arguments(parser)
     given = [*common(folder, folder / "out"), *distilling(folder / "t"), "--kd-cache-teacher", str(folder / "cache")]
-    parsed = reading.parse(parser, [*given, "--kd-cache-views", "2", *texts, "--workers", str(workers)])
+    parsed = reading.parse(parser_of(options), [*given, "--kd-cache-views", "2", *texts, "--workers", str(workers)])
     config = {"input_size": SIZE, "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
     images = data.open_dataset(parsed, "train")
     return data.make_loaders(parsed, images, None, config, 10, torch.device("cpu")).train

@@ -1,6 +1,5 @@
 """`dtokd train`: options, timm's own loop, objectives, gradients, errors."""
 
-import argparse
 import shutil
 import sys
 from contextlib import nullcontext
@@ -16,6 +15,7 @@ from dtokd.objectives.teacher import Teacher
 from dtokd.train import options as train_options
 from dtokd.train import reading
 from dtokd.train.optimizer import parse_source
+from dtokd.values import parser_of
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import FastCollateMixup, create_dataset, create_loader, resolve_data_config
@@ -246,16 +246,10 @@ def test_no_source_of_the_gram(text):
         parse_source(text, timm.create_model("test_resnet"))
 
 
-def parser():
-    made = argparse.ArgumentParser()
-    train_options.add_arguments(made)
-    return made
-
-
 def test_config(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("model: vit\nlr: 1e-3\nopt-betas: [0.9, 0.95]\namp: true\nopt_kwargs: {a: 1}\n")
-    options = reading.parse(parser(), ["-c", str(path), "--model", "resnet"])
+    options = reading.parse(parser_of(train_options), ["-c", str(path), "--model", "resnet"])
     assert (options.model, options.lr, options.opt_betas, options.amp) == ("resnet", 1e-3, [0.9, 0.95], True)
     assert options.opt_kwargs == {"a": 1}
 
@@ -277,12 +271,12 @@ def test_bad_config(tmp_path, text, message):
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=message.replace("(", r"\(")):
-        reading.parse(parser(), ["--config", str(path)])
+        reading.parse(parser_of(train_options), ["--config", str(path)])
 
 
 def test_args_are_a_config(digits, tmp_path):
     path = run(digits, tmp_path, "--epochs", 1)
-    again = reading.parse(parser(), ["-c", str(path / "args.yaml")])
+    again = reading.parse(parser_of(train_options), ["-c", str(path / "args.yaml")])
     assert train_options.plain(again) == yaml.safe_load((path / "args.yaml").read_text())
 
 

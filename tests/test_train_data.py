@@ -17,6 +17,7 @@ from dtokd.train import reading
 from dtokd.train.data import open_dataset, validation_loader
 from dtokd.train.found import FORMATS
 from dtokd.trained import Trained
+from dtokd.values import parser_of
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
@@ -165,9 +166,7 @@ def test_wide_images_are_judged_as_the_model_was_trained(tmp_path):
     image.save(folder / "0.png")
     config = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
     config |= {"crop_pct": 1.0, "crop_mode": "squash"}
-    parser = argparse.ArgumentParser()
-    train_options.add_arguments(parser)
-    options = reading.parse(parser, common(tmp_path, tmp_path))
+    options = reading.parse(parser_of(train_options), common(tmp_path, tmp_path))
     images = open_dataset(options, "validation")
     ((shown, _),) = validation_loader(options, images, config, torch.device("cpu"))
     expected = create_transform(**config)(image)

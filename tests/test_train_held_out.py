@@ -1,6 +1,5 @@
 """`dtokd train --kd-balance heldout`: images that are never trained on set the weights."""
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -9,8 +8,9 @@ import torch
 from dtokd.cli import main
 from dtokd.errors import UsageError
 from dtokd.train import data, heldout
-from dtokd.train.options import add_arguments
+from dtokd.train import options as train_options
 from dtokd.train.reading import parse
+from dtokd.values import parser_of
 from PIL import Image
 from torch import nn
 
@@ -21,12 +21,6 @@ from .written import rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HELD = ["--kd-balance", "heldout", "--kd-held-out", "0.25", "--kd-held-out-every", "2"]
-
-
-def parser_of():
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    return parser
 
 
 @pytest.mark.parametrize(
@@ -84,7 +78,7 @@ def test_the_last_image_of_a_class_is_trained_on():
 def test_a_training_image_stands_in_for_one_that_cannot_be_read(digits, tmp_path):
     """And a held-out one for a held-out one: the next in the folder may be of the other part."""
     root = shutil.copytree(digits, tmp_path / "data")
-    options = parse(parser_of(), [*common(root, tmp_path), *distilling(tmp_path), *HELD])
+    options = parse(parser_of(train_options), [*common(root, tmp_path), *distilling(tmp_path), *HELD])
     images = data.open_dataset(options, "train")
     for part in heldout.split(options, images):
         place = next(i for i, at in enumerate(part.positions) if (at + 1) % 64 not in part.positions)
@@ -116,7 +110,7 @@ def images_of(part):
 
 
 def test_held_out_images_are_never_trained_on_and_have_a_transform_of_their_own(digits, tmp_path):
-    options = parse(parser_of(), [*common(digits, tmp_path), *distilling(tmp_path), *HELD])
+    options = parse(parser_of(train_options), [*common(digits, tmp_path), *distilling(tmp_path), *HELD])
     images = data.open_dataset(options, "train")
     first, second = heldout.split(options, images), heldout.split(options, data.open_dataset(options, "train"))
     train, held = first
