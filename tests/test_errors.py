@@ -14,6 +14,7 @@ from dtokd_kernels import backends
 from .device import DEVICE
 from .inputs import gradients
 from .oracle import Student, batch, losses_of
+from .sources import copies, state_of
 
 OPTIMIZERS = {
     "DTOAdamW": lambda p, **o: dk.DTOAdamW(p, amsgrad=True, **o),
@@ -34,17 +35,13 @@ class Untouched:
         for p in self.model.parameters():
             p.grad = torch.full_like(p, 5.0)
         self.grads = [p.grad for p in self.model.parameters()]
-        self.params = [p.detach().clone() for p in self.model.parameters()]
-        self.state = self._state()
+        self.params = copies(self.model.parameters())
+        self.state = state_of(self.optimizer)
         self.record = self.optimizer.balance
-
-    def _state(self):
-        saved = self.optimizer.state_dict()["state"]
-        return {(i, name): value.clone() for i, state in saved.items() for name, value in state.items()}
 
     def check(self):
         assert all(torch.equal(p, q) for p, q in zip(self.model.parameters(), self.params, strict=True))
-        state = self._state()
+        state = state_of(self.optimizer)
         assert state.keys() == self.state.keys()
         assert all(torch.equal(state[key], self.state[key]) for key in state)
         assert all(p.grad is grad for p, grad in zip(self.model.parameters(), self.grads, strict=True))

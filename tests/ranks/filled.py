@@ -9,12 +9,12 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dtokd_kernels as dk
 
 from .ddp import SAMPLES, SOURCES, WEIGHTINGS, Student, _batches, _error
+from .fsdp import _whole
 
 
 def _shard(student, size, copies=1):
@@ -33,10 +33,6 @@ def _optimizers(student, name):
     matrices = [p for p in params if p.dim() == 2]
     rest = [p for p in params if p.dim() != 2]
     return [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(rest, lr=0.01)]
-
-
-def _whole(tensor):
-    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach().clone()
 
 
 def train(rank, size, options, steps=3):
