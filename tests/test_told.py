@@ -148,9 +148,9 @@ def test_the_teachers_evaluation_changes_nothing(digits, teacher, tmp_path, monk
 def test_a_teacher_is_judged_again_with_other_images(name, value):
     """A run that goes on with another option keeps no metrics that depend on it."""
     settings = {"model": "x", "square": False, "max_size": 1333, "amp_dtype": "float16"}
-    task = types.SimpleNamespace(get_eval_model=lambda: torch.nn.Linear(1, 1))
+    task, known = types.SimpleNamespace(get_eval_model=lambda: torch.nn.Linear(1, 1), lessons=[]), about.Known([], None)
     one, two = (
-        about.find_out(types.SimpleNamespace(task=task, options=types.SimpleNamespace(**held)), None, about.Known(), {})
+        about.find_out(types.SimpleNamespace(task=task, options=types.SimpleNamespace(**held)), None, known, {})
         for held in (settings, {**settings, name: value})
     )
     assert one["judged_with"] != two["judged_with"]
@@ -239,7 +239,7 @@ def test_report_begins_with_a_conclusion(runs):
 
 
 def test_report_grows_while_the_run_goes_on(digits, tmp_path, monkeypatch):
-    from dtokd.train import run as training
+    from dtokd.train import fit as training
 
     seen = []
     epoch = training._epoch

@@ -10,8 +10,9 @@ import torch
 from dtokd.cli import main
 from dtokd.errors import UsageError
 from dtokd.files import digest_of, write_tensors
-from dtokd.train import checkpoint, run
+from dtokd.train import checkpoint
 from dtokd.train.checkpoint import load_checkpoint, load_run, save_checkpoint
+from dtokd.train.engine import Engine
 from dtokd.train.rundir import RunDir, student_of
 from safetensors.torch import load_file
 
@@ -30,7 +31,7 @@ def contents(folder):
 def scripted(monkeypatch, scores):
     """The evaluation of each epoch in turn, over the test's processes."""
     left = iter(scores)
-    monkeypatch.setattr(run.Engine, "evaluate", lambda *_, **__: {"top1": next(left), "top5": 100.0, "loss": 1.0})
+    monkeypatch.setattr(Engine, "evaluate", lambda *_, **__: {"top1": next(left), "top5": 100.0, "loss": 1.0})
 
 
 def epochs_of(path):

@@ -13,8 +13,8 @@ import torch
 from dtokd import files
 from dtokd.cli import main
 from dtokd.errors import UsageError
-from dtokd.train import run
 from dtokd.train.checkpoint import load_checkpoint, save_checkpoint
+from dtokd.train.engine import Engine
 from dtokd.train.images import CheckedImages
 from dtokd.train.rundir import RunDir
 from safetensors.torch import load_file
@@ -31,7 +31,7 @@ class Died(Exception):
 
 def die_at(monkeypatch, iteration):
     """In that optimizer step, counted over the process."""
-    step, count = run.Engine._step, [0]
+    step, count = Engine._step, [0]
 
     def dying(self):
         count[0] += 1
@@ -39,7 +39,7 @@ def die_at(monkeypatch, iteration):
             raise Died
         step(self)
 
-    monkeypatch.setattr(run.Engine, "_step", dying)
+    monkeypatch.setattr(Engine, "_step", dying)
 
 
 def differences(a, b, where="state"):
@@ -128,7 +128,7 @@ def test_resumed_run_is_the_undisturbed_one(digits, teacher, tmp_path, monkeypat
 
 def signal_at(monkeypatch, iterations):
     """SIGTERM in these optimizer steps, counted over the test's processes."""
-    step, count = run.Engine._step, [0]
+    step, count = Engine._step, [0]
 
     def signalled(self):
         count[0] += 1
@@ -136,7 +136,7 @@ def signal_at(monkeypatch, iterations):
             os.kill(os.getpid(), signal.SIGTERM)
         step(self)
 
-    monkeypatch.setattr(run.Engine, "_step", signalled)
+    monkeypatch.setattr(Engine, "_step", signalled)
 
 
 STOPS = {
@@ -327,7 +327,7 @@ def test_a_report_that_fails_hides_no_error(digits, tmp_path, monkeypatch, capsy
 
     options = ["train", *common(digits, tmp_path), "--experiment", "x", "--epochs", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr("dtokd.train.run.write_report", full)
+        patch.setattr("dtokd.train.fit.write_report", full)
         if dies:
             die_at(patch, 6)
             with pytest.raises(Died):

@@ -17,8 +17,10 @@ from dtokd.cli import main
 from dtokd.detect.batch import Detections
 from dtokd.detect.data import read_split
 from dtokd.detect.evaluate import CocoEvaluator
-from dtokd.train import run, state
+from dtokd.train import state
+from dtokd.train.engine import Engine
 from dtokd.train.world import join
+from timm.task import TrainingTask
 
 
 @contextlib.contextmanager
@@ -33,14 +35,14 @@ def patched(owner, name, value):
 
 def each_step(work):
     """Calls work(engine, number) before each optimizer step."""
-    step, count = run.Engine._step, [0]
+    step, count = Engine._step, [0]
 
     def counted(engine):
         count[0] += 1
         work(engine, count[0])
         step(engine)
 
-    return patched(run.Engine, "_step", counted)
+    return patched(Engine, "_step", counted)
 
 
 def train(rank, size, argv, signals=None, spoils=None):
@@ -109,7 +111,7 @@ def judged(rank, size, root):
 
 def _spoiled(number):
     """The losses of that call are NaN, as from a broken image."""
-    forward, count = run.TrainingTask.__call__, [0]
+    forward, count = TrainingTask.__call__, [0]
 
     def call(task, *args, **kwargs):
         result = forward(task, *args, **kwargs)
@@ -118,7 +120,7 @@ def _spoiled(number):
             result = {**result, "objectives": {n: v * float("nan") for n, v in result["objectives"].items()}}
         return result
 
-    return patched(run.TrainingTask, "__call__", call)
+    return patched(TrainingTask, "__call__", call)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from timm.task import TrainingTask
 
 from ..objectives.teacher import as_list
 from ..train import data, heldout
+from ..train.fit import Outcome
 from ..train.progress import Progress
-from ..train.run import Outcome, prepare, train
+from ..train.run import prepare, train
 from ..train.rundir import RunDir
 from ..train.world import World
 

@@ -17,9 +17,9 @@ from ..report.page import write_report
 from ..train.about import Known
 from ..train.batches import Batches
 from ..train.data import Data
+from ..train.fit import Outcome, fit, opened
 from ..train.options import experiment_name, flag
 from ..train.progress import Progress
-from ..train.run import Outcome, fit, opened
 from ..train.rundir import RunDir
 from ..train.world import World
 from .annotations import Annotations

@@ -42,8 +42,8 @@ class Known:
         example: one image, as the student takes it, for counting operations.
     """
 
-    data: Sequence[str] = ()
-    example: Any = None
+    data: Sequence[str]
+    example: Any
 
 
 @kept()
@@ -61,15 +61,14 @@ def find_out(engine: Engine, loaders: Data, known: Known, before: Mapping[str, A
         additions for one image, or None), "told", and for a teacher that was judged "metrics" and, where it is as good
         as untrained, "warning". Of a teacher that is not loaded, as its outputs are stored, what was known before.
     """
-    task: Any = engine.task
-    lessons = list(getattr(task, "lessons", ()))
+    task = engine.task
     student = unwrap_model(task.get_eval_model())
     told: dict[str, Any] = {"data": list(known.data)}
     told["student"] = describe(engine.options.model, student, known.example)
     told["teachers"] = []
     told["judged_with"] = {name: str(getattr(engine.options, name, None)) for name in _JUDGED_WITH}
     known_already = before.get("teachers", ()) if before.get("judged_with") == told["judged_with"] else ()
-    for number, (teacher, objectives) in enumerate(lessons):
+    for number, (teacher, objectives) in enumerate(task.lessons):
         # by its place: teachers of one architecture differ in nothing but their weights
         held = known_already[number] if number < len(known_already) else None
         held = held if isinstance(held, dict) else {}

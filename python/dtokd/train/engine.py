@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
-from timm.task import TrainingTask
 from timm.task.evaluator import evaluation_sample_limit
 from torch import Tensor
 
@@ -56,7 +55,7 @@ class Engine:
         teacher_seconds: that the teachers have taken in the last epoch, on their device.
     """
 
-    task: TrainingTask
+    task: DistillationTask
     stepper: Stepper
     scheduler: Scheduler | None
     options: argparse.Namespace
@@ -106,7 +105,7 @@ class Engine:
         last_group = count - (count % accumulate or accumulate)  # where the last, perhaps shorter, accumulation begins
         sums = Losses(self.world, means, self._row)
         statistics = Statistics(self.task)
-        images, self.teacher_seconds, watch = 0, 0.0, getattr(self.task, "watch", None)
+        images, self.teacher_seconds = 0, 0.0
         with self.progress.epoch(epoch, count, begin) as shown:
             for index, (input, target) in enumerate(loader, start=begin):
                 if self.options.channels_last:
@@ -128,7 +127,7 @@ class Engine:
                 if told or not self._spoken:
                     self._spoken = True
                     shown.line(index + 1, sums.compute(), self.stepper.lr, images)
-                    self.teacher_seconds += watch.take() if watch is not None else 0.0
+                    self.teacher_seconds += self.task.watch.take()
                 else:
                     shown.advance(index + 1, images)
                 if told:
@@ -157,7 +156,7 @@ class Engine:
         Raises:
             UsageError: a teacher's features give no statistics.
         """
-        if not isinstance(self.task, DistillationTask) or self.task.settled:
+        if self.task.settled:
             return
         before = copy.deepcopy(loader.whole_state()) if isinstance(loader, SyntheticBatches) else None
         with kept():
