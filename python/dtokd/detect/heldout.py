@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Sequence
 
 import torch
-from timm.task import TrainingTask
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..objectives.task import DistillationTask
 from ..train.heldout import Judges, frozen_statistics, positions
 from ..train.world import World
 from .annotations import Annotations
@@ -51,7 +51,7 @@ class Detectors(Judges):
         metric: of `options.METRICS`: what AP is.
     """
 
-    def __init__(self, task: TrainingTask, names: Sequence[str], annotations: Annotations, metric: str) -> None:
+    def __init__(self, task: DistillationTask, names: Sequence[str], annotations: Annotations, metric: str) -> None:
         super().__init__(task, names)
         self._annotations, self._metric = annotations, metric
         self._numbers = {image: number for number, image in enumerate(annotations.image_ids)}

@@ -8,11 +8,9 @@ from pathlib import Path
 
 from ..datafree.options import BESIDES
 from ..errors import UsageError
+from ..lopsided import NEARLY_ALL
 from ..metric import is_lower_better
 from .recorded import Recorded, metric_of
-
-#: Of the weight, from here on the sentence warns that the other objectives are hardly trained.
-NEARLY_ALL = 0.95
 
 
 def read_baseline(path: Path) -> Recorded:

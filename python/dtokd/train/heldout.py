@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.task import TrainingTask
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import IterableDataset
@@ -123,10 +122,9 @@ class Judges(ABC):
         teachers: those that predict the student's classes, as models of the student's images.
     """
 
-    def __init__(self, task: TrainingTask, names: Sequence[str] | None = None) -> None:
+    def __init__(self, task: DistillationTask, names: Sequence[str] | None = None) -> None:
         self.student: Any = task.get_eval_model()
-        lessons = task.lessons if isinstance(task, DistillationTask) else []
-        found = [judged(teacher, self.student, names) for teacher, _ in lessons]
+        found = [judged(teacher, self.student, names) for teacher, _ in task.lessons]
         self.teachers = [model for model in found if model is not None]
 
     @abstractmethod
