@@ -15,6 +15,7 @@ from dtokd import cli, values
 from dtokd.cli import main
 from dtokd.confusion import ConfusionEvaluator
 from dtokd.errors import UsageError
+from dtokd.monitor import BalanceLogger
 from dtokd.report.classes import classes_part
 from dtokd.report.conclusion import sentences
 from dtokd.report.recorded import Recorded
@@ -24,6 +25,8 @@ from dtokd.train.reading import parse
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from timm.task import ClassificationEvaluator
+
+import dtokd_kernels as dk
 
 from .coco import FCOS, write_coco
 from .coco import common as coco_options
@@ -264,15 +267,29 @@ def test_report_grows_while_the_run_goes_on(digits, tmp_path, monkeypatch):
     ],
 )
 def test_conclusions(own, base, teacher, first, second):
-    epochs = {"epoch": [0.0, 1.0], "eval_top1": [1.0, own], "weight_task": [0.5, 0.01], "weight_kl": [0.5, 0.99]}
+    epochs = {"epoch": [0.0, 1.0], "eval_top1": [1.0, own], "share_task": [0.5, 0.01], "share_kl": [0.5, 0.99]}
     about = {"teachers": [{"name": "t", "metrics": {"top1": teacher}}]}
     run = Recorded(Path("r"), {"eval_metric": "top1"}, epochs, about)
     told = " ".join(sentences(run, Recorded(Path("b"), {}, {"epoch": [0.0], "eval_top1": [base]})))
     assert first in told
     assert f"It is {second} t" in told
-    assert "kl has the most weight, 99% in the mean over the last epoch; the others are hardly trained" in told
+    assert "kl has the largest share of the gradient, 99% in the mean over the last epoch; the others are" in told
     lower = Recorded(Path("r"), {"eval_metric": "loss"}, {"eval_loss": [0.5]})
     assert "better than" in next(sentences(lower, Recorded(Path("b"), {}, {"eval_loss": [0.7]})))
+
+
+@pytest.mark.parametrize(("rule", "told"), [("share", "50% "), ("logsum", "99% ")])
+def test_who_has_the_gradient(rule, told):
+    """Of gradients of length 1 and 100 equal shares take weights of 99 and 1 %, equal weights shares of 1 and 99 %."""
+    found = {"epoch": 0.0}
+    sink = types.SimpleNamespace(write=lambda rows, means: found.update(means), close=lambda: None)
+    with BalanceLogger([sink]) as logger:
+        gram = torch.diag(torch.tensor([1.0, 1e4], dtype=torch.float64))
+        logger.log(dk.balance(gram, [1.0, 1.0], dk.weighting.from_name(rule)))
+    epochs = {name: [value] for name, value in found.items()}
+    (text,) = sentences(Recorded(Path("r"), {"eval_metric": "top1"}, epochs), None)
+    assert told in text
+    assert ("hardly trained" in text) == (rule == "logsum")
 
 
 def test_report_over_several_runs(runs, capsys, tmp_path):

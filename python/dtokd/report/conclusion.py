@@ -1,4 +1,4 @@
-"""What a run has come to, in sentences: against its teacher and its baseline, and which objective has the weight."""
+"""What a run has come to, in sentences: against its teacher and its baseline, and which objective has the gradient."""
 
 from __future__ import annotations
 
@@ -46,12 +46,11 @@ def sentences(run: Recorded, baseline: Recorded | None) -> Iterator[str]:
                 yield f"It is {how} the teacher {teacher['name']}: {metric} {own:.4g} against {value:.4g}."
             if warning := teacher.get("warning"):
                 yield f"Warning: {warning}."
-    weights = {n.removeprefix("weight_"): abs(v[-1]) for n, v in run.epochs.items() if n.startswith("weight_")}
-    total = sum(weights.values())
-    if len(weights) > 1 and total > 0:  # not with NaN
-        name = max(weights, key=weights.__getitem__)
-        most = weights[name] / total
-        text = f"The objective {name} has the most weight, {most:.0%} in the mean over the last epoch"
+    # not the weights: those of gradients of unlike lengths tell little of what the update is made of
+    shares = {n.removeprefix("share_"): v[-1] for n, v in run.epochs.items() if n.startswith("share_")}
+    if len(shares) > 1 and all(map(math.isfinite, shares.values())):
+        name, most = max(shares.items(), key=lambda item: item[1])
+        text = f"The objective {name} has the largest share of the gradient, {most:.0%} in the mean over the last epoch"
         yield text + ("; the others are hardly trained." if most >= NEARLY_ALL else ".")
     seconds, share = run.epochs.get("iteration_seconds"), run.epochs.get("teacher_seconds")
     if seconds and share and seconds[-1] > 0 and share[-1] > 0:
