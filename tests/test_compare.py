@@ -241,6 +241,14 @@ def test_a_shortened_schedule_is_told():
     assert "3 of 30 epochs" in words(found)
 
 
+def test_images_of_a_cache_are_told():
+    """The arm without a teacher has none, and so other augmentations."""
+    arms = [BARE, arm("dto", 75.0, 76.1, 74.1)]
+    assert "augmentation" not in words(verdict.judge(arms, setting()))
+    told = words(verdict.judge(arms, setting(views=1)))
+    assert "saw 1 augmentation of each image (--kd-cache-views), none a new one in each epoch" in told
+
+
 def test_table():
     arms = [BARE, arm("dto", 75.0, 76.1, 74.1, seconds=1.5, conflict_rate=0.25, vertex_rate=0.5, share_kl=0.125)]
     head, *rows = verdict.rows_of(verdict.judge(arms, setting(jobs=2)), setting(jobs=2))
@@ -496,6 +504,22 @@ def test_directories_of_models_count_by_their_contents(digits, teacher, tmp_path
     changed = load_file(teacher)
     save_file({**changed, "fc.bias": changed["fc.bias"] + 1}, folder / "model.safetensors")
     assert told() != before
+
+
+def test_a_cache_changes_the_images(digits, teacher, tmp_path):
+    """So a comparison that began without one does not go on with one; where it is does not matter."""
+
+    def told(*more):
+        return plans.Plan(parsed([*options_of(digits, teacher, tmp_path), *more])).told()
+
+    assert told("--kd-cache-teacher", str(tmp_path / "a")) != told()
+    assert told("--kd-cache-teacher", str(tmp_path / "a")) == told("--kd-cache-teacher", str(tmp_path / "b"))
+
+
+def test_images_are_those_of_the_split_that_judges(digits, teacher, tmp_path):
+    """Also if it is the first one that is opened."""
+    assert plans.Plan(parsed(options_of(digits, teacher, tmp_path))).images == 30
+    assert plans.Plan(parsed([*options_of(digits, teacher, tmp_path), "--judge-split", "train"])).images == 64
 
 
 def test_a_diverged_run(digits, teacher, tmp_path, capsys, monkeypatch):

@@ -76,6 +76,27 @@ def test_objectives_are_counted_before_there_is_a_student(coco, teaching, tmp_pa
     assert count(*FCOS, "--kd-model-name", "test_resnet", "fcos:test_resnet") == 3
 
 
+def test_directories_and_backbones_count_by_their_contents(coco, teaching, tmp_path):
+    """As transformers and timm write them; their names stay."""
+    folder, backbone = tmp_path / "detector", tmp_path / "backbone.safetensors"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    backbone.write_bytes(b"1")
+    given = [*common(coco, tmp_path), *FCOS, "--kd-model-name", str(folder), "--kd-distill-type", "feature"]
+    given += ["--backbone-checkpoint", str(backbone), "--arms", "fixed:0.5"]
+
+    def told():
+        return Plan(parse(parser_of(_Options), given)).told()
+
+    before = told()
+    assert told() == before
+    (folder / "config.json").write_text("{} ")
+    changed = told()
+    assert changed != before
+    backbone.write_bytes(b"2")
+    assert told() != changed
+
+
 def test_a_process_of_its_own_is_a_dtokd_detect(coco, teaching, tmp_path, monkeypatch):
     """What it reads are the options of the run."""
     started = []

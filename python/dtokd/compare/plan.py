@@ -27,7 +27,7 @@ from .options import OWN
 #: Options that count epochs, which a shorter schedule shortens.
 _EPOCHS = ("warmup_epochs", "cooldown_epochs", "mixup_off_epoch")
 #: Options whose files count by their contents.
-_FILES = ("class_map", "initial_checkpoint", "kd_teacher_path")
+_FILES = ("class_map", "initial_checkpoint", "backbone_checkpoint", "kd_teacher_path")
 #: Options that name models, which may be in a directory.
 _MODELS = ("model", "kd_model_name")
 #: Options that name a place, of which the contents count; and options that each run sets.
@@ -142,11 +142,12 @@ class Plan:
             raise UsageError("--kd-model-name: missing, but there is nothing to compare without a teacher")
         self.arms = parse_arms(options.arms, self.kind.objectives(self.options), detects(self.options))
         self.judges = options.judge_split or options.val_split
-        self._data = {}
+        self._data, self.images = {}, 0
         for split in dict.fromkeys((options.train_split, options.val_split, self.judges)):
             images = self.kind.open(self.options, split)
             self._data[split] = self.kind.identity(options, images, split)  # None: not known
-            self.images = self.kind.images(images)
+            if split == self.judges:
+                self.images = self.kind.images(images)
             if split == options.train_split:
                 self._check_arms(images)
 
@@ -191,11 +192,12 @@ class Plan:
         """All that the results of the runs depend on, besides arm and seed: by kind, then by name."""
         told = {key: value for key, value in plain(self.options).items() if key not in _PLACES}
         told["judge_split"] = self.judges
+        if self.options.kd_cache_teacher:  # wherever it is: the images have an order of their own
+            told["kd_cache_teacher"] = True
         files = {key: [identity.of_path(Path(path)) for path in as_list(told.get(key) or None)] for key in _FILES}
         for key in _MODELS:
-            names = as_list(told.get(key))
-            folders = [name.partition(":")[2] for name in names if name.lower().startswith("local-dir:")]
-            files[key] = [identity.of_path(Path(folder)) for folder in folders]
+            folders = [folder for name in as_list(told.get(key)) if (folder := self._folder_of(name)) is not None]
+            files[key] = [identity.of_path(folder) for folder in folders]
         machine = {key: v for key, v in environment(self.options).items() if key not in ("cores", "threads")}
         return {
             "options": {key: value for key, value in told.items() if key not in _FILES},
@@ -203,6 +205,13 @@ class Plan:
             "data": self._data,
             "environment": machine,
         }
+
+    def _folder_of(self, name: str) -> Path | None:
+        """The directory that a model's name stands for, if it does."""
+        kind, _, rest = name.partition(":")
+        if kind.lower() == "local-dir":  # timm's
+            return Path(rest)
+        return Path(name) if detects(self.options) and Path(name).is_dir() else None  # as transformers writes it
 
     def check(self) -> bool:
         """Compare with what the folder holds. Nothing is written.

@@ -58,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
             plan.judges,
             plan.images,
             jobs,
+            plan.options.kd_cache_views if plan.options.kd_cache_teacher else 0,
         )
         runs = list(plan.runs())
         verdict = judge([_arm(text, plan, runs) for text in plan.arms], setting)

@@ -50,6 +50,7 @@ class Setting:
         chooses, judges: names of the splits; the same where one does both.
         images: of the split that judges; 0 where that is not known, as of a stream.
         jobs: runs at a time, which disturb each other's times.
+        views: augmentations of each image that arms with a teacher saw, where a cache limits them; 0 without a limit.
     """
 
     metric: str
@@ -60,6 +61,7 @@ class Setting:
     judges: str
     images: int
     jobs: int = 1
+    views: int = 0
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,11 @@ def _limits(setting: Setting) -> list[str]:
         text.append(
             f"The runs had {setting.epochs} of {setting.full} epochs: what helps early may not help at the end."
         )
+    if setting.views:
+        text.append(
+            f"Arms with a teacher saw {setting.views} augmentation{'s' if setting.views > 1 else ''} of each image "
+            "(--kd-cache-views), none a new one in each epoch: their differences to none come from that too."
+        )
     return text
 
 
@@ -274,8 +281,9 @@ def notes(setting: Setting) -> list[str]:
     return [
         f"{setting.metric} of {setting.judges!r} after the last of {setting.epochs} epochs, mean and sample standard "
         f"deviation over the seeds {seeds}. Differences are improvements, seed by seed: a seed has the same initial "
-        "student and batches in all arms; their intervals hold together, for all pairs of arms, with 95 % (Tukey's, "
-        "and no narrower than the paired t-interval). They are about the seeds, not about the choice of images.",
+        "student in all arms, and the same batches where they learn from the same images; their intervals hold "
+        "together, for all pairs of arms, with 95 % (Tukey's, and no narrower than the paired t-interval). They are "
+        "about the seeds, not about the choice of images.",
         "conflict, vertex: steps in which gradients pointed apart, and in which a weight was 0. share: of the norms of "
         f"the weighted gradients. s / iteration: the median over the epochs after the first{disturbed}.",
     ]
