@@ -245,6 +245,17 @@ def test_tables_compare_with_the_fixed_weights_that_validation_chose(tmp_path):
     assert "private" not in parts["digits, logits, T = 4"]
 
 
+def test_runs_of_other_schedules_are_not_mixed():
+    """Of another length they do not count; of two tunings they would hide a method."""
+    run = replace(RUN, lr=8e-3, iterations=iterations_of("digits"))
+    tuned = {replace(run, seed=protocol.TUNING_SEEDS[0]): RESULT}
+    longer = {replace(run, iterations=999): replace(RESULT, test=99.0)}
+    (found,) = outcomes({**tuned, run: RESULT, **longer}, "digits")
+    assert {seed: result.test for seed, result in found.results.items()} == {0: 60.0}
+    with pytest.raises(ValueError, match=r"DTO: counted seeds have the learning rates \[0\.008, 0\.016\]"):
+        outcomes({**tuned, run: RESULT, replace(run, lr=16e-3, seed=1): RESULT}, "digits")
+
+
 def test_documented_numbers_are_those_of_the_csv_file():
     done = read(pages.RESULTS)
     assert len(tables.parts(done)) == 2 + 24

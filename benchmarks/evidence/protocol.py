@@ -122,17 +122,26 @@ class Outcome:
 
 
 def outcomes(done: dict[Run, Result], data: str) -> list[Outcome]:
-    """What the runs on a data set came to, in the order of `settings`."""
+    """What the runs on a data set came to, in the order of `settings`; runs of another length do not count.
+
+    Raises:
+        ValueError: a method was tuned twice, with another learning rate.
+    """
     grouped: dict[tuple[str, str], dict[Run, Result]] = {(o, m.title): {} for o, m in settings(data, SETTINGS[data])}
     for run, result in done.items():
-        if run.data == data:
+        if run.data == data and run.iterations == iterations_of(data):
             grouped[run.objective, run.method][run] = result
     found = []
     for (objective, method), runs in grouped.items():
         counted = {run.seed: result for run, result in runs.items() if run.seed not in TUNING_SEEDS}
         rates = {run.lr for run in runs if run.seed not in TUNING_SEEDS}
-        if len(rates) != 1:
+        if not rates:
             continue  # not trained, or still being tuned
+        if len(rates) > 1:
+            raise ValueError(
+                f"{data}, {objective}, {method}: counted seeds have the learning rates {sorted(rates)}; remove the "
+                "rows of the older tuning"
+            )
         lr = rates.pop()
         tuned = [result.validation for run, result in runs.items() if run.seed in TUNING_SEEDS and run.lr == lr]
         found.append(Outcome(objective, method, lr, fmean(tuned), counted))
