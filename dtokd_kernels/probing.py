@@ -53,9 +53,10 @@ def probe(losses: Losses, params: Iterable[Tensor]) -> Probed:
     """Norms, shares and cosines of the gradients of K losses, without changing the training.
 
     Call it between the forward pass and `backward()`, every hundred steps or so. The graph stays for the `backward()`
-    that follows; `.grad`, the parameters, BatchNorm's statistics and the random generators are as before. The forward
-    pass may have run under autocast. No GradScaler is needed; losses that are multiplied with its scale have the same
-    shares and cosines.
+    that follows; `.grad`, the parameters, BatchNorm's statistics and the random generators are as before (but layers
+    that activation checkpointing runs again count their batch again, as in each backward pass). The forward pass may
+    have run under autocast. With float16 pass `scaler.scale(loss)`, as to `backward()`: without it small gradients are
+    0, and a loss seems not to act. Shares and cosines are the same with it, losses and norms that many times larger.
 
     Args:
         losses: K scalar tensors, K from 1 to 8, by position or by name; with their weights, if the loop has any.

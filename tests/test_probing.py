@@ -112,6 +112,23 @@ def test_scaled_losses_have_the_same_shares():
     torch.testing.assert_close(scaled.cosine, plain.cosine)
 
 
+def test_small_gradients_in_float16_need_the_scale():
+    """Without it they are 0, so that the loss seems not to act."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.randn(12, 8)
+
+    def shares(scale, amp=True):
+        with torch.autocast("cpu", torch.float16, enabled=amp):
+            y = net(x).float()
+        losses = {"task": 2e-7 * y.logsumexp(1).mean(), "kd": 1e-7 * y.square().mean()}
+        return dk.probe({name: scale * loss for name, loss in losses.items()}, net.parameters())
+
+    exact = shares(1.0, amp=False)
+    torch.testing.assert_close(shares(2.0**16).share, exact.share, rtol=0.02, atol=0)
+    assert float(shares(1.0).norms.max()) < 0.5 * float(exact.norms.min())
+
+
 def test_nothing_waits():
     net = Net()
     losses = losses_of(net, torch.randn(5, 6))
