@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def row(task, vertex=0.0, skipped=0.0):
-    return {"step": 0, "weight_task": task, "weight_kl": 1 - task, "vertex": vertex, "skipped": skipped}
+    return {"step": 0, "share_task": task, "share_kl": 1 - task, "vertex": vertex, "skipped": skipped}
 
 
 def told(*rows, times=1):
@@ -31,7 +31,7 @@ def told(*rows, times=1):
 def test_it_tells_once_what_and_how_much():
     texts = told(row(0.0, vertex=1.0), row(0.06), times=lopsided.WINDOW * 3)
     assert len(texts) == 1
-    assert "'kl' had 97 % of the weight in the last 200 steps (vertex rate 50 %)" in texts[0]
+    assert "'kl' had 97 % of the gradient in the last 200 steps (vertex rate 50 %)" in texts[0]
     assert repr(lopsided.REMEDY) in texts[0]
     assert lopsided.REMEDY in dk.weighting.NAMES
 
@@ -40,6 +40,19 @@ def test_it_tells_once_what_and_how_much():
 def test_a_healthy_run(weights):
     """Also one whose vertices take turns."""
     assert told(*map(row, weights), times=lopsided.WINDOW * 3) == []
+
+
+@pytest.mark.parametrize(("longer", "warned"), [(5.0, False), (40.0, True)])
+def test_a_long_gradient_with_a_small_weight_trains(longer, warned):
+    """Of a gradient that is 5 times as long the weight is 4 %, but its share of the update 17 %."""
+    texts = []
+    balance = dk.balance(torch.diag(torch.tensor([1.0, longer**2], dtype=torch.float64)), [1.0, 1.0])
+    assert balance.weights[0] > 0.95
+    assert not balance.vertex
+    with BalanceLogger([LopsidedWeights(texts.append)]) as logger:
+        for _ in range(lopsided.WINDOW):
+            logger.log(balance, weight_decay=torch.tensor(0.0))
+    assert bool(texts) == warned
 
 
 def test_a_window_has_to_be_full():
@@ -73,7 +86,7 @@ def train(weighting, offset, steps=2 * lopsided.WINDOW + 10):
 
 
 def test_in_a_loop_of_ones_own():
-    with pytest.warns(UserWarning, match="'kl' had 100 % of the weight") as found:
+    with pytest.warns(UserWarning, match="'kl' had 100 % of the gradient") as found:
         train(dk.weighting.DTO(), 100.0)
     assert len(found) == 1
 
@@ -101,7 +114,7 @@ def test_in_train_and_after_a_resume(digits, teacher, tmp_path, capsys, monkeypa
 
     def warned(*more):
         assert main([*argv, *more]) == 0
-        return capsys.readouterr().out.replace("\n", " ").count("of the weight in the last 4 steps")
+        return capsys.readouterr().out.replace("\n", " ").count("of the gradient in the last 4 steps")
 
     assert warned("--epochs", "1") == 1
     assert warned("--epochs", "3") == 0

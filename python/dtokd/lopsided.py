@@ -1,7 +1,8 @@
-"""A warning, once, where one objective takes nearly all of the weight of a balanced run."""
+"""A warning, once, where one objective takes nearly all of the gradient of a balanced run."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from dtokd_kernels.weighting import DTO
 REMEDY = "famo"
 #: Steps that are looked at together.
 WINDOW = 200
-#: Of the weight, in the mean over a window: from here on the other objectives are hardly trained.
+#: Of the gradient, in the mean over a window: from here on the other objectives are hardly trained.
 NEARLY_ALL = 0.95
 
 
@@ -22,8 +23,8 @@ class LopsidedWeights:
 
     Exact DTO weighs the shortest gradient most. Where a loss cannot come near 0, as a distillation loss that the
     student cannot follow, its log-gradient stays the shortest, and the other objectives are hardly trained. The text
-    tells the objective's mean part of the weight, in how many steps a weight was exactly
-    0, and what to take instead.
+    tells the objective's mean share of the gradient, as `BalanceLogger` has it (a long gradient with a small weight
+    trains the student too), in how many steps a weight was exactly 0, and what to take instead.
 
     Args:
         say: takes the text; default: a UserWarning.
@@ -45,20 +46,19 @@ class LopsidedWeights:
                 self._add(row)
 
     def _add(self, row: Mapping[str, float]) -> None:
-        weights = {name: abs(value) for name, value in row.items() if name.startswith("weight_")}
-        total = sum(weights.values())
-        for name, weight in weights.items():
-            self._sums[name] = self._sums.get(name, 0.0) + (weight / total if total else 0.0)
+        for name, part in row.items():
+            if name.startswith("share_"):
+                self._sums[name] = self._sums.get(name, 0.0) + (part if math.isfinite(part) else 0.0)
         self._vertices += row["vertex"] > 0
         self._steps += 1
         if self._steps < WINDOW:
             return
         name, most = max(self._sums.items(), key=lambda item: item[1])
-        if len(weights) > 1 and most >= NEARLY_ALL * WINDOW:
+        if len(self._sums) > 1 and most >= NEARLY_ALL * WINDOW:
             self._told = True
             share, rate = (f"{100 * count / WINDOW:.0f} %" for count in (most, self._vertices))
             self._say(
-                f"the objective {name.removeprefix('weight_')!r} had {share} of the weight in the last {WINDOW} steps "
+                f"the objective {name.removeprefix('share_')!r} had {share} of the gradient in the last {WINDOW} steps "
                 f"(vertex rate {rate}), so the others are hardly trained; if that is not wanted take another "
                 f"weighting, such as {self._remedy}"
             )

@@ -45,7 +45,7 @@ class BalanceLogger:
         sinks: where to write: `CSV`, `TensorBoard`, `WandB`, or anything with `write` and `close`.
         every: steps from one flush to the next.
         optimizer: a balanced optimizer; its steps are then logged without a call, and a UserWarning tells if exact DTO
-            gives nearly all of the weight to one objective (in other loops add the sink `LopsidedWeights`).
+            gives nearly all of the gradient to one objective (in other loops add the sink `LopsidedWeights`).
         step: number of the first step, when training goes on.
 
     Effects: a step costs one small operation on the device and no wait; a flush one copy to the host. Use it as a
