@@ -278,6 +278,21 @@ def test_conclusions(own, base, teacher, first, second):
     assert "better than" in next(sentences(lower, Recorded(Path("b"), {}, {"eval_loss": [0.7]})))
 
 
+def test_a_baseline_with_another_schedule():
+    """What differs besides teacher and balance is told; the optimizer that ours stands for is no difference."""
+    epochs = {"epoch": [0.0], "eval_top1": [70.0]}
+    settings = {"eval_metric": "top1", "model": "a", "epochs": 30, "opt": "dtosgd", "seed": 1, "kd_balance": "dto"}
+    run = Recorded(Path("r"), settings, epochs)
+
+    def told(**changes):
+        before = {**settings, "opt": "sgd", "seed": 2, "kd_balance": "none", **changes}
+        return " ".join(sentences(run, Recorded(Path("b"), before, epochs)))
+
+    assert "differ in" not in told()
+    assert "They also differ in --epochs, which may be the reason." in told(epochs=10)
+    assert "They also differ in --model, --opt," in told(model="b", opt="adamw")
+
+
 @pytest.mark.parametrize(("rule", "told"), [("share", "50% "), ("logsum", "99% ")])
 def test_who_has_the_gradient(rule, told):
     """Of gradients of length 1 and 100 equal shares take weights of 99 and 1 %, equal weights shares of 1 and 99 %."""

@@ -10,7 +10,14 @@ from ..datafree.options import BESIDES
 from ..errors import UsageError
 from ..lopsided import NEARLY_ALL
 from ..metric import is_lower_better
+from ..train.options import OUTSIDE, flag
 from .recorded import Recorded, metric_of
+
+#: In which a run and its baseline may differ: what has no part in the comparison, or is of the teacher.
+_FREE = (
+    *(*OUTSIDE, "data_dir", "device", "seed", "data_seed", "validation_batch_size", "pin_mem", "pictures"),
+    *("torchcompile", "torchcompile_mode", "task_loss_weight", "distill_loss_weight", "opt"),
+)
 
 
 def read_baseline(path: Path) -> Recorded:
@@ -40,6 +47,8 @@ def sentences(run: Recorded, baseline: Recorded | None) -> Iterator[str]:
                 f"teacher: {metric} {own:.4g} against {other:.4g}. One run each may differ by luck; dtokd compare "
                 "measures whether it is more."
             )
+            if others := _others(run, baseline):
+                yield f"They also differ in {', '.join(others)}, which may be the reason."
         for teacher in run.teachers:
             if (value := metric_of(teacher, metric)) is not None:
                 how = compared(value, "not as good as")
@@ -56,3 +65,15 @@ def sentences(run: Recorded, baseline: Recorded | None) -> Iterator[str]:
     if seconds and share and seconds[-1] > 0 and share[-1] > 0:
         besides = BESIDES if run.settings.get("data_free") else ""
         yield f"The teacher takes {min(share[-1] / seconds[-1], 1):.0%} of an iteration's time{besides}."
+
+
+def _others(run: Recorded, baseline: Recorded) -> list[str]:
+    """The options in which two runs differ, besides those of the teacher and the balance."""
+    pairs = [(key, value, baseline.settings[key]) for key, value in run.settings.items() if key in baseline.settings]
+    named = [
+        flag(key)
+        for key, own, other in pairs
+        if own != other and key not in _FREE and not key.startswith(("kd_", "df_", "data_free"))
+    ]
+    names = [str(settings.get("opt", "")).lower().removeprefix("dto") for settings in (run.settings, baseline.settings)]
+    return [*named, "--opt"] if names[0] != names[1] else named
