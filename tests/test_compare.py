@@ -168,6 +168,7 @@ def test_undecided():
     assert "may be chance with 3 seeds" in words(found)
     seeds = int(re.search(r"about (\d+) seeds would settle", words(found))[1])
     assert 3 < seeds <= 30
+    assert "Add them at once with --seeds" in words(found), "looks after each seed find a difference too often"
     assert "The best so far: FLAGS OF fixed:0.5" in words(found)
     hopeless = verdict.judge([BARE, arm("fixed:0.5", 70.0, 71.2, 69.0), arm("dto", 65.0, 77.0, 70.0)], setting())
     assert "more seeds would hardly settle it" in words(hopeless)
@@ -287,6 +288,9 @@ def test_default_arms_are_arms():
         ("dto:lr=0.1,", "is no key=value"),
         ("share:0", "share"),
         ("heldout:0", "as in heldout:0.05"),
+        ("heldout:0.6", "expected a number from 0 to 0.5"),
+        ("fixed:0.5,rescale=sum", "a fixed sum has no option rescale"),
+        ("fixed:0.5,gram=overlap,every=5", "a fixed sum has no option gram, every"),
         ("auto:0,every=2", "as in auto:0.05"),
     ],
 )
@@ -589,6 +593,7 @@ def test_preview_trains_nothing(compared, digits, teacher, tmp_path, capsys):
         (["--arms", "nobody"], "--arms: 'nobody'"),
         (["--arms", "dto:foo=1"], "--arms: 'dto:foo=1'"),
         (["--arms", "fixed:0.5", "fixed:0.50"], "--arms: 'fixed:0.5' and 'fixed:0.50' are the same"),
+        (["--arms", "fixed:0.5", "fixed:0.5,lr=0.001"], "'fixed:0.5' and 'fixed:0.5,lr=0.001' are the same with these"),
         (["--arms", "none"], "--arms: none alone"),
         (["--arms", "dto:opt=foo"], "--arms: 'dto:opt=foo': --opt: no optimizer is called 'foo'"),
         (["--arms", "heldout:0.01"], "--arms: 'heldout:0.01': --kd-held-out: 0.01 of 64 images are 1"),
@@ -677,6 +682,17 @@ def test_in_processes(digits, teacher, tmp_path, capsys, compared):
         assert {**again, "seconds": row["seconds"]} == row
     assert "2 runs shared the machine" in (tmp_path / "compare" / "compare.md").read_text()
     assert "epoch 1/1" in (tmp_path / "compare" / "none" / "seed-0.log").read_text()
+
+
+def test_times_are_those_of_the_call_that_trained(digits, teacher, tmp_path):
+    """A later call, with other --jobs, trains nothing, and still tells that runs have shared the machine."""
+    argv = options_of(digits, teacher, tmp_path)
+    plan = plans.Plan(parsed(argv))
+    plan.begin()
+    for run in plan.runs():
+        plans.Result(50.0, 50.0, seconds=1.0, jobs=1 + run.seed).write(run)
+    assert main([*argv, "--jobs", "1"]) == 0
+    assert "up to 2 runs shared the machine" in (tmp_path / "compare" / "compare.md").read_text()
 
 
 def test_a_signal_ends_all_processes(digits, teacher, tmp_path):

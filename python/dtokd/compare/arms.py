@@ -29,6 +29,8 @@ _OPTIONS = {
     "temperature": "kd_temperature",
     "every": "kd_held_out_every",
 }
+#: Of these, what a weighted sum has no use for.
+_OF_RULES = ("rescale", "params", "gram", "every")
 #: Rules that take a number after the colon.
 _NUMBERED = ("fixed", "share", *LOOKING)
 #: What the arm without a teacher is without.
@@ -103,8 +105,8 @@ def parse_arm(text: str, objectives: int = 1, detects: bool = False) -> dict[str
             except argparse.ArgumentTypeError as error:
                 raise UsageError(f"--arms: {text!r}: {key}: {error}") from error
     if name == "fixed" and number is not None:
-        if own:
-            raise UsageError(f"--arms: {text!r}: a fixed sum has no option {', '.join(own)}; leave it out")
+        if unused := [*own, *(key for key in _OF_RULES if _OPTIONS[key] in changes)]:
+            raise UsageError(f"--arms: {text!r}: a fixed sum has no option {', '.join(unused)}; leave it out")
         weights = {"task_loss_weight": number, "distill_loss_weight": [round((1 - number) / objectives, 12)]}
         return changes | {"kd_balance": "none"} | weights
     if name in LOOKING:
@@ -112,7 +114,8 @@ def parse_arm(text: str, objectives: int = 1, detects: bool = False) -> dict[str
             raise UsageError(
                 f"--arms: {text!r}: no images are held out; pass a number above 0, as in {name}:{HELD_OUT}"
             )
-        changes["kd_held_out"] = HELD_OUT if number is None else number
+        share = HELD_OUT if number is None else number
+        changes["kd_held_out"] = read_value(actions["kd_held_out"], share, f"--arms: {text!r}")
     if name == "share" and number is not None:
         own["shares"] = [number, *[round((1 - number) / objectives, 12)] * objectives]
     changes["kd_balance_kwargs"] = own

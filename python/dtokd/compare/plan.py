@@ -67,12 +67,14 @@ class Result:
         chosen, judged: the last epoch's metric on the split that chooses, and on the one that judges.
         seconds: of the whole run.
         diverged: why it has; the numbers are NaN then.
+        jobs: runs at a time while it was trained.
     """
 
     chosen: float
     judged: float
     seconds: float = math.nan
     diverged: str = ""
+    jobs: int = 1
 
     @classmethod
     def read(cls, run: Run) -> Result | None:
@@ -89,7 +91,7 @@ class Result:
             chosen, judged, seconds = (
                 math.nan if held[key] is None else float(held[key]) for key in ("chosen", "judged", "seconds")
             )
-            return cls(chosen, judged, seconds, str(held["diverged"]))
+            return cls(chosen, judged, seconds, str(held["diverged"]), int(held.get("jobs", 1)))
         except (ValueError, TypeError, LookupError) as error:
             raise UsageError(f"--experiment: {file} is damaged ({error}); remove it, and the run goes on") from error
 
@@ -152,9 +154,15 @@ class Plan:
                 self._check_arms(images)
 
     def _check_arms(self, images: Any) -> None:
-        """Raises UsageError: an arm would be refused when its turn comes."""
+        """Raises UsageError: an arm would be refused when its turn comes, or is another one with these options."""
+        seen: dict[str, argparse.Namespace] = {}
         for arm, changes in self.arms.items():
             own = apply(self.options, changes)
+            if same := [other for other, theirs in seen.items() if theirs == own]:
+                raise UsageError(
+                    f"--arms: {same[0]!r} and {arm!r} are the same with these options; leave one of them out"
+                )
+            seen[arm] = own
             try:
                 optimizer.check(own)
                 self.kind.check_held_out(own, images)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean, median
 
 from ..errors import Diverged
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace) -> int:
         if signal:
             progress.say("stopped: the finished runs are kept, and the same command goes on")
             return 128 + signal
+        runs = list(plan.runs())
         setting = Setting(
             chosen_by(plan.options),
             plan.seeds,
@@ -57,10 +59,9 @@ def run(options: argparse.Namespace) -> int:
             plan.options.val_split,
             plan.judges,
             plan.images,
-            jobs,
+            max(result.jobs for run in runs if (result := Result.read(run)) is not None),
             plan.options.kd_cache_views if plan.options.kd_cache_teacher else 0,
         )
-        runs = list(plan.runs())
         verdict = judge([_arm(text, plan, runs) for text in plan.arms], setting)
         text = as_markdown(verdict, setting)
         write_text(plan.folder / "compare.md", text)
@@ -80,7 +81,7 @@ def _train(plan: Plan, jobs: int, devices: Sequence[str], progress: Progress) ->
 
     def done(run: Run, diverged: Diverged | None) -> None:
         nonlocal finished
-        result = _result(run, plan, diverged)
+        result = replace(_result(run, plan, diverged), jobs=jobs)
         result.write(run)
         finished += 1
         told = f"has diverged: {diverged}" if diverged else f"{chosen_by(plan.options)} {result.judged:.4g}"

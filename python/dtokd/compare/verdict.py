@@ -49,7 +49,7 @@ class Setting:
         epochs, full: of the runs, and of the schedule that they shorten.
         chooses, judges: names of the splits; the same where one does both.
         images: of the split that judges; 0 where that is not known, as of a stream.
-        jobs: runs at a time, which disturb each other's times.
+        jobs: most runs at a time, which disturb each other's times.
         views: augmentations of each image that arms with a teacher saw, where a cache limits them; 0 without a limit.
     """
 
@@ -172,7 +172,7 @@ def _decide(candidates: Sequence[Line], paired: Paired, setting: Setting) -> tup
     told = f"Undecided: {_told(gain, setting)} with the best arm, {name}"
     text = [f"{told}, may be chance {with_seeds}; {hint}."]
     if more:
-        text.append("Add seeds with --seeds: the finished runs are kept.")
+        text.append("Add them at once with --seeds: the finished runs are kept.")
     return "undecided", name, [*text, f"The best so far: {best.arm.flags}"]
 
 
@@ -277,13 +277,14 @@ def _percent(value: float) -> str:
 def notes(setting: Setting) -> list[str]:
     """What the table's numbers are."""
     seeds = ", ".join(map(str, setting.seeds))
-    disturbed = f"; {setting.jobs} runs shared the machine, which disturbs them" if setting.jobs > 1 else ""
+    disturbed = f"; up to {setting.jobs} runs shared the machine, which disturbs them" if setting.jobs > 1 else ""
     return [
         f"{setting.metric} of {setting.judges!r} after the last of {setting.epochs} epochs, mean and sample standard "
         f"deviation over the seeds {seeds}. Differences are improvements, seed by seed: a seed has the same initial "
         "student in all arms, and the same batches where they learn from the same images; their intervals hold "
         "together, for all pairs of arms, with 95 % (Tukey's, and no narrower than the paired t-interval). They are "
-        "about the seeds, not about the choice of images.",
+        "about the seeds, not about the choice of images, and hold for one look: seeds that are added until an "
+        "interval excludes 0 find a difference too often.",
         "conflict, vertex: steps in which gradients pointed apart, and in which a weight was 0. share: of the norms of "
         f"the weighted gradients. s / iteration: the median over the epochs after the first{disturbed}.",
     ]
