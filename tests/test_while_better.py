@@ -199,3 +199,24 @@ def test_a_teacher_without_the_classes_is_refused_before_training():
     task = DistillationTask(Student(2, 4), None)
     with pytest.raises(UsageError, match="no teacher predicts the student's classes"):
         HeldOutImages([], 2, Classifiers(task), Namespace(weighting=WhileBetter("task")), nullcontext)
+
+
+def test_the_students_errors_are_without_dropout():
+    """Else it would seem worse than its teachers, which have none, and every look would move the random numbers."""
+    from dtokd.objectives.task import DistillationTask
+
+    class Student(torch.nn.Sequential):
+        num_classes = 4
+
+    torch.manual_seed(0)
+    model = Student(torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.7), torch.nn.Linear(3, 4)).train()
+    images = torch.randn(256, 3)
+    normal = (images - images.mean(0)) / (images.var(0, correction=0) + 1e-5).sqrt()
+    labels = model[2](normal).argmax(1)
+    before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with torch.no_grad():
+        (error,) = Classifiers(DistillationTask(model, None)).errors(images, labels)
+    assert error == 0
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

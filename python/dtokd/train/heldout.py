@@ -137,7 +137,11 @@ class Judges(ABC):
 
 
 class Classifiers(Judges):
-    """Cross-entropy, and the rate of wrong classes; the student normalises by the batch, as in training."""
+    """Cross-entropy, and the rate of wrong classes; the student normalises by the batch, as in training.
+
+    Its running statistics lag behind while it learns. Its dropout takes part in the loss, as in training, but not in
+    its errors, which are compared with those of teachers that have none.
+    """
 
     def loss(self, images: Tensor, target: Tensor) -> Tensor:
         """See `Judges`."""
@@ -145,7 +149,9 @@ class Classifiers(Judges):
 
     def errors(self, images: Tensor, target: Tensor) -> Tensor:
         """See `Judges`."""
-        logits = [self._logits(images), *(teacher(images) for teacher in self.teachers)]
+        with evaluated(self.student):
+            student = self._logits(images)
+        logits = [student, *(teacher(images) for teacher in self.teachers)]
         return torch.stack([(of.argmax(1) != target).double().mean() for of in logits])
 
     def _logits(self, images: Tensor) -> Tensor:
@@ -253,3 +259,16 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.track_running_stats = True
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode, but for batch normalization, which stays in its own."""
+    changed = [m for m in model.modules() if m.training and not isinstance(m, _BatchNorm)]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True
