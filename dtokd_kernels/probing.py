@@ -61,7 +61,7 @@ def probe(losses: Losses, params: Iterable[Tensor]) -> Probed:
     Args:
         losses: K scalar tensors, K from 1 to 8, by position or by name; with their weights, if the loop has any.
         params: where to measure, such as `model.parameters()`, or those of the last shared layer, which is cheaper.
-            Parameters that need no gradient are left out.
+            Parameters that need no gradient are left out, and one that is there twice counts once.
 
     Raises:
         TypeError, ValueError: a loss that is no scalar, needs no gradient, or reaches none of the parameters; no
@@ -80,7 +80,8 @@ def probe(losses: Losses, params: Iterable[Tensor]) -> Probed:
         >>> w.grad is None
         True
     """
-    listed = [p for p in check_params(_OP, params) if p.requires_grad]
+    # tied weights may be there twice: their gradient is one
+    listed = [p for p in {id(p): p for p in check_params(_OP, params)}.values() if p.requires_grad]
     if not listed:
         raise ValueError(f"{_OP}: no tensor of params needs a gradient; pass parameters that are trained")
     names, values = named_losses(losses, _OP)

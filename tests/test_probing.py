@@ -96,6 +96,15 @@ def test_what_it_finds(K):
     assert scalars["loss_0"] == pytest.approx(float(losses[0].detach()))
 
 
+def test_tied_weights_count_once():
+    """As those of two modules that are listed one after the other."""
+    tied, own = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    losses = {"a": tied.square().sum(), "b": own.square().sum()}
+    once, twice = (dk.probe(losses, params) for params in ([tied, own], [tied, own, tied]))
+    assert torch.equal(twice.norms, once.norms)
+    assert twice.share.tolist() == [0.5, 0.5]
+
+
 def test_a_zero_gradient():
     w = nn.Parameter(torch.zeros(3))
     found = dk.probe({"a": w.square().sum(), "b": w.sum()}, [w])
