@@ -174,6 +174,15 @@ def test_undecided():
     assert "more seeds would hardly settle it" in words(hopeless)
 
 
+def test_undecided_where_no_teacher_is_the_best_so_far():
+    """The best arm is then not the best way to train."""
+    found = verdict.judge([BARE, arm("fixed:0.5", 69.0, 70.8, 69.0), arm("dto", 66.0, 71.5, 68.0)], setting())
+    assert found.kind == "undecided"
+    assert "Undecided: -0.4 points" in words(found)
+    assert "The best so far: no teacher." in words(found)
+    assert "FLAGS" not in words(found)
+
+
 def test_undecided_where_the_best_arm_hurts():
     """Its interval excludes 0, that of an arm which varies more does not."""
     arms = [BARE, arm("fixed:0.5", 60.0, 61.1, 59.0), arm("dto", 64.0, 60.0, 53.0)]

@@ -91,7 +91,7 @@ class Verdict:
     Attributes:
         kind: "helps", "hurts", "undecided", or "none" where nothing could be compared.
         text: it in words, a sentence per line.
-        arm: the one to use, or the best so far; None if there is none.
+        arm: the best of those with a teacher, to use if it helps; None if there is none.
         fixed: the best of the fixed weights.
         lines: of the table, the best arm first, those that have failed last.
     """
@@ -173,7 +173,7 @@ def _decide(candidates: Sequence[Line], paired: Paired, setting: Setting) -> tup
     text = [f"{told}, may be chance {with_seeds}; {hint}."]
     if more:
         text.append("Add them at once with --seeds: the finished runs are kept.")
-    return "undecided", name, [*text, f"The best so far: {best.arm.flags}"]
+    return "undecided", name, [*text, f"The best so far: {best.arm.flags if gain.mean > 0 else 'no teacher.'}"]
 
 
 def _apart(paired: Paired, arm: str, other: str) -> bool:
