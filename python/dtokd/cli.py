@@ -140,6 +140,8 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
     evaluation = commands.add_parser(
         "eval",
         help="measure a student, or any timm model, on validation images",
+        description="Measure a student, or any timm model, on validation images. Options that are left out are those "
+        "of the run; without a run they have the defaults of dtokd train.",
         formatter_class=argparse.HelpFormatter,
     )
     evaluation.add_argument(
@@ -162,7 +164,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         "demo",
         help="distil a small student on real digits in a few minutes and compare the ways to combine its losses",
     )
-    demo.add_argument("--output", type=path, default=Path("runs/demo"), help="directory for the results")
+    demo.add_argument("--output", type=path, default=Path("runs/demo"), metavar="DIR", help="directory for the results")
     demo.add_argument(
         "--seeds",
         type=NATURAL,
@@ -176,6 +178,7 @@ def _parser() -> tuple[Parser, dict[str, Parser]]:
         nargs="+",
         choices=["logit", "feature"],
         default=["logit", "feature"],
+        metavar="TYPE",
         help="what the students imitate: predictions (logit) or features of the teacher",
     )
     demo.add_argument(
@@ -274,6 +277,8 @@ _OF_EVALUATION = (
     *("device", "model", "pretrained", "num_classes", "img_size", "in_chans", "input_size", "crop_pct", "mean", "std"),
     *("interpolation", "model_kwargs", "amp", "amp_dtype"),
 )
+#: What they mean there, where it is not the same.
+_HELP_OF_EVALUATION = {"batch_size": "images per batch", "val_split": "split to evaluate on"}
 
 
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
@@ -281,4 +286,5 @@ def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     for action in parser_of(train_options)._actions:
         if action.dest in _OF_EVALUATION and action.option_strings:
             action.default = None
+            action.help = _HELP_OF_EVALUATION.get(action.dest, action.help)
             parser._add_action(action)

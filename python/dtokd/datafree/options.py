@@ -59,40 +59,42 @@ _WITHOUT: dict[str, Any] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the group "without data"."""
-    group = parser.add_argument_group(
-        "without data", "images are made from the teacher; an option whose default is none has the method's default"
-    )
-    add = group.add_argument
+    group = parser.add_argument_group("without data", "images are made from the teacher")
+
+    def add(name: str, *, help: str, **more: Any) -> None:
+        group.add_argument(name, help=help + _of_methods(name.removeprefix("--").replace("-", "_")), **more)
+
     add(
         "--data-free",
         choices=METHODS,
         metavar="METHOD",
-        help=f"{' or '.join(METHODS)}; data, if given, is for evaluation alone",
+        help=f"how images are made: {' or '.join(METHODS)}; --data-dir or --dataset is then for evaluation alone",
     )
     add(
         "--df-balance",
         type=rule,
         metavar="RULE",
-        help="weighting of the images' losses statistics, confidence and disagreement: one of --kd-balance, with "
-        "options after a colon, such as fixed:10,0.4,1.1, share:0.5,0.3,0.2, dto, famo, cagrad:c=0.4",
+        help="weighting of the losses that images are made by, statistics, confidence and disagreement: a name of "
+        "--kd-balance, with options after a colon, such as share:0.5,0.3,0.2, dto, famo, cagrad:c=0.4",
     )
     add(
         "--df-balance-gram",
         choices=["exact", "overlap", "lag", "none"],
         default="exact",
-        help="how the losses' gradients are measured; none: one backward pass, for weightings that need no Gram matrix",
+        help="how the inner products of their gradients are measured; none: in one backward pass, for weightings that "
+        "do not need them",
     )
     add(
         "--df-disagreement",
         choices=["kl", "js"],
-        help="loss disagreement: kl as in Fast-DFKD, without a lower bound; js as in DeepInversion",
+        help="the loss disagreement: kl as in Fast-DFKD, without a lower bound; js as in DeepInversion",
     )
     add("--df-lr", type=POSITIVE, metavar="X", help="learning rate of the generator, or of the images (inversion)")
     add("--df-steps", type=COUNT, metavar="N", help="optimizer steps for a batch of images")
     add("--df-batch-size", type=COUNT, metavar="N", help="number of images that are made at a time")
     add("--df-every", type=COUNT, metavar="N", help="the student's iterations from one batch of new images to the next")
     add("--df-warmup", type=COUNT, metavar="N", help="batches of images before the student's first iteration")
-    add("--df-momentum", type=BELOW_ONE, metavar="X", help="part of earlier batches in the average of the statistics")
+    add("--df-momentum", type=BELOW_ONE, metavar="X", help="part of earlier batches in the averaged statistics")
     add("--df-bank", type=COUNT, default=4096, metavar="N", help="number of images that are kept, one byte for a value")
     add("--df-iterations", type=COUNT, default=400, metavar="N", help="the student's iterations in an epoch")
     add(
@@ -108,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--df-rate",
         type=Number(float, above=0, most=1),
         metavar="X",
-        help="fast: part of the distance by which the generator moves to its copy that was optimised for a batch",
+        help="fast: part of the way that the generator moves to its copy, which was optimised for a batch",
     )
     add("--df-prior-tv", type=NOT_NEGATIVE, metavar="X", help="inversion: factor of the total variation in statistics")
     add(
@@ -117,6 +119,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="inversion: factor of the pixels' mean square in statistics",
     )
+
+
+def _of_methods(name: str) -> str:
+    """The end of an option's help: its default, where that depends on the method."""
+    found = {method: {**values, **OF_ONE[method]}.get(name) for method, values in DEFAULTS.items()}
+    values = {value for value in found.values() if value is not None}
+    if not values:
+        return ""
+    if len(values) == 1:
+        return f" (default: {values.pop()})"
+    return f" (default: {', '.join(f'{value} for {method}' for method, value in found.items())})"
 
 
 def rule(text: str) -> str:

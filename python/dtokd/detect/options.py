@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--demo", action="store_true", help="show what distillation does on scenes of real digits, in minutes"
     )
     parser.set_defaults(**DEFAULTS)
+    rate = next(action for action in parser._actions if action.dest == "lr")
+    rate.help = "learning rate, not scaled with the batch"
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +60,7 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--annotations",
         default="annotations/instances_{split}.json",
         metavar="PATTERN",
-        help="files in COCO's JSON format in --data-dir",
+        help="files in COCO's JSON format in --data-dir; {split} stands for the split's name",
     )
     add("--train-split", type=not_empty, default="train2017", metavar="NAME", help="split to train on")
     add("--val-split", default="val2017", metavar="NAME", help="split to evaluate on; '' for no evaluation")
@@ -66,7 +68,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     add("--img-size", type=COUNT, default=800, metavar="N", help="shorter side of the images")
     add("--max-size", type=COUNT, default=1333, metavar="N", help="longer side at most")
     add("--square", action="store_true", help="resize to img-size x img-size, without padding, as RT-DETR has it")
-    add("--scales", type=COUNT, nargs="+", metavar="N", help="shorter sides to choose from in training")
+    add(
+        "--scales",
+        type=COUNT,
+        nargs="+",
+        metavar="N",
+        help="shorter sides; each training image gets one of them at random",
+    )
     add("--crop", action="store_true", help="crop half of the training images at random, as DETR and ViDT do")
     add("--hflip", type=FRACTION, default=0.5, metavar="P", help="probability of a horizontal flip")
     add("--color-jitter", type=NOT_NEGATIVE, default=0.0, metavar="X", help="strength of the color jitter")
@@ -80,8 +88,8 @@ def _add_student(parser: argparse.ArgumentParser) -> None:
         type=not_empty,
         default="vidt_nano",
         metavar="MODEL",
-        help="vidt_nano, _tiny, _small or _base; fcos:, retinanet: or rtdetr: with a timm backbone, such as "
-        "fcos:resnet18; or a directory that transformers wrote",
+        help="vidt_nano, vidt_tiny, vidt_small or vidt_base; fcos:, retinanet: or rtdetr: with a timm backbone, such "
+        "as fcos:resnet18; or a directory that transformers wrote",
     )
     add(
         "--model-kwargs",
@@ -118,15 +126,16 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
         type=not_empty,
         nargs="+",
         metavar="MODEL",
-        help="teachers: at most one detector, as --model, and any of timm's models, which are read for their features",
+        help="teachers: at most one detector, named as for --model, and any number of timm's models, of which only "
+        "features are read",
     )
     add(
         "--kd-teacher-path",
         type=not_empty,
         nargs="+",
         metavar="FILE",
-        help="weights of each teacher, except transformers' directories; without it, or with the word pretrained, the "
-        "pretrained weights of a timm model",
+        help="weights of each teacher, except transformers' directories; default: pretrained, which stands for the "
+        "own weights of a timm model",
     )
     add(
         "--kd-model-kwargs",
@@ -156,4 +165,8 @@ def _add_distillation(parser: argparse.ArgumentParser) -> None:
         help="pair queries by their predictions (hungarian) or by number (index); auto: by number if they are shared",
     )
     add("--kd-share-queries", action="store_true", help="the student starts with the teacher's queries")
-    add_cache(group, "places or queries of each image, those where the teacher is surest of an object")
+    add_cache(
+        group,
+        "for --kd-distill-type prediction alone",
+        "places or queries of each image, those where the teacher's confidence in an object is highest",
+    )

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=not_empty,
         nargs="+",
         metavar="NAME",
-        help="teacher, a timm model; several teachers have a set of objectives each",
+        help="timm model that teaches; of several teachers each gives objectives of its own",
     )
     add(
         "--kd-teacher-path",
@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="FILE",
         help="weights of each teacher (.safetensors, or a torch file without pickled code), or a run directory of "
-        "dtokd train, which also holds its model, size and normalisation; without it, or with the word pretrained, "
-        "the model's pretrained weights",
+        "dtokd train, which also holds its model, size and normalisation; default: pretrained, which stands for timm's "
+        "own weights",
     )
     add(
         "--kd-model-kwargs",
@@ -65,36 +65,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default={},
         action=KeyValues,
         metavar="K=V",
-        help="more arguments of each teacher",
+        help="more arguments of each teacher's model",
     )
     add(
         "--kd-distill-type",
         nargs="+",
         choices=list(DISTILL_TYPES),
         default=["logit"],
-        help="what the student imitates; several: one objective each",
+        metavar="TYPE",
+        help=f"what the student imitates, each type as an objective of its own: {', '.join(DISTILL_TYPES)}",
     )
     add_weights(group)
     add(
         "--kd-temperature",
         type=POSITIVE,
         default=4.0,
+        metavar="T",
         help="temperature of the softmax of logit, logit-std, token (soft), dkd and dist",
     )
     add(
         "--kd-token-distill-type",
         choices=["soft", "hard"],
         default="soft",
-        help="loss of token. soft: KL; hard: the teacher's argmax as label",
+        help="loss of token. soft: KL divergence; hard: cross-entropy with the class that the teacher predicts",
     )
     add(
         "--kd-student-feature-dim",
         type=COUNT,
+        metavar="N",
         help="width of the student's pooled features (default: the model's)",
     )
     add(
         "--kd-teacher-feature-dim",
         type=COUNT,
+        metavar="N",
         help="width of the teacher's pooled features (default: the model's)",
     )
     add_projection(group)
@@ -102,25 +106,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kd-feature-pool",
         choices=["head", "mean"],
         default="head",
-        help="pooled features. head: the input of the classifier; mean: the mean over positions (ViT: patch tokens)",
+        help="how features are pooled. head: the input of the classifier; mean: over the positions of the map, or the "
+        "patch tokens",
     )
     add(
-        "--kd-stages", type=COUNT, default=3, help="number of last stages that multiscale, attention and review compare"
+        "--kd-stages",
+        type=COUNT,
+        default=3,
+        metavar="N",
+        help="number of last stages that multiscale, attention and review compare",
     )
     add_stages(group)
     add(
         "--kd-review-width",
         type=COUNT,
+        metavar="N",
         help="channels in which review fuses stages (default: those of the student's deepest stage, at most 512)",
     )
-    add("--kd-dkd-alpha", type=NOT_NEGATIVE, default=1.0, help="dkd: weight of the target class's part")
-    add("--kd-dkd-beta", type=NOT_NEGATIVE, default=8.0, help="dkd: weight of the other classes' part")
+    for part, default, classes in (("alpha", 1.0, "target class"), ("beta", 8.0, "other classes")):
+        add(
+            f"--kd-dkd-{part}",
+            type=NOT_NEGATIVE,
+            default=default,
+            metavar="X",
+            help=f"dkd: weight of the part of the {classes}",
+        )
     add(
         "--kd-contrast-temperature",
         type=POSITIVE,
         default=0.07,
         metavar="X",
-        help="temperature of crd and pseudo-class, by which cosines are divided",
+        help="temperature of crd and pseudo-class: cosines are divided by it",
     )
     add(
         "--kd-queue-size",
@@ -130,14 +146,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pseudo-class: number of images whose features are kept; take at most half of the training images",
     )
     add_teacher(group)
-    add_cache(group, "classes of each image, the most probable ones; the others share the remaining probability evenly")
+    add_cache(
+        group,
+        "logits and pooled features; no feature maps",
+        "classes of each image, the most probable ones; the others share the remaining probability evenly",
+    )
 
 
-def add_cache(group: argparse._ArgumentGroup, kept: str) -> None:
+def add_cache(group: argparse._ArgumentGroup, outputs: str, kept: str) -> None:
     """Teachers' outputs on disk; also of `dtokd detect`.
 
     Args:
         group: of the parser.
+        outputs: what can be stored.
         kept: what --kd-cache-topk counts.
     """
     add = group.add_argument
@@ -145,18 +166,17 @@ def add_cache(group: argparse._ArgumentGroup, kept: str) -> None:
         "--kd-cache-teacher",
         type=path,
         metavar="DIR",
-        help="keep the teacher's outputs on disk, so that it runs once for each augmented image: logits, pooled "
-        "features, predictions; no feature maps",
+        help=f"folder that keeps the teacher's outputs, so that it runs once for each augmented image: {outputs}",
     )
     add(
         "--kd-cache-views",
         type=NATURAL,
         default=1,
         metavar="N",
-        help="with the cache: number of augmentations per image, taken in turn by the epochs; 0: another one in "
-        "each epoch (for repeated runs)",
+        help="with the cache: number of augmentations of each image, used by the epochs in turn; 0: another one in "
+        "each epoch, which saves time in later runs alone",
     )
-    add("--kd-cache-topk", type=COUNT, metavar="K", help=f"with the cache: keep so many {kept} (default: all)")
+    add("--kd-cache-topk", type=COUNT, metavar="K", help=f"with the cache: keep K {kept} (default: all)")
     add(
         "--kd-cache-dtype",
         choices=["float32", "float16", "bfloat16"],
@@ -173,7 +193,7 @@ def add_stages(group: argparse._ArgumentGroup) -> None:
             type=ANY_INT,
             nargs="+",
             metavar="INDEX",
-            help=f"compare these of the {who}'s maps, in place of the last stages",
+            help=f"compare the {who}'s feature maps with these numbers (from 0), in place of the last ones",
         )
 
 
@@ -184,9 +204,9 @@ def add_teacher(group: argparse._ArgumentGroup) -> None:
         "--kd-teacher-img-size",
         type=teacher_size,
         metavar="N|own|student",
-        help="size of a timm teacher's images: a number of pixels, the size that it was trained with, or the student's "
-        "to the nearest whole patch; default: its own if it takes no other, or is a transformer read for its features "
-        "alone by dtokd train",
+        help="size of a timm teacher's images: N pixels, its own training size, or the student's size rounded to "
+        "whole patches; default: own if the model takes no other size, in dtokd train also for a transformer of which "
+        "only features are read; else student",
     )
     add(
         "--kd-teacher-dtype",
@@ -200,13 +220,19 @@ def add_teacher(group: argparse._ArgumentGroup) -> None:
 def add_weights(group: argparse._ArgumentGroup) -> None:
     """Weights of the objectives in the sum; also of `dtokd detect`."""
     add = group.add_argument
-    add("--task-loss-weight", type=NOT_NEGATIVE, help="weight of the task loss")
+    add(
+        "--task-loss-weight",
+        type=NOT_NEGATIVE,
+        metavar="W",
+        help="weight of the task loss, for --kd-balance none and fixed (default: 1)",
+    )
     add(
         "--distill-loss-weight",
         type=NOT_NEGATIVE,
         nargs="+",
-        help="weight of the distillation objectives: one for all or one each. If only the task's is given they share 1 "
-        "minus it; if none is given each weight is 1. Not used where --kd-balance finds the weights",
+        metavar="W",
+        help="weight of the distillation objectives, for --kd-balance none and fixed: one for all, or one each; "
+        "default: 1 each, but if --task-loss-weight W is given they share 1 - W",
     )
 
 
@@ -217,14 +243,16 @@ def add_projection(group: argparse._ArgumentGroup) -> None:
         "--kd-projector",
         choices=["linear", "orthogonal"],
         default="linear",
-        help="projection of the student's features to the teacher's width; linear: none if widths agree, as in timm",
+        help="projection of the student's features to the teacher's width; linear: left out if the widths agree, as in "
+        "timm",
     )
     add(
         "--kd-feature-norm",
         choices=["none", "layernorm", "standardize", "phi-s"],
         default="none",
-        help="how features are normalised. layernorm: the teacher's, over channels; standardize: both, per channel "
-        "over the batch; phi-s: the teacher's, by PHI standardisation, which makes several teachers comparable",
+        help="how features are normalised. layernorm: the teacher's features, over channels; standardize: teacher's "
+        "and student's, per channel over the batch; phi-s: the teacher's, by PHI standardisation, which makes several "
+        "teachers comparable",
     )
     add(
         "--kd-statistics-batches",
@@ -237,5 +265,5 @@ def add_projection(group: argparse._ArgumentGroup) -> None:
         "--kd-feature-loss",
         choices=["mse", "smooth_l1", "cosine", "norm"],
         default="mse",
-        help="distance between features; norm: the mean L2 norm of a row's difference",
+        help="distance between features; norm: the mean, over positions, of the L2 norm of the difference",
     )

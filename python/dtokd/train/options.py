@@ -177,7 +177,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--drop", type=FRACTION, default=0.0, metavar="P", help="rate of dropout")
     add("--drop-path", type=FRACTION, metavar="P", help="rate of stochastic depth")
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more arguments of the model")
-    add("--grad-checkpointing", action="store_true", help="less memory, more time")
+    add(
+        "--grad-checkpointing",
+        action="store_true",
+        help="compute activations again in the backward pass: less memory, more time",
+    )
     add(
         "--torchcompile",
         nargs="?",
@@ -193,7 +197,7 @@ def add_numerics(parser: argparse.ArgumentParser) -> None:
     """Precision, memory format, and the average of the weights."""
     group = parser.add_argument_group("precision and average")
     add = group.add_argument
-    add("--channels-last", action="store_true", help="memory format of images and weights")
+    add("--channels-last", action="store_true", help="keep images and weights in this memory format")
     add("--amp", action="store_true", help="automatic mixed precision")
     add("--amp-dtype", choices=["float16", "bfloat16"], default="float16", help="dtype of --amp")
     add("--model-ema", action="store_true", help="average the student's weights")
@@ -211,11 +215,17 @@ def add_optimization(parser: argparse.ArgumentParser) -> None:
     """Optimizer, clipping, learning rate and its schedule."""
     group = parser.add_argument_group("optimization")
     add = group.add_argument
-    add("--opt", type=not_empty, default="sgd", help="a name of timm's, or the fused dtoadamw, dtosgd")
+    add(
+        "--opt",
+        type=not_empty,
+        default="sgd",
+        metavar="NAME",
+        help="optimizer: one of timm's, or dtoadamw or dtosgd, which balance and update in fused kernels",
+    )
     add("--opt-eps", type=NOT_NEGATIVE, metavar="X", help="epsilon; default: the optimizer's")
     add("--opt-betas", type=BELOW_ONE, nargs="+", metavar="X", help="betas; default: the optimizer's")
     add("--momentum", type=FRACTION, default=0.9, metavar="X", help="momentum of SGD")
-    add("--weight-decay", type=NOT_NEGATIVE, default=2e-5, metavar="X")
+    add("--weight-decay", type=NOT_NEGATIVE, default=2e-5, metavar="X", help="weight decay")
     add(
         "--layer-decay",
         type=Number(float, above=0, most=1),
@@ -223,23 +233,24 @@ def add_optimization(parser: argparse.ArgumentParser) -> None:
         help="factor of the learning rate from a layer to the one below",
     )
     add("--opt-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="more arguments of the optimizer")
-    add("--clip-grad", type=POSITIVE, metavar="X", help="clip the gradient to this norm or value")
+    add("--clip-grad", type=POSITIVE, metavar="X", help="largest norm or value of the gradient: see --clip-mode")
     add("--clip-mode", choices=["norm", "value", "agc"], default="norm", help="what --clip-grad limits")
     add("--grad-accum-steps", type=COUNT, default=1, metavar="N", help="micro-batches per optimizer step")
-    add("--lr", type=NOT_NEGATIVE, metavar="X", help="learning rate; default: lr-base x global batch / lr-base-size")
+    add("--lr", type=NOT_NEGATIVE, metavar="X", help="learning rate; default: --lr-base, scaled with the batch")
     add("--lr-base", type=POSITIVE, default=0.1, metavar="X", help="learning rate at a batch of --lr-base-size")
-    add("--lr-base-size", type=COUNT, default=256, metavar="N")
+    add("--lr-base-size", type=COUNT, default=256, metavar="N", help="images in the batch that --lr-base is for")
     add(
         "--lr-base-scale",
         choices=["", "linear", "sqrt"],
         default="",
-        help="how it grows with the batch; default: sqrt for adaptive optimizers, else linear",
+        help="how the learning rate without --lr grows with the batch of all processes; default: sqrt for adaptive "
+        "optimizers, else linear",
     )
     add("--epochs", type=COUNT, default=300, metavar="N", help="length of the schedule")
     add("--sched", choices=SCHEDULES, default="cosine", help="schedule of the learning rate")
     add("--sched-on-updates", action="store_true", help="change the learning rate after each step, not each epoch")
     add("--warmup-lr", type=NOT_NEGATIVE, default=1e-5, metavar="X", help="learning rate at the start of the warm-up")
-    add("--warmup-epochs", type=NATURAL, default=5, metavar="N")
+    add("--warmup-epochs", type=NATURAL, default=5, metavar="N", help="epochs of the warm-up")
     add("--warmup-prefix", action="store_true", help="the schedule begins after the warm-up")
     add("--min-lr", type=NOT_NEGATIVE, default=0.0, metavar="X", help="smallest learning rate of the schedule")
     add(
@@ -265,7 +276,12 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("augmentation and loss")
     add = group.add_argument
     add("--no-aug", action="store_true", help="train without augmentation")
-    add("--train-crop-mode", choices=CROP_MODES, help="how training images are cropped")
+    add(
+        "--train-crop-mode",
+        choices=CROP_MODES,
+        help="rrc: a random part at random aspect ratio; rkrc, rkrr: resized at nearly the image's own aspect ratio, "
+        "then cropped in the centre, or at random (default: rrc)",
+    )
     add(
         "--scale",
         type=POSITIVE,
@@ -313,7 +329,7 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     )
     add("--mixup-prob", type=FRACTION, default=1.0, metavar="P", help="probability of mixup or CutMix in a batch")
     add("--mixup-switch-prob", type=FRACTION, default=0.5, metavar="P", help="probability of CutMix where both are on")
-    add("--mixup-mode", choices=["batch", "pair", "elem"], default="batch", help="images that share a mixing ratio")
+    add("--mixup-mode", choices=["batch", "pair", "elem"], default="batch", help="what shares one mixing ratio")
     add(
         "--mixup-off-epoch",
         type=NATURAL,
@@ -340,8 +356,8 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
         choices=BALANCES,
         default="none",
         metavar="NAME",
-        help=f"none is timm's weighted sum; or a weighting: {', '.join(BALANCES[1:])}. Recommended: whilebetter if the "
-        "teacher has the student's classes, famo if it has others and is known to be good",
+        help=f"none: timm's weighted sum of the losses; or a weighting: {', '.join(BALANCES[1:])}. Recommended: "
+        "whilebetter if the teacher has the student's classes, famo if it has others and is known to be good",
     )
     add(
         "--kd-balance-kwargs",
@@ -354,14 +370,14 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
     add(
         "--kd-balance-gram",
         metavar="SOURCE",
-        help="how gradients are measured: exact, overlap, lag, probe[:MODULES], feature:MODULE, every:N[:SOURCE], "
-        "ema:B[:SOURCE]; default: exact, if the weighting needs it",
+        help="how the inner products of the gradients are measured: exact, overlap, lag, probe[:MODULES], "
+        "feature:MODULE, every:N[:SOURCE], ema:B[:SOURCE]; default: exact, if the weighting needs them",
     )
     add(
         "--kd-held-out",
         type=Number(float, least=0, most=0.5),
         metavar="SHARE",
-        help=f"share of the training images that is held out: --kd-balance {', '.join(LOOKING)} measure on it; "
+        help=f"share of the training images that is held out, for --kd-balance {', '.join(LOOKING)}; "
         f"default: {HELD_OUT} for these, else 0",
     )
     add(
@@ -369,14 +385,14 @@ def add_balance(parser: argparse.ArgumentParser) -> None:
         type=Number(int, least=1),
         default=20,
         metavar="N",
-        help="steps from one measurement on a held-out batch to the next; each costs a forward and K + 1 backward "
-        "passes, or a forward pass of student and teacher (whilebetter)",
+        help="steps from one measurement on a held-out batch to the next; each costs a forward pass and, with K "
+        "losses, K + 1 backward passes, or a forward pass of student and teacher (whilebetter)",
     )
     add(
         "--kd-balance-params",
         choices=["shared", "all"],
         default="shared",
-        help="balance the parameters that all objectives reach, or heads and projectors too",
+        help="what is balanced. shared: the parameters that all objectives reach; all: heads and projectors too",
     )
     add(
         "--kd-balance-rescale",
@@ -432,7 +448,7 @@ def add_run(parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "
     )
     add("--resume", default="", metavar="auto|FILE", help="continue from the newest checkpoint, or from this one")
     add("--checkpoint-hist", type=COUNT, default=10, metavar="N", help="number of checkpoints to keep")
-    add("--eval-metric", choices=list(metrics), default=metrics[0], help="metric of the best epoch")
+    add("--eval-metric", choices=list(metrics), default=metrics[0], help="metric that the best epoch is chosen by")
     add("--log-interval", type=COUNT, default=50, metavar="N", help="iterations from one printed line to the next")
     add("--log-tensorboard", action=argparse.BooleanOptionalAction, default=True, help="write TensorBoard's files")
     add("--log-wandb", action="store_true", help="log to Weights & Biases too; the project is named like --output")
