@@ -463,7 +463,7 @@ REFUSED = {
     "--data-free fast --kd-model-name test_resnet test_resnet": "one teacher",
     "--data-free fast --kd-model-name test_resnet --df-prior-tv 1": "--df-prior-tv",
     "--data-free fast --kd-model-name test_resnet --mixup 0.2": "--mixup",
-    "--data-free fast --kd-model-name test_resnet --scale 0.5 1": "--scale: images that are made do not have it",
+    "--data-free fast --kd-model-name test_resnet --scale 0.5 1": "--scale: not supported with --data-free",
     "--data-free fast --kd-model-name test_resnet --color-jitter 0": "--color-jitter",
     "--data-free fast --kd-model-name test_resnet --kd-teacher-path {file} --num-classes 10 --img-size 32 "
     "--df-balance dto --df-balance-gram none": "--df-balance-gram none",

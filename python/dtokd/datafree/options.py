@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from ..errors import UsageError
-from ..values import BELOW_ONE, COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, Number
+from ..values import BELOW_ONE, COUNT, LOOKING, NATURAL, NOT_NEGATIVE, POSITIVE, Number
 
 #: What a method's options are unless the user says otherwise.
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=rule,
         metavar="RULE",
         help="weighting of the losses that images are made by, statistics, confidence and disagreement: a name of "
-        "--kd-balance, with options after a colon, such as share:0.5,0.3,0.2, dto, famo, cagrad:c=0.4",
+        f"--kd-balance (not {', '.join(LOOKING)}), with options after a colon, such as share:0.5,0.3,0.2, dto, famo, "
+        "cagrad:c=0.4",
     )
     add(
         "--df-balance-gram",
@@ -163,19 +164,19 @@ def check(options: argparse.Namespace) -> None:
     given = [name for name, value in vars(options).items() if name.startswith("df_") and value != common.get(name)]
     if method is None:
         if given:
-            raise UsageError(f"{_flag(given[0])}: images are made with --data-free alone; pass it, or leave it out")
+            raise UsageError(f"{_flag(given[0])}: has no effect without --data-free; pass both, or leave it out")
         return
     for other, own in OF_ONE.items():
         for name in own:
             if other != method and name in given:
-                raise UsageError(f"{_flag(name)}: --data-free {method} has none, {other} has; leave it out")
+                raise UsageError(f"{_flag(name)}: an option of --data-free {other}, not of {method}; leave it out")
     if not options.kd_model_name and not options.kd_teacher_path:
         raise UsageError(
             "--data-free: there is no teacher to make images from; pass --kd-model-name, or a run as --kd-teacher-path"
         )
     for name, value in _WITHOUT.items():
         if (getattr(options, name) or None) != (value or None):
-            raise UsageError(f"{_flag(name)}: images that are made do not have it yet; leave it or --data-free out")
+            raise UsageError(f"{_flag(name)}: not supported with --data-free; leave one of them out")
 
 
 def complete(options: argparse.Namespace) -> None:
