@@ -95,7 +95,7 @@ def check_params(op: str, params: Iterable[Tensor]) -> list[Tensor]:
         if not isinstance(p, Tensor):
             raise TypeError(f"{op}: params[{i}] is a {type(p).__name__}; pass tensors")
         if not p.is_leaf:
-            raise ValueError(f"{op}: params[{i}] is not a leaf; pass the parameter itself, not something made from it")
+            raise ValueError(f"{op}: params[{i}] is not a leaf; pass the parameter, not a tensor computed from it")
         if p.is_complex():
             raise ValueError(
                 f"{op}: params[{i}] is complex ({p.dtype}), which is not supported; keep it as torch.view_as_real"

@@ -168,8 +168,8 @@ class GradientSets:
             raise
         if self.used:
             warnings.warn(
-                f"{op}: gradients that a step has taken are still there, and these are added to them; call "
-                "zero_grad() of this optimizer after each step (that of the model does not reach them)",
+                f"{op}: the gradients of the last step are still there, and new ones are added to them; call "
+                "optimizer.zero_grad() after each step (model.zero_grad() does not clear them)",
                 stacklevel=3,
             )
             self.used = False
@@ -374,7 +374,7 @@ def gradients_of(values: Sequence[Tensor], params: Sequence[Tensor], op: str) ->
     """
     if any(type(p).__name__ == "DTensor" for p in params):
         raise TypeError(
-            f"{op}: the parameters are sharded (DTensor), which is not supported; pass an unsharded model's"
+            f"{op}: the parameters are sharded (DTensor), which is not supported; pass those of an unsharded model"
         )
     return [torch.autograd.grad(v, params, torch.ones_like(v), retain_graph=True, allow_unused=True) for v in values]
 

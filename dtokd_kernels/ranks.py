@@ -83,7 +83,7 @@ class Ranks:
             errors, kinds, squares = packed[MAX_OBJECTIVES:].tolist()
             if errors:
                 raise RuntimeError(
-                    f"{op}: {int(errors)} of {self.size} ranks refused their losses, with an error of their own; "
+                    f"{op}: {int(errors)} of {self.size} ranks raised an error about their losses; "
                     "no rank has changed anything"
                 )
             if self.size * squares != kinds * kinds:  # equal only if all are the same

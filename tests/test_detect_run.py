@@ -147,7 +147,7 @@ def test_metric_that_is_nan_in_all_epochs(coco, tmp_path, capsys):
         ("--kd-model-name fcos:test_resnet --kd-distill-type token", "has no detection tokens"),
         (
             "--kd-model-name fcos:test_resnet --kd-teacher-dtype bfloat16 --kd-teacher-img-size 64",
-            "--kd-teacher-img-size, --kd-teacher-dtype: of timm's models as teachers, but fcos:test_resnet is",
+            "--kd-teacher-img-size, --kd-teacher-dtype: for timm's models as teachers, but fcos:test_resnet is",
         ),
         ("--kd-model-name fcos:test_resnet --kd-share-queries", "--kd-share-queries: student and teacher need"),
         ("--kd-model-name fcos:test_resnet --distill-loss-weight 1 2 3", "--distill-loss-weight: got 3"),
@@ -206,7 +206,7 @@ def test_run_names_its_classes(coco, tmp_path, capsys):
     capsys.readouterr()
     assert "labels would not mean the same" in refused(capsys, "eval", tmp_path / "x", "--data-dir", other)
     told = refused(capsys, "eval", tmp_path / "x", "--crop-pct", 0.5, "--num-classes", 3, "--img-size", 48)
-    assert "--num-classes, --crop-pct: of classifiers, but" in told
+    assert "--num-classes, --crop-pct: for classifiers, but" in told
 
 
 CACHED = {

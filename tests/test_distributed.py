@@ -444,7 +444,7 @@ def test_audiocrafts_averages_are_those_of_all_items(pools):
 def test_one_loss_that_a_rank_refuses(pools):
     first, second = pools[2].run(one_loss.refused_by_one)
     assert first.startswith("BalancedLoss: losses['1'] needs no gradient")
-    assert second.startswith("BalancedLoss: 1 of 2 ranks refused their losses")
+    assert second.startswith("BalancedLoss: 1 of 2 ranks raised an error about their losses")
 
 
 def test_sharded_refuses_what_it_cannot_do(pools):

@@ -259,7 +259,7 @@ def test_step_without_zero_grad_takes_the_same_gradients_again(backend, make):
     optimizer.step()
     assert torch.equal(optimizer.balance.gram, gram)
     model.zero_grad()  # does not reach the sets
-    with pytest.warns(UserWarning, match=r"DTO\w+.backward: gradients that a step has taken are still there"):
+    with pytest.warns(UserWarning, match=r"DTO\w+.backward: the gradients of the last step are still there"):
         optimizer.backward(losses_of(model, batch()))
     optimizer.step()
     assert (optimizer.balance.norms > gram.diagonal().sqrt()).all()

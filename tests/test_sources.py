@@ -315,7 +315,7 @@ def test_step_again_and_retained_graphs(backend, source):
     for _ in range(2):
         optimizer.step()
         assert not optimizer.balance.skipped
-    with pytest.warns(UserWarning, match="gradients that a step has taken are still there"):
+    with pytest.warns(UserWarning, match="the gradients of the last step are still there"):
         optimizer.backward(losses_of(model, batch(3)))
     optimizer.step()
     optimizer.zero_grad()

@@ -293,7 +293,7 @@ def test_args_are_a_config(digits, tmp_path):
         (["--opt", "adamwx"], "--opt: no optimizer is called 'adamwx'"),
         (["--opt", "more_adamw"], "--opt: no optimizer is called 'more_adamw'"),
         (["--opt", "lookahead_dtoadamw"], "choose dtoadamw, or lookahead_adamw with --kd-balance"),
-        (["--opt", "dtoadamw"], "choose --kd-balance, such as dto, or --opt adamw"),
+        (["--opt", "dtoadamw"], "choose --kd-balance, such as whilebetter, or --opt adamw"),
         (["--kd-balance", "dto"], "pass --kd-model-name"),
         (["--kd-balance-gram", "lag"], "nothing is balanced"),
         (["--kd-model-name", "nobody"], "Unknown model (nobody)"),

@@ -1043,7 +1043,7 @@ def test_objectives_in_another_order_are_refused(source):
     other.load_state_dict(optimizer.state_dict())
     for refusing in (optimizer, other):
         swapped = dict(reversed(losses_of(model, batch()).items()))
-        with pytest.raises(ValueError, match=r"remembers the objectives \['task', 'distill'\], but the losses are"):
+        with pytest.raises(ValueError, match=r"the objectives so far were \['task', 'distill'\], but the losses are"):
             refusing.backward(swapped)
         refusing.backward(losses_of(model, batch()))
 
@@ -1169,7 +1169,7 @@ def test_negative_weights_keep_the_length_of_a_step(backend):
 def test_other_number_of_objectives_is_refused():
     rule = remember("famo")
     before = rule.state_dict()
-    with pytest.raises(ValueError, match=r"Amortized: learned remembers 3 objectives, but there are 2; make a new"):
+    with pytest.raises(ValueError, match=r"Amortized: learned holds 3 objectives, but there are 2; make a new"):
         rule(torch.eye(2).double(), losses(2))
     assert memories_equal(rule.state_dict(), before)
 

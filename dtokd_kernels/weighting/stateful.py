@@ -1,4 +1,4 @@
-"""Weightings that remember: what a memory is, and how a skipped step leaves it alone."""
+"""Weightings with a memory: what that is, and how a skipped step leaves it alone."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Stateful(ABC):
         for name, value in memory.items():
             if value.dim() == 1 and len(value) != len(gram):
                 raise ValueError(
-                    f"{type(self).__name__}: {name} remembers {len(value)} objectives, but there are {len(gram)}; "
+                    f"{type(self).__name__}: {name} holds {len(value)} objectives, but there are {len(gram)}; "
                     "make a new weighting when the objectives change"
                 )
             if value.device != gram.device:  # just loaded
@@ -65,14 +65,14 @@ class Stateful(ABC):
         return weights
 
     def expect(self, names: tuple[str, ...]) -> None:
-        """Be told whose losses come next.
+        """Take the names of the objectives whose losses come next.
 
         Raises:
             ValueError: the memory is that of as many other objectives, or of the same in another order.
         """
         if len(self._names) == len(names) and self._names != names:
             raise ValueError(
-                f"{type(self).__name__} remembers the objectives {list(self._names)}, but the losses are "
+                f"{type(self).__name__}: the objectives so far were {list(self._names)}, but the losses are "
                 f"{list(names)}; pass them in that order, or make a new weighting"
             )
         self._expected = names

@@ -53,7 +53,7 @@ def measure(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, 
         foreign = [flag(name) for name in given if name not in ("run_dir", "checkpoint", *told)]
         if foreign:
             raise UsageError(
-                f"{', '.join(foreign)}: of classifiers, but {options.run_dir} holds a detector; leave it out"
+                f"{', '.join(foreign)}: for classifiers, but {options.run_dir} holds a detector; leave it out"
             )
         return judge(told, given)
     settings = argparse.Namespace(**{**defaults, **told, **_given(options)})

@@ -200,7 +200,7 @@ def read_yaml(text: str) -> Any:
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is no value of YAML") from error
     if math.isnan(value):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a number that is one")
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number, not NaN")
     return value
 
 
@@ -252,7 +252,7 @@ def auto_augment(text: str) -> str:
     try:
         for part in text.split("-")[1:]:
             if not re.match(r"[a-z]+\d" if kind != "rand" else r"t[a-z]|[a-z]+\d", part):
-                raise ValueError(f"{part!r} is no letters and number")
+                raise ValueError(f"{part!r}; expected letters and a number")
         make[kind](text, {"translate_const": 1, "img_mean": (128, 128, 128)})
     except (AssertionError, ValueError, KeyError, IndexError, TypeError) as error:
         raise argparse.ArgumentTypeError(

@@ -106,7 +106,7 @@ def _check_reading(options: argparse.Namespace, names: Sequence[str]) -> None:
     given = [flag(name) for name in read_with if getattr(options, name)]
     if given and all(is_detector(name) for name in names):
         raise UsageError(
-            f"{', '.join(given)}: of timm's models as teachers, but {names[0]} is a detector; leave it out"
+            f"{', '.join(given)}: for timm's models as teachers, but {names[0]} is a detector; leave it out"
         )
 
 
@@ -378,7 +378,7 @@ def _objective(
         return Tokens(kind, projector, (stages[0], stages[1]), widths, both, norm, distance, root)
     if known is None:
         raise UsageError(
-            f"--kd-distill-type prediction: the teacher {name} does not know all classes of the data; "
+            f"--kd-distill-type prediction: the teacher {name} does not predict all classes of the data; "
             "take token or feature"
         )
     if not student.sigmoid:

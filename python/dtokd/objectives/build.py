@@ -170,8 +170,8 @@ def _check_size(cache: TeacherCache, name: str, seen: dict[str, Any]) -> None:
     if before != now:
         told = ["the student's" if size is None else f"{size[0]} x {size[1]}" for size in (before, now)]
         raise UsageError(
-            f"--kd-cache-teacher: {cache.folder} holds outputs of {name!r} for images of {told[0]} size, and a run "
-            f"that reads this of it shows it {told[1]}; pass --kd-teacher-img-size to both, or another folder"
+            f"--kd-cache-teacher: {cache.folder} holds outputs of {name!r} for images of {told[0]} size, but this "
+            f"run needs those for {told[1]}; pass the same --kd-teacher-img-size to both runs, or another folder"
         )
 
 
@@ -342,8 +342,8 @@ def weights_of(options: argparse.Namespace, names: Sequence[str]) -> tuple[float
     if not distill:
         if task is not None and task > 1:
             raise UsageError(
-                f"--task-loss-weight: {task:g} alone leaves {1 - task:g} for what the teacher teaches, so the student "
-                "would avoid it; pass --distill-loss-weight too"
+                f"--task-loss-weight: {task:g} alone leaves {1 - task:g} for distillation, which would train "
+                "the student away from the teacher; pass --distill-loss-weight too"
             )
         shared = 1.0 if task is None else (1.0 - task) / len(names)
         return (1.0 if task is None else task), dict.fromkeys(names, shared)

@@ -212,8 +212,7 @@ class TeacherCache:
             changes = "; ".join(f"{n} was {told.get(n)}, is now {self._told.get(n)}" for n in other[:3])
             more = f"; {len(other) - 3} more differ" if len(other) > 3 else ""
             raise UsageError(
-                f"{OPTION}: {self.folder} was made with something else: {changes}{more}; give what it was made with, "
-                "or another folder"
+                f"{OPTION}: {self.folder} was made with other settings: {changes}{more}; pass those, or another folder"
             )
 
     def keep(self, kept: Whole, taps: Taps, facts: Mapping[str, Any]) -> None:

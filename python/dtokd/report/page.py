@@ -67,7 +67,7 @@ def _read_environment(path: Path) -> dict[str, Any]:
     try:
         held = read_json(path) if path.exists() else {}
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}; remove it, and the report goes without") from error
+        raise UsageError(f"{path} cannot be read: {error}; remove it, and the report is written without it") from error
     return held if isinstance(held, dict) else {}
 
 

@@ -113,7 +113,7 @@ def check(options: argparse.Namespace) -> None:
         )
     if ours and not balanced:
         raise UsageError(
-            f"--opt: {options.opt} balances several objectives; choose --kd-balance, such as dto, or --opt "
+            f"--opt: {options.opt} balances several objectives; choose --kd-balance, such as whilebetter, or --opt "
             f"{options.opt.lower().removeprefix('dto')}"
         )
     if ours and options.clip_mode != "norm" and options.clip_grad is not None:
@@ -122,7 +122,7 @@ def check(options: argparse.Namespace) -> None:
         )
     for name in ("gram", "kwargs", "rescale"):
         if not balanced and getattr(options, f"kd_balance_{name}"):
-            raise UsageError(f"--kd-balance-{name}: nothing is balanced; choose --kd-balance, such as dto")
+            raise UsageError(f"--kd-balance-{name}: nothing is balanced; choose --kd-balance too")
 
 
 def _check_ranks(options: argparse.Namespace, ours: bool, device: torch.device, world: World) -> None:

@@ -118,7 +118,7 @@ def read_value(action: argparse.Action, value: Any, where: str) -> Any:
         if value is not None and not (isinstance(value, dict) and all(isinstance(key, str) for key in value)):
             raise UsageError(f"{where} is {value!r}; expected a mapping of names to values")
         if any(isinstance(item, float) and math.isnan(item) for item in (value or {}).values()):
-            raise UsageError(f"{where} is {value!r}; expected numbers that are one")
+            raise UsageError(f"{where} is {value!r}; expected numbers, not NaN")
         return value or {}
     if value is None:
         if action.default is not None and action.dest not in NULLABLE:
