@@ -10,7 +10,7 @@ def _refuse_unsupported() -> None:
     """Import torch and look at the versions.
 
     Raises:
-        ImportError: Python or torch is too old, or there is no torch; says what to install.
+        ImportError: Python or torch is too old, or there is no torch; with what to install.
     """
     if sys.version_info < PYTHON:
         found = "{}.{}".format(*sys.version_info)

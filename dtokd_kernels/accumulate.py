@@ -55,7 +55,7 @@ def backward(
 
     Returns:
         The `Balance`, in units of the unscaled losses. If it is `skipped`, `.grad` is as before (but on a GPU,
-        where the host does not know, zeros in the place of None); with a scaler and an overflow it is NaN, so that
+        where the host does not read that, zeros in the place of None); with a scaler and an overflow it is NaN, so that
         the scaler sees it.
 
     Raises:

@@ -119,7 +119,7 @@ def check_name(name: str, source: str) -> None:
 
     Raises:
         ValueError: no backend has this name.
-        RuntimeError: it exists, but cannot run here; says why.
+        RuntimeError: it exists, but cannot run here; with the reason.
     """
     if name not in NAMES:
         raise ValueError(f"{source}: no backend is named {name!r}; choose one of {', '.join(NAMES)}")
@@ -168,7 +168,7 @@ def select(device: torch.device, preferred: str | None = None) -> Implementation
 
     Args:
         device: where the gradients are.
-        preferred: a backend's name, obeyed unless `use_backend` says otherwise.
+        preferred: a backend's name, used unless `use_backend` has set another.
 
     Raises:
         ValueError: no backend has the name asked for.

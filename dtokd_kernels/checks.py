@@ -1,4 +1,4 @@
-"""Refusals: each says the operation, the argument, what it got, what it expected, and the remedy."""
+"""Refusals: each names the operation, the argument, what it got, what it expected, and the remedy."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check_flag(what: str, value: Any) -> None:
     """Refuse what is not True or False, such as "no", which Python takes for True.
 
     Raises:
-        TypeError: says what it is.
+        TypeError: names the value.
     """
     if not isinstance(value, int) or value not in (0, 1):
         raise TypeError(f"{what} is {value!r}; pass True or False")
@@ -69,7 +69,7 @@ def check_share(op: str, share: Any) -> None:
     """Refuse what is no part of a batch.
 
     Raises:
-        TypeError, ValueError: says what it is.
+        TypeError, ValueError: names the value.
     """
     if not is_number(share):
         raise TypeError(f"{op}: share is {share!r}; pass a number, this call's part of the batch, such as 1 / 4")
@@ -123,7 +123,7 @@ def check_present(op: str, present: Tensor, K: int) -> None:
     """Refuse what is not [K] bool.
 
     Raises:
-        TypeError, ValueError: says what it is.
+        TypeError, ValueError: names the value.
     """
     if not isinstance(present, Tensor):
         raise TypeError(f"{op}: present is a {type(present).__name__}; pass a bool tensor [{K}]")
@@ -194,7 +194,7 @@ def check_out(grads: Sequence[GradientList], out: Sequence[Tensor]) -> None:
     """Refuse an `out` that does not fit the gradients.
 
     Raises:
-        ValueError: says which tensor and what was expected.
+        ValueError: names the tensor and what was expected.
     """
     if len(out) != len(grads[0]):
         raise ValueError(f"combine: out has {len(out)} tensors, expected {len(grads[0])} as grads[0]")

@@ -134,7 +134,7 @@ class GradientSets:
         Args:
             losses: K scalar tensors, by position or by name; a single tensor is one objective.
             params: leaf tensors whose gradients are collected.
-            source: of the Gram matrix; says which passes there are. Their kind stays until the sets are cleared.
+            source: of the Gram matrix; decides which passes there are. Their kind stays until the sets are cleared.
             options: of the balance. Losses that are not positive are refused where log-gradients divide by them.
             ranks: the other processes that train the same model; None if there are none.
             share: of this call in the step: its part of the batch.
@@ -146,7 +146,7 @@ class GradientSets:
             op: what error messages call this.
 
         Raises:
-            TypeError, ValueError: a bad loss or a sparse gradient; says which and what to do. Nothing but the
+            TypeError, ValueError: a bad loss or a sparse gradient; names it and the remedy. Nothing but the
                 gradient sets has changed: those are as before for a bad loss and empty after any later failure.
 
         Effects: losses on the CPU are checked here; those on another device are not read, so that nothing stalls.

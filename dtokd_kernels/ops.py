@@ -73,9 +73,9 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, *, present: Tensor | None
 
     Numerics: float64, whatever the ratio of the gradients' lengths. With s = sum_i pi_i ||g_i|| the combination's
         squared length is at most 1e-13 s^2 above the smallest, and no objective ascends by more than 1e-13 s ||g_i||:
-        what the Gram matrix knows. Gradients closer than a share of 3e-7 of their length count as equal, those as close
-        to the affine hull of others as in it. Where gradients are nearly parallel the weights are ill-conditioned, the
-        combination is not.
+        the precision of the Gram matrix. Gradients closer than a share of 3e-7 of their length count as equal, those as
+        close to the affine hull of others as in it. Where gradients are nearly parallel the weights are
+        ill-conditioned, the combination is not.
 
     Effects: no host sync; mutates nothing; not differentiable.
 

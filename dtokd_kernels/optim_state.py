@@ -120,7 +120,7 @@ class Kept(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of the torch optimizer it stands for.
 
-        That one knows no `balance` of a group and no memory of the weighting; they stay as they are.
+        A state of torch's optimizer has no `balance` of a group and no memory of the weighting: these stay as they are.
 
         The memory of another kind of source is not used; this optimizer's measures anew then.
 
@@ -188,7 +188,7 @@ class Kept(torch.optim.Optimizer):
         return {**state, "param_groups": groups}
 
     def _take_over(self, state: dict[str, Any]) -> None:
-        """What torch does not know of a state that it has loaded."""
+        """What torch does not take over of a state that it has loaded."""
         self._versions.clear()
         self._changed()
         self._restore_precision(state)

@@ -64,7 +64,7 @@ def min_norm_weights(gram: Tensor, clamp: bool = True, present: Tensor | None = 
     condition of the minimum best, <g_i, d> >= ||d||^2 for all i. For K = 2 the faces are the two ends and the segment
     of Eq. 11 and 12.
 
-    How exact: entries of a float64 Gram matrix err by a share of u = 1e-16 of ||g_i|| ||g_j||, so no solver knows
+    How exact: entries of a float64 Gram matrix err by a share of u = 1e-16 of ||g_i|| ||g_j||, so no solver finds
     ||d||^2 better than to u s^2 with s = sum_i pi_i ||g_i||. With e = `EQUAL`, whatever the ratio of the lengths:
 
         ||d||^2 <= min + e s^2,   and   <g_i, d> >= -e s ||g_i||   for all i,
@@ -202,7 +202,7 @@ def balance(grams: Tensor, losses: Tensor, options: Options, weights: Tensor | N
             rescale "none"); and of those outside the balance, which take the sum of the gradients.
         losses: [K] values of the objectives.
         options: its weighting is a callable from (Gram [K, K], losses [K]), or from the Gram alone, to weights [K],
-            whose attribute `log_gradients` (default True) says whether it weighs log-gradients or raw ones (u = 1).
+            whose attribute `log_gradients` (default True) is whether it weighs log-gradients or raw ones (u = 1).
             `max_norm` clips the combined direction to this norm, as `torch.nn.utils.clip_grad_norm_` does. `rescale`
             "sum" divides the coefficients by the sum of their sizes, so that the direction stays and the step's size
             is that of a weighted sum of the losses; "none" is the paper. `loss_floor` is the smallest loss divided by.

@@ -4,7 +4,7 @@ optimizer = dk.DTOAdamW(model.parameters())
 model = DistributedDataParallel(model)
 dk.distributed.attach(optimizer, model)        # from here on as on one device
 
-`docs/distributed.md` says how it works and what it costs.
+`docs/distributed.md` describes how it works and what it costs.
 """
 
 from ..ranks import Ranks

@@ -23,7 +23,7 @@ from .wrapper import Wrapper
 class Ema(Wrapper):
     """Weigh an exponential average of the Gram matrices that another source measures, not the last one.
 
-    What is averaged is the matrix that the weighting asks for: that of the log-gradients, which knows no units, or the
+    What is averaged is the matrix that the weighting asks for: that of the log-gradients, which has no units, or the
     raw one. Not the weights: the weights of a mean are not the mean of the weights. Corrected for its start, as Adam's
     moments are: A_t = sum_s beta^(t-s) G_s / sum_s beta^(t-s). Clipping and `balance` use what this step measured.
 

@@ -99,9 +99,9 @@ def remember(old: Tensor, new: Tensor, skipped: Tensor) -> Tensor:
 class Source:
     """Where the Gram matrix comes from; the base is the exact one: K backward passes, products in `step`.
 
-    A source says how the backward passes run. Either each objective has one of its own, and `solve` weighs the K
-    gradients in `step`; or `weigh` says before the only full pass what the losses are multiplied with. Its fields are
-    what the user chose; what it remembers from step to step is in `state_dict`.
+    A source decides how the backward passes run. Either each objective has one of its own, and `solve` weighs the K
+    gradients in `step`; or `weigh` finds, before the only full pass, what the losses are multiplied with. Its fields
+    are what the user chose; what it remembers from step to step is in `state_dict`.
     """
 
     @property
@@ -151,7 +151,7 @@ class Source:
         """The passes of a call of `backward` are over: hold nothing that belongs to its graph."""
 
     def commit(self, names: tuple[str, ...], balance: Balance) -> None:
-        """A step is over: remember what the next needs, unless the balance says `skipped`."""
+        """A step is over: remember what the next needs, unless the balance has `skipped`."""
 
     def state_dict(self) -> dict[str, Any]:
         """What the source remembers: tensors, numbers and names; empty if nothing."""

@@ -1,14 +1,14 @@
 """From the Gram matrix to the weights: one small file per rule.
 
 A weighting is any callable ``(gram [K, K], losses [K]) -> weights [K]``, or of the Gram alone, as TorchJD's Gramian
-weightings are. Two attributes tell what it needs, both True if absent:
+weightings are. Two attributes describe what it needs, both True if absent:
 
 - ``log_gradients``: it sees the Gram matrix of log-gradients, and its weights multiply g_i / L_i. Where it is False it
   sees the raw one, and its weights multiply the raw gradients.
 - ``needs_gram``: its weights depend on that matrix. Where it is False any [K, K] tensor will do.
 
 Weights may be negative (some rules need that). Other shapes than [K] are an error. If one is not finite the step is
-skipped. An objective whose gradient is zero has weight 0, whatever the rule says.
+skipped. An objective whose gradient is zero has weight 0, whatever the rule returns.
 
 Rules with a memory are `Stateful`; the optimizers keep theirs in their `state_dict()`, under "weighting".
 
@@ -126,7 +126,7 @@ _CONSTRUCTORS: dict[str, Callable[..., Weighting]] = {
     "whilebetter": WhileBetter,
 }
 
-#: What `from_name` knows.
+#: The names that `from_name` takes.
 NAMES = tuple(_CONSTRUCTORS)
 
 

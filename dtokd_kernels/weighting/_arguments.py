@@ -23,7 +23,7 @@ def check_number(op: str, name: str, value: Any, low: float, expected: str, *, b
         below: the numbers allowed are less than this.
 
     Raises:
-        ValueError: says what it is, and what it may be.
+        ValueError: names the value, and what it may be.
     """
     if not isinstance(value, Real) or isinstance(value, bool) or not low <= float(value) < below:
         raise ValueError(f"{op}: {name} is {value!r}; pass {expected}")
@@ -33,7 +33,7 @@ def check_seed(op: str, seed: Any) -> None:
     """Refuse what is not an integer.
 
     Raises:
-        TypeError: says what it is.
+        TypeError: names the value.
     """
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise TypeError(f"{op}: seed is {seed!r}; pass an integer, such as 0")
@@ -43,7 +43,7 @@ def check_steps(op: str, name: str, steps: Any) -> None:
     """Refuse what is no positive number of steps.
 
     Raises:
-        ValueError: says what it is.
+        ValueError: names the value.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"{op}: {name} is {steps!r}; pass a positive number of steps, or None")

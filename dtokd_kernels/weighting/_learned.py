@@ -46,7 +46,7 @@ def check(op: str, lr: float, weight_decay: float) -> None:
     """Refuse a learning rate or weight decay that has no meaning.
 
     Raises:
-        ValueError: says which, and what it may be.
+        ValueError: names which, and what it may be.
     """
     check_number(op, "lr", lr, 0, "a number that is not negative, such as 0.025")
     check_number(op, "weight_decay", weight_decay, 0, "a number that is not negative, such as 0.01")

@@ -20,7 +20,7 @@ PATIENCE = 100
 class Observing(Stateful):
     """A rule whose weights are constants until it is given another look at held-out samples.
 
-    A subclass is a dataclass with a field `primary`, tells in `_look` what the user calls, and counts the looks in
+    A subclass is a dataclass with a field `primary`, names in `_look` what the user calls, and counts the looks in
     `_measurements`.
     """
 

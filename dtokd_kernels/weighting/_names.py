@@ -1,4 +1,4 @@
-"""Objectives that a weighting is told by name or position."""
+"""Objectives that a weighting gets by name or position."""
 
 from __future__ import annotations
 

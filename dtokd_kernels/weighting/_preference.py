@@ -1,4 +1,4 @@
-"""Weightings in which the user says how much each objective counts."""
+"""Weightings in which the user sets how much each objective counts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Preferred:
             raise ValueError(f"{rule}: preference is {preference!r}; one number must be positive")
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
-        """Weights [K] float64 of a Gram matrix [K, K] float64 of the gradients this weighting asks for.
+        """Weights [K] float64 of a Gram matrix [K, K] float64, of log-gradients or raw ones as `log_gradients` has it.
 
         Raises:
             ValueError: the preference does not have K numbers.

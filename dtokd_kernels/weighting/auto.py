@@ -30,13 +30,13 @@ class Auto(Measured):
     (w_i = 1 / norm g_i); the sum of logs (w_i = 1 / L_i); the regression of `HeldOut`. The second half judges them: the
     candidate with the largest <h, d> / ||d||, the fall of the held-out loss for the length of the step, is chosen (of
     two that are equal the simpler one). Its weights, from both halves, are constants from then on, scaled so that
-    d is as long as the primary gradient was. `report` tells in a line what was chosen and why. Until then equal
+    d is as long as the primary gradient was. `report` returns a line on what was chosen and why. Until then equal
     shares are trained.
 
     The measurements that make the weights do not judge them; otherwise the rule with the most freedom would win by
     chance. `Auto` does not see that another weight may be right later in training; `HeldOut` does.
 
-    A measurement that is left out, as it is not finite, counts as one of `window`: the host does not know of it. Where
+    A measurement that is left out, as it is not finite, counts as one of `window`: the host does not read that. Where
     all of a half are left out, the primary objective alone is chosen.
 
     Memory: "gram" and "later gram" [K, K], "products" and "later products" [K], sums over the halves, in the units

@@ -43,7 +43,7 @@ class CAGrad:
         check_number("CAGrad", "c", self.c, 0, "a number with 0 <= c < 1, such as 0.5", below=1)
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
-        """Weights of a Gram matrix of the gradients this weighting asks for.
+        """Weights of a Gram matrix, of log-gradients or raw ones as `log_gradients` has it.
 
         Args:
             gram: [K, K] float64.

@@ -24,7 +24,7 @@ class DTO:
     clamp: bool = True
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
-        """Weights of a Gram matrix of the gradients this weighting asks for.
+        """Weights of a Gram matrix, of log-gradients or raw ones as `log_gradients` has it.
 
         Args:
             gram: [K, K] float64. An objective with a zero gradient is left out.

@@ -32,7 +32,7 @@ class HeldOut(Measured):
     was tuned for the task alone keeps its meaning.
 
     The inner product is that of the optimizer's metric where it has one (AdamW divides each direction by the root of
-    its second moment), so that the products tell what a step does to the held-out loss.
+    its second moment), so that the products show what a step does to the held-out loss.
 
     What follows from it:
 

@@ -33,7 +33,7 @@ class IMTLG:
     log_gradients: bool = False
 
     def __call__(self, gram: Tensor, losses: Tensor | None = None) -> Tensor:
-        """Weights of a Gram matrix of the gradients this weighting asks for.
+        """Weights of a Gram matrix, of log-gradients or raw ones as `log_gradients` has it.
 
         Args:
             gram: [K, K] float64.

@@ -41,7 +41,7 @@ class Share(Stateful):
     reconstruction; RT-DETRv4 (2025): the share of the distillation loss as the set point.
 
     With `freeze_after` the weights are constants after that many steps, and each step takes one backward pass of the
-    weighted sum, whatever `gram=` was. Steps that were skipped count too, as the host does not know of them; but no
+    weighted sum, whatever `gram=` was. Steps that were skipped count too, as the host does not read that; but no
     weight is frozen before each objective's gradient was measured: for this the host reads the memory, normally once.
 
     Memory: "norms" [K], the sums, and "counts" [K], what they are divided by; "steps", how many were taken; "frozen".
@@ -126,7 +126,7 @@ class Share(Stateful):
         shares, primary = self._of(len(gram), gram)
         norms = gram.diagonal().sqrt()
         present = norms > 0
-        if self.frozen:  # what is there instead of a Gram matrix says nothing
+        if self.frozen:  # what is there instead of a Gram matrix is no measurement
             present = torch.zeros_like(present)
         summed = torch.where(present, self.beta * memory["norms"] + norms, memory["norms"])
         counts = torch.where(present, self.beta * memory["counts"] + 1, memory["counts"])

@@ -39,7 +39,7 @@ class Stateful(ABC):
         """Weights [K] of this step, and the memory that the next one finds if this one is not skipped."""
 
     def __call__(self, gram: Tensor, losses: Tensor) -> Tensor:
-        """Weights of a Gram matrix of the gradients this weighting asks for.
+        """Weights of a Gram matrix, of log-gradients or raw ones as `log_gradients` has it.
 
         Args:
             gram: [K, K] float64. Where the weighting has `needs_gram = False` only its size and device matter.

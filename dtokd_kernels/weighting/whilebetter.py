@@ -24,7 +24,7 @@ class WhileBetter(Observing):
         w_p = 1 - g and w_i = g / (K - 1),   g = max(0, 1 - e_t / e_s),
 
     for the primary (task) objective p and the K - 1 others i. g is the part of the student's errors that the teacher
-    does not make: near 1 at the start, smaller while the student comes closer, 0 for a teacher that knows less than the
+    does not make: near 1 at the start, smaller while the student comes closer, 0 for a teacher that errs more than the
     student. Before the first call the primary objective alone is trained. No loss's unit or constant factor matters.
 
     The errors may be any numbers that are 0 at best and lower for the better model: error rates, or a detector's

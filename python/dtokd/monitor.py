@@ -44,8 +44,8 @@ class BalanceLogger:
     Args:
         sinks: where to write: `CSV`, `TensorBoard`, `WandB`, or anything with `write` and `close`.
         every: steps from one flush to the next.
-        optimizer: a balanced optimizer; its steps are then logged without a call, and a UserWarning tells if exact DTO
-            gives nearly all of the gradient to one objective (in other loops add the sink `LopsidedWeights`).
+        optimizer: a balanced optimizer; its steps are then logged without a call, and there is a UserWarning if exact
+            DTO gives nearly all of the gradient to one objective (in other loops add the sink `LopsidedWeights`).
         step: number of the first step, when training goes on.
 
     Effects: a step costs one small operation on the device and no wait; a flush one copy to the host. Use it as a
