@@ -114,7 +114,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=COUNT,
         default=3,
         metavar="N",
-        help="number of last stages that multiscale, attention and review compare",
+        help="number of stages that multiscale, attention and review compare: the last ones of a CNN, blocks at equal "
+        "distance of a transformer",
     )
     add_stages(group)
     add(
@@ -193,7 +194,7 @@ def add_stages(group: argparse._ArgumentGroup) -> None:
             type=ANY_INT,
             nargs="+",
             metavar="INDEX",
-            help=f"compare the {who}'s feature maps with these numbers (from 0), in place of the last ones",
+            help=f"compare the {who}'s feature maps with these numbers (from 0), in place of the default ones",
         )
 
 
