@@ -33,12 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser, runs: Any = shared) -> None:
         parser: takes them.
         runs: the module with the options of its runs.
     """
-    runs.add_arguments(parser)
-    dry_run = next(action for action in parser._actions if action.dest == "dry_run")
-    dry_run.help = "list the runs and how long they take, and train none"
     group = parser.add_argument_group(
-        "comparison",
-        "--experiment names the folder (default: compare); the comparison sets --seed, --data-seed, --resume",
+        "comparison", "the options of this command; it sets --seed, --data-seed and --resume of its runs itself"
     )
     add = group.add_argument
     add("--detect", action="store_true", help="compare detectors: all other options are those of dtokd detect")
@@ -79,3 +75,10 @@ def add_arguments(parser: argparse.ArgumentParser, runs: Any = shared) -> None:
         metavar="N",
         help="number of runs at a time, in processes of their own; default: one per GPU",
     )
+    runs.add_arguments(parser)
+    texts = {
+        "dry_run": "list the runs and how long they take, and train none",
+        "experiment": "folder of the comparison in --output (default: compare)",
+    }
+    for action in parser._actions:
+        action.help = texts.get(action.dest, action.help)
