@@ -34,9 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_distillation(parser)
     shared.add_balance(parser)
     shared.add_ranks(parser)
-    shared.add_run(parser, METRICS)
-    pictures = "images of the validation split that the report shows"
-    parser.add_argument("--pictures", type=NATURAL, default=12, metavar="N", help=pictures)
+    run = shared.add_run(parser, METRICS)
+    run.add_argument(
+        "--pictures", type=NATURAL, default=12, metavar="N", help="images of the validation split that the report shows"
+    )
     demo = parser.add_argument_group("demo", "uses --output, --seed and --epochs; all other options are set by it")
     demo.add_argument(
         "--demo", action="store_true", help="show what distillation does on scenes of real digits, in minutes"

@@ -426,8 +426,10 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_run(parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "top5", "loss")) -> None:
-    """Where a run goes, how it goes on, and which of the metrics is best; the first is the default."""
+def add_run(
+    parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "top5", "loss")
+) -> argparse._ArgumentGroup:
+    """Where a run goes, how it goes on, and which of the metrics is best; the first is the default. Their group."""
     group = parser.add_argument_group("run")
     add = group.add_argument
     add("--seed", type=NATURAL, default=42, metavar="N", help="seed of the run")
@@ -465,6 +467,7 @@ def add_run(parser: argparse.ArgumentParser, metrics: Sequence[str] = ("top1", "
         action="store_true",
         help="check data and options, train some iterations, print memory and time per epoch, and write nothing",
     )
+    return group
 
 
 def flag(name: str) -> str:
