@@ -151,7 +151,6 @@ METHODS = (
     Method("FAMO", {"weighting": Amortized(), "rescale": "sum"}),
     Method("PCGrad", {"weighting": PCGrad()}),
     Method("held-out gain", {"weighting": HeldOut("task")}, held_out=5),
-    Method("held-out gain, each step", {"weighting": HeldOut("task", beta=0.99)}, held_out=1),
     Method("auto", {"weighting": Auto("task", window=20)}, held_out=5),
     Method("while better", {"weighting": WhileBetter("task")}, compared=5),
     Method("share, half", {"weighting": Share()}),
