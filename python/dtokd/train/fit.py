@@ -171,7 +171,8 @@ def fit(
             )
         if may_be_lopsided(stepper.weighting):
             engine.lopsided = LopsidedWeights(
-                lambda text: progress.say(f"warning: {text}"), f"--kd-balance {REMEDY} (docs/weightings.md)"
+                lambda text: progress.say(f"warning: {text}"),
+                f"--kd-balance whilebetter, or {REMEDY} if the teacher has other classes (docs/weightings.md)",
             )
         with world.agreed():
             at = state.restore(engine, loaders, *found) if found else Position(0)
