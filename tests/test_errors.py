@@ -272,7 +272,7 @@ def test_refused_group_is_not_added(backend, name):
         ([], ValueError, r"backward: params is empty; pass the parameters to balance"),
         (nn.Parameter(torch.ones(2)), TypeError, r"backward: params is a tensor; pass a list of tensors"),
         ([nn.Parameter(torch.ones(2) + 1j)], ValueError, r"backward: params\[0\] is complex"),
-        ([not_a_leaf()], ValueError, r"backward: params\[0\] is not a leaf; pass the parameter itself"),
+        ([not_a_leaf()], ValueError, r"backward: params\[0\] is not a leaf; pass the parameter, not"),
         ([1.0], TypeError, r"backward: params\[0\] is a float; pass tensors"),
     ],
     ids=["empty", "tensor", "complex", "no leaf", "no tensor"],

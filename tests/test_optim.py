@@ -266,7 +266,7 @@ def test_step_without_zero_grad_takes_the_same_gradients_again(backend, make):
 
 
 @each_optimizer
-@pytest.mark.filterwarnings("ignore:.*gradients that a step has taken")
+@pytest.mark.filterwarnings("ignore:.*gradients of the last step are still there")
 @pytest.mark.parametrize("held", [True, False])
 def test_users_grad_is_left_alone(backend, make, held):
     """`.grad` is the user's: the same tensor with the same values after backward and step, or None as before."""

@@ -43,20 +43,20 @@ def measure(options: argparse.Namespace, defaults: dict[str, Any]) -> dict[str, 
     Raises:
         UsageError: no such run, model, weights or data, or they do not fit each other.
     """
-    if options.pretrained and (own := options.checkpoint or options.run_dir) is not None:
+    given = _given(options)
+    if given.get("pretrained") and (own := options.checkpoint or options.run_dir) is not None:
         raise UsageError(f"--pretrained: the weights come from {own}; give the one or the other")
     told = {} if options.run_dir is None else settings_of(options.run_dir, "dtokd eval")
     if "annotations" in told:
         from .detect.judge import judge
 
-        given = _given(options)
         foreign = [flag(name) for name in given if name not in ("run_dir", "checkpoint", *told)]
         if foreign:
             raise UsageError(
                 f"{', '.join(foreign)}: for classifiers, but {options.run_dir} holds a detector; leave it out"
             )
         return judge(told, given)
-    settings = argparse.Namespace(**{**defaults, **told, **_given(options)})
+    settings = argparse.Namespace(**{**defaults, **told, **given})
     check(settings)
     weights = options.checkpoint
     if weights is None and options.run_dir is not None:
