@@ -309,6 +309,12 @@ def test_bad_arms(text, told):
     assert str(found.value).startswith("--arms: ")
 
 
+def test_an_arm_that_would_not_choose_is_refused(digits, teacher, tmp_path):
+    """Before the first run, and not when its turn comes."""
+    with pytest.raises(UsageError, match="--arms: 'auto': --kd-balance auto: its choice needs 40 measurements"):
+        plans.Plan(parsed([*options_of(digits, teacher, tmp_path), "--arms", "auto"]))
+
+
 def test_flags_make_the_arm(digits, teacher, tmp_path):
     """What the verdict tells to use is read by `dtokd train` as the options of the arm's runs."""
     base = [

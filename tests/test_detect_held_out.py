@@ -69,6 +69,7 @@ def test_gradients_set_the_weights(coco, teaching, tmp_path, monkeypatch, balanc
 
     monkeypatch.setattr(HeldOut, "observe", watched)
     options = [*common(coco, tmp_path), *teaching, *HELD, "--kd-balance", balance, "--opt", "adamw"]
+    options += ["--kd-balance-kwargs", "window=2"] if balance == "auto" else []
     assert main(["detect", *options, "--experiment", "x"]) == 0
     weights = weights_of(tmp_path / "x")
     assert len(weights) == 6

@@ -63,6 +63,20 @@ def test_auto_chooses_and_goes_on(digits, teacher, tmp_path, capsys):
     assert len(set(weights)) > 1
 
 
+def test_a_window_longer_than_the_run_is_refused(digits, teacher, tmp_path, capsys):
+    """Equal shares would be trained to the end, and nothing chosen; a window that just fits is none of these."""
+    options = [*common(digits, tmp_path), *distilling(teacher), *HELD, "--opt", "dtoadamw", "-b", "8"]
+    options += ["--kd-balance", "auto", "--experiment", "x"]
+    for window, measurements in ((), 6), (("--kd-balance-kwargs", "window=7"), 6):
+        assert main(["train", *options, *window]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"12 steps have {measurements}" in told
+        assert f"N from 2 to {measurements}" in told
+        assert not (tmp_path / "x" / "summary.csv").exists()
+    assert main(["train", *options, "--kd-balance-kwargs", "window=6"]) == 0
+    assert "for which the held-out loss falls fastest" in " ".join(capsys.readouterr().out.split())
+
+
 def test_the_last_image_of_a_class_is_trained_on():
     everyone = heldout.positions(0.5, 40)
     assert heldout.positions(0.5, 40, [(0,)] * 40) == everyone

@@ -45,8 +45,10 @@ class Classifying:
         return data.identity_of(options, split)
 
     def check_held_out(self, options: argparse.Namespace, split: Any) -> None:
-        """Raises UsageError: so many training images cannot be held out."""
-        heldout.split(options, split)
+        """Raises UsageError: so many training images cannot be held out, or a rule would not choose in the run."""
+        trained, held = heldout.split(options, split)
+        if held is not None:
+            _check_window(options, len(trained))
 
     def train(self, options: argparse.Namespace, progress: Progress) -> Outcome:
         """One run."""
@@ -93,13 +95,20 @@ class Detecting:
         """See `Classifying`."""
         from ..detect.heldout import split as hold_out
 
-        hold_out(options, split, World())
+        trained, held = hold_out(options, split, World())
+        if held is not None:
+            _check_window(options, len(trained.image_ids))
 
     def train(self, options: argparse.Namespace, progress: Progress) -> Outcome:
         """See `Classifying`."""
         from ..detect.run import detect
 
         return detect(options, progress)
+
+
+def _check_window(options: argparse.Namespace, images: int) -> None:
+    batches = max(images // options.batch_size, 1)
+    heldout.check_window(options, options.epochs * -(-batches // options.grad_accum_steps))
 
 
 def _made(

@@ -160,6 +160,7 @@ def fit(
             images = loaders.batches.dataset
             engine.data = world.first_does(lambda: data.identity_of(options, images))
         if loaders.held_out is not None and loaders.judges is not None:
+            heldout.check_window(options, epochs * per_epoch)
             engine.held_out = heldout.HeldOutImages(
                 loaders.held_out,
                 options.kd_held_out_every,

@@ -52,6 +52,29 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("--kd-held-out: does not go together with --kd-cache-teacher yet; leave one of them out")
 
 
+def check_window(options: argparse.Namespace, steps: int) -> None:
+    """Refuse a rule that would not have chosen its weights when the run ends.
+
+    Args:
+        options: of `train.options`.
+        steps: of the optimizer, in the whole run.
+
+    Raises:
+        UsageError: names the options.
+    """
+    if options.kd_balance != "auto":
+        return
+    every, window = options.kd_held_out_every, options.kd_balance_kwargs.get("window", Auto.window)
+    if (window - 1) * every < steps:
+        return
+    most = -(-steps // every)
+    fitting = f", or --kd-balance-kwargs window=N with N from 2 to {most}" if most >= 2 else ""
+    raise UsageError(
+        f"--kd-balance auto: its choice needs {window} measurements, one in {every} steps, but {steps} steps have "
+        f"{most}; pass more --epochs, or a smaller --kd-held-out-every{fitting}"
+    )
+
+
 def split(options: argparse.Namespace, images: Any) -> tuple[Any, Any | None]:
     """The training images, and those of them that are held out, chosen at random but the same in each run.
 
