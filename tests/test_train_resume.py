@@ -113,6 +113,12 @@ VARIANTS = {
     "timm": "--opt sgd --sched plateau --cutmix 1 --workers 0",
     "heldout": "--opt dtoadamw --kd-balance heldout --kd-held-out 0.25 --kd-held-out-every 2 --drop 0.2 --workers 0",
     "whilebetter": "--opt adamw --kd-balance whilebetter --kd-held-out 0.25 --kd-held-out-every 2 --workers 0",
+    # within its window; before it is frozen; with averages of the losses, and of the gates' cosines
+    "auto": "--opt adamw --kd-balance auto --kd-balance-kwargs window=4 --kd-held-out 0.25 --kd-held-out-every 2 "
+    "--workers 0",
+    "share": "--opt dtoadamw --kd-balance share --kd-balance-kwargs freeze_after=8 --workers 0",
+    "reachable": "--opt dtosgd --kd-balance reachable --workers 0",
+    "taskfirst": "--opt dtoadamw --kd-balance taskfirst --kd-balance-kwargs patience=4 --workers 0",
 }
 
 
