@@ -107,7 +107,7 @@ class Detecting:
 
 
 def _check_window(options: argparse.Namespace, images: int) -> None:
-    batches = max(images // options.batch_size, 1)
+    batches = max(images // options.batch_size, 1)  # as the loader, which drops the last part of a batch
     heldout.check_window(options, options.epochs * -(-batches // options.grad_accum_steps))
 
 
